@@ -1,0 +1,38 @@
+"""Addresses of the pipeline's inner sockets: ipc paths in one private directory, each under ZeroMQ's length limit."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Endpoints(msgspec.Struct, frozen=True):
+    """directory: 0700, random, one per pipeline. api: where clients connect (ipc:// or tcp://)."""
+
+    directory: str
+    api: str
+
+    @property
+    def control(self) -> str:
+        """launcher: ROUTER; each child: DEALER with its name as identity."""
+        return f"ipc://{self.directory}/control"
+
+    @property
+    def tokenizer_manager(self) -> str:
+        return f"ipc://{self.directory}/tm"
+
+    @property
+    def scheduler(self) -> str:
+        """Requests, aborts, queries, stop matches."""
+        return f"ipc://{self.directory}/sched"
+
+    @property
+    def results(self) -> str:
+        """Rank 0's results to the scheduler."""
+        return f"ipc://{self.directory}/res"
+
+    @property
+    def detokenizer(self) -> str:
+        return f"ipc://{self.directory}/detok"
+
+    def rank(self, rank: int) -> str:
+        return f"ipc://{self.directory}/rank{rank}"

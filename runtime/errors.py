@@ -1,0 +1,104 @@
+"""Every error of the engine, as one tree.
+
+    VibeError
+    ├── UserError (also a ValueError)      the caller can fix it: bad flag, bad request, bad model folder
+    │   ├── ConfigError                    a flag or a config file
+    │   ├── ModelConfigError               config.json, generation_config.json
+    │   ├── WeightsError                   checkpoint files
+    │   ├── TokenizerError                 tokenizer files, chat template
+    │   └── RequestError                   one request; its code is "invalid_request"
+    └── EngineError (also a RuntimeError)  the engine could not do what was asked
+        ├── StartupError                   the pipeline did not come up
+        ├── EngineDeadError                "engine_dead": a process died or the connection was lost
+        ├── OverloadedError                "overloaded": the queue is full, or the engine is draining
+        ├── KVExhaustedError               "kv_exhausted": the request cannot fit the empty KV pool
+        ├── NumericalError                 "numerical_error": NaN or inf in this request's hidden states
+        └── ProtocolError                  "protocol": wrong protocol version, or a frame that makes no sense
+
+On a wire an error is an `ErrorInfo` (runtime/messages.py); `error_from_code` turns it back into one of these.
+"""
+
+from __future__ import annotations
+
+
+class VibeError(Exception):
+    """Root of the tree. `code` is the stable, machine-readable name that also travels on the wire."""
+
+    code = "error"
+
+
+class UserError(VibeError, ValueError):
+    """Something the caller can fix.
+
+    `field` names what was wrong, for programs to react to; the message holds field, value, limit and what to do.
+    """
+
+    code = "invalid_argument"
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ConfigError(UserError):
+    """A flag, a keyword of `LLM`, or a line of a config file."""
+
+
+class ModelConfigError(UserError):
+    """The model folder's config.json or generation_config.json."""
+
+
+class WeightsError(UserError):
+    """The model folder's safetensors files."""
+
+
+class TokenizerError(UserError):
+    """The tokenizer's files or its chat template."""
+
+
+class RequestError(UserError):
+    """One request was refused; nothing of it ran."""
+
+    code = "invalid_request"
+
+
+class EngineError(VibeError, RuntimeError):
+    """The engine could not do what was asked, through no fault of the request."""
+
+    code = "internal_error"
+
+
+class StartupError(EngineError):
+    """The pipeline did not come up; the message names the process and its cause."""
+
+    code = "startup"
+
+
+class EngineDeadError(EngineError):
+    code = "engine_dead"
+
+
+class OverloadedError(EngineError):
+    code = "overloaded"
+
+
+class KVExhaustedError(EngineError):
+    code = "kv_exhausted"
+
+
+class NumericalError(EngineError):
+    code = "numerical_error"
+
+
+class ProtocolError(EngineError):
+    code = "protocol"
+
+
+def error_from_code(code: str, message: str, field: str | None = None) -> VibeError:
+    """The exception that stands for an error that came over a wire; an unknown code becomes a plain EngineError."""
+    if code in (RequestError.code, UserError.code):
+        return RequestError(message, field=field)
+    for kind in (EngineDeadError, OverloadedError, KVExhaustedError, NumericalError, ProtocolError, StartupError):
+        if kind.code == code:
+            return kind(message)
+    return EngineError(message)
