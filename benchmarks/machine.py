@@ -1,0 +1,49 @@
+"""The machine's own ceilings, measured in the same run as the engine: memory read rate and GEMM rate on the CPU.
+
+python benchmarks/machine.py            one line of JSON
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+READ_BYTES = 1 << 30
+GEMM_N = 2048
+
+
+def measure() -> dict[str, float]:
+    """read_gb_s: summing 1 GiB of float32. gemm_*_gflops: 2048^3 products. Best of five; all cores."""
+    import torch
+
+    data = torch.ones(READ_BYTES // 4)
+    read = min(_timed(lambda: data.sum()) for _ in range(5))
+    rates = {"read_gb_s": round(READ_BYTES / read / 1e9, 1)}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.randn(GEMM_N, GEMM_N).to(dtype)
+        b = torch.randn(GEMM_N, GEMM_N).to(dtype)
+        best = min(_timed(lambda a=a, b=b: a @ b) for _ in range(5))  # type: ignore[misc]
+        rates[f"gemm_{name}_gflops"] = round(2 * GEMM_N**3 / best / 1e9)
+    return rates
+
+
+def measure_in_subprocess() -> dict[str, float]:
+    """`measure()` in a process of its own, so that the caller neither imports torch nor keeps its memory."""
+    script = str(Path(__file__).resolve())
+    output = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    rates: dict[str, float] = json.loads(output)
+    return rates
+
+
+def _timed(work: object) -> float:
+    assert callable(work)
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))
