@@ -1,0 +1,56 @@
+"""Attention over the paged pool in plain torch: the reference that every faster backend is tested against.
+
+Runs on any device. Gathers one request's context at a time, so its extra memory is that of the longest request.
+Legend: G query heads a KV head, N new tokens of a row, C its context, D head dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model_worker.attention_metadata import AttentionMetadata
+from model_worker.kv_pool import KVPool
+
+
+class TorchAttention:
+    """An `AttentionBackend` (qwen3/attention_backend.py) whose metadata is `AttentionMetadata`."""
+
+    def __init__(self, pool: KVPool) -> None:
+        self.pool = pool
+
+    def forward(self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata) -> Tensor:
+        keys, values = self.pool.keys(layer), self.pool.values(layer)
+        keys.flatten(0, 1).index_copy_(0, metadata.cache_slots, key)
+        values.flatten(0, 1).index_copy_(0, metadata.cache_slots, value)
+        output = query.new_empty((query.shape[0], query.shape[1] * query.shape[2]))
+        starts = metadata.host_query_start.tolist()
+        for row, context in enumerate(metadata.host_context_lengths.tolist()):
+            pages = metadata.page_table[row, : -(-context // self.pool.page_size)]
+            row_keys = keys[pages].flatten(0, 1)[:context]
+            row_values = values[pages].flatten(0, 1)[:context]
+            tokens = slice(starts[row], starts[row + 1])
+            output[tokens] = _attend(query[tokens], row_keys, row_values)
+        return output
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """query: [N, heads, D], the last N of the C positions of key and value: [C, kv heads, D]. Returns [N, heads * D].
+
+    The G query heads of a KV head are folded into the batch (one token) or looped over by broadcasting (a chunk):
+    scaled_dot_product_attention's own `enable_gqa` copies keys and values G times on CPU.
+    """
+    num_new, heads, dim = query.shape
+    context, kv_heads = key.shape[0], key.shape[1]
+    group = heads // kv_heads
+    key, value = key.transpose(0, 1), value.transpose(0, 1)  # [kv heads, C, D]
+    if num_new == 1:
+        folded = query.view(kv_heads, group, dim)
+        return F.scaled_dot_product_attention(folded, key, value).reshape(1, heads * dim)
+    grouped = query.view(num_new, kv_heads, group, dim).permute(2, 1, 0, 3)  # [G, kv heads, N, D]
+    key, value = key.expand(group, -1, -1, -1), value.expand(group, -1, -1, -1)
+    if num_new == context:
+        attended = F.scaled_dot_product_attention(grouped, key, value, is_causal=True)
+    else:
+        mask = torch.ones((num_new, context), dtype=torch.bool, device=query.device).tril(context - num_new)
+        attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
+    return attended.permute(2, 1, 0, 3).reshape(num_new, heads * dim)

@@ -1,0 +1,106 @@
+"""The paged KV cache of one rank: one tensor, sized from free memory, and one extra page for padding.
+
+The scheduler hands out pages 0 .. num_pages - 1 and never touches the tensor. Page `num_pages` is the padding page:
+whatever is written there is never read as anyone's context.
+"""
+
+import psutil
+import torch
+from torch import Tensor
+
+from qwen3.parallel import Group
+from runtime.errors import ConfigError
+from runtime.model_config import ModelConfig
+
+# A laptop has other things to do with its memory; --max-total-tokens asks for more.
+CPU_LIMIT_BYTES = 4 << 30
+
+
+class KVPool:
+    """`data`: [layer, K/V, page, token, kv head, head dim], this rank's KV heads.
+
+    On CPU the memory is only reserved here and committed by the operating system page by page, as it is first written.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp_size: int,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.padding_page = num_pages
+        self.data = torch.empty(
+            (
+                config.num_hidden_layers,
+                2,
+                num_pages + 1,
+                page_size,
+                config.local_kv_heads(tp_size),
+                config.head_dim,
+            ),
+            dtype=dtype,
+            device=device,
+        )
+
+    def keys(self, layer: int) -> Tensor:
+        """[page, token, kv head, head dim], a view."""
+        return self.data[layer, 0]
+
+    def values(self, layer: int) -> Tensor:
+        """[page, token, kv head, head dim], a view."""
+        return self.data[layer, 1]
+
+
+def choose_num_pages(
+    config: ModelConfig,
+    world: Group,
+    *,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_fraction: float,
+    max_total_tokens: int | None,
+    ranks_on_machine: int,
+) -> int:
+    """Usable pages, the same on every rank; all ranks call it together, after their weights are loaded.
+
+    With `max_total_tokens`, the pages for that many tokens. Else what `memory_fraction` of the free
+    memory holds, on CPU at most CPU_LIMIT_BYTES, shared by all ranks of the machine. The smallest rank decides.
+
+    Raises ConfigError, on all ranks, when not even one page fits.
+    """
+    page_bytes = page_size * config.kv_bytes_per_token(world.size, dtype.itemsize)
+    if max_total_tokens is not None:
+        pages = max_total_tokens // page_size
+    else:
+        budget = int(free_bytes(device) * memory_fraction)
+        if device.type == "cpu":
+            # A GPU belongs to one rank; main memory is shared by all of this machine.
+            budget = min(budget, CPU_LIMIT_BYTES) // ranks_on_machine
+        pages = budget // page_bytes - 1  # one is for padding
+    smallest = torch.tensor([pages], dtype=torch.int64, device=device)
+    pages = int(world.all_reduce_min(smallest).item())
+    if pages < 1:
+        raise ConfigError(
+            f"the KV cache has no room for one page of page_size={page_size} tokens ({page_bytes / 2**20:.1f} MiB): "
+            + (
+                f"raise --max-total-tokens (now {max_total_tokens}) to {page_size} or more"
+                if max_total_tokens is not None
+                else f"free some memory or raise --mem-fraction-static (now {memory_fraction:g})"
+            ),
+            field="max_total_tokens" if max_total_tokens is not None else "mem_fraction_static",
+        )
+    return pages
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be allocated on `device` now."""
+    if device.type == "cuda":
+        free, _total = torch.cuda.mem_get_info(device)
+        return int(free)
+    return int(psutil.virtual_memory().available)

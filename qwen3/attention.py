@@ -1,0 +1,47 @@
+"""Grouped-query attention with per-head RMSNorm on queries and keys, as Qwen3 has it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3.attention_backend import AttentionBackend
+from qwen3.linear import QKVLinear, RowParallelLinear
+from qwen3.norm import RMSNorm
+from qwen3.parallel import ParallelState
+from qwen3.rope import RopeAngles
+from runtime.model_config import ModelConfig
+
+
+class Attention:
+    """One layer's attention block, [T, H] -> [T, H]; heads are split over the TP group."""
+
+    def __init__(
+        self, layer: int, config: ModelConfig, parallel: ParallelState, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.qkv = QKVLinear(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            parallel.tp,
+            dtype,
+            device,
+        )
+        self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
+        self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
+        self.output = RowParallelLinear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, parallel.tp, dtype, device
+        )
+
+    def __call__(self, x: Tensor, angles: RopeAngles, backend: AttentionBackend, metadata: Any) -> Tensor:
+        heads, kv_heads = self.qkv.num_heads, self.qkv.num_kv_heads
+        packed = self.qkv(x).view(x.shape[0], heads + 2 * kv_heads, self.head_dim)
+        query = packed[:, :heads]
+        key = packed[:, heads : heads + kv_heads]
+        value = packed[:, heads + kv_heads :]
+        query = angles.rotate(self.query_norm(query))
+        key = angles.rotate(self.key_norm(key))
+        return self.output(backend.forward(self.layer, query, key, value, metadata))

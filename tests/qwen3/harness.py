@@ -1,0 +1,144 @@
+"""Small random checkpoints made by transformers, and our model run over a paged pool, for comparing the two."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from model_worker.attention_cpu import TorchAttention
+from model_worker.attention_metadata import AttentionMetadata
+from model_worker.kv_pool import KVPool
+from model_worker.weights import load_weights
+from qwen3.model import Qwen3
+from qwen3.moe import DispatchKind
+from qwen3.parallel import ParallelState
+from runtime.model_config import ModelConfig
+
+DENSE: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+MOE: dict[str, Any] = DENSE | {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+
+
+def make_checkpoint(folder: Path, shape: dict[str, Any], *, seed: int = 0, **save: Any) -> Any:
+    """Save a random model of `shape` to `folder` and return transformers' model in fp32, for reference.
+
+    Weights are larger than a fresh initialisation's and norms are no ones, so that no part of the model is negligible.
+    """
+    moe = "num_experts" in shape
+    config_class: Any = transformers.Qwen3MoeConfig if moe else transformers.Qwen3Config
+    model_class: Any = transformers.Qwen3MoeForCausalLM if moe else transformers.Qwen3ForCausalLM
+    torch.manual_seed(seed)
+    model = model_class(config_class(**shape)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder, **save)
+    return model
+
+
+def load_model(
+    folder: Path,
+    *,
+    parallel: ParallelState | None = None,
+    dtype: torch.dtype = torch.float32,
+    dispatch: DispatchKind = "all_reduce",
+) -> Qwen3:
+    model = Qwen3(
+        ModelConfig.from_folder(folder), parallel or ParallelState(), dtype, torch.device("cpu"), dispatch=dispatch
+    )
+    load_weights(model, folder)
+    return model
+
+
+@dataclass
+class Row:
+    """One request: its tokens, how many of them are computed, and its pages."""
+
+    tokens: list[int]
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+
+
+class PagedRun:
+    """Runs rows through a model over a pool whose pages are handed out in scattered order."""
+
+    def __init__(self, model: Qwen3, *, num_pages: int = 256, page_size: int = 4) -> None:
+        self.model = model
+        self.pool = KVPool(model.config, model.parallel.tp.size, num_pages, page_size, model.dtype, model.device)
+        self.pool.data.fill_(float("nan"))  # whatever is read without having been written shows
+        self.backend = TorchAttention(self.pool)
+        self.free_pages = np.random.default_rng(0).permutation(num_pages).tolist()
+
+    def step(self, rows: Sequence[tuple[Row, int]]) -> Tensor:
+        """Run the next `count` tokens of each row; logits of all of them, [T, vocab / tp]."""
+        size = self.pool.page_size
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        for row, count in rows:
+            end = row.computed + count
+            while len(row.pages) * size < end:
+                row.pages.append(self.free_pages.pop())
+            tokens += row.tokens[row.computed : end]
+            positions += range(row.computed, end)
+            slots += [row.pages[p // size] * size + p % size for p in range(row.computed, end)]
+            row.computed = end
+        starts = np.cumsum([0] + [count for _, count in rows], dtype=np.int32)
+        lengths = np.array([row.computed for row, _ in rows], dtype=np.int32)
+        table = torch.full((len(rows), max(len(row.pages) for row, _ in rows)), self.pool.padding_page)
+        for i, (row, _) in enumerate(rows):
+            table[i, : len(row.pages)] = torch.tensor(row.pages)
+        metadata = AttentionMetadata(
+            query_start=torch.from_numpy(starts),
+            context_lengths=torch.from_numpy(lengths),
+            page_table=table.to(torch.int32),
+            cache_slots=torch.tensor(slots),
+            host_query_start=starts,
+            host_context_lengths=lengths,
+        )
+        with torch.inference_mode():
+            hidden = self.model.forward(torch.tensor(tokens), torch.tensor(positions), self.backend, metadata)
+            return self.model.logits(hidden)
+
+    def greedy(self, row: Row, count: int, chunk: int) -> list[int]:
+        """Prefill in chunks, then decode alone; the `count` generated tokens."""
+        prompt_length = len(row.tokens)
+        while len(row.tokens) < prompt_length + count:
+            logits = self.step([(row, min(chunk, len(row.tokens) - row.computed))])
+            if row.computed == len(row.tokens):
+                row.tokens.append(int(logits[-1].argmax()))
+        return row.tokens[prompt_length:]
+
+
+def random_tokens(count: int, *, vocab: int = 256, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab, (count,), generator=generator).tolist()
+
+
+def reference_logits(model: Any, tokens: list[int]) -> Tensor:
+    """[T, vocab] of transformers' model, in one piece."""
+    with torch.inference_mode():
+        logits: Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits
