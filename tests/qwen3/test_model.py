@@ -57,7 +57,7 @@ def test_chunks_and_mixed_batches_give_the_same_logits(tmp_path: Path, shape: di
     ]
     collected: dict[int, list[torch.Tensor]] = {0: [], 1: [], 2: []}
     for step in steps:
-        logits = torch.split(run.step(step), [count for _, count in step])  # type: ignore[no-untyped-call]
+        logits = torch.split(run.step(step), [count for _, count in step])
         for (row, _), part in zip(step, logits, strict=True):
             collected[next(i for i, r in enumerate(rows) if r is row)].append(part)
     for number, row in enumerate(rows):

@@ -1,0 +1,202 @@
+"""Loading: every file layout gives the same weights, and what is wrong with a folder is said in one clear error."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model_worker.weights import load_dummy_weights, load_weights
+from qwen3.checkpoint import load_items
+from qwen3.mlp import MLP
+from qwen3.model import Qwen3
+from qwen3.moe import MoEBlock
+from qwen3.parallel import Group, ParallelState
+from runtime.errors import UserError, WeightsError
+from runtime.model_config import ModelConfig
+from tests.qwen3.harness import DENSE, MOE, load_model, make_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def tensors(model: Qwen3) -> list[torch.Tensor]:
+    return [weight.tensor for item in load_items(model) for weight in item.weights]
+
+
+@pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "moe"])
+def test_shards_equal_a_single_file(tmp_path: Path, shape: dict[str, Any]) -> None:
+    reference = make_checkpoint(tmp_path / "single", shape)
+    reference.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
+    single, sharded = tensors(load_model(tmp_path / "single")), tensors(load_model(tmp_path / "sharded"))
+    assert all(torch.equal(a, b) for a, b in zip(single, sharded, strict=True))
+
+
+def test_tied_weights_are_held_once(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, DENSE | {"tie_word_embeddings": True})
+    model = load_model(tmp_path)
+    assert model.head.weight.tensor.data_ptr() == model.embedding.weight.tensor.data_ptr()
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, DENSE)
+    seen: list[tuple[int, int]] = []
+    model = Qwen3(ModelConfig.from_folder(tmp_path), ParallelState(), torch.float32, CPU)
+    load_weights(model, tmp_path, lambda done, total: seen.append((done, total)))
+    assert seen[0][0] == 0
+    assert seen[-1][0] == seen[-1][1] == len(seen) - 1
+
+
+def test_dummy_weights_are_seeded_and_random(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, MOE)
+    config = ModelConfig.from_folder(tmp_path)
+
+    def dummy(seed: int, parallel: ParallelState | None = None) -> Qwen3:
+        model = Qwen3(config, parallel or ParallelState(), torch.float32, CPU)
+        load_dummy_weights(model, seed)
+        return model
+
+    first, again, other = dummy(0), dummy(0), dummy(1)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(again), strict=True))
+    assert not torch.equal(first.embedding.weight.tensor, other.embedding.weight.tensor)
+    assert 0.015 < first.embedding.weight.tensor.std() < 0.025
+    assert torch.equal(first.norm.weight.tensor, torch.ones(64))
+    rows = first.embedding.weight.tensor
+    assert len({tuple(row) for row in rows.tolist()}) == len(rows)
+
+
+@pytest.mark.parametrize("dummy", [False, True], ids=["files", "dummy"])
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (4, 2), (4, 4)])
+def test_slices_of_all_ranks_make_up_the_whole(tmp_path: Path, tp: int, ep: int, dummy: bool) -> None:
+    make_checkpoint(tmp_path, MOE | {"num_hidden_layers": 2, "mlp_only_layers": [1]})
+    config = ModelConfig.from_folder(tmp_path)
+
+    def load(parallel: ParallelState) -> Qwen3:
+        model = Qwen3(config, parallel, torch.float32, CPU)
+        if dummy:
+            load_dummy_weights(model, 0)
+        else:
+            load_weights(model, tmp_path)
+        return model
+
+    group: Any = object()  # never used: nothing here communicates
+    split = tp // ep
+    whole = load(ParallelState())
+    ranks = [
+        load(
+            ParallelState(
+                rank=rank,
+                world_size=tp,
+                tp=Group(rank, tp, group),
+                ep=Group(rank // split, ep, group),
+                expert_tp=Group(rank % split, split, group),
+            )
+        )
+        for rank in range(tp)
+    ]
+
+    def joined(part: Callable[[Qwen3], torch.Tensor], dim: int) -> None:
+        assert torch.equal(torch.cat([part(model) for model in ranks], dim), part(whole))
+
+    def dense(model: Qwen3) -> MLP:
+        block = model.layers[1].feed_forward
+        assert isinstance(block, MLP)
+        return block
+
+    def moe(model: Qwen3) -> MoEBlock:
+        block = model.layers[0].feed_forward
+        assert isinstance(block, MoEBlock)
+        return block
+
+    joined(lambda model: model.embedding.weight.tensor, 0)
+    joined(lambda model: model.head.weight.tensor, 0)
+    joined(lambda model: model.layers[0].attention.output.weight.tensor, 1)
+    joined(lambda model: dense(model).down.weight.tensor, 1)
+    joined(lambda model: dense(model).gate_up.weight.tensor.view(2, -1, 64), 1)
+    down = [moe(model).experts.down.tensor for model in ranks]
+    experts = [torch.cat(down[i * split : (i + 1) * split], dim=2) for i in range(ep)]
+    assert torch.equal(torch.cat(experts), moe(whole).experts.down.tensor)
+
+
+def fails(folder: Path, config_folder: Path | None = None) -> str:
+    model = Qwen3(ModelConfig.from_folder(config_folder or folder), ParallelState(), torch.float32, CPU)
+    with pytest.raises(WeightsError) as caught:
+        load_weights(model, folder)
+    assert isinstance(caught.value, UserError)
+    return str(caught.value)
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, DENSE)
+    (tmp_path / "model.safetensors").unlink()
+    assert "no *.safetensors file" in fails(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    assert "pytorch_model.bin" in fails(tmp_path)
+    assert "never read" in fails(tmp_path)
+
+
+def test_truncated_and_garbage_files(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, DENSE)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    for content in (whole[:-100], whole[:20], b"", b"\xff" * 64):
+        path.write_bytes(content)
+        message = fails(tmp_path)
+        assert "model.safetensors is not a whole safetensors file" in message
+        assert "download" in message
+
+
+def test_missing_shard_is_named(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, DENSE, max_shard_size="50KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    assert shard.name in fails(tmp_path)
+
+
+def test_malformed_index(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, DENSE, max_shard_size="50KB")
+    for content in ("{", "[]", '{"weight_map": 3}'):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        assert "model.safetensors.index.json" in fails(tmp_path)
+
+
+def test_missing_tensor_and_wrong_shape_are_named(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, DENSE)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    assert "model.layers.2.input_layernorm.weight" in fails(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 100}))
+    message = fails(tmp_path)
+    assert "model.layers.0.mlp.gate_proj.weight" in message
+    assert "[96, 64]" in message
+    assert "[100, 64]" in message
+
+
+def test_files_outside_the_folder_are_refused(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "real", DENSE)
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    os.symlink(tmp_path / "real" / "model.safetensors", folder / "model.safetensors")
+    assert "leads out of the model folder" in fails(folder, tmp_path / "real")
+
+    folder = tmp_path / "indexed"
+    folder.mkdir()
+    index = {"weight_map": {"model.norm.weight": "../real/model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "leads out of the model folder" in fails(folder, tmp_path / "real")
+
+
+def test_a_hub_cache_folder_loads(tmp_path: Path) -> None:
+    """huggingface_hub keeps snapshots/<commit>/<file> as links into blobs/."""
+    make_checkpoint(tmp_path / "real", DENSE)
+    snapshot = tmp_path / "models--x" / "snapshots" / "abc"
+    blobs = tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        os.rename(tmp_path / "real" / name, blobs / name)
+        os.symlink(Path("..") / ".." / "blobs" / name, snapshot / name)
+    load_model(snapshot)
