@@ -119,6 +119,16 @@ class RunDir:
         return address
 
 
+def check_name(name: str) -> None:
+    """Raises ConfigError unless `name` can be a folder's name in the run directory."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise ConfigError(
+            f"--name {name!r}: must be 1 to 40 letters, digits, dots, dashes or underscores, "
+            "starting with a letter or digit",
+            field="name",
+        )
+
+
 def check_address(address: str) -> None:
     """Raises ConfigError unless `address` is ipc://PATH, or tcp://HOST:PORT on the loopback interface."""
     if address.startswith("ipc://"):
@@ -183,12 +193,7 @@ def _listener_pid(port: int) -> int | None:
 
 def _name_folder(name: str) -> Path:
     """`<run>/<name>`, in the first base folder that leaves every socket path short enough."""
-    if not NAME_PATTERN.fullmatch(name):
-        raise ConfigError(
-            f"--name {name!r}: must be 1 to 40 letters, digits, dots, dashes or underscores, "
-            "starting with a letter or digit",
-            field="name",
-        )
+    check_name(name)
     uid = os.getuid()
     bases = [Path(tempfile.gettempdir()) / f"vibe-sgl-lite-{uid}", Path("/tmp") / f"vibe-sgl-lite-{uid}"]
     xdg = os.environ.get("XDG_RUNTIME_DIR")

@@ -1,14 +1,41 @@
 """The engine's settings: one frozen `ServerArgs`, the same for `launch.py`'s flags, a config file and `LLM(...)`.
 
-Flags are the fields' names with dashes. Help texts, units and defaults live here, beside the fields they describe.
+Flags are the fields' names with dashes. `FLAGS` holds what people read and what values are allowed, beside the fields
+that it describes; `runtime/cli.py` turns it into a command line. A `ServerArgs` that exists is valid by itself; what
+needs the model (degrees, context length) is checked where the model is known.
 """
 
 from __future__ import annotations
 
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import msgspec
+
+from runtime.errors import ConfigError
+from runtime.rundir import check_address, check_name
+
+
+class Flag(msgspec.Struct, frozen=True, kw_only=True):
+    """What one setting means and may be. `unset`: what the default None stands for, in words."""
+
+    help: str
+    unit: str = ""
+    unset: str = ""
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    above_low: bool = False  # `low` itself is not allowed
 
 
 class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """All settings of one engine, checked when made: ConfigError names flag, value and what is allowed.
+
+    Users' settings come through `make_args`, which also refuses what is not in yet.
+    """
+
     model_path: str = "embedded"
     tokenizer_path: str | None = None
     load_format: str = "auto"
@@ -32,3 +59,162 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
     seed: int = 0
     step_timeout: float = 30.0
     log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        for field in msgspec.structs.fields(type(self)):
+            _check(field.name, field.type, getattr(self, field.name))
+
+
+FLAGS: Mapping[str, Flag] = {
+    "model_path": Flag(
+        help="folder with config.json, tokenizer.json and *.safetensors; or a model id of the Hugging Face hub, "
+        "downloaded on first use; or 'embedded', the small model inside this package",
+    ),
+    "tokenizer_path": Flag(
+        help="folder or hub id of the tokenizer, where it is not the model's own", unset="the model's folder"
+    ),
+    "load_format": Flag(
+        help="auto reads the checkpoint; dummy makes seeded random weights from config.json alone",
+        choices=("auto", "dummy"),
+    ),
+    "dtype": Flag(
+        help="number format of weights and activations; auto is the checkpoint's own",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    ),
+    "device": Flag(
+        help="where the model runs; auto is cuda where a GPU and a torch built for it are found, else cpu",
+        choices=("auto", "cpu", "cuda"),
+    ),
+    "tp": Flag(help="tensor parallelism: over how many ranks each layer is split", unit="ranks", low=1, high=1024),
+    "ep": Flag(help="expert parallelism: over how many ranks the experts are split", unit="ranks", low=1, high=1024),
+    "name": Flag(help="name of this daemon; clients find it under the same name, and several can run side by side"),
+    "address": Flag(
+        help="where clients connect: ipc://PATH or tcp://127.0.0.1:PORT (port 0 picks a free one; the ready line "
+        "tells it)",
+        unset="an ipc socket in the private run directory, under --name",
+    ),
+    "context_length": Flag(
+        help="longest prompt plus output of one request", unit="tokens", unset="the model's own", low=2, high=2**31 - 1
+    ),
+    "page_size": Flag(
+        help="KV cache page, the unit of allocation and of prefix sharing", unit="tokens", low=1, high=4096
+    ),
+    "max_total_tokens": Flag(
+        help="size of the KV cache; wins over --mem-fraction-static",
+        unit="tokens",
+        unset="as --mem-fraction-static allows, on CPU at most 4 GiB",
+        low=1,
+        high=2**40,
+    ),
+    "mem_fraction_static": Flag(
+        help="part of the memory that weights and KV cache together may take",
+        unit="of the free memory",
+        low=0,
+        high=1,
+        above_low=True,
+    ),
+    "max_running_requests": Flag(
+        help="requests that generate at the same time; more wait", unit="requests", low=1, high=65_536
+    ),
+    "max_queued_requests": Flag(
+        help="requests that may wait; one more is refused as overloaded", unit="requests", low=1, high=10_000_000
+    ),
+    "chunked_prefill_size": Flag(
+        help="prompt tokens that one step computes at most; longer prompts are cut into chunks",
+        unit="tokens",
+        unset="512 on CPU, 2048 on GPU",
+        low=1,
+        high=2**20,
+    ),
+    "schedule_policy": Flag(
+        help="who runs first: fcfs (arrival), lpm (longest cached prefix), dfs-weight (largest shared prefix), "
+        "priority (highest priority)",
+        choices=("fcfs", "lpm", "dfs-weight", "priority"),
+    ),
+    "disable_radix_cache": Flag(help="do not share the KV cache between requests with a common prefix"),
+    "disable_overlap": Flag(help="plan a step only when the result of the one before it is back"),
+    "num_threads": Flag(
+        help="threads of each rank", unit="threads", unset="cores / ranks on this machine", low=1, high=4096
+    ),
+    "seed": Flag(help="seed of --load-format dummy's weights", low=0, high=2**63 - 1),
+    "step_timeout": Flag(
+        help="a rank that does not answer a step for this long is taken for hung, dumped and killed",
+        unit="seconds",
+        low=0,
+        high=86_400,
+        above_low=True,
+    ),
+    "log_level": Flag(help="how much is logged to stderr", choices=("debug", "info", "warning", "error")),
+}
+
+# Settings whose work is not in yet: field -> values that work today. Delete a line when its work lands.
+AVAILABLE: Mapping[str, tuple[Any, ...]] = {
+    "tp": (1,),
+    "ep": (1,),
+    "schedule_policy": ("fcfs",),
+}
+
+
+def make_args(values: Mapping[str, Any]) -> ServerArgs:
+    """`ServerArgs` as a user may ask for it, from names with dashes or underscores.
+
+    Raises ConfigError for an unknown name, with the nearest known one; for a bad value; and for what is not in yet.
+    """
+    known: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in FLAGS:
+            near = difflib.get_close_matches(name, FLAGS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(FLAGS)}"
+            raise ConfigError(f"{key} is not a setting; {hint}", field=key)
+        if name in known:
+            raise ConfigError(f"{key} is set twice, with a dash and with an underscore; keep one", field=key)
+        known[name] = value
+    args = ServerArgs(**known)
+    for name, allowed in AVAILABLE.items():
+        value = getattr(args, name)
+        if value not in allowed:
+            raise _bad(name, value, f"is not supported yet; use {', '.join(str(v) for v in allowed)}")
+    return args
+
+
+def flag_name(field: str) -> str:
+    """The flag of a field: `page_size` is `--page-size`."""
+    return "--" + field.replace("_", "-")
+
+
+def _check(name: str, kind: Any, value: Any) -> None:
+    try:
+        msgspec.convert(value, kind, strict=True)
+    except msgspec.ValidationError:
+        raise _bad(name, value, f"must be {_kind_words(kind)}") from None
+    if value is None:
+        return
+    flag = FLAGS[name]
+    if flag.choices and value not in flag.choices:
+        raise _bad(name, value, f"must be one of {', '.join(flag.choices)}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        _check_range(name, flag, value)
+    if value == "" or (isinstance(value, str) and "\0" in value):
+        raise _bad(name, value, "must not be empty or hold a zero byte")
+    if name == "name":
+        check_name(value)
+    elif name == "address":
+        check_address(value)
+
+
+def _check_range(name: str, flag: Flag, value: float) -> None:
+    low, high = flag.low, flag.high
+    too_low = low is not None and (value <= low if flag.above_low else value < low)
+    if not math.isfinite(value) or too_low or (high is not None and value > high):
+        bound = f"above {low:.12g}" if flag.above_low else f"at least {low}"
+        raise _bad(name, value, f"must be {bound} and at most {high}" + (f" ({flag.unit})" if flag.unit else ""))
+
+
+def _kind_words(kind: Any) -> str:
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    return next(text for part, text in words.items() if part in str(kind))
+
+
+def _bad(name: str, value: object, what: str) -> ConfigError:
+    return ConfigError(f"{flag_name(name)} {value} {what}", field=name)

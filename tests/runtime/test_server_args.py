@@ -1,0 +1,92 @@
+"""Settings: every field described, checked by type and range, and refused by name where its work is not in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from runtime.errors import ConfigError
+from runtime.server_args import AVAILABLE, FLAGS, ServerArgs, flag_name, make_args
+
+
+def test_every_field_is_described_and_nothing_else() -> None:
+    assert list(FLAGS) == [field.name for field in msgspec.structs.fields(ServerArgs)]
+
+
+def test_every_default_of_none_says_what_it_stands_for() -> None:
+    for field in msgspec.structs.fields(ServerArgs):
+        assert bool(FLAGS[field.name].unset) == (field.default is None), field.name
+
+
+def test_defaults_are_available() -> None:
+    assert make_args({}) == ServerArgs()
+
+
+def test_round_trip_through_json_as_children_get_it() -> None:
+    args = make_args({"tp": 1, "step-timeout": 5, "address": "tcp://127.0.0.1:0"})
+    assert msgspec.json.decode(msgspec.json.encode(args), type=ServerArgs) == args
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("tp", 0, "at least 1 and at most 1024 (ranks)"),
+        ("tp", "2", "a whole number"),
+        ("tp", True, "a whole number"),
+        ("tp", None, "a whole number"),
+        ("page_size", 1.5, "a whole number"),
+        ("page_size", 5000, "at most 4096 (tokens)"),
+        ("context_length", 1, "at least 2"),
+        ("max_total_tokens", -1, "at least 1"),
+        ("mem_fraction_static", 0.0, "above 0 and at most 1"),
+        ("mem_fraction_static", 1.01, "at most 1"),
+        ("mem_fraction_static", float("nan"), "above 0"),
+        ("step_timeout", float("inf"), "above 0 and at most 86400 (seconds)"),
+        ("step_timeout", "x", "a number"),
+        ("seed", -1, "at least 0"),
+        ("seed", 2**63, "at most 9223372036854775807"),
+        ("disable_radix_cache", 1, "true or false"),
+        ("device", "tpu", "one of auto, cpu, cuda"),
+        ("dtype", "float64", "one of auto, float32, bfloat16, float16"),
+        ("load_format", "pickle", "one of auto, dummy"),
+        ("log_level", "INFO", "one of debug, info, warning, error"),
+        ("model_path", "", "must not be empty"),
+        ("model_path", None, "a text"),
+        ("tokenizer_path", "a\0b", "zero byte"),
+        ("name", "../x", "letters, digits"),
+        ("address", "tcp://0.0.0.0:1", "beyond loopback"),
+    ],
+)
+def test_a_bad_value_is_refused_with_flag_value_and_limit(field: str, value: Any, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        ServerArgs(**{field: value})
+    message = str(error.value)
+    assert error.value.field == field
+    assert flag_name(field) in message
+    assert str(value) in message or repr(value) in message
+    assert says in message
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_what_is_not_in_yet_is_refused_by_name(name: str) -> None:
+    flag = FLAGS[name]
+    others = [v for v in flag.choices or (2, 4) if v not in AVAILABLE[name]]
+    for value in others:
+        with pytest.raises(ConfigError, match=rf"{flag_name(name)} {value} is not supported yet; use"):
+            make_args({name: value})
+
+
+def test_unknown_settings_name_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"page_sise is not a setting; did you mean page_size\?"):
+        make_args({"page_sise": 1})
+    with pytest.raises(ConfigError, match="zzz is not a setting; known: model_path, "):
+        make_args({"zzz": 1})
+    with pytest.raises(ConfigError, match="set twice"):
+        make_args({"page-size": 1, "page_size": 2})
+
+
+def test_args_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        ServerArgs().tp = 2  # type: ignore[misc]
