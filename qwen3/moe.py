@@ -123,7 +123,7 @@ def _combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     num_tokens, top_k = weights.shape
     pairs = rows.new_zeros((num_tokens * top_k, rows.shape[1]))
     pairs[order] = rows
-    return torch.bmm(weights.unsqueeze(1), pairs.view(num_tokens, top_k, -1)).squeeze(1)
+    return torch.bmm(weights.unsqueeze(1), pairs.view(num_tokens, top_k, rows.shape[1])).squeeze(1)
 
 
 def make_dispatch(kind: DispatchKind, parallel: ParallelState) -> ExpertDispatch:

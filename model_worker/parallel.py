@@ -1,0 +1,63 @@
+"""Starts torch.distributed for the ranks of one pipeline and builds each rank's `ParallelState`.
+
+One machine: the ranks meet through a FileStore in the pipeline's private directory, and Gloo is held to the loopback
+interface, so nothing listens beyond it.
+"""
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from qwen3.parallel import Group, ParallelState
+
+# Only a backstop: the launcher's step watchdog is far quicker.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def init_parallel(rank: int, tp_size: int, ep_size: int, device: torch.device, store_path: Path) -> ParallelState:
+    """This rank's groups; all `tp_size` ranks call it together. One rank needs and starts nothing.
+
+    store_path: a file in a private directory that does not exist yet, the same for all ranks. CPU uses Gloo, CUDA NCCL.
+    Degrees were checked before (runtime.model_config.check_parallel_degrees).
+    """
+    if tp_size == 1:
+        return ParallelState()
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    store = torch._C._distributed_c10d.FileStore(str(store_path), tp_size)
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=tp_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return build_state(rank, tp_size, ep_size)
+
+
+def build_state(rank: int, tp_size: int, ep_size: int) -> ParallelState:
+    """The state over torch.distributed's initialised default group; all ranks call it together, in the same order."""
+    split = tp_size // ep_size  # ranks that share an expert
+    return ParallelState(
+        rank=rank,
+        world_size=tp_size,
+        tp=_group_of(rank, [list(range(tp_size))]),
+        ep=_group_of(rank, [[e * split + part for e in range(ep_size)] for part in range(split)]),
+        expert_tp=_group_of(rank, [[e * split + part for part in range(split)] for e in range(ep_size)]),
+    )
+
+
+def _group_of(rank: int, groups: list[list[int]]) -> Group:
+    """Make every group, on every rank as torch.distributed demands, and return the one that has `rank`."""
+    mine = Group()
+    for ranks in groups:
+        if len(ranks) == 1:
+            continue
+        process_group = dist.group.WORLD if len(groups) == 1 else dist.new_group(ranks)
+        if rank in ranks:
+            mine = Group(ranks.index(rank), len(ranks), process_group)
+    return mine
