@@ -43,7 +43,7 @@ def steps_logits(run: PagedRun) -> torch.Tensor:
 
 
 def all_logits(rank: int, world_size: int, root: Path) -> list[str]:
-    """Every shape in every variant; logits go to <root>/<case>-<rank>.npy. Returns the addresses this rank listens on."""
+    """Every shape in every variant, logits to <root>/<case>-<rank>.npy. Returns the addresses this rank listens on."""
     for name, shape in SHAPES.items():
         for ep, kind in variants(shape, world_size):
             parallel = build_state(rank, world_size, ep)
