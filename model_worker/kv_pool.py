@@ -65,12 +65,14 @@ def choose_num_pages(
     device: torch.device,
     memory_fraction: float,
     max_total_tokens: int | None,
+    weight_bytes: int,
     ranks_on_machine: int,
 ) -> int:
     """Usable pages, the same on every rank; all ranks call it together, after their weights are loaded.
 
-    With `max_total_tokens`, the pages for that many tokens. Else what `memory_fraction` of the free
-    memory holds, on CPU at most CPU_LIMIT_BYTES, shared by all ranks of the machine. The smallest rank decides.
+    With `max_total_tokens`, the pages for that many tokens. Else weights and cache together take `memory_fraction` of
+    what is free without them; on CPU the ranks of a machine share that memory, and the cache takes at most
+    CPU_LIMIT_BYTES of it in all. The smallest rank decides. weight_bytes: what this rank's weights already take.
 
     Raises ConfigError, on all ranks, when not even one page fits.
     """
@@ -78,10 +80,10 @@ def choose_num_pages(
     if max_total_tokens is not None:
         pages = max_total_tokens // page_size
     else:
-        budget = int(free_bytes(device) * memory_fraction)
+        sharing = ranks_on_machine if device.type == "cpu" else 1  # a GPU belongs to one rank
+        budget = int((free_bytes(device) / sharing + weight_bytes) * memory_fraction) - weight_bytes
         if device.type == "cpu":
-            # A GPU belongs to one rank; main memory is shared by all of this machine.
-            budget = min(budget, CPU_LIMIT_BYTES) // ranks_on_machine
+            budget = min(budget, CPU_LIMIT_BYTES // sharing)
         pages = budget // page_bytes - 1  # one is for padding
     smallest = torch.tensor([pages], dtype=torch.int64, device=device)
     pages = int(world.all_reduce_min(smallest).item())

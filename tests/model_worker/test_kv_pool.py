@@ -21,7 +21,9 @@ def config(tmp_path: Path) -> ModelConfig:
     return read(tmp_path, DENSE)
 
 
-def pages(config: ModelConfig, *, fraction: float = 0.5, tokens: int | None = None, ranks: int = 1) -> int:
+def pages(
+    config: ModelConfig, *, fraction: float = 0.5, tokens: int | None = None, ranks: int = 1, weights: int = 0
+) -> int:
     return choose_num_pages(
         config,
         Group(),
@@ -30,6 +32,7 @@ def pages(config: ModelConfig, *, fraction: float = 0.5, tokens: int | None = No
         device=CPU,
         memory_fraction=fraction,
         max_total_tokens=tokens,
+        weight_bytes=weights,
         ranks_on_machine=ranks,
     )
 
@@ -56,6 +59,7 @@ def test_free_memory_is_shared_and_capped(config: ModelConfig, monkeypatch: pyte
     monkeypatch.setattr(kv_pool, "free_bytes", lambda device: 200 * page_bytes)
     assert pages(config, fraction=0.5) == 99  # one of the 100 is for padding
     assert pages(config, fraction=0.5, ranks=4) == 24
+    assert pages(config, fraction=0.5, weights=50 * page_bytes) == 74  # half of 250, less the 50 of the weights
     monkeypatch.setattr(kv_pool, "free_bytes", lambda device: 1 << 50)
     assert pages(config) == CPU_LIMIT_BYTES // page_bytes - 1
 
