@@ -1,23 +1,19 @@
 """What every child process of the pipeline shares: its spec, its line to the launcher, and dying with its parent.
 
-A child's entry module ends in
+The launcher starts a child through `runtime/boot.py`. A child's entry module ends in
 
     if __name__ == "__main__":
         run_child("scheduler", main)          # main(child: Child) -> None
 
-`run_child` reads the spec file named on the command line, watches the launcher's life pipe, and turns an exception into
-one `ChildFailed` message and a non-zero exit. `main` returns when `Child.commands` brings a `Shutdown`.
+`run_child` reads the spec file named on the command line and turns an exception into one `ChildFailed` message and a
+non-zero exit. `main` returns when `Child.commands` brings a `Shutdown`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import faulthandler
 import logging
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,15 +21,15 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from runtime.boot import prepare_child
 from runtime.endpoints import Endpoints
 from runtime.errors import UserError
+from runtime.logs import setup_logging
 from runtime.messages import ChildFailed, ChildMessage, ChildReady, Drained, Heartbeat, LauncherMessage
 from runtime.model_config import ModelConfig
 from runtime.server_args import ServerArgs
 
 HEARTBEAT_S = 0.5
-LIFE_PIPE_ENV = "VIBE_SGL_LITE_LIFE_FD"  # read end of a pipe that only the launcher holds open for writing
-PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger(__name__)
 
@@ -104,16 +100,9 @@ class Child:
 
 def run_child(name: str, main: Callable[[Child], None]) -> None:
     """Run one child process to its end; never returns. Exit code 0 after a normal return of `main`, else 1."""
-    faulthandler.enable()
-    if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1, all_threads=True)  # the launcher asks for a stack dump before a kill
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _die_with_parent()
+    prepare_child()
     spec = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=PipelineSpec)
-    logging.basicConfig(
-        level=spec.args.log_level.upper(), stream=sys.stderr, format=f"%(asctime)s {name} %(levelname)s %(message)s"
-    )
+    setup_logging(name, spec.args.log_level)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     child = Child(name, spec, context)
     code = 0
@@ -130,18 +119,3 @@ def run_child(name: str, main: Callable[[Child], None]) -> None:
     context.destroy(linger=500)
     sys.stderr.flush()
     os._exit(code)  # no interpreter teardown: worker threads of native libraries must not delay or crash the exit
-
-
-def _die_with_parent() -> None:
-    """Die when the launcher does: PR_SET_PDEATHSIG on Linux, backed everywhere by a pipe whose end-of-file says so."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    fd = os.environ.pop(LIFE_PIPE_ENV, None)
-    if fd is None:
-        return
-
-    def watch(pipe: int) -> None:
-        os.read(pipe, 1)  # returns only at end of file: nobody writes
-        os._exit(1)
-
-    threading.Thread(target=watch, args=(int(fd),), name="life", daemon=True).start()

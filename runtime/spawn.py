@@ -1,0 +1,106 @@
+"""Starting and ending one child process. Knows nothing of messages; `runtime/watch.py` decides when."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import site
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from runtime.boot import LIFE_PIPE_ENV
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+RANK_PREFIX = "model_worker."
+STACK_DUMP_S = 0.3  # what a child gets to write its stacks before it is killed
+REAP_S = 5.0
+
+
+class ChildSpec(msgspec.Struct, frozen=True):
+    """One process to start: its name on the control line, its entry module, and arguments after the spec file."""
+
+    name: str
+    module: str
+    extra: tuple[str, ...] = ()
+
+    @property
+    def is_rank(self) -> bool:
+        return self.name.startswith(RANK_PREFIX)
+
+
+def pipeline_children(ranks: int) -> tuple[ChildSpec, ...]:
+    """The engine's processes. Ranks come first: they take longest to start."""
+    return (
+        *(ChildSpec(f"{RANK_PREFIX}{rank}", "model_worker.worker", (str(rank),)) for rank in range(ranks)),
+        ChildSpec("tokenizer_manager", "tokenizer_manager.process"),
+        ChildSpec("scheduler", "scheduler.process"),
+        ChildSpec("detokenizer", "detokenizer.process"),
+    )
+
+
+class ChildProcess:
+    """A started child, in a session of its own, so that a terminal's Ctrl-C reaches the launcher alone.
+
+    Its stdout goes to our stderr: the launcher's stdout carries the ready line and nothing else.
+    """
+
+    def __init__(self, spec: ChildSpec, spec_file: Path, threads: int, life_fd: int) -> None:
+        self.spec = spec
+        self._popen = subprocess.Popen(
+            [sys.executable, "-P", "-m", "runtime.boot", spec.module, str(spec_file), *spec.extra],
+            env=_environment(os.environ, threads if spec.is_rank else 1, life_fd),
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            pass_fds=(life_fd,),
+            start_new_session=True,
+        )
+        self.pid = self._popen.pid
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def exit_code(self) -> int | None:
+        """None while it runs; as subprocess has it, minus the signal's number when one killed it."""
+        return self._popen.poll()
+
+    def exit_words(self) -> str:
+        """How it ended, for people."""
+        code = self._popen.poll()
+        if code is None:
+            return "is still running"
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"exited with code {code}"
+
+    def dump_stacks(self) -> None:
+        """Ask for a stack dump on stderr and give it time to be written. A stopped process cannot write one."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGUSR1)
+            time.sleep(STACK_DUMP_S)
+
+    def kill(self) -> None:
+        """SIGKILL it and whatever it started (all of it is in its process group)."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM when all are zombies
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def reap(self) -> None:
+        """Wait for the end of a killed child."""
+        self._popen.wait(REAP_S)
+
+
+def _environment(base: Mapping[str, str], threads: int, life_fd: int) -> dict[str, str]:
+    env = dict(base)
+    env.update({name: str(threads) for name in THREAD_VARIABLES})
+    env[LIFE_PIPE_ENV] = str(life_fd)
+    env["PYTHONUNBUFFERED"] = "1"
+    root = str(Path(__file__).resolve().parent.parent)
+    if root not in {os.path.realpath(folder) for folder in (*site.getsitepackages(), site.getusersitepackages())}:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, base.get("PYTHONPATH")]))  # a checkout, not installed
+    return env
