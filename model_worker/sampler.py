@@ -1,0 +1,175 @@
+"""The sampler: from a step's logits to one token a row, exact, the same on every rank and in any batch.
+
+Order: penalties and bias -> temperature -> top-k -> top-p (renormalised after top-k) -> min-p -> draw. Ties of logits
+go to the lowest id everywhere: in the greedy argmax, in who is among the k best, in which of a nucleus's last equals
+stay. The draw is Gumbel-max: argmax of logit / temperature + noise(seed, position, token id), see noise.py. So a row's
+token depends on its own logits, parameters, seed and position, and on nothing else.
+
+Rows share one pass: one read of the logits finds every row's best blocks; greedy rows need no more, filtered rows are
+decided on a few sorted candidates, and only a row whose cut lies beyond them (or that has no filter) goes over its
+vocabulary again. Ranks exchange candidates, histograms and winners, never the vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from model_worker.noise import gumbel, row_keys
+from model_worker.sampling_adjust import LogitAdjuster
+from model_worker.sampling_candidates import BlockMaxima, top_over_ranks, unpack
+from model_worker.sampling_logprobs import Logprobs, token_logprobs
+from model_worker.sampling_nucleus import (
+    MAX_VOCAB,
+    Cuts,
+    distances,
+    find_cuts,
+    prefix_lengths,
+    row_parts,
+    total_masses,
+)
+from model_worker.sampling_slots import FilterPlan, SamplingPlan, SlotSampling
+from qwen3.parallel import Group, shard
+from runtime.sampling_params import ResolvedSampling
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """token_ids: int64 [rows], on the logits' device. logprobs: of the rows that asked for them, else None."""
+
+    token_ids: Tensor
+    logprobs: Logprobs | None
+
+
+class Sampler:
+    """Sampling parameters of all slots of a rank, and the sampling of its steps.
+
+    vocab_size: of the whole vocabulary, 262,144 at most. group: the ranks that share it in equal ranges.
+    tokens: [max_slots, context_len] int32, the sequences of the slots; read, never written. When `sample` runs,
+        tokens[slot, :position] must hold all tokens before the one to draw (only penalties read it).
+    """
+
+    def __init__(self, vocab_size: int, group: Group, tokens: Tensor) -> None:
+        assert vocab_size <= MAX_VOCAB, f"a vocabulary of {vocab_size} is above {MAX_VOCAB}"
+        self.vocab = shard(vocab_size, group)
+        self.group = group
+        self.slots = SlotSampling(vocab_size, self.vocab, tokens.device)
+        self._adjuster = LogitAdjuster(tokens, self.vocab)
+        self._ids = torch.arange(self.vocab.start, self.vocab.stop, device=tokens.device)
+
+    def admit(self, slot: int, sampling: ResolvedSampling, num_prompt_tokens: int) -> None:
+        """A row comes to `slot`, for the first time or again after a retraction. sampling.seed is the sample's own."""
+        self.slots.admit(slot, sampling, num_prompt_tokens)
+
+    def release(self, slot: int) -> None:
+        """The slot is free again."""
+        self.slots.release(slot)
+
+    def sample(self, logits: Tensor, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> SampleOutput:
+        """Draw one token a row.
+
+        logits: [rows, vocab / ranks] float32 or bfloat16, contiguous; overwritten where penalties or biases apply.
+        slots: int64 [rows] on the host, each occupied. positions: int64 [rows] on the host, the index in the whole
+        sequence (prompt and generated) of the token being drawn: the number of tokens known so far.
+        Every rank of the group calls it with the same slots and positions. A row with NaN gives some id in range.
+        """
+        assert logits.shape == (len(slots), len(self._ids))
+        assert logits.is_contiguous()
+        plan = self.slots.plan(slots)
+        raw = logits[plan.logprob_rows] if plan.logprob_rows else None
+        device_positions = torch.from_numpy(positions).to(logits.device)
+        token_ids = self._draw(self._adjuster.adjust(logits, plan, device_positions, positions), plan, device_positions)
+        logprobs = None
+        if raw is not None:
+            chosen = token_ids[plan.logprob_rows]
+            logprobs = token_logprobs(raw, chosen, plan.logprob_rows, plan.top_counts, self.vocab, self.group)
+        return SampleOutput(token_ids, logprobs)
+
+    def logprobs_of(self, logits: Tensor, token_ids: Tensor, top: int) -> Logprobs:
+        """For prompt_logprobs: logits [n, vocab / ranks] at n positions and the tokens (int64 [n]) that follow them."""
+        n = len(token_ids)
+        return token_logprobs(logits, token_ids, list(range(n)), [top] * n, self.vocab, self.group)
+
+    def _draw(self, logits: Tensor, plan: SamplingPlan, positions: Tensor) -> Tensor:
+        """int64 [rows], from the adjusted logits."""
+        token_ids = torch.empty_like(positions)
+        maxima = BlockMaxima(logits, self.vocab.start) if plan.greedy is not None or plan.filtered is not None else None
+        if plan.greedy is not None:
+            assert maxima is not None
+            best = top_over_ranks(maxima.top(plan.greedy, 1), self.group)
+            token_ids[plan.greedy] = unpack(best)[1][:, 0]
+        if plan.all_greedy:
+            return token_ids
+        keys = row_keys(plan.seeds, positions)
+        if plan.unfiltered is not None:
+            token_ids[plan.unfiltered] = self._draw_widely(logits, plan.unfiltered, plan, keys)
+        if plan.filtered is not None:
+            assert maxima is not None
+            token_ids[plan.filtered.rows] = self._draw_filtered(logits, maxima, plan.filtered, plan, keys)
+        return token_ids
+
+    def _draw_filtered(
+        self, logits: Tensor, maxima: BlockMaxima, filters: FilterPlan, plan: SamplingPlan, keys: Tensor
+    ) -> Tensor:
+        """int64 [n], of the rows of `filters`."""
+        values, ids = unpack(top_over_ranks(maxima.top(filters.rows, filters.candidates), self.group))
+        best, inverse = values[:, 0].contiguous(), plan.inverse_temperature[filters.rows]
+        total = torch.zeros_like(filters.rows)
+        few = filters.needs_total
+        if len(few):
+            total[few] = total_masses(logits, filters.rows[few], best[few], inverse[few], self.group)
+        lengths, undecided = prefix_lengths(distances(values, best, inverse), filters, total, self.slots.vocab_size)
+        scores = values.to(torch.float64) * inverse[:, None] + gumbel(keys[filters.rows][:, None], ids)
+        outside = torch.arange(filters.candidates, device=ids.device) >= lengths[:, None]
+        scores.masked_fill_(outside, float("-inf"))
+        drawn = ids.masked_fill(scores < scores.amax(1, keepdim=True), self.slots.vocab_size - 1).amin(1)
+        if filters.may_be_undecided:
+            # All ranks must take the same way, also where two kinds of machine round a sum's last bit differently.
+            rest = self.group.all_reduce_max(undecided.to(torch.int32)).nonzero()[:, 0]
+            if len(rest):
+                drawn[rest] = self._draw_beyond(logits, filters.subset(rest), plan, keys, best[rest], total[rest])
+        return drawn
+
+    def _draw_beyond(
+        self, logits: Tensor, filters: FilterPlan, plan: SamplingPlan, keys: Tensor, best: Tensor, total: Tensor
+    ) -> Tensor:
+        """int64 [n]: rows whose filters keep more than the candidates."""
+        inverse = plan.inverse_temperature[filters.rows]
+        own = logits[filters.rows].to(torch.float32)
+        cuts = find_cuts(own, self.vocab.start, filters, best, total, inverse, self.group)
+        return self._draw_widely(logits, filters.rows, plan, keys, _Kept(cuts, best, filters.max_distance))
+
+    def _draw_widely(
+        self, logits: Tensor, rows: Tensor, plan: SamplingPlan, keys: Tensor, kept: "_Kept | None" = None
+    ) -> Tensor:
+        """int64 [n]: noise for every entry of `rows`, or for those that are kept."""
+        winners = torch.empty((1, 2, len(rows)), dtype=torch.float64, device=rows.device)  # score and id
+        for part in row_parts(rows, logits.shape[1]):
+            chunk = rows[part]
+            values, inverse = logits[chunk].to(torch.float32), plan.inverse_temperature[chunk]
+            scores = gumbel(keys[chunk][:, None], self._ids)
+            scores.add_(values.to(torch.float64) * inverse[:, None])
+            if kept is not None:
+                scores.masked_fill_(~kept.mask(values, self._ids, inverse, part), float("-inf"))
+            index = scores.argmax(1)
+            winners[0, 0, part] = scores.gather(1, index[:, None])[:, 0]
+            winners[0, 1, part] = self._ids[index].to(torch.float64)
+        # Ranks hold ascending ids, and argmax takes the first: a tie goes to the lowest id.
+        scores, ids = self.group.all_gather(winners).unbind(1)
+        return ids.gather(0, scores.argmax(0, keepdim=True))[0].to(torch.int64)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the filters of n rows leave, where that is not a short list. best float32, max_distance float64: [n]."""
+
+    cuts: Cuts
+    best: Tensor
+    max_distance: Tensor
+
+    def mask(self, values: Tensor, ids: Tensor, inverse: Tensor, part: slice) -> Tensor:
+        """bool [m, ids] for rows `part`, whose logits are `values` (float32) and inverse temperatures `inverse`."""
+        near = distances(values, self.best[part], inverse) <= self.max_distance[part, None]
+        return near & self.cuts.keep(values, ids, part)

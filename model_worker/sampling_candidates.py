@@ -1,0 +1,89 @@
+"""The exact top k of each row, ordered by (logit descending, id ascending), over all ranks.
+
+A logit and its id are packed into one int64 *key*, the order-preserving bits of the float32 above the complement of the
+id. Keys are unique, so a plain maximum or top-k of keys has exactly one answer, ties of logits included, however the
+vocabulary is cut into blocks or ranks.
+
+Only a fraction of the vocabulary is packed: the k best entries lie in the k blocks with the best (maximum, lowest
+block) pairs, because each of these blocks holds an entry that beats every entry of a block left out.
+"""
+
+import torch
+from torch import Tensor
+
+from qwen3.parallel import Group
+
+BLOCK = 64  # vocabulary entries a block
+_ID_MASK = (1 << 32) - 1
+NO_KEY = -(1 << 63)  # below the key of every logit, -inf too
+
+
+def pack(logits: Tensor, ids: Tensor) -> Tensor:
+    """logits: float32; ids: int64 in 0 .. 2**32 - 1, of a shape that broadcasts -> int64 keys."""
+    return (ordered_bits(logits).to(torch.int64) << 32) | (_ID_MASK - ids)
+
+
+def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack`: (logits float32, ids int64). `NO_KEY` gives NaN and the largest id."""
+    return from_ordered_bits((keys >> 32).to(torch.int32)), _ID_MASK - (keys & _ID_MASK)
+
+
+def ordered_bits(x: Tensor) -> Tensor:
+    """float32 -> int32 that compares as the floats do (-0.0 as 0.0; NaN above infinity)."""
+    bits = (x + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def from_ordered_bits(ordered: Tensor) -> Tensor:
+    """The inverse of `ordered_bits`."""
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+class BlockMaxima:
+    """The maximum of each block of each row of `logits`: one pass over them, shared by every top-k of the step.
+
+    logits: [rows, local vocabulary] contiguous, float32 or bfloat16. first_id: id of the first column.
+    """
+
+    def __init__(self, logits: Tensor, first_id: int) -> None:
+        self.logits = logits
+        self.first_id = first_id
+        blocks, rest = divmod(logits.shape[1], BLOCK)
+        whole = blocks * BLOCK
+        parts = [logits[:, :whole].reshape(-1, blocks, BLOCK).amax(-1)] if blocks else []
+        if rest:
+            parts.append(logits[:, whole:].amax(-1, keepdim=True))
+        self.maxima = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def top(self, rows: Tensor, k: int) -> Tensor:
+        """Keys [n, k] of the k best local entries of `rows` (int64 [n]), best first; padded with NO_KEY."""
+        columns = self._columns_of_best_blocks(rows, k)
+        inside = columns < self.logits.shape[1]
+        columns.clamp_(max=self.logits.shape[1] - 1)
+        flat = columns + rows[:, None] * self.logits.shape[1]
+        keys = pack(self.logits.view(-1)[flat].to(torch.float32), columns + self.first_id)
+        keys.masked_fill_(~inside, NO_KEY)
+        best = _largest(keys, min(k, keys.shape[1]))
+        return torch.nn.functional.pad(best, (0, k - best.shape[1]), value=NO_KEY)
+
+    def _columns_of_best_blocks(self, rows: Tensor, k: int) -> Tensor:
+        """int64 [n, m], the columns of the k best blocks of each row; the last block may reach past the end."""
+        maxima = self.maxima[rows].to(torch.float32)
+        blocks = torch.arange(maxima.shape[1], device=rows.device)
+        best = unpack(_largest(pack(maxima, blocks), min(k, len(blocks))))[1]
+        offsets = torch.arange(BLOCK, device=rows.device)
+        return (best[:, :, None] * BLOCK + offsets).flatten(1)
+
+
+def top_over_ranks(local: Tensor, group: Group) -> Tensor:
+    """Each rank's keys [n, k], best first -> the k best of all ranks, the same on every rank."""
+    if group.size == 1:
+        return local
+    if local.shape[1] == 1:
+        return group.all_reduce_max(local.contiguous())
+    gathered = group.all_gather(local[None])
+    return _largest(gathered.transpose(0, 1).flatten(1), local.shape[1])
+
+
+def _largest(keys: Tensor, k: int) -> Tensor:
+    return keys.amax(1, keepdim=True) if k == 1 else keys.topk(k, dim=1).values
