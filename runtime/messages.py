@@ -239,7 +239,11 @@ SchedulerInput = AddRequest | AbortRequest | StopMatched | SchedulerQuery
 
 
 class OpenText(Message, frozen=True):
-    """Scheduler -> detokenizer: text options of a sample, sent once before its first output. `uid` is the sample's."""
+    """Scheduler -> detokenizer: text options of a sample, sent once before its first output. `uid` is the sample's.
+
+    cached_tokens: of the prompt, from the radix cache; for the usage of a sample that a stop string ends. A later
+    `TokenOutput.usage` overrides it.
+    """
 
     uid: int
     rid: str
@@ -248,6 +252,7 @@ class OpenText(Message, frozen=True):
     stop: tuple[str, ...]
     include_stop: bool
     skip_special_tokens: bool
+    cached_tokens: int = 0
 
 
 class TokenOutput(msgspec.Struct, array_like=True, frozen=True):
@@ -272,11 +277,15 @@ DetokenizerInput = OpenText | StepOutput
 
 
 class RoutedChunk(msgspec.Struct, array_like=True, frozen=True):
-    """One encoded `Chunk` on its way to a client, routed by uid; the tokenizer manager does not decode `payload`."""
+    """One encoded `Chunk` on its way to a client, routed by uid; the tokenizer manager does not decode `payload`.
+
+    num_tokens: generated tokens of the sample up to the end of this chunk, so that the tokenizer manager can end it.
+    """
 
     uid: int
     terminal: bool
     payload: bytes
+    num_tokens: int = 0
 
 
 class ChunkBatch(Message, frozen=True):

@@ -1,0 +1,153 @@
+"""The detokenizer without its sockets: opened samples and step outputs in, encoded chunks and stop matches out.
+
+On a stop string the sample ends here: its last chunk is made with ids, logprobs and usage cut at the token that
+completed the match, and whatever the scheduler still sends for it is dropped. Repeated tokens are dropped by `first`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import msgspec
+
+from detokenizer.incremental import Vocabulary
+from detokenizer.stop import StopMatcher
+from runtime.messages import (
+    Chunk,
+    ChunkBatch,
+    Finish,
+    LogprobEntry,
+    OpenText,
+    RoutedChunk,
+    StepOutput,
+    StopMatched,
+    TokenLogprob,
+    TokenOutput,
+    Usage,
+    pack_ids,
+    unpack_ids,
+)
+from runtime.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class _Sample:
+    """One open sample. `count`: tokens received so far. `cached`: prompt tokens that came from the radix cache."""
+
+    __slots__ = ("cached", "count", "options", "stop", "stream")
+
+    def __init__(self, options: OpenText, vocabulary: Vocabulary) -> None:
+        self.options = options
+        self.stream = vocabulary.open(options.skip_special_tokens)
+        self.stop = StopMatcher(options.stop, options.include_stop) if options.stop else None
+        self.count = 0
+        self.cached = options.cached_tokens
+
+    def add(self, ids: Sequence[int]) -> tuple[str, int, str | None]:
+        """(text to show, how many of `ids` count, the stop string found). Ids behind a match do not count."""
+        if self.stop is None:
+            return self.stream.add(ids), len(ids), None
+        pieces = []
+        for used, token_id in enumerate(ids, 1):
+            shown, matched = self.stop.add(self.stream.add((token_id,)))
+            pieces.append(shown)
+            if matched is not None:
+                return "".join(pieces), used, matched
+        return "".join(pieces), len(ids), None
+
+    def end(self) -> tuple[str, str | None]:
+        """(the rest of the text, the stop string that it still completed)."""
+        rest = self.stream.flush()
+        if self.stop is None:
+            return rest, None
+        shown, matched = self.stop.add(rest)
+        return (shown, matched) if matched is not None else (shown + self.stop.flush(), None)
+
+
+class Detokenizer:
+    """late: outputs that came for samples already ended (expected after stop matches)."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.late = 0
+        self._vocabulary = Vocabulary(tokenizer)
+        self._samples: dict[int, _Sample] = {}
+        self._encoder = msgspec.msgpack.Encoder()
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._samples)
+
+    def open(self, options: OpenText) -> None:
+        """Opening a sample that is open changes nothing."""
+        if options.uid not in self._samples:
+            self._samples[options.uid] = _Sample(options, self._vocabulary)
+
+    def step(self, step: StepOutput) -> tuple[ChunkBatch, list[StopMatched]]:
+        """Chunks of one step, one a sample that brought something new, and the samples that a stop string ended."""
+        chunks: list[RoutedChunk] = []
+        matches: list[StopMatched] = []
+        for output in step.outputs:
+            sample = self._samples.get(output.uid)
+            if sample is None:
+                self.late += 1
+                continue
+            chunk = self._chunk(sample, output)
+            if chunk is None:
+                continue
+            if chunk.finish is not None:
+                del self._samples[output.uid]
+                if output.finish is None:
+                    matches.append(StopMatched(output.uid))
+            payload = self._encoder.encode(chunk)
+            chunks.append(RoutedChunk(output.uid, chunk.finish is not None, payload, sample.count))
+        return ChunkBatch(chunks), matches
+
+    def _chunk(self, sample: _Sample, output: TokenOutput) -> Chunk | None:
+        """None when the output only repeats what came before."""
+        repeated = sample.count - output.first
+        if repeated < 0:
+            log.error("sample %d: token %d came where %d was due", output.uid, output.first, sample.count)
+            repeated = 0
+            sample.count = output.first
+        packed = output.token_ids[4 * repeated :] if repeated else output.token_ids
+        if output.usage is not None:
+            sample.cached = output.usage.cached_tokens
+        if not packed and output.finish is None and output.prompt_logprobs is None:
+            return None
+        ids = unpack_ids(packed)
+        text, used, matched = sample.add(ids)
+        finish = output.finish
+        if matched is None and finish is not None:
+            rest, matched = sample.end()
+            text += rest
+        if matched is not None:
+            finish = Finish("stop", matched=matched)
+        first = sample.count
+        sample.count += used
+        usage = None
+        if finish is not None:
+            usage = Usage(sample.options.prompt_tokens, sample.count, sample.cached)
+        return Chunk(
+            sample.options.rid,
+            sample.options.index,
+            first,
+            packed if used == len(ids) else pack_ids(ids[:used]),
+            text,
+            finish,
+            usage,
+            None if output.logprobs is None else self._entries(output.logprobs[repeated : repeated + used]),
+            None if output.prompt_logprobs is None else self._prompt_entries(output.prompt_logprobs),
+        )
+
+    def _entries(self, logprobs: Sequence[TokenLogprob]) -> tuple[LogprobEntry, ...]:
+        return tuple(map(self._entry, logprobs))
+
+    def _prompt_entries(self, logprobs: Sequence[TokenLogprob | None]) -> tuple[LogprobEntry | None, ...]:
+        return tuple(None if entry is None else self._entry(entry) for entry in logprobs)
+
+    def _entry(self, logprob: TokenLogprob) -> LogprobEntry:
+        text = self._vocabulary.text
+        top = tuple(LogprobEntry(token_id, value, text(token_id)) for token_id, value in logprob.top)
+        return LogprobEntry(logprob.token_id, logprob.logprob, text(logprob.token_id), top)

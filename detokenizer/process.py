@@ -1,0 +1,54 @@
+"""The detokenizer process: `python -m detokenizer.process <spec file>`.
+
+Sleeps in a poll until the scheduler sends something or the launcher commands; chunks go to the tokenizer manager, stop
+matches back to the scheduler.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import zmq
+
+from detokenizer.core import Detokenizer
+from runtime.channels import Receiver, Sender
+from runtime.child import HEARTBEAT_S, Child, run_child
+from runtime.messages import DetokenizerInput, OpenText, Shutdown
+from runtime.tokenizer import Tokenizer
+
+AT_ONCE = 256  # messages between two looks at the launcher's line
+
+log = logging.getLogger(__name__)
+
+
+def main(child: Child) -> None:
+    endpoints = child.spec.endpoints
+    receiver: Receiver[DetokenizerInput] = Receiver(child.context, endpoints.detokenizer, DetokenizerInput)
+    tokenizer_manager = Sender(child.context, endpoints.tokenizer_manager)
+    scheduler = Sender(child.context, endpoints.scheduler)
+    detokenizer = Detokenizer(Tokenizer.from_folder(child.spec.tokenizer_folder))
+    poller = zmq.Poller()
+    poller.register(receiver.socket, zmq.POLLIN)
+    poller.register(child.control, zmq.POLLIN)
+    child.ready()
+    while True:
+        poller.poll(int(HEARTBEAT_S * 1000))
+        child.heartbeat()
+        if any(isinstance(command, Shutdown) for command in child.commands()):
+            break
+        for message in receiver.drain(AT_ONCE):
+            if isinstance(message, OpenText):
+                detokenizer.open(message)
+                continue
+            batch, matches = detokenizer.step(message)
+            if batch.chunks:
+                tokenizer_manager.send(batch)
+            for match in matches:
+                scheduler.send(match)
+    log.info("leaving: %d samples open, %d late outputs dropped", detokenizer.num_samples, detokenizer.late)
+    for channel in (receiver, tokenizer_manager, scheduler):
+        channel.close()
+
+
+if __name__ == "__main__":
+    run_child("detokenizer", main)
