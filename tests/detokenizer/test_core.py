@@ -34,8 +34,9 @@ def opened(uid: int = 1, **options: Any) -> Detokenizer:
 
 
 def open_text(uid: int, **options: Any) -> OpenText:
-    defaults: dict[str, Any] = {"stop": (), "include_stop": False, "skip_special_tokens": True, "cached_tokens": 3}
-    return OpenText(**{"uid": uid, "rid": f"r{uid}", "index": 0, "prompt_tokens": 9} | defaults | options)
+    fields: dict[str, Any] = {"uid": uid, "rid": f"r{uid}", "index": 0, "prompt_tokens": 9, "stop": ()}
+    fields |= {"include_stop": False, "skip_special_tokens": True, "cached_tokens": 3}
+    return OpenText(**fields | options)
 
 
 def run(detokenizer: Detokenizer, *outputs: TokenOutput) -> tuple[list[Chunk], list[StopMatched]]:
