@@ -1,0 +1,131 @@
+"""What a client refuses by itself, by name, and what it puts on the wire."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from runtime.client_requests import Plan, plan_chat, plan_generate, single
+from runtime.errors import RequestError
+from runtime.messages import Generate, unpack_ids
+from runtime.sampling_params import SamplingParams
+
+HI = {"role": "user", "content": "hi"}
+
+
+def generate(prompt: Any = None, sampling_params: Any = None, **arguments: Any) -> Plan:
+    known: dict[str, Any] = {"input_ids": None, "rid": None, "priority": 0, "cache_salt": None}
+    later = {name: value for name, value in arguments.items() if name not in known}
+    return plan_generate(
+        prompt, sampling_params, later=later, **(known | {k: v for k, v in arguments.items() if k in known})
+    )
+
+
+def chat(messages: Any, sampling_params: Any = None, **arguments: Any) -> Plan:
+    known: dict[str, Any] = {"enable_thinking": None, "rid": None, "priority": 0, "cache_salt": None}
+    later = {name: value for name, value in arguments.items() if name not in known}
+    return plan_chat(
+        messages, sampling_params, later=later, **(known | {k: v for k, v in arguments.items() if k in known})
+    )
+
+
+def sent(plan: Plan) -> list[Generate]:
+    return [msgspec.msgpack.decode(request.frame, type=Generate) for request in plan.requests]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "a", "input_ids": [1]}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": b"bytes"}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": ["a", None]}, "prompt"),
+        ({"prompt": ["a", []]}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"input_ids": []}, "input_ids"),
+        ({"input_ids": "abc"}, "input_ids"),
+        ({"input_ids": 5}, "input_ids"),
+        ({"input_ids": [[]]}, "input_ids"),
+        ({"input_ids": [[1], "a"]}, "input_ids"),
+        ({"input_ids": [1, 2.5]}, "input_ids"),
+        ({"input_ids": [1, -1]}, "input_ids"),
+        ({"input_ids": [2**31]}, "input_ids"),
+        ({"prompt": "a", "sampling_params": {"temperature": 0}}, "sampling_params"),
+        ({"prompt": "a", "sampling_params": [SamplingParams()] * 2}, "sampling_params"),
+        ({"prompt": ["a", "b"], "sampling_params": [SamplingParams()]}, "sampling_params"),
+        ({"prompt": ["a", "b"], "rid": "r"}, "rid"),
+        ({"prompt": ["a", "b"], "rid": ["r", "r"]}, "rid"),
+        ({"prompt": "a", "rid": ""}, "rid"),
+        ({"prompt": "a", "rid": [5]}, "rid"),
+        ({"prompt": "a", "priority": 1.5}, "priority"),
+        ({"prompt": "a", "priority": 2**70}, "priority"),
+        ({"prompt": "a", "cache_salt": 5}, "cache_salt"),
+        ({"prompt": "a", "json_schema": {}}, "json_schema"),
+        ({"prompt": "a", "regex": "a*"}, "regex"),
+        ({"prompt": "a", "choice": ["a"]}, "choice"),
+        ({"prompt": "a", "max_thinking_tokens": 5}, "max_thinking_tokens"),
+        ({"prompt": "a", "tools": []}, "tools"),
+        ({"prompt": "a", "temprature": 1}, "temprature"),
+    ],
+)
+def test_generate_refuses_by_name(arguments: dict[str, Any], field: str) -> None:
+    with pytest.raises(RequestError, match=field) as caught:
+        generate(**arguments)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": HI}, "messages"),
+        ({"messages": ["hi"]}, "messages"),
+        ({"messages": [[HI], "hi"]}, "messages"),
+        ({"messages": [HI, "hi"]}, "messages"),
+        ({"messages": [{"role": "user", "content": object()}]}, "messages"),
+        ({"messages": [HI], "enable_thinking": 1}, "enable_thinking"),
+        ({"messages": [HI], "tools": [{}]}, "tools"),
+    ],
+)
+def test_chat_refuses_by_name(arguments: dict[str, Any], field: str) -> None:
+    with pytest.raises(RequestError, match=field) as caught:
+        chat(**arguments)
+    assert caught.value.field == field
+
+
+def test_a_stream_takes_one() -> None:
+    with pytest.raises(RequestError, match="one prompt"):
+        single(generate(["a"]))
+    with pytest.raises(RequestError, match="one prompt"):
+        single(chat([[HI]]))
+    assert single(generate("a", rid="r")).rid == "r"
+
+
+def test_what_is_sent() -> None:
+    (one,) = sent(generate("a", SamplingParams(temperature=0), rid="r", priority=-1, cache_salt="s"))
+    assert (one.rid, one.prompt, one.input_ids, one.messages) == ("r", "a", None, None)
+    assert (one.priority, one.cache_salt, one.template_kwargs) == (-1, "s", None)
+    assert msgspec.msgpack.decode(one.sampling) == {"temperature": 0}
+    (one,) = sent(generate((1, 2)))
+    assert one.input_ids is not None
+    assert unpack_ids(one.input_ids) == [1, 2]
+    mixed = sent(generate(["a", [3]]))
+    assert [m.prompt for m in mixed] == ["a", None]
+    (one,) = sent(chat([HI], enable_thinking=False))
+    assert (one.prompt, one.input_ids, one.messages) == (None, None, [HI])
+    assert one.template_kwargs == {"enable_thinking": False}
+    assert [m.messages for m in sent(chat([[HI], [HI, HI]]))] == [[HI], [HI, HI]]
+
+
+def test_a_keyword_of_later_may_be_none() -> None:
+    assert len(generate("a", tools=None).requests) == 1
+
+
+def test_rids_differ() -> None:
+    assert len({request.rid for request in generate(["a"] * 1000).requests}) == 1000
