@@ -25,13 +25,18 @@ def row_keys(seeds: Tensor, positions: Tensor) -> Tensor:
     return _mix_(_mix_(seeds + GOLDEN) + positions)
 
 
-def gumbel(keys: Tensor, token_ids: Tensor) -> Tensor:
-    """Standard Gumbel noise of each (key, token id).
+def counters(token_ids: Tensor) -> Tensor:
+    """int64 ids -> int64 of the same shape: what a token adds to a row's key. Worth keeping for a whole vocabulary."""
+    return (token_ids + 1) * GOLDEN
 
-    keys, token_ids: int64, broadcast against each other -> float64 of the broadcast shape. Values lie in
-    [-3.6, 36.8]: 52 bits of the hash make the uniform variate.
+
+def gumbel(keys: Tensor, token_counters: Tensor) -> Tensor:
+    """Standard Gumbel noise of each (key, token).
+
+    keys: `row_keys`, token_counters: `counters`; broadcast against each other -> float64 of the broadcast shape.
+    Values lie in [-3.6, 36.8]: 52 bits of the hash make the uniform variate.
     """
-    bits = _mix_(keys + (token_ids + 1) * GOLDEN)
+    bits = _mix_(keys + token_counters)
     # The shift is arithmetic, so the mask takes away the copies of the sign.
     bits.bitwise_right_shift_(64 - _UNIFORM_BITS).bitwise_and_((1 << _UNIFORM_BITS) - 1)
     uniform = bits.to(torch.float64).add_(0.5).mul_(2.0**-_UNIFORM_BITS)

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model_worker.noise import gumbel, row_keys
+from model_worker.noise import counters, gumbel, row_keys
 from model_worker.sampling_adjust import LogitAdjuster
-from model_worker.sampling_candidates import BlockMaxima, top_over_ranks, unpack
+from model_worker.sampling_candidates import BlockMaxima, argmax, top_over_ranks, unpack
 from model_worker.sampling_logprobs import Logprobs, token_logprobs
 from model_worker.sampling_nucleus import (
     MAX_VOCAB,
@@ -58,6 +58,7 @@ class Sampler:
         self.slots = SlotSampling(vocab_size, self.vocab, tokens.device)
         self._adjuster = LogitAdjuster(tokens, self.vocab)
         self._ids = torch.arange(self.vocab.start, self.vocab.stop, device=tokens.device)
+        self._counters = counters(self._ids)
 
     def admit(self, slot: int, sampling: ResolvedSampling, num_prompt_tokens: int) -> None:
         """A row comes to `slot`, for the first time or again after a retraction. sampling.seed is the sample's own."""
@@ -121,7 +122,7 @@ class Sampler:
         if len(few):
             total[few] = total_masses(logits, filters.rows[few], best[few], inverse[few], self.group)
         lengths, undecided = prefix_lengths(distances(values, best, inverse), filters, total, self.slots.vocab_size)
-        scores = values.to(torch.float64) * inverse[:, None] + gumbel(keys[filters.rows][:, None], ids)
+        scores = values.to(torch.float64) * inverse[:, None] + gumbel(keys[filters.rows][:, None], counters(ids))
         outside = torch.arange(filters.candidates, device=ids.device) >= lengths[:, None]
         scores.masked_fill_(outside, float("-inf"))
         drawn = ids.masked_fill(scores < scores.amax(1, keepdim=True), self.slots.vocab_size - 1).amin(1)
@@ -149,13 +150,12 @@ class Sampler:
         for part in row_parts(rows, logits.shape[1]):
             chunk = rows[part]
             values, inverse = logits[chunk].to(torch.float32), plan.inverse_temperature[chunk]
-            scores = gumbel(keys[chunk][:, None], self._ids)
+            scores = gumbel(keys[chunk][:, None], self._counters)
             scores.add_(values.to(torch.float64) * inverse[:, None])
             if kept is not None:
                 scores.masked_fill_(~kept.mask(values, self._ids, inverse, part), float("-inf"))
-            index = scores.argmax(1)
-            winners[0, 0, part] = scores.gather(1, index[:, None])[:, 0]
-            winners[0, 1, part] = self._ids[index].to(torch.float64)
+            winners[0, 0, part], column = argmax(scores)
+            winners[0, 1, part] = self._ids[column].to(torch.float64)
         # Ranks hold ascending ids, and argmax takes the first: a tie goes to the lowest id.
         scores, ids = self.group.all_gather(winners).unbind(1)
         return ids.gather(0, scores.argmax(0, keepdim=True))[0].to(torch.int64)

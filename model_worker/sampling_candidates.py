@@ -48,12 +48,7 @@ class BlockMaxima:
     def __init__(self, logits: Tensor, first_id: int) -> None:
         self.logits = logits
         self.first_id = first_id
-        blocks, rest = divmod(logits.shape[1], BLOCK)
-        whole = blocks * BLOCK
-        parts = [logits[:, :whole].reshape(-1, blocks, BLOCK).amax(-1)] if blocks else []
-        if rest:
-            parts.append(logits[:, whole:].amax(-1, keepdim=True))
-        self.maxima = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        self.maxima = block_maxima(logits)
 
     def top(self, rows: Tensor, k: int) -> Tensor:
         """Keys [n, k] of the k best local entries of `rows` (int64 [n]), best first; padded with NO_KEY."""
@@ -73,6 +68,28 @@ class BlockMaxima:
         best = unpack(_largest(pack(maxima, blocks), min(k, len(blocks))))[1]
         offsets = torch.arange(BLOCK, device=rows.device)
         return (best[:, :, None] * BLOCK + offsets).flatten(1)
+
+
+def block_maxima(x: Tensor) -> Tensor:
+    """[n, m] of any dtype -> [n, ceil(m / BLOCK)], the maximum of each block of columns."""
+    blocks, rest = divmod(x.shape[1], BLOCK)
+    whole = blocks * BLOCK
+    parts = [x[:, :whole].view(len(x), blocks, BLOCK).amax(-1)] if blocks else []
+    if rest:
+        parts.append(x[:, whole:].amax(-1, keepdim=True))
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, m] -> (maxima [n], their columns int64 [n], the lowest one of equals).
+
+    What torch.argmax gives, several times faster on CPU, where only a plain maximum is vectorised.
+    """
+    maxima = block_maxima(x)
+    first = maxima.argmax(1, keepdim=True) * BLOCK
+    columns = (first + torch.arange(BLOCK, device=x.device)).clamp_(max=x.shape[1] - 1)
+    column = columns.gather(1, x.gather(1, columns).argmax(1, keepdim=True))
+    return x.gather(1, column)[:, 0], column[:, 0]
 
 
 def top_over_ranks(local: Tensor, group: Group) -> Tensor:

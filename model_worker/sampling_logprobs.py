@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model_worker.sampling_candidates import BlockMaxima, top_over_ranks, unpack
+from model_worker.sampling_nucleus import row_parts
 from qwen3.parallel import Group
 from runtime.messages import TokenLogprob
 
@@ -42,12 +43,14 @@ def token_logprobs(
 
     vocab: this rank's range. rows, top_counts: see `Logprobs`. Every rank of the group calls it with the same n.
     """
-    logits = logits.to(torch.float32)
-    best = group.all_reduce_max(logits.amax(1))
+    maxima = BlockMaxima(logits, vocab.start)
+    best = group.all_reduce_max(maxima.maxima.amax(1).to(torch.float32))
     column = token_ids - vocab.start
     here = (column >= 0) & (column < logits.shape[1])
     chosen = logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].to(torch.float64)
-    mass = torch.exp(logits - best[:, None]).sum(1, dtype=torch.float64)
+    mass = torch.empty_like(chosen)
+    for part in row_parts(token_ids, logits.shape[1]):
+        mass[part] = (logits[part].to(torch.float32) - best[part, None]).exp_().sum(1)
     sums = group.all_reduce(torch.stack([mass, torch.where(here, chosen, 0.0)]))
     log_sum = best.to(torch.float64) + sums[0].log()
     k = max(top_counts, default=0)
@@ -56,7 +59,7 @@ def token_logprobs(
         top_values = best.new_empty((len(rows), 0))
     else:
         every = torch.arange(len(rows), device=logits.device)
-        keys = top_over_ranks(BlockMaxima(logits, vocab.start).top(every, k), group)
+        keys = top_over_ranks(maxima.top(every, k), group)
         top_values, top_ids = unpack(keys)
     return Logprobs(
         rows=rows,
