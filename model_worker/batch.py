@@ -18,6 +18,7 @@ from model_worker.attention_metadata import AttentionMetadata
 from runtime.messages import ForwardBatch
 
 IntArray = npt.NDArray[np.int32]
+LongArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class StepInput:
     """One step as the model and the sampler need it.
 
     token_ids: [T] int32; positions: [T] int32; last_tokens: [Q] int64, where in T the Q sampling rows end. All on the
-    model's device. On the host: slots [R] int32; sampling_rows [Q] int64, indices into R; sampling_slots [Q] int32;
-    sampling_positions [Q] int32, the position that the sampled token will take.
+    model's device. On the host: slots [R] int32; sampling_rows [Q] int64, indices into R; sampling_slots [Q] int64;
+    sampling_positions [Q] int64, the position that the sampled token will take.
     """
 
     token_ids: Tensor
@@ -34,9 +35,9 @@ class StepInput:
     last_tokens: Tensor
     metadata: AttentionMetadata
     slots: IntArray
-    sampling_rows: npt.NDArray[np.int64]
-    sampling_slots: IntArray
-    sampling_positions: IntArray
+    sampling_rows: LongArray
+    sampling_slots: LongArray
+    sampling_positions: LongArray
 
 
 class SlotStates:
@@ -59,11 +60,11 @@ class SlotStates:
 
     def apply(self, batch: ForwardBatch) -> None:
         """Take over everything that `batch` changes, in the order that the message promises."""
-        released = _ints(batch.released)
+        released = unpack(batch.released)
         self.num_tokens[released] = 0
         self.num_computed[released] = 0
         for new in batch.new:
-            ids, pages = _ints(new.token_ids), _ints(new.pages)
+            ids, pages = unpack(new.token_ids), unpack(new.pages)
             assert 0 <= new.num_computed < len(ids)
             self.tokens[new.slot, : len(ids)] = torch.from_numpy(ids.copy())
             self.num_tokens[new.slot] = len(ids)
@@ -71,10 +72,10 @@ class SlotStates:
             self.page_table[new.slot, : len(pages)] = pages
             self.page_table[new.slot, len(pages) :] = self.padding_page
         if batch.page_slots:
-            self.page_table[_ints(batch.page_slots), _ints(batch.page_index)] = _ints(batch.page_ids)
+            self.page_table[unpack(batch.page_slots), unpack(batch.page_index)] = unpack(batch.page_ids)
         if batch.row_slots is not None and batch.row_tokens is not None:
-            self._row_slots = _ints(batch.row_slots)
-            self._row_tokens = _ints(batch.row_tokens)
+            self._row_slots = unpack(batch.row_slots)
+            self._row_tokens = unpack(batch.row_tokens)
 
     def prepare(self) -> StepInput:
         """The packed tensors of the step's rows; their slots then count as computed, and sampling ones as one longer.
@@ -103,15 +104,15 @@ class SlotStates:
             metadata=AttentionMetadata(
                 query_start=self._device(query_start),
                 context_lengths=self._device(ends),
-                page_table=self._device(self.page_table[slots, :width]),
+                page_table=self._device(np.ascontiguousarray(self.page_table[slots, :width])),
                 cache_slots=self._device(cache_slots),
                 host_query_start=query_start,
                 host_context_lengths=ends,
             ),
             slots=slots,
             sampling_rows=sampling_rows,
-            sampling_slots=slots[sampling_rows],
-            sampling_positions=ends[sampling_rows],
+            sampling_slots=slots[sampling_rows].astype(np.int64),
+            sampling_positions=ends[sampling_rows].astype(np.int64),
         )
         self.num_computed[slots] = ends
         self.num_tokens[step.sampling_slots] += 1
@@ -121,13 +122,13 @@ class SlotStates:
         """Put the sampled tokens, [Q] on the device, behind the tokens of their slots."""
         if len(step.sampling_slots) == 0:
             return
-        places = step.sampling_slots.astype(np.int64) * self.tokens.shape[1] + step.sampling_positions
+        places = step.sampling_slots * self.tokens.shape[1] + step.sampling_positions
         self.tokens.view(-1)[self._device(places)] = token_ids.to(torch.int32)
 
-    def _device(self, array: npt.NDArray[np.int32] | npt.NDArray[np.int64]) -> Tensor:
+    def _device(self, array: IntArray | LongArray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
 
-def _ints(data: bytes) -> IntArray:
+def unpack(data: bytes) -> IntArray:
     """int32 bytes as a read-only array, without a copy."""
     return np.frombuffer(data, dtype=np.int32)

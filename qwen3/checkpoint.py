@@ -3,6 +3,7 @@
 Knows nothing of files: a loader reads the parts, from wherever, into one buffer a weight and installs it.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,6 +55,12 @@ def load_items(model: Qwen3) -> Iterator[LoadItem]:
     yield _whole("model.norm.weight", model.norm)
     if not config.tie_word_embeddings:
         yield _vocabulary("lm_head.weight", (model.head.weight,), model)
+
+
+def weight_bytes(model: Qwen3) -> int:
+    """Bytes of all weights of this rank; a tied head is counted once, as it has the embedding's values."""
+    items = load_items(model)
+    return sum(math.prod(item.weights[0].shape) * item.weights[0].dtype.itemsize for item in items)
 
 
 def _whole(name: str, norm: RMSNorm) -> LoadItem:

@@ -72,7 +72,12 @@ def test_greedy_tokens_do_not_depend_on_chunks_or_batch(tmp_path: Path, shape: d
     new_tokens = 12
     with torch.inference_mode():
         expected = reference.generate(
-            torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+            torch.tensor([prompt]),
+            attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),  # else token 0 is taken for padding
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )[0, len(prompt) :].tolist()
     for chunk in (70, 1, 7, 64):
         assert run.greedy(Row(list(prompt)), new_tokens, chunk) == expected

@@ -1,0 +1,96 @@
+"""Runs steps on one rank: the slots' state, the model over its KV pool, the head and the sampler.
+
+Knows nothing of sockets; `model_worker/worker.py` feeds it. Every rank runs the same batches and ends each step with
+the same tokens.
+"""
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model_worker.batch import SlotStates, StepInput, unpack
+from model_worker.kv_pool import KVPool
+from model_worker.sampler import SampleOutput, Sampler
+from qwen3.attention_backend import AttentionBackend
+from qwen3.model import Qwen3
+from runtime.messages import FailedRow, ForwardBatch, RowLogprobs, StepResult
+
+
+class ModelRunner:
+    """One rank's model at work. `run` is called with every step of the pipeline, in order."""
+
+    def __init__(
+        self,
+        model: Qwen3,
+        pool: KVPool,
+        backend: AttentionBackend,
+        *,
+        max_slots: int,
+        context_length: int,
+    ) -> None:
+        self.model = model
+        self.pool = pool
+        self.backend = backend
+        self.slots = SlotStates(max_slots, context_length, pool.page_size, pool.padding_page, model.device)
+        self.sampler = Sampler(model.config.vocab_size, model.parallel.tp, self.slots.tokens)
+
+    @torch.inference_mode()
+    def run(self, batch: ForwardBatch) -> StepResult:
+        """Apply what changed, run the rows, sample those that are at their end, and tell what came of each row."""
+        started = time.perf_counter()
+        self._apply(batch)
+        step = self.slots.prepare()
+        if len(step.slots) == 0:
+            return StepResult(step=batch.step, token_ids=b"", total_s=time.perf_counter() - started)
+        hidden = self.model.forward(step.token_ids, step.positions, self.backend, step.metadata)
+        failed = _failed_rows(hidden, step)
+        forward_done = time.perf_counter()
+        token_ids = np.full(len(step.slots), -1, dtype=np.int32)
+        logprobs: list[RowLogprobs] = []
+        if len(step.sampling_rows):
+            sampled = self._sample(hidden, step)
+            token_ids[step.sampling_rows] = sampled.token_ids.cpu().numpy()
+            token_ids[failed] = -1
+            if sampled.logprobs is not None:
+                entries = sampled.logprobs.entries()
+                logprobs = [RowLogprobs(int(step.sampling_rows[row]), entry) for row, entry in entries]
+        return StepResult(
+            step=batch.step,
+            token_ids=token_ids.tobytes(),
+            failed=[FailedRow(row) for row in failed],
+            logprobs=[entry for entry in logprobs if entry.row not in failed],
+            forward_s=forward_done - started,
+            total_s=time.perf_counter() - started,
+        )
+
+    def _apply(self, batch: ForwardBatch) -> None:
+        self.slots.apply(batch)
+        for slot in unpack(batch.released).tolist():
+            self.sampler.release(slot)
+        for new in batch.new:
+            self.sampler.admit(new.slot, new.sampling, new.num_prompt_tokens)
+
+    def _sample(self, hidden: Tensor, step: StepInput) -> SampleOutput:
+        """Tokens for the rows at their end; they are also put behind their slots' tokens."""
+        logits = self.model.logits(hidden[step.last_tokens])
+        if logits.dtype == torch.float16:
+            logits = logits.float()  # the sampler reads float32 and bfloat16
+        sampled = self.sampler.sample(logits, step.sampling_slots, step.sampling_positions)
+        self.slots.append(step, sampled.token_ids)
+        return sampled
+
+
+def _failed_rows(hidden: Tensor, step: StepInput) -> list[int]:
+    """Rows with NaN or inf in any of their tokens' final hidden states, [T, H]; their hidden states are zeroed.
+
+    A NaN must not reach the sampler, which other rows share, nor the token that is embedded next.
+    """
+    finite = torch.isfinite(hidden.sum(dim=-1, dtype=torch.float32))  # [T]; NaN and inf survive a sum
+    if bool(finite.all()):
+        return []
+    bad_tokens = np.flatnonzero(~finite.cpu().numpy())
+    rows = np.searchsorted(step.metadata.host_query_start, bad_tokens, side="right") - 1
+    hidden.masked_fill_(~finite.unsqueeze(-1), 0)
+    return sorted({int(row) for row in rows})

@@ -1,0 +1,149 @@
+"""The rank process: `python -m runtime.boot model_worker.worker SPEC RANK`, started by the launcher.
+
+It joins its groups, loads its share of the weights, takes its KV pool, says that it is ready, and then runs every
+`ForwardBatch` that the scheduler sends until it is told to stop. Rank 0 answers.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import zmq
+
+from model_worker.attention_cpu import TorchAttention
+from model_worker.kv_pool import KVPool, choose_num_pages
+from model_worker.model_runner import ModelRunner
+from model_worker.parallel import init_parallel
+from model_worker.weights import load_dummy_weights, load_weights
+from qwen3.checkpoint import weight_bytes
+from qwen3.model import Qwen3
+from qwen3.parallel import ParallelState
+from runtime.channels import Receiver, Sender
+from runtime.child import HEARTBEAT_S, Child, PipelineSpec, run_child
+from runtime.messages import ForwardBatch, RankInput, RankReady, Shutdown, StopRank
+from runtime.spawn import RANK_PREFIX
+
+RENDEZVOUS_FILE = "rendezvous"  # in the pipeline's private directory
+
+log = logging.getLogger(__name__)
+
+
+def main(child: Child) -> None:
+    """One rank's life, from its groups to the end of its loop."""
+    spec, rank = child.spec, _rank()
+    # Bound before the slow part, so that the scheduler can connect and send at any time.
+    inbox: Receiver[RankInput] = Receiver(child.context, spec.endpoints.rank(rank), RankInput)
+    outbox = Sender(child.context, spec.endpoints.results) if rank == 0 else None
+
+    device = torch.device("cpu") if spec.device == "cpu" else torch.device(spec.device, rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    rendezvous = Path(spec.endpoints.directory) / RENDEZVOUS_FILE
+    parallel = init_parallel(rank, spec.args.tp, spec.args.ep, device, rendezvous)
+    runner = build_runner(spec, parallel, device, child.heartbeat)
+    if outbox is not None:
+        outbox.send(RankReady(kv_pages=runner.pool.num_pages, device=spec.device, dtype=spec.dtype))
+    child.ready()
+    _serve(child, runner, inbox, outbox)
+    inbox.close()
+    if outbox is not None:
+        outbox.close()
+
+
+def build_runner(
+    spec: PipelineSpec, parallel: ParallelState, device: torch.device, heartbeat: Callable[[], None]
+) -> ModelRunner:
+    """Load this rank's weights and take its KV pool; all ranks together. `heartbeat` is called while it goes on.
+
+    Raises UserError for what is wrong with the model folder or with the settings.
+    """
+    args = spec.args
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    model = Qwen3(spec.model, parallel, dtype, device)
+    progress = _Progress(heartbeat, visible=parallel.rank == 0 and sys.stderr.isatty())
+    started = time.monotonic()
+    if args.load_format == "dummy":
+        load_dummy_weights(model, args.seed, progress)
+    else:
+        load_weights(model, spec.model_folder, progress)
+    num_pages = choose_num_pages(
+        spec.model,
+        parallel.tp,
+        page_size=args.page_size,
+        dtype=dtype,
+        device=device,
+        memory_fraction=args.mem_fraction_static,
+        max_total_tokens=args.max_total_tokens,
+        weight_bytes=weight_bytes(model),
+        ranks_on_machine=parallel.world_size,
+    )
+    pool = KVPool(spec.model, parallel.tp.size, num_pages, args.page_size, dtype, device)
+    log.info(
+        "%.2f GB of weights in %.1f s; %d KV pages of %d tokens, %.2f GB; %d threads",
+        weight_bytes(model) / 1e9,
+        time.monotonic() - started,
+        num_pages,
+        args.page_size,
+        pool.data.nbytes / 1e9,
+        torch.get_num_threads(),
+    )
+    return ModelRunner(
+        model,
+        pool,
+        TorchAttention(pool),
+        max_slots=args.max_running_requests,
+        context_length=spec.context_length,
+    )
+
+
+def _serve(child: Child, runner: ModelRunner, inbox: Receiver[RankInput], outbox: Sender | None) -> None:
+    """Run batches until StopRank or Shutdown. Sleeps in a poll while there is nothing to do."""
+    poller = zmq.Poller()
+    poller.register(inbox.socket, zmq.POLLIN)
+    poller.register(child.control, zmq.POLLIN)
+    while True:
+        ready = dict(poller.poll(int(HEARTBEAT_S * 1000)))
+        child.heartbeat()
+        if child.control in ready and any(isinstance(command, Shutdown) for command in child.commands()):
+            return
+        if inbox.socket not in ready:
+            continue
+        match inbox.receive(0):
+            case ForwardBatch() as batch:
+                result = runner.run(batch)
+                if outbox is not None:
+                    outbox.send(result)
+            case StopRank():
+                return
+            case None:
+                # The other ranks decoded the same bytes or will fail too; going on would leave ranks that disagree.
+                raise RuntimeError("a batch from the scheduler could not be decoded")
+
+
+class _Progress:
+    """Keeps the launcher informed while weights load, and a person at a terminal."""
+
+    def __init__(self, heartbeat: Callable[[], None], *, visible: bool) -> None:
+        self._heartbeat = heartbeat
+        self._visible = visible
+        self._shown = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        self._heartbeat()
+        now = time.monotonic()
+        if self._visible and (done == total or now - self._shown > 0.2):
+            self._shown = now
+            end = "\n" if done == total else ""
+            sys.stderr.write(f"\rloading weights: {done} of {total}{end}")
+            sys.stderr.flush()
+
+
+def _rank() -> int:
+    return int(sys.argv[2])
+
+
+if __name__ == "__main__":
+    run_child(f"{RANK_PREFIX}{_rank()}", main)
