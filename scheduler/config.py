@@ -1,0 +1,27 @@
+"""What the scheduler core is told once, at its start."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """num_pages: usable KV pages, ids 0..num_pages-1. page_size: tokens a page.
+
+    max_running_requests: slots, 0..max-1. max_queued_requests: requests that may wait beyond those that find a slot.
+    chunked_prefill_size: prompt tokens a step at most. policy: a name in scheduler/policies.
+    overlap: two steps in flight instead of one.
+    conservativeness: factor on the share of the remaining output that admission keeps room for.
+    base_tokens: a guess, until steps are measured, at how many tokens' work an empty step costs.
+    """
+
+    num_pages: int
+    page_size: int = 16
+    max_running_requests: int = 256
+    max_queued_requests: int = 2048
+    chunked_prefill_size: int = 512
+    policy: str = "fcfs"
+    radix_cache: bool = True
+    overlap: bool = True
+    conservativeness: float = 1.0
+    base_tokens: float = 16.0

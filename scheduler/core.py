@@ -1,0 +1,145 @@
+"""The scheduler: a pure object that turns requests and results into steps and outputs.
+
+It has no sockets, no clock, no torch and no globals; time comes in as arguments, in seconds of any monotonic clock. The
+same object is driven by the process (scheduler/process.py), by tests, by the simulator and by a recorded trace.
+
+    core.py            the interface: add, abort, stop_matched, schedule, complete, flush_cache, stats
+    planner.py         what runs next                     policies/      who is next
+    results.py         what a result means                sharing.py     who waits for whose prefix
+    state.py           where every request is             admission.py   how much room is kept
+    memory.py          pages: radix_cache.py, page_allocator.py
+    batch.py           what the ranks are told            cost.py        what a step costs
+    request.py         one sample                         waiting.py     the queue
+
+One step: `schedule(now)` gives a `ForwardBatch` to send to every rank, or None. `complete(result, now)` takes rank 0's
+answer, in order. With overlap a second step may be scheduled before the first one's result is in: a decode row's token
+is then not known here, but the ranks keep it. What is learned late (an end token, an abort) costs one row, whose result
+is dropped; its slot and pages are given up when no step in flight has the row.
+"""
+
+from __future__ import annotations
+
+from runtime.errors import KVExhaustedError, OverloadedError
+from runtime.messages import AddRequest, ErrorInfo, Finish, ForwardBatch, RequestRejected, StepResult
+from scheduler.admission import NewTokenRatio
+from scheduler.batch import Step
+from scheduler.config import SchedulerConfig
+from scheduler.cost import CostModel
+from scheduler.planner import StepPlanner
+from scheduler.policies import make_policy
+from scheduler.request import samples_of
+from scheduler.results import Outputs, ResultApplier
+from scheduler.state import SchedulerState
+
+
+class Scheduler:
+    """See the module. Raises ConfigError for an unknown policy."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.state = SchedulerState(config)
+        self.cost = CostModel(config.base_tokens)
+        self._ratio = NewTokenRatio(config.conservativeness)
+        self._planner = StepPlanner(self.state, make_policy(config.policy), self._ratio, self.cost)
+        self._results = ResultApplier(self.state)
+        self._max_in_flight = 2 if config.overlap else 1
+        self._arrivals = 0
+
+    # -------------------------------------------------------------------------------------------------------- inputs
+
+    def add(self, message: AddRequest, now: float) -> RequestRejected | None:
+        """Queue a request; returns the refusal of one that cannot fit the empty pool or finds the queue full."""
+        state, memory = self.state, self.state.memory
+        samples = samples_of(message, self._arrivals, now)
+        self._arrivals += len(samples)
+        first = samples[0]
+        assert first.num_prompt_tokens > 0
+        assert message.uid not in state.groups
+        pages = memory.pages_for(first.kv_limit)
+        if pages > memory.num_pages:
+            return RequestRejected(
+                message.uid,
+                ErrorInfo(
+                    KVExhaustedError.code,
+                    f"prompt of {first.num_prompt_tokens} tokens with max_new_tokens={first.sampling.max_new_tokens} "
+                    f"needs {pages} KV pages of {memory.page_size} tokens, the pool has {memory.num_pages}: ask for "
+                    "less or raise --max-total-tokens",
+                ),
+            )
+        limit = self.config.max_queued_requests
+        if len(state.waiting) - len(state.free_slots) >= limit:
+            return RequestRejected(
+                message.uid,
+                ErrorInfo(OverloadedError.code, f"the queue is full: max_queued_requests={limit}; try again later"),
+            )
+        for sample in samples:
+            state.enqueue(sample)
+        return None
+
+    def abort(self, uid: int, now: float) -> Outputs:
+        """End every sample of a request with finish reason "abort"; an unknown uid is ignored."""
+        outputs = Outputs()
+        for sample in list(self.state.groups.get(uid, ())):
+            self._results.end(self.state.requests[sample], Finish("abort"), outputs)
+        return outputs
+
+    def stop_matched(self, uid: int, now: float) -> None:
+        """The detokenizer has ended this sample at a stop string; one that is not there any more is ignored."""
+        request = self.state.requests.get(uid)
+        if request is not None:
+            self.state.finish(request)
+
+    # --------------------------------------------------------------------------------------------------------- steps
+
+    def schedule(self, now: float) -> ForwardBatch | None:
+        """The next step for the ranks, or None: nothing to run, or nothing before a result comes."""
+        if len(self.state.in_flight) >= self._max_in_flight:
+            return None
+        if not self.state.requests:
+            self._ratio.idle()
+            return None
+        step = self._planner.plan(now)
+        return None if step is None else self.state.builder.build(step)
+
+    def complete(self, result: StepResult, now: float) -> Outputs:
+        """Apply the result of the oldest step in flight."""
+        step = self.state.in_flight.popleft()
+        assert result.step == step.number, f"result of step {result.step}, {step.number} was due"
+        self.cost.observe(step.tokens, step.context, result.total_s)
+        return self._results.apply(step, result)
+
+    @property
+    def oldest_step(self) -> Step | None:
+        """The step whose result is due next."""
+        return self.state.in_flight[0] if self.state.in_flight else None
+
+    @property
+    def idle(self) -> bool:
+        """No request is there and no step in flight."""
+        return not self.state.requests and not self.state.in_flight
+
+    # ------------------------------------------------------------------------------------------------------- queries
+
+    def flush_cache(self) -> int | None:
+        """Empty the radix cache; returns the pages freed. None: refused, requests run or wait."""
+        return self.state.memory.cache.flush() if self.idle else None
+
+    def stats(self) -> dict[str, int | float | str | bool]:
+        """Counters and gauges; pages and tokens as counts."""
+        state, memory = self.state, self.state.memory
+        return {
+            "kv_pages_total": memory.num_pages,
+            "kv_pages_free": memory.allocator.num_free,
+            "kv_pages_cached": memory.cache.num_cached,
+            "kv_pages_evictable": memory.cache.num_evictable,
+            "num_running": state.num_running,
+            "num_waiting": len(state.waiting),
+            "num_retractions": state.num_retractions,
+            "cached_tokens_total": state.num_cached_tokens,
+            "prompt_tokens_total": state.num_prompt_tokens,
+            "completion_tokens_total": self._results.num_completion_tokens,
+            "requests_total": self._arrivals,
+            "steps_total": state.next_step,
+            "steps_in_flight": len(state.in_flight),
+            "new_token_ratio": self._ratio.value,
+        }

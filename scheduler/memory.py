@@ -1,0 +1,166 @@
+"""KV memory as requests use it: the page allocator and the radix cache behind one door.
+
+A page is in exactly one place: free, in the radix tree, private to one request, or *deferred*: given up while a step in
+flight may still read it, and free once that step's result is in. `available` counts what can be had now: free pages and
+tree pages that no lock protects.
+
+Pages promised to requests that must not be retracted again (`Request.reserved_pages`) are set aside: `spare` is what
+the others may take.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+
+from scheduler.page_allocator import PageAllocator
+from scheduler.radix_cache import RadixCache
+from scheduler.request import NO_SLOT, TOKEN_BYTES, Request
+
+EVICT_BATCH = 32  # pages at most that one eviction frees beyond what is needed at once
+
+
+class KVMemory:
+    """All page bookkeeping. Pages and tokens are counted in int; page tables are `array('i')`."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.allocator = PageAllocator(num_pages)
+        self.cache = RadixCache(page_size, self.allocator.free)
+        self.reserved = 0
+        self.num_deferred = 0
+        self._deferred: deque[tuple[int, array[int]]] = deque()
+        self._evict_batch = min(EVICT_BATCH, num_pages // 64)
+
+    @property
+    def available(self) -> int:
+        return self.allocator.num_free + self.cache.num_evictable
+
+    @property
+    def spare(self) -> int:
+        return self.available - self.reserved
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold the KV of `tokens` tokens."""
+        return -(-tokens // self.page_size)
+
+    # --------------------------------------------------------------------------------------------- slots come and go
+
+    def attach(self, request: Request) -> None:
+        """Give a request the cached prefix of its tokens, locked. At least one token is left to compute."""
+        assert not request.pages
+        assert request.node is None
+        if not request.uses_cache:
+            return
+        readable = 0 if self._recomputes_prompt(request) else request.num_tokens - 1
+        request.node, request.pages = self.cache.match(request.namespace, request.tokens, readable)
+        self.cache.lock(request.node)
+        request.num_shared_pages = len(request.pages)
+        request.num_computed_tokens = len(request.pages) * self.page_size
+
+    def drop_prefix(self, request: Request) -> None:
+        """Undo `attach`."""
+        assert len(request.pages) == request.num_shared_pages
+        if request.node is not None:
+            self.cache.unlock(request.node)
+            request.node = None
+        self._forget(request)
+
+    def detach(self, request: Request) -> None:
+        """Take back every page of a request that is in no step in flight; what is computed stays in the cache."""
+        if request.uses_cache:
+            if not request.failed:
+                self.store(request, min(request.num_computed_tokens, request.num_tokens), in_flight=False)
+            assert request.node is not None
+            self.allocator.free(request.pages[request.num_shared_pages :])
+            self.cache.unlock(request.node)
+            request.node = None
+        else:
+            self.allocator.free(request.pages)
+        self._forget(request)
+
+    def cached_length(self, request: Request) -> int:
+        """Tokens that `attach` would find. Changes nothing."""
+        if not request.uses_cache or self._recomputes_prompt(request):
+            return 0
+        return self.cache.match_length(request.namespace, request.tokens, request.num_tokens - 1)
+
+    # --------------------------------------------------------------------------------------------- pages come and go
+
+    def grow(self, request: Request, count: int) -> list[int]:
+        """Append `count` pages to a request's table; the caller has checked `spare` or `available`."""
+        short = count - self.allocator.num_free
+        if short > 0:
+            self.cache.evict(max(short, self._evict_batch))
+        pages = self.allocator.allocate(count)
+        request.pages.extend(pages)
+        if request.reserved_pages:
+            taken = min(count, request.reserved_pages)
+            request.reserved_pages -= taken
+            self.reserved -= taken
+        return pages
+
+    def store(self, request: Request, num_tokens: int, *, in_flight: bool) -> list[tuple[int, int]]:
+        """Hand the full pages of the first `num_tokens` tokens, all computed and finite, to the cache.
+
+        Where the cache knows a page already, the request's own one is given up and its table says the cache's. Returns
+        these changes as (index in the table, page). `in_flight`: a step in flight may read the page given up.
+        """
+        if not request.uses_cache:
+            return []
+        assert request.node is not None
+        start, end = request.num_shared_pages, num_tokens // self.page_size
+        if end <= start:
+            return []
+        page_bytes = self.page_size * TOKEN_BYTES
+        own = request.pages[start:end]
+        key = bytes(request.tokens[start * page_bytes : end * page_bytes])
+        node, held = self.cache.insert(request.node, key, own)
+        self.cache.lock(node, above=request.node)
+        request.node = node
+        request.num_shared_pages = end
+        if held == own:
+            return []
+        changes, duplicates = [], array("i")
+        for index, (mine, theirs) in enumerate(zip(own, held, strict=True), start):
+            if mine != theirs:
+                request.pages[index] = theirs
+                changes.append((index, theirs))
+                duplicates.append(mine)
+        if in_flight:
+            self._deferred.append((request.last_step, duplicates))
+            self.num_deferred += len(duplicates)
+        else:
+            self.allocator.free(duplicates)
+        return changes
+
+    def step_done(self, step: int) -> None:
+        """The result of `step` is in: pages deferred until then are free."""
+        while self._deferred and self._deferred[0][0] <= step:
+            pages = self._deferred.popleft()[1]
+            self.num_deferred -= len(pages)
+            self.allocator.free(pages)
+
+    def reserve(self, request: Request) -> None:
+        """Set aside all that the request can still need."""
+        assert request.slot != NO_SLOT
+        assert request.reserved_pages == 0
+        request.reserved_pages = self.pages_for(request.kv_limit) - len(request.pages)
+        self.reserved += request.reserved_pages
+
+    def unreserve(self, request: Request) -> None:
+        self.reserved -= request.reserved_pages
+        request.reserved_pages = 0
+
+    @staticmethod
+    def _forget(request: Request) -> None:
+        assert request.reserved_pages == 0
+        request.pages = array("i")
+        request.num_shared_pages = 0
+        request.num_computed_tokens = 0
+
+    @staticmethod
+    def _recomputes_prompt(request: Request) -> bool:
+        """Logprobs of the prompt need every hidden state; once they are told, a resumed request may read the cache."""
+        return request.prompt_logprobs is not None and request.num_generated == 0

@@ -1,0 +1,213 @@
+"""Decides what the next step runs.
+
+In this order: pages for the running decode rows (retracting somebody if there are none), chunks of prompts that are
+being prefilled, and chunks of newly admitted requests, in the policy's order, as long as tokens, cost, slots and memory
+allow. Changes the state accordingly; sends nothing.
+
+Cost: while rows decode, chunks may make the step at most `STEP_STRETCH` times as long as the decode rows alone, by the
+cost model's estimate; with none decoding a step takes a full chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from scheduler.admission import NewTokenRatio
+from scheduler.batch import Chunk, Step
+from scheduler.cost import CostModel, chunk_context
+from scheduler.policies import SchedulePolicy
+from scheduler.request import NO_SLOT, Request
+from scheduler.state import SchedulerState
+
+STEP_STRETCH = 4.0
+SMALLEST_CHUNK = 16  # tokens; so that prefill goes on however slow a step is
+
+
+class StepPlanner:
+    """Plans one step at a time. `plan` may be called while a step is in flight."""
+
+    def __init__(self, state: SchedulerState, policy: SchedulePolicy, ratio: NewTokenRatio, cost: CostModel) -> None:
+        self._state = state
+        self._policy = policy
+        self._ratio = ratio
+        self._cost = cost
+        self._page_size = state.config.page_size
+        # of the step being planned
+        self._tokens_left = 0
+        self._cost_left = math.inf
+        self._chunks: list[Chunk] = []
+        self._retracted = False
+
+    def plan(self, now: float) -> Step | None:
+        """The next step, already entered into the state; None when nothing can run before a result comes or at all."""
+        state = self._state
+        self._retracted = False
+        stalled = self._secure_decode_pages()
+        decode, context = self._decode_rows(stalled)
+        self._chunks = []
+        self._tokens_left = state.config.chunked_prefill_size
+        self._cost_left = math.inf
+        if decode:
+            self._cost_left = (STEP_STRETCH - 1) * self._cost.seconds(len(decode), context)
+        if state.prefilling:
+            self._continue_prefill(blocked=not decode and not state.in_flight)
+        if state.waiting and not self._retracted and not stalled:
+            self._admit(now)
+        if not decode and not self._chunks:
+            assert state.in_flight or not (state.requests), "requests are there, nothing is in flight, and nothing runs"
+            return None
+
+        tokens = len(decode) + sum(chunk.count for chunk in self._chunks)
+        context += sum(chunk_context(chunk.end - chunk.count, chunk.count) for chunk in self._chunks)
+        estimate = self._cost.seconds(tokens, context) if self._cost.measured else 0.0
+        step = Step(state.next_step, decode, self._chunks, now, tokens, context, estimate)
+        state.next_step += 1
+        state.in_flight.append(step)
+        if decode:
+            self._ratio.decode_step()
+        return step
+
+    # ------------------------------------------------------------------------------------------------------ decoding
+
+    def _secure_decode_pages(self) -> set[int]:
+        """Make sure that every decode row that begins a page finds one. Returns the uids that must sit this step out.
+
+        When pages run out and none are on their way back, requests are retracted until the rest fits.
+        """
+        state, memory, page_size = self._state, self._state.memory, self._page_size
+        while True:
+            needy = [r for r in state.decoding.values() if r.num_computed_tokens % page_size == 0]
+            if len(needy) <= memory.spare:
+                return set()
+            sure = [r for r in needy if r.guaranteed]
+            others = [r for r in needy if not r.guaranteed]
+            room_sure, room_others = max(0, memory.available), max(0, memory.spare)
+            if len(sure) <= room_sure and len(others) <= room_others:
+                return set()
+            if state.memory_is_coming:
+                return {r.uid for r in sure[room_sure:]} | {r.uid for r in others[room_others:]}
+            self._retract_one()
+
+    def _decode_rows(self, stalled: set[int]) -> tuple[list[Request], int]:
+        """One token of every decoding request that is not stalled; and the sum of their contexts."""
+        state, page_size, number = self._state, self._page_size, self._state.next_step
+        rows = list(state.decoding.values())
+        if stalled:
+            rows = [r for r in rows if r.uid not in stalled]
+        context = 0
+        ending = []
+        for request in rows:
+            computed = request.num_computed_tokens
+            if computed % page_size == 0:
+                first = len(request.pages)
+                assert computed == first * page_size
+                state.builder.add_pages(request, first, state.memory.grow(request, 1))
+            computed += 1
+            request.num_computed_tokens = computed
+            request.last_step = number
+            context += computed
+            if computed >= request.kv_limit:
+                ending.append(request)
+        for request in ending:
+            del state.decoding[request.uid]
+            state.ending[request.uid] = request
+        return rows, context
+
+    def _retract_one(self) -> None:
+        """Retract the running request with the fewest generated tokens (ties: the longest prompt, the latest)."""
+        state = self._state
+        candidates = [r for r in self._running() if not r.guaranteed]
+        assert candidates, "requests with reserved memory ran out of it"
+        victim = min(candidates, key=lambda r: (r.num_generated, -r.num_prompt_tokens, -r.seq))
+        state.retract(victim)
+        self._retracted = True
+        self._ratio.retracted(self._running())
+
+    def _running(self) -> Iterator[Request]:
+        yield from self._state.decoding.values()
+        yield from self._state.prefilling.values()
+
+    # ------------------------------------------------------------------------------------------------------- prefill
+
+    def _continue_prefill(self, *, blocked: bool) -> None:
+        """Chunks for the requests that have begun their prompt. `blocked`: nothing else runs, so one must go on."""
+        state = self._state
+        while True:
+            for request in list(state.prefilling.values()):
+                self._add_chunk(request)
+            if self._chunks or not blocked or not state.prefilling:
+                return
+            self._retract_one()  # several prompts hold all the pages between them
+
+    def _add_chunk(self, request: Request) -> bool:
+        """Give a request as many of its next tokens as this step has room for; False when there is none."""
+        state, memory = self._state, self._state.memory
+        start = request.num_computed_tokens
+        count = self._affordable(start, request.prefill_end - start)
+        room = max(0, memory.available if request.guaranteed else memory.spare)
+        count = min(count, (len(request.pages) + room) * self._page_size - start)
+        if count <= 0:
+            return False
+        first = len(request.pages)
+        pages = memory.grow(request, memory.pages_for(start + count) - first)
+        if not state.builder.is_new(request):
+            state.builder.add_pages(request, first, pages)
+        end = start + count
+        request.num_computed_tokens = end
+        request.last_step = state.next_step
+        samples = end == request.prefill_end
+        self._chunks.append(Chunk(request, count, end, samples))
+        self._tokens_left -= count
+        self._cost_left -= self._cost.seconds(count, chunk_context(start, count)) - self._cost.seconds(0, 0)
+        if samples:
+            del state.prefilling[request.uid]
+            place = state.ending if end >= request.kv_limit else state.decoding
+            place[request.uid] = request
+        return True
+
+    def _affordable(self, start: int, wanted: int) -> int:
+        """Tokens, at most `wanted`, after `start` computed ones, that this step's budgets leave room for."""
+        count = min(wanted, self._tokens_left)
+        if self._cost_left < math.inf:
+            affordable = self._cost.tokens_within(self._cost_left, start)
+            if affordable < min(count, SMALLEST_CHUNK):
+                affordable = 0 if self._chunks else SMALLEST_CHUNK
+            count = min(count, affordable)
+        return count
+
+    # ----------------------------------------------------------------------------------------------------- admission
+
+    def _admit(self, now: float) -> None:
+        """Start waiting requests, in the policy's order, until one finds no room."""
+        state = self._state
+        if self._tokens_left <= 0 or not state.free_slots:
+            return
+        to_come = sum(self._ratio.pages_to_come(r, state.memory) for r in self._running() if not r.guaranteed)
+        for request in self._policy.order(state.waiting.snapshot(), state.memory, now):
+            if self._tokens_left <= 0 or not state.free_slots:
+                return
+            if request.slot != NO_SLOT:
+                return  # just retracted, and its last token is still in flight: others must not take its place
+            depth = state.memory.cached_length(request)
+            if state.leaders.should_wait(request, depth):
+                continue
+            if self._affordable(depth, request.num_tokens - depth) <= 0 or not self._fits(request, to_come):
+                return
+            state.admit(request)
+            if not self._add_chunk(request):
+                raise AssertionError(f"{request} was admitted without room for a token")
+            if not request.guaranteed:
+                to_come += self._ratio.pages_to_come(request, state.memory)
+
+    def _fits(self, request: Request, to_come: int) -> bool:
+        """Attach the request's cached prefix and keep it attached if the rest finds room beside the running ones."""
+        state, memory = self._state, self._state.memory
+        memory.attach(request)
+        need = self._ratio.pages_to_come(request, memory)
+        if state.num_running == 0 and not request.guaranteed:
+            need = memory.pages_for(request.num_tokens) - len(request.pages)
+        if need <= memory.spare - to_come:
+            return True
+        memory.drop_prefix(request)
+        return False

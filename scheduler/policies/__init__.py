@@ -1,0 +1,22 @@
+"""Scheduling policies by name. A new one is a file here and a line in `POLICIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from runtime.errors import ConfigError
+from scheduler.policies.base import SchedulePolicy
+from scheduler.policies.fcfs import Fcfs
+
+__all__ = ["POLICIES", "SchedulePolicy", "make_policy"]
+
+POLICIES: Mapping[str, Callable[[], SchedulePolicy]] = {"fcfs": Fcfs}
+
+
+def make_policy(name: str) -> SchedulePolicy:
+    """Raises ConfigError for a name that is none of `POLICIES`."""
+    if name not in POLICIES:
+        raise ConfigError(
+            f"schedule_policy={name!r} is unknown, choose one of: {', '.join(POLICIES)}", field="schedule_policy"
+        )
+    return POLICIES[name]()

@@ -1,0 +1,24 @@
+"""What a scheduling policy decides, and nothing else: who is next, and who may be pushed aside for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from scheduler.memory import KVMemory
+from scheduler.request import Request
+
+
+class SchedulePolicy(Protocol):
+    """A policy keeps no state about requests; equal input gives equal output.
+
+    Aging: whatever the order prefers, a request that has waited long enough comes first, so that none starves.
+    """
+
+    def order(self, waiting: Sequence[Request], memory: KVMemory, now: float) -> Iterable[Request]:
+        """The waiting requests, the next to run first. `waiting` is in order of arrival. `now` in seconds."""
+        ...
+
+    def victim(self, candidate: Request, running: Iterable[Request]) -> Request | None:
+        """Whom to retract so that `candidate`, for which there is no room, can run; None: it waits."""
+        ...

@@ -1,0 +1,18 @@
+"""First come, first served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from scheduler.memory import KVMemory
+from scheduler.request import Request
+
+
+class Fcfs:
+    """Order of arrival; it needs no aging."""
+
+    def order(self, waiting: Sequence[Request], memory: KVMemory, now: float) -> Iterable[Request]:
+        return waiting
+
+    def victim(self, candidate: Request, running: Iterable[Request]) -> Request | None:
+        return None

@@ -1,0 +1,204 @@
+"""The scheduler's process: moves messages between sockets and the core (scheduler/core.py), and watches the ranks.
+
+One blocking loop: it sleeps in a poll until a request, a result or a command arrives, and never longer than the
+heartbeat allows. Everything that is decided is decided in the core.
+
+A step that takes far longer than it should means a rank hangs: the launcher is told, no further step is sent, and the
+loop goes on only to answer the launcher.
+
+    python -m scheduler.process SPEC.json
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import msgspec
+import zmq
+
+from runtime.channels import Receiver, Sender
+from runtime.child import Child, PipelineSpec, run_child
+from runtime.messages import (
+    AbortRequest,
+    AddRequest,
+    ErrorInfo,
+    RankOutput,
+    RankReady,
+    SchedulerInput,
+    SchedulerQuery,
+    SchedulerReply,
+    Shutdown,
+    StepOutput,
+    StopMatched,
+    StopRank,
+)
+from scheduler.config import SchedulerConfig
+from scheduler.core import Scheduler
+from scheduler.policies import make_policy
+from scheduler.results import Outputs
+
+POLL_MS = 400  # at most so long without a heartbeat
+ESTIMATE_SLACK = 10.0  # a step may take so many times its estimate on top of the step timeout
+MOST_INPUTS = 256  # messages a turn, so that a flood of requests does not hold up the ranks
+BASE_TOKENS = {"cpu": 16.0, "cuda": 800.0}  # an empty step costs about as much as so many tokens
+FLUSH_REFUSED = ErrorInfo("flush_refused", "flush_cache is refused while requests run or wait; try again when idle")
+
+log = logging.getLogger(__name__)
+
+
+def make_config(spec: PipelineSpec, num_pages: int, device: str) -> SchedulerConfig:
+    """The core's settings from the pipeline's, with what the ranks found."""
+    args = spec.args
+    return SchedulerConfig(
+        num_pages=num_pages,
+        page_size=args.page_size,
+        max_running_requests=args.max_running_requests,
+        max_queued_requests=args.max_queued_requests,
+        chunked_prefill_size=spec.chunked_prefill_size,
+        policy=args.schedule_policy,
+        radix_cache=not args.disable_radix_cache,
+        overlap=not args.disable_overlap,
+        base_tokens=BASE_TOKENS["cuda" if device.startswith("cuda") else "cpu"],
+    )
+
+
+class SchedulerProcess:
+    """Sockets around a core. Construct, `wait_for_ranks`, `serve`, `stop_ranks`."""
+
+    def __init__(self, child: Child) -> None:
+        self.child = child
+        spec, context = child.spec, child.context
+        make_policy(spec.args.schedule_policy)  # a wrong name fails now, not when the weights are loaded
+        self.inputs: Receiver[SchedulerInput] = Receiver(context, spec.endpoints.scheduler, SchedulerInput)
+        self.results: Receiver[RankOutput] = Receiver(context, spec.endpoints.results, RankOutput)
+        self.detokenizer = Sender(context, spec.endpoints.detokenizer)
+        self.tokenizer_manager = Sender(context, spec.endpoints.tokenizer_manager)
+        self.ranks = [Sender(context, spec.endpoints.rank(rank)) for rank in range(spec.args.tp)]
+        self._encoder = msgspec.msgpack.Encoder()
+        self._shutdown = False
+        self._hung = False
+        self._last_result_at = 0.0
+
+    # ------------------------------------------------------------------------------------------------------ start, stop
+
+    def wait_for_ranks(self) -> RankReady | None:
+        """Until rank 0 says how many pages there are; None when the launcher wants to stop before."""
+        poller = self._poller(self.results.socket)
+        while not self._shutdown:
+            poller.poll(POLL_MS)
+            self._launcher()
+            for message in self.results.drain(most=1):
+                assert isinstance(message, RankReady), "a result before any step"
+                return message
+        return None
+
+    def stop_ranks(self) -> None:
+        for rank in self.ranks:
+            rank.send(StopRank())
+
+    # ------------------------------------------------------------------------------------------------------------ loop
+
+    def serve(self, core: Scheduler) -> None:
+        """Until the launcher says `Shutdown`."""
+        poller = self._poller(self.inputs.socket, self.results.socket)
+        while not self._shutdown:
+            poller.poll(POLL_MS)
+            self._launcher()
+            if self._hung:
+                self.inputs.drain()  # nobody will serve these; the launcher ends the pipeline
+                continue
+            outputs = self._take_results(core)
+            self._take_inputs(core)
+            self._send_steps(core)  # before the outputs: the ranks wait for the one, clients hardly notice the other
+            for output in outputs:
+                self._tell(output)
+            self._watch_ranks(core)
+
+    def _take_inputs(self, core: Scheduler) -> None:
+        for message in self.inputs.drain(most=MOST_INPUTS):
+            now = time.monotonic()
+            match message:
+                case AddRequest():
+                    rejected = core.add(message, now)
+                    if rejected is not None:
+                        self.tokenizer_manager.send(rejected)
+                case AbortRequest():
+                    self._tell(core.abort(message.uid, now))
+                case StopMatched():
+                    core.stop_matched(message.uid, now)
+                case SchedulerQuery():
+                    self.tokenizer_manager.send(self._answer(core, message))
+
+    def _take_results(self, core: Scheduler) -> list[Outputs]:
+        outputs = []
+        for message in self.results.drain():
+            assert not isinstance(message, RankReady), "the ranks became ready twice"
+            self._last_result_at = time.monotonic()
+            outputs.append(core.complete(message, self._last_result_at))
+        return outputs
+
+    def _send_steps(self, core: Scheduler) -> None:
+        while (batch := core.schedule(time.monotonic())) is not None:
+            frame = self._encoder.encode(batch)
+            for rank in self.ranks:
+                rank.send_bytes(frame)
+
+    def _tell(self, outputs: Outputs) -> None:
+        for opened in outputs.opens:
+            self.detokenizer.send(opened)
+        if outputs.tokens:
+            self.detokenizer.send(StepOutput(outputs.tokens))
+
+    @staticmethod
+    def _answer(core: Scheduler, query: SchedulerQuery) -> SchedulerReply:
+        if query.what == "stats":
+            return SchedulerReply(query.qid, core.stats())
+        freed = core.flush_cache()
+        if freed is None:
+            return SchedulerReply(query.qid, {}, error=FLUSH_REFUSED)
+        return SchedulerReply(query.qid, {"flushed_pages": freed})
+
+    # -------------------------------------------------------------------------------------------------------- watching
+
+    def _launcher(self) -> None:
+        self.child.heartbeat()
+        for command in self.child.commands():
+            self._shutdown = self._shutdown or isinstance(command, Shutdown)
+
+    def _watch_ranks(self, core: Scheduler) -> None:
+        step = core.oldest_step
+        if step is None:
+            return
+        running_s = time.monotonic() - max(step.sent_at, self._last_result_at)
+        allowed_s = self.child.spec.args.step_timeout + ESTIMATE_SLACK * step.estimate_s
+        if running_s > allowed_s:
+            self._hung = True
+            self.child.failed(
+                f"step {step.number} ({step.num_rows} rows, {step.tokens} tokens) has no result after "
+                f"{running_s:.1f} s; {allowed_s:.1f} s were allowed (--step-timeout)",
+                culprit="model_worker.0",
+            )
+
+    def _poller(self, *sockets: zmq.Socket[bytes]) -> zmq.Poller:
+        poller = zmq.Poller()
+        for socket in (*sockets, self.child.control):
+            poller.register(socket, zmq.POLLIN)
+        return poller
+
+
+def main(child: Child) -> None:
+    process = SchedulerProcess(child)
+    ready = process.wait_for_ranks()
+    if ready is not None:
+        log.info("%d KV pages of %d tokens on %s", ready.kv_pages, child.spec.args.page_size, ready.device)
+        core = Scheduler(make_config(child.spec, ready.kv_pages, ready.device))
+        child.ready(
+            kv_pages=ready.kv_pages, device=ready.device, dtype=ready.dtype, page_size=child.spec.args.page_size
+        )
+        process.serve(core)
+    process.stop_ranks()
+
+
+if __name__ == "__main__":
+    run_child("scheduler", main)

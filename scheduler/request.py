@@ -1,0 +1,134 @@
+"""One sample as the scheduler sees it: its tokens, its pages, how far it is. Plain data; others act on it."""
+
+from __future__ import annotations
+
+from array import array
+
+import msgspec
+
+from runtime.messages import AddRequest, OpenText, TokenLogprob, Usage
+from runtime.sampling_params import ResolvedSampling
+from scheduler.radix_cache import RadixNode
+
+NO_SLOT = -1
+TOKEN_BYTES = 4
+
+
+class Request:
+    """One sample of one client request; a request with n > 1 is n of these with the same `group`.
+
+    tokens: packed int32, the prompt and every generated token known so far.
+    num_computed_tokens: tokens whose KV is in `pages`, steps in flight included. A row of k tokens moves it by k.
+    prefill_end: tokens known when it got its slot; below that it is prefilling, from there on a decode row has one
+        token, which may still be on its way back from the step before.
+    limit: number of tokens, prompt included, at which it ends by length. The last one is never fed back, so the KV of
+        `kv_limit` = limit - 1 tokens is all it can need.
+    last_step: the last step with a row of it; it is in flight until that step's result is in.
+    pages: the slot's page table. The first `num_shared_pages` belong to the radix tree, up to `node`, which it locks.
+    """
+
+    __slots__ = (
+        "arrival",
+        "cached_tokens",
+        "ends",
+        "failed",
+        "finished",
+        "group",
+        "guaranteed",
+        "index",
+        "kv_limit",
+        "last_step",
+        "limit",
+        "namespace",
+        "node",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "num_shared_pages",
+        "opened",
+        "pages",
+        "prefill_end",
+        "priority",
+        "prompt_logprobs",
+        "queued",
+        "reserved_pages",
+        "retractions",
+        "rid",
+        "sampling",
+        "seq",
+        "slot",
+        "tokens",
+        "uid",
+        "uses_cache",
+    )
+
+    def __init__(self, message: AddRequest, index: int, sampling: ResolvedSampling, seq: int, arrival: float) -> None:
+        self.uid = message.uid + index
+        self.group = message.uid
+        self.index = index
+        self.rid = message.rid
+        self.sampling = sampling
+        self.priority = message.priority
+        self.namespace = message.cache_salt
+        self.uses_cache = True
+        self.seq = seq
+        self.arrival = arrival
+        self.tokens = bytearray(message.token_ids)
+        self.num_prompt_tokens = len(self.tokens) // TOKEN_BYTES
+        self.limit = self.num_prompt_tokens + sampling.max_new_tokens
+        self.kv_limit = self.limit - 1
+        self.ends = frozenset(sampling.end_token_ids + sampling.stop_token_ids)
+        self.prompt_logprobs: dict[int, TokenLogprob] | None = {} if sampling.prompt_logprobs else None
+
+        self.slot = NO_SLOT
+        self.pages = array("i")
+        self.node: RadixNode | None = None
+        self.num_shared_pages = 0
+        self.reserved_pages = 0
+        self.num_computed_tokens = 0
+        self.prefill_end = self.num_prompt_tokens
+        self.last_step = -1
+
+        self.cached_tokens = -1  # unknown until it first gets a slot
+        self.retractions = 0
+        self.guaranteed = False  # retracted so often that it now runs with its whole need reserved
+        self.queued = False  # in the waiting queue
+        self.opened = False
+        self.finished = False
+        self.failed = False  # a row of it had NaN or inf: nothing more of it may enter the cache
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt and generated."""
+        return len(self.tokens) // TOKEN_BYTES
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_computed_tokens < self.prefill_end
+
+    def usage(self) -> Usage:
+        return Usage(self.num_prompt_tokens, self.num_generated, max(0, self.cached_tokens))
+
+    def open_text(self) -> OpenText:
+        """The message that introduces it to the detokenizer, to be sent before its first output."""
+        s = self.sampling
+        return OpenText(
+            self.uid, self.rid, self.index, self.num_prompt_tokens, s.stop, s.include_stop, s.skip_special_tokens
+        )
+
+    def __repr__(self) -> str:
+        return f"Request(uid={self.uid}, {self.num_prompt_tokens}+{self.num_generated} tokens, slot={self.slot})"
+
+
+def samples_of(message: AddRequest, seq: int, now: float) -> list[Request]:
+    """The n samples of a request: sample i has uid + i and seed + i (64 bits)."""
+    samples = []
+    for index in range(message.sampling.n):
+        sampling = message.sampling
+        if index:
+            sampling = msgspec.structs.replace(sampling, seed=(sampling.seed + index) % 2**64)
+        samples.append(Request(message, index, sampling, seq + index, now))
+    return samples

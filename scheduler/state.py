@@ -1,0 +1,142 @@
+"""Where every request is, and the moves between the places. Decides nothing.
+
+    waiting ──admit──▶ prefilling ──▶ decoding ──▶ ending ──▶ (finished)
+       ▲                   │             │           its last token is in flight: by length it can have no more rows
+       └──────retract──────┴─────────────┘
+
+A request that leaves a slot while a step in flight has a row of it is in `leaving` until that step's result is in; only
+then are its slot and pages given up. A retracted one is in `waiting` and `leaving` at once, and cannot be admitted
+before it has left. All containers keep their order: equal inputs give equal batches.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+
+from scheduler.batch import BatchBuilder, Step
+from scheduler.config import SchedulerConfig
+from scheduler.memory import KVMemory
+from scheduler.request import NO_SLOT, Request
+from scheduler.sharing import PrefixLeaders
+from scheduler.waiting import WaitingQueue
+
+MAX_RETRACTIONS = 3
+
+
+class SchedulerState:
+    """`requests`: every live sample by uid. `groups`: the live samples' uids of each client request."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.memory = KVMemory(config.num_pages, config.page_size)
+        self.builder = BatchBuilder()
+        self.leaders = PrefixLeaders(config.page_size)
+        self.requests: dict[int, Request] = {}
+        self.groups: dict[int, list[int]] = {}
+        self.waiting = WaitingQueue()
+        self.prefilling: dict[int, Request] = {}
+        self.decoding: dict[int, Request] = {}
+        self.ending: dict[int, Request] = {}
+        self.leaving: dict[int, Request] = {}
+        self.free_slots = list(range(config.max_running_requests))
+        self.in_flight: deque[Step] = deque()
+        self.next_step = 0
+        self.completed_step = -1
+        self.num_retractions = 0
+        self.num_prompt_tokens = 0  # of requests that got a slot, each counted once
+        self.num_cached_tokens = 0  # of these, found in the cache
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot and go on."""
+        return len(self.prefilling) + len(self.decoding) + len(self.ending)
+
+    @property
+    def memory_is_coming(self) -> bool:
+        """Pages will come back with the results of the steps in flight."""
+        return bool(self.leaving or self.ending or self.memory.num_deferred)
+
+    def enqueue(self, request: Request) -> None:
+        """A new sample."""
+        if not self.config.radix_cache:
+            request.uses_cache = request.sampling.n > 1
+            request.namespace = f"request {request.group}"
+        self.requests[request.uid] = request
+        self.groups.setdefault(request.group, []).append(request.uid)
+        self.waiting.add(request)
+
+    def admit(self, request: Request) -> None:
+        """Give a slot to a waiting request whose cached prefix is attached."""
+        assert request.slot == NO_SLOT
+        assert not request.finished
+        self.waiting.remove(request)
+        request.slot = heapq.heappop(self.free_slots)
+        request.prefill_end = request.num_tokens
+        if request.cached_tokens < 0:
+            request.cached_tokens = request.num_computed_tokens
+            self.num_prompt_tokens += request.num_prompt_tokens
+            self.num_cached_tokens += request.cached_tokens
+        self.prefilling[request.uid] = request
+        self.builder.take_slot(request)
+        self.leaders.begin(request)
+        if request.guaranteed:
+            self.memory.reserve(request)
+
+    def retract(self, request: Request) -> None:
+        """Take the slot and pages of a running request; it waits again and resumes with all it has generated."""
+        assert not request.guaranteed
+        request.retractions += 1
+        request.guaranteed = request.retractions >= MAX_RETRACTIONS
+        self.num_retractions += 1
+        self._leave(request)
+        self.waiting.add(request)
+
+    def finish(self, request: Request) -> None:
+        """The sample's terminal event is out (or another process sends it): forget it, and free what it holds."""
+        assert not request.finished
+        request.finished = True
+        del self.requests[request.uid]
+        group = self.groups[request.group]
+        group.remove(request.uid)
+        if not group:
+            del self.groups[request.group]
+        if request.queued:
+            self.waiting.remove(request)
+        elif request.uid not in self.leaving:
+            self._leave(request)
+        self._forget_private_prefix(request)
+
+    def step_done(self, step: Step) -> None:
+        """The result of `step` has been applied: let go of what only it still used."""
+        self.memory.step_done(step.number)
+        if self.leaving:
+            for request in [r for r in self.leaving.values() if r.last_step <= step.number]:
+                del self.leaving[request.uid]
+                self._release(request)
+
+    def _leave(self, request: Request) -> None:
+        for place in (self.decoding, self.prefilling, self.ending):
+            if place.pop(request.uid, None) is not None:
+                break
+        else:
+            raise AssertionError(f"{request} is not running")
+        self.leaders.end(request)
+        self.memory.unreserve(request)
+        if request.last_step > self.completed_step:
+            self.leaving[request.uid] = request
+        else:
+            self._release(request)
+
+    def _release(self, request: Request) -> None:
+        self.memory.detach(request)
+        self.builder.release_slot(request)
+        heapq.heappush(self.free_slots, request.slot)
+        request.slot = NO_SLOT
+        request.prefill_end = request.num_tokens
+        self._forget_private_prefix(request)
+
+    def _forget_private_prefix(self, request: Request) -> None:
+        """Without the radix cache, only the samples of one request share; nothing of it stays after them."""
+        if not self.config.radix_cache and request.uses_cache and request.group not in self.groups:
+            self.memory.cache.drop(request.namespace)

@@ -1,0 +1,373 @@
+"""Shared by the scheduler's tests: factories, a fake rank that catches wrong pages, and the page equation.
+
+`FakeRank` mimics a model worker without a model. A position's "KV" is a hash of the namespace and of all tokens up to
+it; it is written to and read back from the pages that the scheduler named. A row that reads a page whose content is not
+its own prefix raises `Corruption`, and the next token is a function of what was read, so that any mistake in page
+tables, slots or lengths also changes the output. `reference` computes the same tokens without pages or batches.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from runtime.messages import (
+    AddRequest,
+    FailedRow,
+    Finish,
+    ForwardBatch,
+    RequestRejected,
+    StepResult,
+    TokenOutput,
+    pack_ids,
+    unpack_ids,
+)
+from runtime.sampling_params import DEFAULTS, ResolvedSampling
+from scheduler.config import SchedulerConfig
+from scheduler.core import Scheduler
+from scheduler.results import Outputs
+
+VOCAB = 50
+NAN = -1  # the "KV" that a poisoned token leaves behind
+
+
+def sampling(**fields: object) -> ResolvedSampling:
+    """Greedy defaults; `end` is short for end_token_ids."""
+    values: dict[str, Any] = {**DEFAULTS, "seed": 0, "end_token_ids": (), "temperature": 0.0, **fields}
+    return ResolvedSampling(**values)
+
+
+def request(uid: int, tokens: Sequence[int], *, salt: str = "", priority: int = 0, **fields: object) -> AddRequest:
+    return AddRequest(uid, f"r{uid}", pack_ids(tokens), sampling(**fields), priority=priority, cache_salt=salt)
+
+
+def config(**fields: object) -> SchedulerConfig:
+    values: dict[str, Any] = {
+        "num_pages": 64,
+        "page_size": 4,
+        "max_running_requests": 8,
+        "chunked_prefill_size": 16,
+        **fields,
+    }
+    return SchedulerConfig(**values)
+
+
+def extend(state: int, token: int) -> int:
+    return hash((state, token)) & 0x7FFFFFFF
+
+
+def start(salt: str) -> int:
+    state = 17
+    for character in salt:
+        state = extend(state, ord(character))
+    return state
+
+
+def next_token(state: int, seed: int) -> int:
+    return extend(extend(state, 7), seed % 1009) % VOCAB
+
+
+def reference(tokens: Sequence[int], params: ResolvedSampling, salt: str = "", seed_offset: int = 0) -> list[int]:
+    """What a sample generates, computed alone."""
+    state = start(salt)
+    for token in tokens:
+        state = extend(state, token)
+    generated: list[int] = []
+    ends = set(params.end_token_ids) | set(params.stop_token_ids)
+    while len(generated) < params.max_new_tokens:
+        generated.append(next_token(state, (params.seed + seed_offset) % 2**64))
+        if generated[-1] in ends:
+            break
+        state = extend(state, generated[-1])
+    return generated
+
+
+class Corruption(AssertionError):
+    """A rank was told to read or write the wrong place."""
+
+
+@dataclass
+class _Slot:
+    uid: int
+    tokens: list[int]
+    computed: int
+    pages: list[int]
+    seed: int
+    hashes: list[int] = field(default_factory=list)  # of the first len(hashes) tokens
+
+
+class FakeRank:
+    """salt_of: a sample's namespace, by uid. poison: a token whose row fails and leaves NaN in its page."""
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        slots: int,
+        salt_of: Callable[[int], str] = lambda uid: "",
+        poison: int | None = None,
+    ) -> None:
+        self.page_size = page_size
+        self.num_slots = slots
+        self.poison = poison
+        self.pages: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
+        self.slots: dict[int, _Slot] = {}
+        self.rows: tuple[list[int], list[int]] | None = None
+        self.last_step = -1
+        self.used: dict[int, set[int]] = {}  # step -> the pages its rows read and write
+        self.row_uids: dict[int, list[int]] = {}
+        self.tokens_run = 0
+        self._salt_of = salt_of
+
+    def run(self, batch: ForwardBatch) -> StepResult:
+        """What rank 0 would answer. Ranks run steps in order, so the answer does not depend on when it is read."""
+        check(batch.step == self.last_step + 1, f"step {batch.step} after {self.last_step}")
+        self.last_step = batch.step
+        for slot in unpack_ids(batch.released):
+            check(slot in self.slots, f"slot {slot} released, but it is free")
+            del self.slots[slot]
+        for new in batch.new:
+            check(0 <= new.slot < self.num_slots and new.slot not in self.slots, f"slot {new.slot} is taken")
+            tokens = unpack_ids(new.token_ids)
+            check(0 <= new.num_computed < len(tokens), "nothing left to compute")
+            self.slots[new.slot] = _Slot(new.uid, tokens, new.num_computed, unpack_ids(new.pages), new.sampling.seed)
+        updates = zip(
+            unpack_ids(batch.page_slots), unpack_ids(batch.page_index), unpack_ids(batch.page_ids), strict=True
+        )
+        for slot, index, page in updates:
+            check(slot in self.slots, f"pages for slot {slot}, which is free")
+            table = self.slots[slot].pages
+            check(index <= len(table), "a hole in the page table")
+            table[index : index + 1] = [page]
+        if batch.row_slots is not None and batch.row_tokens is not None:
+            self.rows = unpack_ids(batch.row_slots), unpack_ids(batch.row_tokens)
+        assert self.rows is not None
+        slots, counts = self.rows
+        check(len(slots) == len(set(slots)) > 0, "a slot twice in one step, or an empty step")
+        self.used[batch.step] = set()
+        self.row_uids[batch.step] = [self.slots[slot].uid for slot in slots]
+        ids, failed = [], []
+        for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+            token = self._row(self.slots[slot], count, self.used[batch.step])
+            if token is None:
+                failed.append(FailedRow(row))
+            ids.append(-1 if token is None else token)
+        return StepResult(batch.step, pack_ids(ids), failed=failed)
+
+    def _row(self, slot: _Slot, count: int, used: set[int]) -> int | None:
+        check(0 < count <= len(slot.tokens) - slot.computed, f"{count} tokens to run, {len(slot.tokens)} known")
+        end = slot.computed + count
+        check(end <= len(slot.pages) * self.page_size, "a token without a page")
+        table = slot.pages[: -(-end // self.page_size)]
+        check(len(set(table)) == len(table), "a page twice in one table")
+        used.update(table)
+        while len(slot.hashes) < end:
+            state = slot.hashes[-1] if slot.hashes else start(self._salt_of(slot.uid))
+            slot.hashes.append(extend(state, slot.tokens[len(slot.hashes)]))
+        for position in range(slot.computed):
+            read = self.pages[table[position // self.page_size]][position % self.page_size]
+            check(read == slot.hashes[position], f"uid {slot.uid}: position {position} of page table is not its own")
+        bad = False
+        for position in range(slot.computed, end):
+            bad = bad or (self.poison is not None and slot.tokens[position] == self.poison)
+            content = NAN if bad else slot.hashes[position]
+            self.pages[table[position // self.page_size]][position % self.page_size] = content
+        slot.computed = end
+        self.tokens_run += count
+        if bad:
+            if end == len(slot.tokens):
+                slot.tokens.append(0)
+            return None
+        if end < len(slot.tokens):
+            return -1
+        token = next_token(slot.hashes[end - 1], slot.seed)
+        slot.tokens.append(token)
+        return token
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise Corruption(message)
+
+
+def check_pages(scheduler: Scheduler, rank: FakeRank | None = None) -> None:
+    """free + cached (evictable and locked) + held by requests + deferred = all pages, and none is in two places."""
+    state, memory, cache = scheduler.state, scheduler.state.memory, scheduler.state.memory.cache
+    places: list[int] = memory.allocator.free_pages()
+    free = set(places)
+    nodes = list(cache.nodes())
+    for node in nodes:
+        places += node.pages
+    holders = {**state.prefilling, **state.decoding, **state.ending, **state.leaving}
+    for holder in holders.values():
+        places += holder.pages[holder.num_shared_pages :]
+    for _, pages in memory._deferred:
+        places += pages
+    assert sorted(places) == list(range(memory.num_pages)), "a page is lost or in two places"
+
+    locked = {id(node): 0 for node in nodes}
+    for holder in holders.values():
+        path, walk = [], holder.node
+        while walk is not None and walk.parent is not None:
+            locked[id(walk)] += 1
+            path.append(walk)
+            walk = walk.parent
+        shared = [page for node in reversed(path) for page in node.pages]
+        assert shared == list(holder.pages[: holder.num_shared_pages]), "the shared pages are not the node's path"
+    for node in nodes:
+        assert node.locks == locked[id(node)], "a lock too many or too few"
+        assert node.pages, "an empty node"
+        assert len(node.key) == len(node.pages) * 4 * memory.page_size
+        assert node.parent is not None
+        assert node.parent.children[node.key[: 4 * memory.page_size]] is node
+        assert node.locks or node.children or node.queued, "an evictable leaf is not in the queue"
+        assert node.locks or node.parent.last_access >= node.last_access, "a parent would go before its child"
+    assert cache.num_cached == sum(len(node.pages) for node in nodes)
+    assert cache.num_evictable == sum(len(node.pages) for node in nodes if node.locks == 0)
+    assert memory.reserved == sum(r.reserved_pages for r in state.requests.values())
+    if not state.in_flight:
+        assert memory.num_deferred == 0
+        assert not state.leaving
+        assert memory.spare >= 0
+    slots = [holder.slot for holder in holders.values()]
+    assert sorted(slots + state.free_slots) == list(range(scheduler.config.max_running_requests))
+    if rank is not None:
+        for step in state.in_flight:
+            assert not (rank.used[step.number] & free), "a page is free while a step in flight uses it"
+
+
+@dataclass
+class Sample:
+    """What one sample has shown so far."""
+
+    message: AddRequest
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+    opened: bool = False
+    silent: bool = False  # its stop string was found: the detokenizer ended it
+    cached_tokens: int = 0
+
+
+class Harness:
+    """A scheduler, a fake rank and what clients have seen; checks every promise about outputs as they come."""
+
+    def __init__(self, scheduler_config: SchedulerConfig, poison: int | None = None) -> None:
+        self.config = scheduler_config
+        self.scheduler = Scheduler(scheduler_config)
+        self.samples: dict[int, Sample] = {}
+        self.rejected: dict[int, RequestRejected] = {}
+        self.results: deque[StepResult] = deque()
+        self.now = 0.0
+        self.rank = FakeRank(
+            scheduler_config.num_pages,
+            scheduler_config.page_size,
+            scheduler_config.max_running_requests,
+            lambda uid: self.samples[uid].message.cache_salt,
+            poison,
+        )
+
+    def add(self, message: AddRequest) -> bool:
+        rejected = self.scheduler.add(message, self.now)
+        if rejected is not None:
+            assert rejected.uid == message.uid
+            self.rejected[message.uid] = rejected
+            return False
+        for index in range(message.sampling.n):
+            self.samples[message.uid + index] = Sample(message, index)
+        return True
+
+    def abort(self, uid: int) -> None:
+        self._take(self.scheduler.abort(uid, self.now))
+
+    def stop_matched(self, uid: int) -> None:
+        self.samples[uid].silent = True
+        self.scheduler.stop_matched(uid, self.now)
+
+    def schedule(self) -> bool:
+        self.now += 0.001
+        batch = self.scheduler.schedule(self.now)
+        if batch is not None:
+            batch = msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=ForwardBatch)
+            self.results.append(self.rank.run(batch))
+        return batch is not None
+
+    def complete(self) -> bool:
+        if not self.results:
+            return False
+        self.now += 0.001
+        self._take(self.scheduler.complete(self.results.popleft(), self.now))
+        return True
+
+    def step(self) -> bool:
+        """As the process does: send what may be sent, then take one result. False when nothing is left to do."""
+        while self.schedule():
+            pass
+        return self.complete()
+
+    def run(self, limit: int = 100_000, checked: bool = True) -> None:
+        for _ in range(limit):
+            if not self.step():
+                break
+            if checked:
+                check_pages(self.scheduler, self.rank)
+        else:
+            raise AssertionError("the scheduler does not come to an end")
+        assert self.scheduler.idle
+        self.check_all_ended()
+
+    def live(self) -> list[int]:
+        """Samples without a terminal event."""
+        return [uid for uid, sample in self.samples.items() if sample.finish is None and not sample.silent]
+
+    def check_all_ended(self) -> None:
+        assert not self.live(), f"without a terminal event: {self.live()}"
+        for sample in self.samples.values():
+            self.check_tokens(sample)
+
+    def check_tokens(self, sample: Sample) -> None:
+        params = sample.message.sampling
+        expected = reference(unpack_ids(sample.message.token_ids), params, sample.message.cache_salt, sample.index)
+        reason = sample.finish.reason if sample.finish is not None else None
+        if reason in ("stop", "length"):
+            assert sample.tokens == expected
+            ends = set(params.end_token_ids + params.stop_token_ids)
+            assert (reason == "stop") == (expected[-1] in ends)
+            assert sample.finish is not None
+            assert sample.finish.matched == (expected[-1] if reason == "stop" else None)
+        else:
+            assert sample.tokens == expected[: len(sample.tokens)]
+
+    def _take(self, outputs: Outputs) -> None:
+        for message in outputs.opens:
+            sample = self.samples[message.uid]
+            assert not sample.opened, "opened twice"
+            sample.opened = True
+        for output in outputs.tokens:
+            self._take_output(output)
+
+    def _take_output(self, output: TokenOutput) -> None:
+        sample = self.samples[output.uid]
+        assert sample.opened, "an output before it was opened"
+        assert sample.finish is None, "an output after the terminal event"
+        assert not sample.silent, "an output after the detokenizer ended it"
+        assert output.first == len(sample.tokens), "a token lost or repeated"
+        sample.tokens += unpack_ids(output.token_ids)
+        if output.finish is not None:
+            sample.finish = output.finish
+            assert output.usage is not None
+            assert output.usage.completion_tokens == len(sample.tokens)
+            assert output.usage.prompt_tokens == len(sample.message.token_ids) // 4
+            sample.cached_tokens = output.usage.cached_tokens
+
+
+def random_prompt(rng: random.Random, length: int, prefixes: Iterable[Sequence[int]] = ()) -> list[int]:
+    """Random tokens, often after one of the given prefixes."""
+    choices = [list(p) for p in prefixes]
+    head = rng.choice(choices) if choices and rng.random() < 0.7 else []
+    return (head + [rng.randrange(VOCAB) for _ in range(length)])[: max(1, length)]

@@ -1,0 +1,63 @@
+"""The scheduler core against a fake rank: outputs, ends, batching, pressure."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from runtime.messages import unpack_ids
+from tests.scheduler.harness import VOCAB, Harness, check_pages, config, random_prompt, request
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("radix_cache", [False, True])
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("pages", [24, 200])
+def test_random_load_gives_every_request_its_own_tokens(
+    overlap: bool, radix_cache: bool, page_size: int, pages: int
+) -> None:
+    rng = random.Random(pages * 100 + page_size)
+    num_pages = max(6, pages * 4 // page_size)
+    h = Harness(config(num_pages=num_pages, page_size=page_size, overlap=overlap, radix_cache=radix_cache))
+    prefixes = [[rng.randrange(VOCAB) for _ in range(rng.randrange(1, 40))] for _ in range(4)]
+    uid = 0
+    for _ in range(60):
+        prompt = random_prompt(rng, rng.randrange(1, 50), prefixes)
+        n = rng.choice([1, 1, 1, 3])
+        h.add(
+            request(
+                uid,
+                prompt,
+                salt=rng.choice(["", "", "b"]),
+                max_new_tokens=rng.randrange(1, 30),
+                end_token_ids=(rng.randrange(VOCAB),) if rng.random() < 0.5 else (),
+                seed=rng.randrange(3),
+                n=n,
+            )
+        )
+        uid += n
+        for _ in range(rng.randrange(4)):
+            h.step()
+            check_pages(h.scheduler, h.rank)
+        if rng.random() < 0.1:
+            h.abort(rng.randrange(uid))
+            check_pages(h.scheduler, h.rank)
+        if rng.random() < 0.1 and h.live():
+            h.stop_matched(rng.choice(h.live()))
+            check_pages(h.scheduler, h.rank)
+    h.run()
+    stats = h.scheduler.stats()
+    assert int(stats["kv_pages_free"]) + int(stats["kv_pages_cached"]) == num_pages
+    assert stats["kv_pages_cached"] == stats["kv_pages_evictable"]
+    if not radix_cache:
+        assert stats["kv_pages_cached"] == 0
+
+
+def test_one_request_alone() -> None:
+    h = Harness(config())
+    h.add(request(1, [1, 2, 3], max_new_tokens=5))
+    h.run()
+    assert h.samples[1].finish is not None
+    assert h.samples[1].finish.reason == "length"
+    assert unpack_ids(h.samples[1].message.token_ids) == [1, 2, 3]

@@ -1,0 +1,226 @@
+"""The scheduler's process over real sockets: the test plays launcher, tokenizer manager, detokenizer and rank."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+import zmq
+
+from runtime.channels import Receiver, Sender, bind_ipc
+from runtime.child import PipelineSpec
+from runtime.endpoints import Endpoints
+from runtime.messages import (
+    AbortRequest,
+    ChildFailed,
+    ChildMessage,
+    ChildReady,
+    DetokenizerInput,
+    ForwardBatch,
+    Heartbeat,
+    OpenText,
+    RankInput,
+    RankReady,
+    RequestRejected,
+    SchedulerQuery,
+    SchedulerReply,
+    Shutdown,
+    StepOutput,
+    StopRank,
+    TokenizerInput,
+    TokenOutput,
+    unpack_ids,
+)
+from runtime.model_config import GenerationDefaults, ModelConfig
+from runtime.server_args import ServerArgs
+from tests.scheduler.harness import FakeRank, reference, request, sampling
+
+NUM_PAGES = 32
+
+
+class Neighbours:
+    """Every process around the scheduler, in one thread."""
+
+    def __init__(self, folder: str, **args: Any) -> None:
+        model = ModelConfig(
+            architecture="Qwen3ForCausalLM", vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=1, num_key_value_heads=1, head_dim=8, rms_norm_eps=1e-6, rope_theta=1e4,
+            max_position_embeddings=512, tie_word_embeddings=True, dtype="float32", initializer_range=0.02,
+            eos_token_ids=(), bos_token_id=None, generation_defaults=GenerationDefaults(),
+        )  # fmt: skip
+        endpoints = Endpoints(directory=folder, api=f"ipc://{folder}/api")
+        spec = PipelineSpec(
+            args=ServerArgs(page_size=4, max_running_requests=4, **args), endpoints=endpoints, model=model,
+            model_name="m", model_folder=folder, tokenizer_folder=folder, context_length=512, chunked_prefill_size=16,
+            device="cpu", dtype="float32", epoch="e",
+        )  # fmt: skip
+        path = Path(folder) / "spec.json"
+        path.write_bytes(msgspec.json.encode(spec))
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.control = self.context.socket(zmq.ROUTER)
+        bind_ipc(self.control, endpoints.control)
+        self.commands = msgspec.msgpack.Decoder(ChildMessage)
+        self.tokenizer: Receiver[TokenizerInput] = Receiver(self.context, endpoints.tokenizer_manager, TokenizerInput)
+        self.detokenizer: Receiver[DetokenizerInput] = Receiver(self.context, endpoints.detokenizer, DetokenizerInput)
+        self.batches: Receiver[RankInput] = Receiver(self.context, endpoints.rank(0), RankInput)
+        self.inputs = Sender(self.context, endpoints.scheduler)
+        self.results = Sender(self.context, endpoints.results)
+        self.rank = FakeRank(NUM_PAGES, 4, 4)
+        self.process = subprocess.Popen([sys.executable, "-m", "scheduler.process", str(path)])
+
+    def control_message(self, kind: type, timeout_s: float = 10.0) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.control.poll(100):
+                message = self.commands.decode(self.control.recv_multipart()[1])
+                if isinstance(message, kind):
+                    return message
+        raise AssertionError(f"no {kind.__name__}")
+
+    def become_ready(self) -> ChildReady:
+        self.results.send(RankReady(NUM_PAGES, "cpu", "float32"))
+        ready = self.control_message(ChildReady)
+        assert isinstance(ready, ChildReady)
+        return ready
+
+    def run_rank(self, until_finished: int) -> tuple[list[OpenText], list[TokenOutput]]:
+        """Answer steps until so many samples have ended."""
+        opens: list[OpenText] = []
+        outputs: list[TokenOutput] = []
+        deadline = time.monotonic() + 10
+        while sum(output.finish is not None for output in outputs) < until_finished:
+            assert time.monotonic() < deadline
+            batch = self.batches.receive(0.01)
+            if batch is not None:
+                assert isinstance(batch, ForwardBatch)
+                self.results.send(self.rank.run(batch))
+            for message in self.detokenizer.drain():
+                if isinstance(message, OpenText):
+                    opens.append(message)
+                else:
+                    assert isinstance(message, StepOutput)
+                    outputs += message.outputs
+        return opens, outputs
+
+    def reply(self) -> TokenizerInput:
+        message = self.tokenizer.receive(5)
+        assert message is not None
+        return message
+
+    def shut_down(self) -> int:
+        self.control.send_multipart([b"scheduler", msgspec.msgpack.encode(Shutdown())])
+        return self.process.wait(timeout=10)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.context.destroy(linger=0)
+
+
+@pytest.fixture
+def folder() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="vsl", dir="/tmp") as path:
+        yield path
+
+
+def test_serves_requests_and_stops(folder: str) -> None:
+    n = Neighbours(folder)
+    try:
+        n.control_message(Heartbeat)
+        ready = n.become_ready()
+        assert ready.facts == {"kv_pages": NUM_PAGES, "device": "cpu", "dtype": "float32", "page_size": 4}
+        prompts = {10: [1, 2, 3], 20: list(range(40)), 30: [5] * 9}
+        for uid, prompt in prompts.items():
+            n.inputs.send(request(uid, prompt, max_new_tokens=6))
+        n.inputs.send(request(40, [1], max_new_tokens=4 * NUM_PAGES + 1))
+        opens, outputs = n.run_rank(until_finished=3)
+        assert sorted(o.uid for o in opens) == [10, 20, 30]
+        for uid, prompt in prompts.items():
+            tokens = [t for o in outputs if o.uid == uid for t in unpack_ids(o.token_ids)]
+            assert tokens == reference(prompt, sampling(max_new_tokens=6))
+        rejected = n.reply()
+        assert isinstance(rejected, RequestRejected)
+        assert (rejected.uid, rejected.error.code) == (40, "kv_exhausted")
+
+        n.inputs.send(SchedulerQuery(1, "stats"))
+        stats = n.reply()
+        assert isinstance(stats, SchedulerReply)
+        assert stats.values["kv_pages_total"] == NUM_PAGES
+        assert stats.values["completion_tokens_total"] == 18
+        n.inputs.send(SchedulerQuery(2, "flush_cache"))
+        flushed = n.reply()
+        assert isinstance(flushed, SchedulerReply)
+        assert flushed.error is None
+        assert int(flushed.values["flushed_pages"]) > 0
+
+        n.inputs.send(request(50, [1, 2], max_new_tokens=9))
+        while n.batches.receive(0.2) is not None:
+            pass  # its steps stay unanswered
+        n.inputs.send(SchedulerQuery(3, "flush_cache"))
+        refused = n.reply()
+        assert isinstance(refused, SchedulerReply)
+        assert refused.error is not None
+        n.inputs.send(AbortRequest(50))
+        aborted: list[TokenOutput] = []
+        while not aborted:
+            message = n.detokenizer.receive(5)
+            assert message is not None
+            aborted += message.outputs if isinstance(message, StepOutput) else []
+        assert aborted[0].finish is not None
+        assert aborted[0].finish.reason == "abort"
+
+        assert n.shut_down() == 0
+        assert isinstance(n.batches.receive(5), StopRank)
+    finally:
+        n.close()
+
+
+def test_a_rank_that_hangs_is_named(folder: str) -> None:
+    n = Neighbours(folder, step_timeout=0.3)
+    try:
+        n.become_ready()
+        n.inputs.send(request(1, [1, 2, 3], max_new_tokens=6))
+        began = time.monotonic()
+        failed = n.control_message(ChildFailed)
+        assert failed.culprit == "model_worker.0"
+        assert "step 0" in failed.message
+        assert 0.25 < time.monotonic() - began < 3
+        n.control_message(Heartbeat)  # it still answers the launcher
+        assert n.shut_down() == 0
+    finally:
+        n.close()
+
+
+def test_stops_while_the_ranks_still_load(folder: str) -> None:
+    n = Neighbours(folder)
+    try:
+        n.control_message(Heartbeat)
+        assert n.shut_down() == 0
+    finally:
+        n.close()
+
+
+def test_sleeps_when_there_is_nothing_to_do(folder: str) -> None:
+    n = Neighbours(folder)
+    try:
+        n.become_ready()
+        scheduler = psutil.Process(n.process.pid)
+
+        def cpu_s() -> float:
+            times = scheduler.cpu_times()
+            return times.user + times.system
+
+        before = cpu_s()
+        time.sleep(1.0)
+        assert cpu_s() - before < 0.1
+    finally:
+        n.close()
