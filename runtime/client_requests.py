@@ -20,6 +20,8 @@ Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 
 MAX_PRIORITY = 2**31 - 1
+# The engine names its own limit, from the context length, up to this size; a larger frame would cost the connection.
+MAX_FRAME_BYTES = 16 * 1024 * 1024
 # Keywords whose work is not in yet: refused by name.
 NOT_YET = ("tools", "json_schema", "regex", "choice", "max_thinking_tokens")
 
@@ -201,8 +203,14 @@ def _request(
         cache_salt=cache_salt,
         template_kwargs=template_kwargs,
     )
+    field = "messages" if messages is not None else "prompt" if prompt is not None else "input_ids"
     try:
-        return Request(rid, msgspec.msgpack.encode(message))
+        frame = msgspec.msgpack.encode(message)
     except (TypeError, ValueError, OverflowError) as error:  # ValueError: lone surrogates are no text
-        field = "messages" if messages is not None else "prompt"
         raise RequestError(f"{field} cannot be sent: {error}", field=field) from error
+    if len(frame) > MAX_FRAME_BYTES:
+        raise RequestError(
+            f"{field} makes a request of {len(frame)} bytes, at most {MAX_FRAME_BYTES} can be sent: shorten it",
+            field=field,
+        )
+    return Request(rid, frame)

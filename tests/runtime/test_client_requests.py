@@ -7,10 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from runtime.client_requests import Plan, plan_chat, plan_generate, single
+from runtime.client_requests import MAX_FRAME_BYTES, Plan, plan_chat, plan_generate, single
 from runtime.errors import RequestError
 from runtime.messages import Generate, unpack_ids
 from runtime.sampling_params import SamplingParams
+from tokenizer_manager import sessions
 
 HI = {"role": "user", "content": "hi"}
 
@@ -47,6 +48,8 @@ def sent(plan: Plan) -> list[Generate]:
         ({"prompt": ["a", None]}, "prompt"),
         ({"prompt": ["a", []]}, "prompt"),
         ({"prompt": "\ud800"}, "prompt"),
+        ({"prompt": "x" * MAX_FRAME_BYTES}, "prompt"),
+        ({"input_ids": [1] * (MAX_FRAME_BYTES // 4)}, "input_ids"),
         ({"input_ids": []}, "input_ids"),
         ({"input_ids": "abc"}, "input_ids"),
         ({"input_ids": 5}, "input_ids"),
@@ -125,6 +128,10 @@ def test_what_is_sent() -> None:
 
 def test_a_keyword_of_later_may_be_none() -> None:
     assert len(generate("a", tools=None).requests) == 1
+
+
+def test_what_a_client_sends_never_costs_its_connection() -> None:
+    assert MAX_FRAME_BYTES <= sessions.MAX_FRAME_BYTES
 
 
 def test_rids_differ() -> None:
