@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from runtime.boot import LIFE_PIPE_ENV
 
@@ -78,6 +79,13 @@ class ChildProcess:
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
         return f"exited with code {code}"
+
+    def is_stopped(self) -> bool:
+        """Whether a signal (SIGSTOP, a debugger) holds it."""
+        try:
+            return str(psutil.Process(self.pid).status()) == psutil.STATUS_STOPPED
+        except psutil.Error:
+            return False
 
     def dump_stacks(self) -> None:
         """Ask for a stack dump on stderr and give it time to be written. A stopped process cannot write one."""

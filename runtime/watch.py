@@ -265,11 +265,17 @@ class Watch:
                 self._end_hung(child.process.name, f"no heartbeat for {limit:.0f} s")
 
     def _end_hung(self, name: str, why: str) -> None:
-        """Dump a hung child's stacks, kill it, and fail. Raises _Failed."""
-        culprit = self._children.get(name)
-        if culprit is None:
-            raise _Failed(f"{name} hung: {one_line(why)}")
+        """Dump a hung child's stacks (of a rank: all ranks', they wait for each other), kill it. Raises _Failed."""
+        named = self._children.get(name)
+        suspects = [] if named is None else [named]
+        if named is not None and named.process.spec.is_rank:
+            suspects = [child for child in self._children.values() if child.process.spec.is_rank]
+        # Whoever misses an answer cannot tell which rank holds the others up; one that was stopped is the one.
+        culprit = next((child for child in suspects if child.process.is_stopped()), named)
+        name = name if culprit is None else culprit.process.name
         log.error("%s hangs: %s; dumping its stacks and killing it", name, why)
-        culprit.process.dump_stacks()
-        culprit.process.kill()
+        for child in suspects:
+            child.process.dump_stacks()
+        if culprit is not None:
+            culprit.process.kill()
         raise _Failed(f"{name} hung and was killed: {one_line(why)}")

@@ -1,0 +1,146 @@
+"""A real daemon for tests: `python launch.py` in its own process, found again by its name."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from vibe_sgl_lite import AsyncClient, Client
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+READY_S = 120.0  # a busy machine, and the kernels' first compilation
+PROCESS_NAMES = {
+    "tokenizer_manager.process": "tokenizer_manager",
+    "scheduler.process": "scheduler",
+    "detokenizer.process": "detokenizer",
+    "model_worker.worker": "model_worker",
+}
+
+
+class Daemon:
+    """`with Daemon("--page-size", "4") as daemon: daemon.client()`. Killed at the end if a test has not ended it."""
+
+    def __init__(self, *flags: str, name: str | None = None) -> None:
+        self.name = name or f"test-{secrets.token_hex(4)}"
+        self._log = tempfile.TemporaryFile("w+")
+        self._tree: list[psutil.Process] = []
+        command = [sys.executable, str(ROOT / "launch.py"), "--name", self.name, "--log-level", "warning", *flags]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+
+    def wait_ready(self) -> dict[str, str]:
+        """The ready line as a dict, with `address`. AssertionError with the log when it does not come."""
+        assert self.process.stdout is not None
+        readable, _, _ = select.select([self.process.stdout], [], [], READY_S)
+        line = self.process.stdout.readline() if readable else ""
+        words = line.split()
+        assert words[:1] == ["ready"], f"no ready line but {line!r}; log:\n{self.log()}"
+        self._tree = self.descendants()
+        return {"address": words[1]} | dict(word.split("=", 1) for word in words[2:])
+
+    @property
+    def address(self) -> str:
+        """The default address of this daemon's name."""
+        from runtime.rundir import default_address
+
+        return default_address(self.name)
+
+    def client(self) -> Client:
+        return Client(name=self.name)
+
+    def async_client(self) -> AsyncClient:
+        return AsyncClient(name=self.name)
+
+    def log(self) -> str:
+        """All that it and its children wrote to stderr."""
+        self._log.seek(0)
+        return self._log.read()
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def children(self) -> dict[str, psutil.Process]:
+        """The engine's processes by name; ranks as model_worker.0 and so on."""
+        found: dict[str, psutil.Process] = {}
+        for process in psutil.Process(self.process.pid).children():
+            line = process.cmdline()
+            module = next((word for word in line if word in PROCESS_NAMES), None)
+            if module is not None:
+                rank = f".{line[-1]}" if module == "model_worker.worker" else ""
+                found[PROCESS_NAMES[module] + rank] = process
+        return found
+
+    def wait_exit(self, timeout: float = 40.0) -> int:
+        return self.process.wait(timeout)
+
+    def rest_of_stdout(self) -> str:
+        """What came on stdout after the ready line; to be called once it has ended."""
+        assert self.process.stdout is not None
+        return self.process.stdout.read()
+
+    def survivors(self, within: float = 0.0) -> list[psutil.Process]:
+        """Who of the whole tree still runs after `within` seconds."""
+        _, alive = psutil.wait_procs(self._tree, timeout=within)
+        return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait_exit()
+
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(3 if kind else 40)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if error is not None:
+            sys.stderr.write(self.log())
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self._log.close()
+
+
+def model_flags() -> dict[str, list[str]]:
+    """The models to test, by id: the embedded one, and what QWEN3_MODEL names, with dummy weights where it has none."""
+    flags: dict[str, list[str]] = {"embedded": []}
+    real = os.environ.get("QWEN3_MODEL")
+    if real:
+        has_weights = not Path(real).is_dir() or any(Path(real).glob("*.safetensors"))
+        flags["qwen3"] = ["--model-path", real, *([] if has_weights else ["--load-format", "dummy"])]
+    return flags
+
+
+@contextmanager
+def running(*flags: str) -> Iterator[Daemon]:
+    """A daemon that is ready."""
+    with Daemon(*flags) as daemon:
+        daemon.wait_ready()
+        yield daemon
+
+
+def wait_until(condition: object, timeout: float, what: str) -> None:
+    """Poll `condition()` until it is true; AssertionError naming `what` after `timeout` seconds."""
+    assert callable(condition)
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout} s"
+        time.sleep(0.05)
