@@ -1,0 +1,334 @@
+"""The CPU kernels on torch tensors: paged attention, KV store, RMSNorm, q/k norm + rotary embedding, SiLU x up, argmax.
+
+bf16 and fp32. Values are fp32 inside and rounded where transformers' Qwen3 rounds them. The methods check shapes and
+dtypes with assertions, allocate nothing but their result, and run on torch's own OpenMP threads.
+Legend: T tokens, R rows (requests), Hq query heads, Hk KV heads, D head dim, N any size.
+"""
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model_worker.cpu_kernels.build import COMPILERS, BuildError, build
+from model_worker.cpu_kernels.library import open_library
+from model_worker.cpu_kernels.openmp import parallel_function
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def load(
+    cache_dir: Path | None = None, compilers: Sequence[str] = COMPILERS, threads: int | None = None
+) -> "CpuKernels | None":
+    """Build (at first use) and load the kernels; None, with the reason logged, where that is not possible.
+
+    threads: at most this many run a kernel; None: torch.get_num_threads() as it is now.
+    """
+    try:
+        path = build(cache_dir, compilers)
+        library = open_library(path)
+    except (BuildError, OSError) as error:
+        logger.warning("CPU kernels are not available, plain torch is used: %s", error)
+        return None
+    return CpuKernels(library, torch.get_num_threads() if threads is None else threads)
+
+
+class LayerCache:
+    """One layer's keys and values in the paged pool, with their addresses taken once. Keeps the tensors alive.
+
+    keys, values: [pages, page size, Hk, D], of one dtype and with the same strides, D contiguous.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        assert keys.dtype == values.dtype
+        assert keys.dtype in _DTYPES
+        assert keys.shape == values.shape
+        assert keys.stride() == values.stride()
+        assert keys.stride(3) == 1
+        assert keys.shape[3] % 8 == 0, f"head_dim {keys.shape[3]} is no multiple of 8"
+        self.keys, self.values = keys, values
+        self.dtype = keys.dtype
+        self.kv_heads, self.head_dim = keys.shape[2], keys.shape[3]
+        page_stride, token_stride, head_stride, _ = keys.stride()
+        self.arguments = (
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.shape[1],
+            page_stride,
+            token_stride,
+            head_stride,
+        )
+
+
+class CpuKernels:
+    """Made by `load()`. Not for several threads at once: the scratch memory is one call's."""
+
+    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+        parallel = parallel_function()
+        if parallel is None and threads > 1:
+            logger.warning("torch's OpenMP runtime was not found: CPU kernels run on one thread")
+        self.threads = threads if parallel is not None else 1
+        self._destroy = library.vsl_destroy
+        self._context = library.vsl_create(parallel, self.threads)
+        self._attention = library.vsl_paged_attention
+        self._store = library.vsl_store_kv
+        self._norm = library.vsl_rms_norm
+        self._rope = library.vsl_qkv_rope_store
+        self._silu = library.vsl_silu_mul
+        self._argmax = library.vsl_argmax
+        self.instruction_set: str = library.vsl_instruction_set(self._context).decode()
+
+    def __del__(self) -> None:
+        self._destroy(self._context)
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        cache: LayerCache,
+        query_start: Tensor,
+        context_lengths: Tensor,
+        page_table: Tensor,
+        *,
+        scale: float,
+        out: Tensor | None = None,
+        split_tokens: int = 0,
+    ) -> Tensor:
+        """Causal attention of every row's new tokens over its cached ones, the new ones (stored before) included.
+
+        query: [T, Hq, D], heads contiguous in a token, tokens any distance apart; head h reads KV head h // (Hq / Hk).
+        query_start: [R + 1] int32; row r has tokens query_start[r] .. query_start[r + 1], perhaps none.
+        context_lengths: [R] int32, cached tokens of the row after this step; 0 marks padding, whose output is zero.
+        page_table: [R, pages] int32; position p of row r is in page page_table[r, p // page size].
+        split_tokens: a row's context is worked on in ranges of this length, so that the sums' order depends on nothing
+        else (a multiple of 64); 0: chosen by how much there is to share among the threads.
+        Returns [T, Hq, D], contiguous: `out` if given. Tokens of no row are left as they are.
+        """
+        tokens, heads, head_dim = query.shape
+        rows = context_lengths.shape[0]
+        assert query.dtype == cache.dtype
+        assert query.stride(1) == head_dim
+        assert query.stride(2) == 1
+        assert head_dim == cache.head_dim
+        assert heads % cache.kv_heads == 0
+        assert query_start.dtype == context_lengths.dtype == page_table.dtype == torch.int32
+        assert query_start.shape[0] == rows + 1
+        assert page_table.shape[0] == rows
+        assert query_start.is_contiguous()
+        assert context_lengths.is_contiguous()
+        assert page_table.stride(1) == 1
+        assert split_tokens % 64 == 0
+        if out is None:
+            out = query.new_empty((tokens, heads, head_dim))
+        assert out.shape == query.shape
+        assert out.dtype == query.dtype
+        assert out.is_contiguous()
+        self._attention(
+            self._context,
+            _DTYPES[query.dtype],
+            query.data_ptr(),
+            query.stride(0),
+            *cache.arguments,
+            query_start.data_ptr(),
+            context_lengths.data_ptr(),
+            page_table.data_ptr(),
+            page_table.stride(0),
+            rows,
+            heads,
+            cache.kv_heads,
+            head_dim,
+            scale,
+            split_tokens,
+            out.data_ptr(),
+        )
+        return out
+
+    def store_kv(self, key: Tensor, value: Tensor, cache: LayerCache, slots: Tensor) -> None:
+        """Copy new keys and values into the pool.
+
+        key, value: [T, Hk, D], D contiguous. slots: [T] int64, page x page size + place in the page.
+        """
+        tokens, kv_heads, head_dim = key.shape
+        assert key.dtype == value.dtype == cache.dtype
+        assert key.shape == value.shape
+        assert (kv_heads, head_dim) == (cache.kv_heads, cache.head_dim)
+        assert key.stride(2) == 1
+        assert value.stride(2) == 1
+        assert slots.dtype == torch.int64
+        assert slots.shape[0] == tokens
+        assert slots.is_contiguous()
+        self._store(
+            self._context,
+            _DTYPES[key.dtype],
+            key.data_ptr(),
+            key.stride(0),
+            key.stride(1),
+            value.data_ptr(),
+            value.stride(0),
+            value.stride(1),
+            *cache.arguments,
+            slots.data_ptr(),
+            tokens,
+            kv_heads,
+            head_dim,
+        )
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+        """x / rms(x), rounded to x's dtype, times weight. x: [T, N], N contiguous. weight: [N]. Returns [T, N]."""
+        rows, size = x.shape
+        if out is None:
+            out = x.new_empty((rows, size))
+        assert x.stride(1) == 1
+        assert weight.dtype == x.dtype == out.dtype
+        assert weight.is_contiguous()
+        assert weight.shape[0] == size
+        assert out.shape == x.shape
+        assert out.is_contiguous()
+        self._norm(
+            self._context,
+            _DTYPES[x.dtype],
+            x.data_ptr(),
+            x.stride(0),
+            None,
+            weight.data_ptr(),
+            out.data_ptr(),
+            rows,
+            size,
+            eps,
+        )
+        return out
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
+    ) -> Tensor:
+        """residual += x, in place, and the RMSNorm of the sum, returned. x, residual: [T, N]; residual contiguous.
+
+        `out` may be x.
+        """
+        rows, size = x.shape
+        if out is None:
+            out = x.new_empty((rows, size))
+        assert x.stride(1) == 1
+        assert weight.dtype == x.dtype == out.dtype == residual.dtype
+        assert weight.is_contiguous()
+        assert weight.shape[0] == size
+        assert out.shape == x.shape
+        assert out.is_contiguous()
+        assert residual.shape == x.shape
+        assert residual.is_contiguous()
+        self._norm(
+            self._context,
+            _DTYPES[x.dtype],
+            x.data_ptr(),
+            x.stride(0),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            rows,
+            size,
+            eps,
+        )
+        return out
+
+    def qkv_rope_store(
+        self,
+        qkv: Tensor,
+        query_weight: Tensor,
+        key_weight: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache,
+        slots: Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Per-head RMSNorm and rotary embedding of queries and keys; keys and values go into the pool.
+
+        qkv: [T, (Hq + 2 Hk) x D], queries first, then keys, then values. query_weight, key_weight: [D].
+        cos, sin: [T, D / 2] in qkv's dtype, rows the same distance apart, sin with its own sign (no half negated):
+        dimension i turns together with i + D / 2. slots: [T] int64, as for `store_kv`.
+        Returns the queries, [T, Hq, D], contiguous.
+        """
+        tokens, width = qkv.shape
+        head_dim, kv_heads = cache.head_dim, cache.kv_heads
+        heads = width // head_dim - 2 * kv_heads
+        if out is None:
+            out = qkv.new_empty((tokens, heads, head_dim))
+        assert qkv.dtype == cache.dtype == cos.dtype == sin.dtype == query_weight.dtype == key_weight.dtype
+        assert (heads + 2 * kv_heads) * head_dim == width
+        assert qkv.stride(1) == 1
+        assert query_weight.shape[0] == key_weight.shape[0] == head_dim
+        assert query_weight.is_contiguous()
+        assert key_weight.is_contiguous()
+        assert cos.shape == sin.shape == (tokens, head_dim // 2)
+        assert cos.stride() == sin.stride()
+        assert cos.stride(1) == 1
+        assert slots.dtype == torch.int64
+        assert slots.shape[0] == tokens
+        assert slots.is_contiguous()
+        assert out.dtype == qkv.dtype
+        assert out.shape == (tokens, heads, head_dim)
+        assert out.is_contiguous()
+        self._rope(
+            self._context,
+            _DTYPES[qkv.dtype],
+            qkv.data_ptr(),
+            qkv.stride(0),
+            query_weight.data_ptr(),
+            key_weight.data_ptr(),
+            eps,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.stride(0),
+            out.data_ptr(),
+            *cache.arguments,
+            slots.data_ptr(),
+            tokens,
+            heads,
+            kv_heads,
+            head_dim,
+        )
+        return out
+
+    def silu_mul(self, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+        """silu(gate), rounded to the dtype, times up. gate_up: [T, 2 N], gate first. Returns [T, N]."""
+        rows, width = gate_up.shape
+        size = width // 2
+        if out is None:
+            out = gate_up.new_empty((rows, size))
+        assert width % 2 == 0
+        assert gate_up.stride(1) == 1
+        assert out.dtype == gate_up.dtype
+        assert out.shape == (rows, size)
+        assert out.is_contiguous()
+        gate = gate_up.data_ptr()
+        self._silu(
+            self._context,
+            _DTYPES[gate_up.dtype],
+            gate,
+            gate + size * gate_up.element_size(),
+            gate_up.stride(0),
+            out.data_ptr(),
+            rows,
+            size,
+        )
+        return out
+
+    def argmax(self, logits: Tensor, out: Tensor | None = None) -> Tensor:
+        """The index of each row's largest element, the lowest index on ties. logits: [T, N]. Returns [T] int64."""
+        rows, size = logits.shape
+        if out is None:
+            out = torch.empty(rows, dtype=torch.int64)
+        assert size > 0
+        assert logits.stride(1) == 1
+        assert out.dtype == torch.int64
+        assert out.shape[0] == rows
+        assert out.is_contiguous()
+        self._argmax(
+            self._context, _DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), out.data_ptr(), rows, size
+        )
+        return out

@@ -1,0 +1,143 @@
+"""Compiles the C++ kernels into a shared object, once per source, compiler and CPU, into a per-user cache.
+
+Knows nothing about what the kernels do. The cache folder is private to the user (0700, owner checked), because what
+lies in it is loaded into the process.
+"""
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+SOURCE_DIR = Path(__file__).parent / "native"
+MAIN_SOURCE = "kernels.cpp"
+COMPILERS = ("g++", "c++", "clang++")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-w")
+# Tried in order: not every compiler knows every spelling, and a kernel for the plain architecture is better than none.
+CPU_FLAGS = (("-march=native",), ("-mcpu=native",), ())
+COMPILE_TIMEOUT_S = 180
+
+
+class BuildError(Exception):
+    """The kernels could not be built; the message says why. Callers carry on without them."""
+
+
+def build(cache_dir: Path | None = None, compilers: Sequence[str] = COMPILERS) -> Path:
+    """The compiled kernels' path, compiled now if the cache has none.
+
+    cache_dir: made with mode 0700 when missing; None: `default_cache_dir()`. compilers: names or paths, the first one
+    that exists is used; the environment's CXX goes first. Safe to call from several processes at once: one compiles,
+    the others wait for it.
+
+    Raises BuildError when there is no compiler, it fails, or the folder is not private to this user.
+    """
+    compiler = _find_compiler(compilers)
+    folder = default_cache_dir() if cache_dir is None else cache_dir
+    target = folder / f"cpu_kernels-{_fingerprint(compiler)}.so"
+    try:
+        _make_private(folder)
+        if not _is_ours(target):
+            with _locked(folder / "lock"):
+                if not _is_ours(target):
+                    _compile(compiler, target)
+    except OSError as error:
+        raise BuildError(f"cannot use the cache folder {folder}: {error}") from error
+    return target
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/vibe-sgl-lite, or the platform's own place for caches."""
+    if "XDG_CACHE_HOME" in os.environ:
+        return Path(os.environ["XDG_CACHE_HOME"]) / "vibe-sgl-lite"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "vibe-sgl-lite"
+
+
+def _find_compiler(compilers: Sequence[str]) -> str:
+    for name in (os.environ.get("CXX", ""), *compilers):
+        found = shutil.which(name) if name else None
+        if found is not None:
+            return found
+    raise BuildError(f"no C++ compiler found (looked for $CXX, {', '.join(compilers)})")
+
+
+def _fingerprint(compiler: str) -> str:
+    """Changes with whatever changes the result: sources, flags, compiler, the CPU that `native` stands for."""
+    digest = hashlib.sha256()
+    for source in sorted(SOURCE_DIR.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    version = _run([compiler, "--version"])
+    for part in (*FLAGS, *map(str, CPU_FLAGS), compiler, version, platform.platform(), _cpu_features()):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:24]
+
+
+def _cpu_features() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        return platform.processor() + platform.machine()
+    # One core's worth; "flags" on x86, "Features" on Arm.
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+def _compile(compiler: str, target: Path) -> None:
+    unfinished = target.with_suffix(f".{os.getpid()}")
+    errors = []
+    try:
+        for cpu_flags in CPU_FLAGS:
+            command = [compiler, *FLAGS, *cpu_flags, str(SOURCE_DIR / MAIN_SOURCE), "-o", str(unfinished)]
+            try:
+                _run(command)
+            except BuildError as error:
+                errors.append(str(error))
+                continue
+            unfinished.chmod(0o700)
+            unfinished.replace(target)  # atomic: no process ever sees half a file
+            return
+    finally:
+        unfinished.unlink(missing_ok=True)
+    raise BuildError(errors[0])
+
+
+def _run(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} did not run: {error}") from error
+    if done.returncode != 0:
+        raise BuildError(f"{' '.join(command)} failed: {done.stderr.strip()[:2000]}")
+    return done.stdout
+
+
+def _make_private(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise BuildError(f"the cache folder {folder} is not a folder of this user")
+    if status.st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `path` is a regular file of this user; anything else there is replaced."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock; the operating system releases it also when the process dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,232 @@
+// Attention of one new token over its request's cached tokens. Scores and sums are fp32; the softmax is the online one of
+// FlashAttention (Dao et al., 2022), and long contexts are split among threads and merged as in Flash-Decoding (2023).
+//
+// A range of tokens is read once, all KV heads of a block of tokens before the next block, because in the pool the
+// heads of a token lie side by side: memory is then read in the order in which it lies, and the block after the current
+// one is prefetched meanwhile. The query heads that share a KV head are computed together.
+#pragma once
+
+#include "elementwise.h"
+
+namespace vsl {
+
+constexpr int kBlockTokens = 32;  // a multiple of 16; two blocks' keys and values should fit the L2 cache
+constexpr float kNoScore = -1e30f;  // a maximum that is below every score, yet finite: infinities subtract to NaN
+
+// One request's cached tokens.
+template <class T>
+struct CacheView {
+    const T *keys, *values;
+    const int32_t* pages;
+    PoolLayout layout;
+};
+
+// What a range of tokens contributes, per query head: maximum score, sum of weights, weighted sum of values.
+struct Partial {
+    float *maximum, *total, *values;  // [heads], [heads], [heads, head_dim]
+
+    static size_t floats(int heads, int head_dim) { return (size_t)heads * (head_dim + 2); }
+    static Partial at(float* memory, int heads) { return {memory, memory + heads, memory + 2 * heads}; }
+};
+
+// Where each of `count` tokens from position `first` on lies, in elements; the rest of the block repeats the last one.
+inline void locate(const int32_t* pages, const PoolLayout& layout, int64_t first, int count, int64_t* offsets) {
+    int64_t page = first / layout.page_size, place = first % layout.page_size;
+    for (int i = 0; i < count; i++) {
+        offsets[i] = pages[page] * layout.page_stride + place * layout.token_stride;
+        if (++place == layout.page_size) place = 0, page++;
+    }
+    for (int i = count; i < kBlockTokens; i++) offsets[i] = offsets[count - 1];
+}
+
+// sums[g * tokens + i] += query g . key i, lane by lane, for kLanes / G tokens.
+template <int G>
+inline void multiply_keys(const float* query, const float* keys, const int64_t* offsets, int head_dim, vf* sums) {
+    constexpr int kTokens = kLanes / G;
+    for (int d = 0; d < head_dim; d += kLanes) {
+        const int n = head_dim - d < kLanes ? head_dim - d : kLanes;
+        vf q[G];
+        for (int g = 0; g < G; g++) {
+            const float* p = query + g * head_dim + d;
+            q[g] = n == kLanes ? load(p) : load_part(p, n);
+        }
+        for (int i = 0; i < kTokens; i++) {
+            const float* p = keys + offsets[i] + d;
+            const vf k = n == kLanes ? load(p) : load_part(p, n);
+            for (int g = 0; g < G; g++) sums[g * kTokens + i] += q[g] * k;
+        }
+    }
+}
+
+template <int G>
+inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* offsets, int head_dim, vf* sums) {
+    constexpr int kTokens = kLanes / G;
+#if defined(VSL_AVX512_BF16)
+    for (int d = 0; d < head_dim; d += 32) {
+        const __mmask32 mask = head_dim - d < 32 ? (1u << (head_dim - d)) - 1 : ~0u;
+        __m512bh q[G];
+        for (int g = 0; g < G; g++) q[g] = (__m512bh)_mm512_maskz_loadu_epi16(mask, query + g * head_dim + d);
+        for (int i = 0; i < kTokens; i++) {
+            const __m512bh k = (__m512bh)_mm512_maskz_loadu_epi16(mask, keys + offsets[i] + d);
+            for (int g = 0; g < G; g++) {
+                vf& s = sums[g * kTokens + i];
+                s = (vf)_mm512_dpbf16_ps((__m512)s, q[g], k);
+            }
+        }
+    }
+#else
+    for (int d = 0; d < head_dim; d += kLanes) {
+        const int n = head_dim - d < kLanes ? head_dim - d : kLanes;
+        vf q[G];
+        for (int g = 0; g < G; g++) {
+            const bf16* p = query + g * head_dim + d;
+            q[g] = n == kLanes ? load(p) : load_part(p, n);
+        }
+        for (int i = 0; i < kTokens; i++) {
+            const bf16* p = keys + offsets[i] + d;
+            const vf k = n == kLanes ? load(p) : load_part(p, n);
+            for (int g = 0; g < G; g++) sums[g * kTokens + i] += q[g] * k;
+        }
+    }
+#endif
+}
+
+// sums[g, d ..] = sums[g, d ..] * decay[g] + weights[g] . values, for `vectors` vectors of the head dimension.
+template <class T, int G, int kVectors>
+inline void add_values(const T* values, const int64_t* offsets, int count, const float (*weights)[kBlockTokens],
+                       const float* decay, float* sums, int head_dim, int d) {
+    vf total[G][kVectors];
+    for (int g = 0; g < G; g++)
+        for (int j = 0; j < kVectors; j++) total[g][j] = load(sums + g * head_dim + d + j * kLanes) * splat(decay[g]);
+    for (int i = 0; i < count; i++) {
+        const T* row = values + offsets[i] + d;
+        vf v[kVectors];
+        for (int j = 0; j < kVectors; j++) v[j] = load(row + j * kLanes);
+        for (int g = 0; g < G; g++)
+            for (int j = 0; j < kVectors; j++) total[g][j] += splat(weights[g][i]) * v[j];
+    }
+    for (int g = 0; g < G; g++)
+        for (int j = 0; j < kVectors; j++) store(sums + g * head_dim + d + j * kLanes, total[g][j]);
+}
+
+// One block of tokens for G query heads that share a KV head. scale is in units of log 2: weights are powers of two.
+template <class T, int G>
+inline void attend_block(const T* query, const T* keys, const T* values, const int64_t* offsets, int count,
+                         int head_dim, float scale, float* maximum_out, float* total_out, float* sums) {
+    constexpr int kTokens = kLanes / G;
+    float scores[G][kBlockTokens], decay[G];
+    for (int first = 0; first < kBlockTokens; first += kTokens) {
+        float lanes[kLanes];
+        if (first < count) {
+            vf products[kLanes] = {};
+            multiply_keys<G>(query, keys, offsets + first, head_dim, products);
+            store(lanes, sum_each(products) * splat(scale));
+        }
+        for (int g = 0; g < G; g++)
+            for (int i = 0; i < kTokens; i++)
+                scores[g][first + i] = first + i < count ? lanes[g * kTokens + i] : -INFINITY;
+    }
+    for (int g = 0; g < G; g++) {
+        vf most = splat(maximum_out[g]);
+        for (int i = 0; i < kBlockTokens; i += kLanes) most = vmax(most, load(scores[g] + i));
+        const float largest = maximum(most);
+        vf total = {};
+        for (int i = 0; i < kBlockTokens; i += kLanes) {
+            const vf weight = exp2(load(scores[g] + i) - splat(largest));
+            total += weight;
+            store(scores[g] + i, weight);
+        }
+        decay[g] = std::exp2(maximum_out[g] - largest);
+        maximum_out[g] = largest;
+        total_out[g] = total_out[g] * decay[g] + sum(total);
+    }
+    int d = 0;
+    for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes)
+        add_values<T, G, 4>(values, offsets, count, scores, decay, sums, head_dim, d);
+    for (; d + kLanes <= head_dim; d += kLanes)
+        add_values<T, G, 1>(values, offsets, count, scores, decay, sums, head_dim, d);
+    for (; d < head_dim; d++)
+        for (int g = 0; g < G; g++) {
+            float s = sums[g * head_dim + d] * decay[g];
+            for (int i = 0; i < count; i++) s += scores[g][i] * to_float(values[offsets[i] + d]);
+            sums[g * head_dim + d] = s;
+        }
+}
+
+template <class T>
+inline void prefetch_token(const CacheView<T>& cache, int64_t offset, int64_t bytes) {
+    const char *k = (const char*)(cache.keys + offset), *v = (const char*)(cache.values + offset);
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(k + b, 0, 2);
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(v + b, 0, 2);
+}
+
+// Tokens [begin, end) of one request for all heads of its one query, [heads, head_dim]. Fills `out`.
+template <class T>
+void attend_range(const T* query, const CacheView<T>& cache, int64_t begin, int64_t end, int heads, int kv_heads,
+                  int head_dim, float scale, const Partial& out) {
+    const int group = heads / kv_heads;
+    const int64_t token_bytes = cache.layout.token_stride * (int64_t)sizeof(T);
+    for (int h = 0; h < heads; h++) out.maximum[h] = kNoScore, out.total[h] = 0;
+    std::memset(out.values, 0, (size_t)heads * head_dim * sizeof(float));
+    int64_t buffers[2][kBlockTokens];
+    int64_t *now = buffers[0], *next = buffers[1];
+    int count = (int)(end - begin < kBlockTokens ? end - begin : kBlockTokens);
+    locate(cache.pages, cache.layout, begin, count, now);
+    for (int64_t first = begin; first < end; first += kBlockTokens) {
+        const int64_t left = end - first - count;
+        const int next_count = (int)(left < kBlockTokens ? left : kBlockTokens);
+        if (next_count > 0) locate(cache.pages, cache.layout, first + count, next_count, next);
+        for (int kv = 0; kv < kv_heads; kv++) {
+            for (int i = next_count * kv / kv_heads; i < next_count * (kv + 1) / kv_heads; i++)
+                prefetch_token(cache, next[i], token_bytes);
+            const int64_t head = kv * cache.layout.head_stride;
+            const T *keys = cache.keys + head, *values = cache.values + head;
+            for (int g = 0; g < group;) {
+                const int h = kv * group + g;
+                const T* q = query + (int64_t)h * head_dim;
+                float *m = out.maximum + h, *t = out.total + h, *sums = out.values + (int64_t)h * head_dim;
+                if (group - g >= 4) {
+                    attend_block<T, 4>(q, keys, values, now, count, head_dim, scale, m, t, sums);
+                    g += 4;
+                } else if (group - g >= 2) {
+                    attend_block<T, 2>(q, keys, values, now, count, head_dim, scale, m, t, sums);
+                    g += 2;
+                } else {
+                    attend_block<T, 1>(q, keys, values, now, count, head_dim, scale, m, t, sums);
+                    g += 1;
+                }
+            }
+        }
+        int64_t* const swap = now;
+        now = next, next = swap;
+        count = next_count;
+    }
+}
+
+// Merges the partial results of a query's ranges into its output, [heads, head_dim].
+template <class T>
+void merge_ranges(const float* partials, int64_t ranges, int heads, int head_dim, T* out) {
+    const size_t size = Partial::floats(heads, head_dim);
+    for (int h = 0; h < heads; h++) {
+        float most = kNoScore, total = 0;
+        for (int64_t r = 0; r < ranges; r++) most = std::fmax(most, partials[r * size + h]);
+        for (int64_t r = 0; r < ranges; r++)
+            total += std::exp2(partials[r * size + h] - most) * partials[r * size + heads + h];
+        for (int d = 0; d < head_dim; d += kLanes) {
+            const int n = head_dim - d < kLanes ? head_dim - d : kLanes;
+            vf sums = {};
+            for (int64_t r = 0; r < ranges; r++) {
+                const float* part = partials + r * size;
+                const float weight = std::exp2(part[h] - most) / total;
+                const float* p = part + 2 * heads + (int64_t)h * head_dim + d;
+                sums += splat(weight) * (n == kLanes ? load(p) : load_part(p, n));
+            }
+            if (n == kLanes)
+                store(out + (int64_t)h * head_dim + d, sums);
+            else
+                store_part(out + (int64_t)h * head_dim + d, sums, n);
+        }
+    }
+}
+
+}  // namespace vsl

@@ -1,0 +1,205 @@
+// RMSNorm, q/k norm + rotary embedding + KV store, SiLU x up, argmax. Values are fp32 inside and are rounded to the
+// tensor's dtype exactly where transformers' Qwen3 rounds them, so that bf16 results agree with it.
+#pragma once
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace vsl {
+
+constexpr int64_t kElementsPerItem = 16384;  // less work than this is not worth waking another thread
+
+// x / sqrt(mean(x^2) + eps), rounded, x weight, rounded. x may be out.
+template <class T>
+inline void rms_norm_row(const T* x, const T* weight, T* out, int64_t size, float eps) {
+    vf squares[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= size; i += 4 * kLanes)
+        for (int j = 0; j < 4; j++) {
+            const vf v = load(x + i + j * kLanes);
+            squares[j] += v * v;
+        }
+    for (; i < size; i += kLanes) {
+        const vf v = i + kLanes <= size ? load(x + i) : load_part(x + i, (int)(size - i));
+        squares[0] += v * v;
+    }
+    const float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)size;
+    const vf factor = splat(1.0f / std::sqrt(mean + eps));
+    for (i = 0; i + kLanes <= size; i += kLanes)
+        store(out + i, load(weight + i) * rounded_to(load(x + i) * factor, out));
+    if (i < size) {
+        const int n = (int)(size - i);
+        store_part(out + i, load_part(weight + i, n) * rounded_to(load_part(x + i, n) * factor, out), n);
+    }
+}
+
+template <class T>
+inline void add_row(const T* x, T* residual, int64_t size) {
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) store(residual + i, load(residual + i) + load(x + i));
+    if (i < size) {
+        const int n = (int)(size - i);
+        store_part(residual + i, load_part(residual + i, n) + load_part(x + i, n), n);
+    }
+}
+
+// out = norm(x), or with `residual`: residual += x; out = norm(residual). Rows of x lie x_stride apart.
+template <class T>
+void rms_norm(Context& context, const T* x, int64_t x_stride, T* residual, const T* weight, T* out, int64_t rows,
+              int64_t size, float eps) {
+    run_ranges(context, rows, kElementsPerItem / size, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const T* input = x + row * x_stride;
+            if (residual != nullptr) {
+                add_row(input, residual + row * size, size);
+                input = residual + row * size;
+            }
+            rms_norm_row(input, weight, out + row * size, size, eps);
+        }
+    });
+}
+
+// Turns one head in place: out_i = x_i cos_i - x_(i + half) sin_i, out_(i + half) = x_(i + half) cos_i + x_i sin_i.
+template <class T>
+inline void rotate_row(T* x, const T* cos, const T* sin, int half) {
+    for (int i = 0; i < half; i += kLanes) {
+        const int n = half - i < kLanes ? half - i : kLanes;
+        const bool full = n == kLanes;
+        const vf c = full ? load(cos + i) : load_part(cos + i, n), s = full ? load(sin + i) : load_part(sin + i, n);
+        const vf a = full ? load(x + i) : load_part(x + i, n);
+        const vf b = full ? load(x + half + i) : load_part(x + half + i, n);
+        const vf first = rounded_to(a * c, x) - rounded_to(b * s, x);
+        const vf second = rounded_to(b * c, x) + rounded_to(a * s, x);
+        if (full) {
+            store(x + i, first);
+            store(x + half + i, second);
+        } else {
+            store_part(x + i, first, n);
+            store_part(x + half + i, second, n);
+        }
+    }
+}
+
+// The layout of keys and of values alike, in elements: [page, token, kv head, head dim], head dim contiguous.
+struct PoolLayout {
+    int64_t page_size, page_stride, token_stride, head_stride;
+
+    int64_t offset(int64_t slot) const {
+        return slot / page_size * page_stride + slot % page_size * token_stride;
+    }
+};
+
+template <class T>
+struct QkvRope {
+    const T* qkv;  // [tokens, (heads + 2 kv heads) x head_dim]: queries, keys, values
+    int64_t qkv_stride;
+    const T *query_weight, *key_weight;  // [head_dim]
+    float eps;
+    const T *cos, *sin;  // [tokens, head_dim / 2]
+    int64_t angle_stride;
+    T* query;  // out, [tokens, heads, head_dim]
+    T *keys, *values;
+    PoolLayout layout;
+    const int64_t* slots;
+    int64_t tokens;
+    int heads, kv_heads, head_dim;
+};
+
+template <class T>
+void qkv_rope_store(Context& context, const QkvRope<T>& a) {
+    const int64_t row_size = (int64_t)(a.heads + 2 * a.kv_heads) * a.head_dim;
+    run_ranges(context, a.tokens, kElementsPerItem / row_size, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; t++) {
+            const T* input = a.qkv + t * a.qkv_stride;
+            const T *cos = a.cos + t * a.angle_stride, *sin = a.sin + t * a.angle_stride;
+            for (int h = 0; h < a.heads; h++, input += a.head_dim) {
+                T* out = a.query + (t * a.heads + h) * a.head_dim;
+                rms_norm_row(input, a.query_weight, out, a.head_dim, a.eps);
+                rotate_row(out, cos, sin, a.head_dim / 2);
+            }
+            const int64_t place = a.layout.offset(a.slots[t]);
+            for (int h = 0; h < a.kv_heads; h++, input += a.head_dim) {
+                T* out = a.keys + place + h * a.layout.head_stride;
+                rms_norm_row(input, a.key_weight, out, a.head_dim, a.eps);
+                rotate_row(out, cos, sin, a.head_dim / 2);
+            }
+            for (int h = 0; h < a.kv_heads; h++, input += a.head_dim)
+                std::memcpy(a.values + place + h * a.layout.head_stride, input, a.head_dim * sizeof(T));
+        }
+    });
+}
+
+// Copies one [kv heads, head dim] row per token into its slot. Rows lie *_token apart, heads *_head apart.
+template <class T>
+void store_kv(Context& context, const T* key, int64_t key_token, int64_t key_head, const T* value, int64_t value_token,
+              int64_t value_head, T* keys, T* values, const PoolLayout& layout, const int64_t* slots, int64_t tokens,
+              int kv_heads, int head_dim) {
+    run_ranges(context, tokens, kElementsPerItem / ((int64_t)kv_heads * head_dim), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; t++) {
+            const int64_t place = layout.offset(slots[t]);
+            for (int h = 0; h < kv_heads; h++) {
+                const int64_t to = place + h * layout.head_stride;
+                std::memcpy(keys + to, key + t * key_token + h * key_head, head_dim * sizeof(T));
+                std::memcpy(values + to, value + t * value_token + h * value_head, head_dim * sizeof(T));
+            }
+        }
+    });
+}
+
+inline vf silu(vf x) { return x / (splat(1.0f) + exp2(vmin(splat(126.0f), x * splat(-1.4426950409f)))); }
+
+// gate, up: rows x size, rows `stride` apart; out contiguous: silu(gate), rounded, x up.
+template <class T>
+void silu_mul(Context& context, const T* gate, const T* up, int64_t stride, T* out, int64_t rows, int64_t size) {
+    run_ranges(context, rows, kElementsPerItem / size, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const T *g = gate + row * stride, *u = up + row * stride;
+            T* o = out + row * size;
+            int64_t i = 0;
+            for (; i + kLanes <= size; i += kLanes) store(o + i, rounded_to(silu(load(g + i)), o) * load(u + i));
+            if (i < size) {
+                const int n = (int)(size - i);
+                store_part(o + i, rounded_to(silu(load_part(g + i, n)), o) * load_part(u + i, n), n);
+            }
+        }
+    });
+}
+
+// The largest of n values, NaN if one is NaN.
+template <class T>
+inline float largest(const T* values, int64_t n) {
+    vf best = splat(-INFINITY);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        const vf v = load(values + i);
+        best = select((vi)(v > best) | (vi)(v != v), v, best);
+    }
+    float result = maximum(best);
+    for (; i < n; i++) {
+        const float v = to_float(values[i]);
+        if (v > result || v != v) result = v;
+    }
+    return result;
+}
+
+// The index of each row's largest element, the lowest on ties; a NaN counts as the largest, as torch has it.
+template <class T>
+void argmax(Context& context, const T* x, int64_t stride, int64_t* out, int64_t rows, int64_t size) {
+    constexpr int64_t kBlock = 1024;  // only the block that holds the maximum is searched for its place
+    run_ranges(context, rows, kElementsPerItem / size, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const T* values = x + row * stride;
+            float best = -INFINITY;
+            int64_t at = 0;
+            for (int64_t block = 0; block < size && best == best; block += kBlock) {
+                const float v = largest(values + block, size - block < kBlock ? size - block : kBlock);
+                if (v > best || v != v) best = v, at = block;
+            }
+            const bool nan = best != best;
+            while (nan ? to_float(values[at]) == to_float(values[at]) : to_float(values[at]) != best) at++;
+            out[row] = at;
+        }
+    });
+}
+
+}  // namespace vsl

@@ -1,0 +1,110 @@
+// The C interface of the CPU kernels; model_worker/cpu_kernels/api.py is its only caller and checks the arguments.
+// `dtype` is 0 for float32 and 1 for bfloat16. Strides are in elements.
+#include "attention.h"
+#include "elementwise.h"
+
+using namespace vsl;
+
+namespace {
+
+template <class F>
+void with_dtype(int dtype, const F& f) {
+    if (dtype == 1)
+        f((bf16*)nullptr);
+    else
+        f((float*)nullptr);
+}
+
+}  // namespace
+
+extern "C" {
+
+void* vsl_create(void* parallel, int threads) {
+    Context* context = new Context;
+    context->parallel = (ParallelFn)parallel;
+    context->threads = parallel == nullptr ? 1 : threads;
+    context->scratch = std::vector<Scratch>(context->threads);
+    return context;
+}
+
+void vsl_destroy(void* context) { delete (Context*)context; }
+
+// What this build uses: "avx512_bf16", "avx512", "avx" or "generic".
+const char* vsl_instruction_set(void*) {
+#if defined(VSL_AVX512_BF16)
+    return "avx512_bf16";
+#elif defined(VSL_AVX512)
+    return "avx512";
+#elif defined(__AVX__)
+    return "avx";
+#else
+    return "generic";
+#endif
+}
+
+void vsl_paged_attention(void* context, int dtype, const void* query, int64_t query_stride, const void* keys,
+                         const void* values, int64_t page_size, int64_t page_stride, int64_t token_stride,
+                         int64_t head_stride, const int32_t* query_start, const int32_t* context_lengths,
+                         const int32_t* page_table, int64_t page_table_stride, int rows, int heads, int kv_heads,
+                         int head_dim, float scale, int64_t split_tokens, void* out) {
+    with_dtype(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        paged_attention(*(Context*)context,
+                        AttentionArgs<T>{(const T*)query, query_stride, (const T*)keys, (const T*)values,
+                                         PoolLayout{page_size, page_stride, token_stride, head_stride}, query_start,
+                                         context_lengths, page_table, page_table_stride, rows, heads, kv_heads,
+                                         head_dim, scale, split_tokens, (T*)out});
+    });
+}
+
+void vsl_store_kv(void* context, int dtype, const void* key, int64_t key_token, int64_t key_head, const void* value,
+                  int64_t value_token, int64_t value_head, void* keys, void* values, int64_t page_size,
+                  int64_t page_stride, int64_t token_stride, int64_t head_stride, const int64_t* slots, int64_t tokens,
+                  int kv_heads, int head_dim) {
+    with_dtype(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        store_kv(*(Context*)context, (const T*)key, key_token, key_head, (const T*)value, value_token, value_head,
+                 (T*)keys, (T*)values, PoolLayout{page_size, page_stride, token_stride, head_stride}, slots, tokens,
+                 kv_heads, head_dim);
+    });
+}
+
+void vsl_rms_norm(void* context, int dtype, const void* x, int64_t x_stride, void* residual, const void* weight,
+                  void* out, int64_t rows, int64_t size, float eps) {
+    with_dtype(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        rms_norm(*(Context*)context, (const T*)x, x_stride, (T*)residual, (const T*)weight, (T*)out, rows, size, eps);
+    });
+}
+
+void vsl_qkv_rope_store(void* context, int dtype, const void* qkv, int64_t qkv_stride, const void* query_weight,
+                        const void* key_weight, float eps, const void* cos, const void* sin, int64_t angle_stride,
+                        void* query, void* keys, void* values, int64_t page_size, int64_t page_stride,
+                        int64_t token_stride, int64_t head_stride, const int64_t* slots, int64_t tokens, int heads,
+                        int kv_heads, int head_dim) {
+    with_dtype(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        qkv_rope_store(*(Context*)context,
+                       QkvRope<T>{(const T*)qkv, qkv_stride, (const T*)query_weight, (const T*)key_weight, eps,
+                                  (const T*)cos, (const T*)sin, angle_stride, (T*)query, (T*)keys, (T*)values,
+                                  PoolLayout{page_size, page_stride, token_stride, head_stride}, slots, tokens, heads,
+                                  kv_heads, head_dim});
+    });
+}
+
+void vsl_silu_mul(void* context, int dtype, const void* gate, const void* up, int64_t stride, void* out, int64_t rows,
+                  int64_t size) {
+    with_dtype(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        silu_mul(*(Context*)context, (const T*)gate, (const T*)up, stride, (T*)out, rows, size);
+    });
+}
+
+void vsl_argmax(void* context, int dtype, const void* x, int64_t stride, int64_t* out, int64_t rows, int64_t size) {
+    with_dtype(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        argmax(*(Context*)context, (const T*)x, stride, out, rows, size);
+    });
+}
+
+}  // extern "C"

@@ -1,0 +1,86 @@
+// Runs work items on the OpenMP thread pool that torch already has: a second pool would fight with it for the cores.
+//
+// The pool is entered through libgomp's `GOMP_parallel`, which LLVM's libomp also exports; its address is handed in by
+// the caller, so that this library links to no OpenMP runtime of its own. Without it everything runs on one thread.
+#pragma once
+
+#include <atomic>
+#include <cstdlib>
+#include <vector>
+
+namespace vsl {
+
+using ParallelFn = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+// Memory of one worker thread, kept between calls and only ever grown.
+class Scratch {
+   public:
+    ~Scratch() { std::free(data_); }
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+    void* reserve(size_t bytes) {
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = (bytes + 4095) / 4096 * 4096;
+            data_ = std::aligned_alloc(4096, size_);
+            if (data_ == nullptr) std::abort();  // as torch would fail: there is no memory left for a step
+        }
+        return data_;
+    }
+
+   private:
+    void* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+struct Context {
+    ParallelFn parallel = nullptr;
+    int threads = 1;
+    bool amx = false;
+    std::vector<Scratch> scratch;  // one a worker
+    Scratch shared;
+};
+
+// Calls work(item, worker) for every item in [0, items), each once; workers take the next item as they get free, so a
+// core that is busy with something else only delays the item it has. `worker` is below context.threads.
+template <class Work>
+void run_items(Context& context, int items, const Work& work) {
+    if (context.threads == 1 || items <= 1) {
+        for (int item = 0; item < items; item++) work(item, 0);
+        return;
+    }
+    struct Job {
+        const Work& work;
+        const int items;
+        std::atomic<int> next_item{0};
+        std::atomic<int> next_worker{0};
+    } job{work, items};
+    const auto body = [](void* data) {
+        Job& job = *static_cast<Job*>(data);
+        const int worker = job.next_worker.fetch_add(1, std::memory_order_relaxed);
+        for (;;) {
+            const int item = job.next_item.fetch_add(1, std::memory_order_relaxed);
+            if (item >= job.items) return;
+            job.work(item, worker);
+        }
+    };
+    context.parallel(body, &job, (unsigned)context.threads, 0);
+}
+
+// Splits [0, rows) into ranges of at least `least` rows and calls work(begin, end) for each.
+template <class Work>
+void run_ranges(Context& context, int64_t rows, int64_t least, const Work& work) {
+    if (least < 1) least = 1;
+    int64_t parts = rows / least;
+    if (parts > 4 * context.threads) parts = 4 * context.threads;
+    if (context.threads == 1 || parts < 2) {
+        if (rows > 0) work((int64_t)0, rows);
+        return;
+    }
+    run_items(context, (int)parts,
+              [&](int item, int) { work(rows * item / parts, rows * (item + 1) / parts); });
+}
+
+}  // namespace vsl

@@ -1,0 +1,186 @@
+// Vectors of floats as wide as the compiled-for CPU has them, written with the compilers' generic vector extension, so
+// that one source serves AVX-512, AVX2, NEON and plain scalar machines. bfloat16 is loaded to and stored from fp32.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace vsl {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define VSL_AVX512 1
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+#if defined(VSL_AVX512) && defined(__AVX512BF16__)
+#define VSL_AVX512_BF16 1
+#endif
+
+struct bf16 {
+    uint16_t bits;
+};
+
+typedef float vf __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
+
+inline vf splat(float x) { return x - vf{}; }
+inline vi splat(int32_t x) { return x - vi{}; }
+
+inline vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+
+// Keeps a NaN in `b`.
+inline vf vmax(vf a, vf b) {
+#if defined(VSL_AVX512)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return select((vi)(a > b), a, b);
+#endif
+}
+
+// Keeps a NaN in `b`.
+inline vf vmin(vf a, vf b) {
+#if defined(VSL_AVX512)
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return select((vi)(a < b), a, b);
+#endif
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+    uint32_t bits = (uint32_t)x.bits << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+inline vf load(const float* p) {
+    vf v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+
+inline vf load(const bf16* p) {
+    vh h;
+    std::memcpy(&h, p, sizeof h);
+    return widen(h);
+}
+
+// Round to nearest even, NaN stays NaN.
+inline vh narrow(vf x) {
+#if defined(VSL_AVX512_BF16)
+    return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
+    vu u = (vu)x;
+    vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    vu nan = (u >> 16) | 64;
+    vu is_nan = (vu)(x != x);
+    return __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), vh);
+#endif
+}
+
+inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, vf v) {
+    vh h = narrow(v);
+    std::memcpy(p, &h, sizeof h);
+}
+
+// The first n < kLanes elements; the other lanes are zero.
+template <class T>
+inline vf load_part(const T* p, int n) {
+    T lanes[kLanes] = {};
+    std::memcpy(lanes, p, n * sizeof(T));
+    return load(lanes);
+}
+
+template <class T>
+inline void store_part(T* p, vf v, int n) {
+    T lanes[kLanes];
+    store(lanes, v);
+    std::memcpy(p, lanes, n * sizeof(T));
+}
+
+// What storing to T and loading again gives: the rounding that a tensor of that dtype would have done.
+inline vf rounded_to(vf x, const float*) { return x; }
+inline vf rounded_to(vf x, const bf16*) { return widen(narrow(x)); }
+
+inline float sum(vf v) {
+    float total = 0;
+    for (int i = 0; i < kLanes; i++) total += v[i];
+    return total;
+}
+
+inline float maximum(vf v) {
+    float best = v[0];
+    for (int i = 1; i < kLanes; i++) best = v[i] > best || v[i] != v[i] ? v[i] : best;
+    return best;
+}
+
+// 2^x with a relative error below 2e-7; 0 for x < -126, also -inf; NaN for NaN. x must be below 128.
+// 2^fraction is a polynomial of degree 5, fitted for the least relative error on [-1/2, 1/2].
+inline vf exp2(vf x) {
+    const vf c0 = splat(1.0000001192f), c1 = splat(0.6931469440f), c2 = splat(0.2402212024f), c3 = splat(0.0555071346f),
+             c4 = splat(0.0096755410f), c5 = splat(0.0013276470f);
+#if defined(VSL_AVX512)
+    x = vmax(splat(-200.0f), x);
+    const vf whole = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const vf f = x - whole;
+    const vf p = ((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + c0;
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+    const vi tiny = (vi)(x < splat(-126.0f));
+    x = select(tiny, splat(-126.0f), x);
+    const vf shifted = x + splat(12582912.0f);  // 1.5 x 2^23: rounds x to a whole number in the low mantissa bits
+    const vf f = x - (shifted - splat(12582912.0f));
+    const vf p = ((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + c0;
+    return select(tiny, vf{}, (vf)((vi)p + ((vi)shifted << 23)));
+#endif
+}
+
+#if defined(__clang__)
+#define VSL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define VSL_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
+
+// v[0..kLanes) -> one vector whose lane i is the sum of the lanes of v[i]. Destroys v.
+inline vf sum_each(vf* v) {
+#if defined(VSL_AVX512)
+#define VSL_PAIR(n, lo, hi)                                                                     \
+    for (int i = 0; i < n; i++) {                                                               \
+        const vf a = v[2 * i], b = v[2 * i + 1];                                                \
+        v[i] = VSL_SHUFFLE(a, b, VSL_UNPACK lo) + VSL_SHUFFLE(a, b, VSL_UNPACK hi);             \
+    }
+#define VSL_UNPACK(...) __VA_ARGS__
+    VSL_PAIR(8, (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+             (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+    VSL_PAIR(4, (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+             (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+    VSL_PAIR(2, (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+             (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+    VSL_PAIR(1, (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+             (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#undef VSL_PAIR
+#undef VSL_UNPACK
+    return v[0];
+#else
+    float sums[kLanes];
+    for (int i = 0; i < kLanes; i++) sums[i] = sum(v[i]);
+    return load(sums);
+#endif
+}
+
+}  // namespace vsl
