@@ -162,14 +162,14 @@ class Watch:
     def _drain(self) -> None:
         """No new requests; wait for those that run, then abort the rest."""
         assert self._stop_at is not None
-        if self._stop_at > time.monotonic():
-            self._send(TOKENIZER_MANAGER, Drain())
+        draining = self._stop_at > time.monotonic() and self._send(TOKENIZER_MANAGER, Drain())
         while not self._drained and time.monotonic() < self._stop_at:
             self._turn(min(POLL_S, self._stop_at - time.monotonic()))
             self._check_exits()
             self._check_heartbeats()
         if not self._drained:
-            log.warning("the drain's time is up, aborting what still runs")
+            if draining:
+                log.warning("the drain's time is up, aborting what still runs")
             self._abort_all(None)
 
     def _shut_down(self) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -29,23 +29,37 @@ PROCESS_NAMES = {
 }
 
 
+EMBEDDED = ("--num-threads", "1")  # for the default model, which needs no more on a machine that has other work
+
+
 class Daemon:
     """`with Daemon("--page-size", "4") as daemon: daemon.client()`. Killed at the end if a test has not ended it."""
 
     def __init__(self, *flags: str, name: str | None = None) -> None:
         self.name = name or f"test-{secrets.token_hex(4)}"
-        self._log = tempfile.TemporaryFile("w+")
+        self._folder = tempfile.TemporaryDirectory(prefix="daemon-")
+        self._log = Path(self._folder.name) / "stderr"
+        self.ready_line = ""
         self._tree: list[psutil.Process] = []
         command = [sys.executable, str(ROOT / "launch.py"), "--name", self.name, "--log-level", "warning", *flags]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
+        if "--model-path" not in flags:
+            command += EMBEDDED
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,  # so that a test can press Ctrl-C on all of it
+            )
 
     def wait_ready(self) -> dict[str, str]:
         """The ready line as a dict, with `address`. AssertionError with the log when it does not come."""
         assert self.process.stdout is not None
         readable, _, _ = select.select([self.process.stdout], [], [], READY_S)
         line = self.process.stdout.readline() if readable else ""
+        self.ready_line = line
         words = line.split()
         assert words[:1] == ["ready"], f"no ready line but {line!r}; log:\n{self.log()}"
         self._tree = self.descendants()
@@ -66,8 +80,7 @@ class Daemon:
 
     def log(self) -> str:
         """All that it and its children wrote to stderr."""
-        self._log.seek(0)
-        return self._log.read()
+        return self._log.read_text(errors="replace")
 
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -116,7 +129,7 @@ class Daemon:
             sys.stderr.write(self.log())
         assert self.process.stdout is not None
         self.process.stdout.close()
-        self._log.close()
+        self._folder.cleanup()
 
 
 def model_flags() -> dict[str, list[str]]:
@@ -137,9 +150,8 @@ def running(*flags: str) -> Iterator[Daemon]:
         yield daemon
 
 
-def wait_until(condition: object, timeout: float, what: str) -> None:
+def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> None:
     """Poll `condition()` until it is true; AssertionError naming `what` after `timeout` seconds."""
-    assert callable(condition)
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {timeout} s"
