@@ -26,8 +26,8 @@ class TorchAttention:
         starts = metadata.host_query_start.tolist()
         for row, context in enumerate(metadata.host_context_lengths.tolist()):
             pages = metadata.page_table[row, : -(-context // self.pool.page_size)]
-            row_keys = keys[pages].flatten(0, 1)[:context]
-            row_values = values[pages].flatten(0, 1)[:context]
+            row_keys = keys.index_select(0, pages).flatten(0, 1)[:context]
+            row_values = values.index_select(0, pages).flatten(0, 1)[:context]
             tokens = slice(starts[row], starts[row + 1])
             output[tokens] = _attend(query[tokens], row_keys, row_values)
         return output
@@ -36,16 +36,17 @@ class TorchAttention:
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """query: [N, heads, D], the last N of the C positions of key and value: [C, kv heads, D]. Returns [N, heads * D].
 
-    The G query heads of a KV head are folded into the batch (one token) or looped over by broadcasting (a chunk):
-    scaled_dot_product_attention's own `enable_gqa` copies keys and values G times on CPU.
+    The G query heads of a KV head become queries of one token (decode) or a batch over the same keys (a chunk), since
+    scaled_dot_product_attention's own `enable_gqa` copies keys and values G times on CPU. Its fast path takes only
+    four dimensions.
     """
     num_new, heads, dim = query.shape
     context, kv_heads = key.shape[0], key.shape[1]
     group = heads // kv_heads
     key, value = key.transpose(0, 1), value.transpose(0, 1)  # [kv heads, C, D]
     if num_new == 1:
-        folded = query.view(kv_heads, group, dim)
-        return F.scaled_dot_product_attention(folded, key, value).reshape(1, heads * dim)
+        folded = query.view(1, kv_heads, group, dim)
+        return F.scaled_dot_product_attention(folded, key[None], value[None]).reshape(1, heads * dim)
     grouped = query.view(num_new, kv_heads, group, dim).permute(2, 1, 0, 3)  # [G, kv heads, N, D]
     key, value = key.expand(group, -1, -1, -1), value.expand(group, -1, -1, -1)
     if num_new == context:
