@@ -157,7 +157,9 @@ class Welcome(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """A frame could not be served (wrong protocol, no session, unreadable). With a rid it is that request's end."""
+    """A frame could not be served. With a rid it is that request's end (not the end of an older one under the same rid,
+    when `error.field` is "rid"). Without, there is no session (any more): wrong protocol, expired, or the engine ends.
+    """
 
     error: ErrorInfo
     rid: str | None = None
