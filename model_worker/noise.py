@@ -17,7 +17,7 @@ def _signed(value: int) -> int:
 GOLDEN = _signed(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio, odd
 _MULTIPLY_1 = _signed(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = _signed(0x94D049BB133111EB)
-_UNIFORM_BITS = 52  # with the half added, 53 significant bits: exact in float64, never 0 and never 1
+_BITS_OF_ONE = 0x3FF0000000000000  # 1.0 as a float64
 
 
 def row_keys(seeds: Tensor, positions: Tensor) -> Tensor:
@@ -37,9 +37,9 @@ def gumbel(keys: Tensor, token_counters: Tensor) -> Tensor:
     Values lie in [-3.6, 36.8]: 52 bits of the hash make the uniform variate.
     """
     bits = _mix_(keys + token_counters)
-    # The shift is arithmetic, so the mask takes away the copies of the sign.
-    bits.bitwise_right_shift_(64 - _UNIFORM_BITS).bitwise_and_((1 << _UNIFORM_BITS) - 1)
-    uniform = bits.to(torch.float64).add_(0.5).mul_(2.0**-_UNIFORM_BITS)
+    # The top 52 bits become the mantissa of a float64 in [1, 2); the mask takes away the shift's copies of the sign.
+    bits.bitwise_right_shift_(12).bitwise_and_((1 << 52) - 1).bitwise_or_(_BITS_OF_ONE)
+    uniform = bits.view(torch.float64).sub_(1.0 - 2.0**-53)  # exactly (n + 0.5) / 2**52: never 0, never 1
     return uniform.log_().neg_().log_().neg_()
 
 

@@ -19,15 +19,13 @@ from torch import Tensor
 
 from model_worker.noise import counters, gumbel, row_keys
 from model_worker.sampling_adjust import LogitAdjuster
-from model_worker.sampling_candidates import BlockMaxima, argmax, top_over_ranks, unpack
+from model_worker.sampling_candidates import BlockMaxima, RowSet, argmax, top_over_ranks, unpack
 from model_worker.sampling_logprobs import Logprobs, token_logprobs
 from model_worker.sampling_nucleus import (
     MAX_VOCAB,
     Cuts,
-    distances,
     find_cuts,
     prefix_lengths,
-    row_parts,
     total_masses,
 )
 from model_worker.sampling_slots import FilterPlan, SamplingPlan, SlotSampling
@@ -105,7 +103,7 @@ class Sampler:
             return token_ids
         keys = row_keys(plan.seeds, positions)
         if plan.unfiltered is not None:
-            token_ids[plan.unfiltered] = self._draw_widely(logits, plan.unfiltered, plan, keys)
+            token_ids[plan.unfiltered] = self._draw_widely(RowSet(logits, plan.unfiltered), plan, keys)
         if plan.filtered is not None:
             assert maxima is not None
             token_ids[plan.filtered.rows] = self._draw_filtered(logits, maxima, plan.filtered, plan, keys)
@@ -117,11 +115,12 @@ class Sampler:
         """int64 [n], of the rows of `filters`."""
         values, ids = unpack(top_over_ranks(maxima.top(filters.rows, filters.candidates), self.group))
         best, inverse = values[:, 0].contiguous(), plan.inverse_temperature[filters.rows]
+        rows = RowSet(logits, filters.rows)
         total = torch.zeros_like(filters.rows)
-        few = filters.needs_total
-        if len(few):
-            total[few] = total_masses(logits, filters.rows[few], best[few], inverse[few], self.group)
-        lengths, undecided = prefix_lengths(distances(values, best, inverse), filters, total, self.slots.vocab_size)
+        measured = filters.needs_total
+        if len(measured):
+            total[measured] = total_masses(rows.subset(measured), best[measured], inverse[measured], self.group)
+        lengths, undecided = prefix_lengths(values, inverse, filters, total, self.slots.vocab_size)
         scores = values.to(torch.float64) * inverse[:, None] + gumbel(keys[filters.rows][:, None], counters(ids))
         outside = torch.arange(filters.candidates, device=ids.device) >= lengths[:, None]
         scores.masked_fill_(outside, float("-inf"))
@@ -130,46 +129,23 @@ class Sampler:
             # All ranks must take the same way, also where two kinds of machine round a sum's last bit differently.
             rest = self.group.all_reduce_max(undecided.to(torch.int32)).nonzero()[:, 0]
             if len(rest):
-                drawn[rest] = self._draw_beyond(logits, filters.subset(rest), plan, keys, best[rest], total[rest])
+                beyond, inverse = filters.subset(rest), inverse[rest]
+                cuts = find_cuts(
+                    rows.subset(rest), self.vocab.start, beyond, best[rest], total[rest], inverse, self.group
+                )
+                drawn[rest] = self._draw_widely(rows.subset(rest), plan, keys, cuts)
         return drawn
 
-    def _draw_beyond(
-        self, logits: Tensor, filters: FilterPlan, plan: SamplingPlan, keys: Tensor, best: Tensor, total: Tensor
-    ) -> Tensor:
-        """int64 [n]: rows whose filters keep more than the candidates."""
-        inverse = plan.inverse_temperature[filters.rows]
-        own = logits[filters.rows].to(torch.float32)
-        cuts = find_cuts(own, self.vocab.start, filters, best, total, inverse, self.group)
-        return self._draw_widely(logits, filters.rows, plan, keys, _Kept(cuts, best, filters.max_distance))
-
-    def _draw_widely(
-        self, logits: Tensor, rows: Tensor, plan: SamplingPlan, keys: Tensor, kept: "_Kept | None" = None
-    ) -> Tensor:
-        """int64 [n]: noise for every entry of `rows`, or for those that are kept."""
-        winners = torch.empty((1, 2, len(rows)), dtype=torch.float64, device=rows.device)  # score and id
-        for part in row_parts(rows, logits.shape[1]):
-            chunk = rows[part]
-            values, inverse = logits[chunk].to(torch.float32), plan.inverse_temperature[chunk]
-            scores = gumbel(keys[chunk][:, None], self._counters)
-            scores.add_(values.to(torch.float64) * inverse[:, None])
-            if kept is not None:
-                scores.masked_fill_(~kept.mask(values, self._ids, inverse, part), float("-inf"))
+    def _draw_widely(self, rows: RowSet, plan: SamplingPlan, keys: Tensor, cuts: Cuts | None = None) -> Tensor:
+        """int64 [n]: with noise for every entry of `rows`, or for those that the cuts leave."""
+        winners = torch.empty((1, 2, len(rows.rows)), dtype=torch.float64, device=keys.device)  # score and id
+        for part in rows.parts():
+            chunk, scores = rows.rows[part], rows.values(part)
+            if cuts is not None:
+                scores = cuts.drop(scores, self._ids, part)
+            scores.mul_(plan.inverse_temperature[chunk, None]).add_(gumbel(keys[chunk, None], self._counters))
             winners[0, 0, part], column = argmax(scores)
             winners[0, 1, part] = self._ids[column].to(torch.float64)
         # Ranks hold ascending ids, and argmax takes the first: a tie goes to the lowest id.
         scores, ids = self.group.all_gather(winners).unbind(1)
         return ids.gather(0, scores.argmax(0, keepdim=True))[0].to(torch.int64)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What the filters of n rows leave, where that is not a short list. best float32, max_distance float64: [n]."""
-
-    cuts: Cuts
-    best: Tensor
-    max_distance: Tensor
-
-    def mask(self, values: Tensor, ids: Tensor, inverse: Tensor, part: slice) -> Tensor:
-        """bool [m, ids] for rows `part`, whose logits are `values` (float32) and inverse temperatures `inverse`."""
-        near = distances(values, self.best[part], inverse) <= self.max_distance[part, None]
-        return near & self.cuts.keep(values, ids, part)

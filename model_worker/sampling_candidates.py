@@ -8,6 +8,8 @@ Only a fraction of the vocabulary is packed: the k best entries lie in the k blo
 block) pairs, because each of these blocks holds an entry that beats every entry of a block left out.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,29 @@ def ordered_bits(x: Tensor) -> Tensor:
 def from_ordered_bits(ordered: Tensor) -> Tensor:
     """The inverse of `ordered_bits`."""
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Some rows (int64 [n], ascending, none twice) of logits [batch, local vocabulary], float32 or bfloat16."""
+
+    logits: Tensor
+    rows: Tensor
+
+    def parts(self) -> list[slice]:
+        """The n rows in parts whose temporaries stay in cache on CPU, and are few launches on GPU."""
+        elements = (1 << 18) if self.logits.device.type == "cpu" else (1 << 24)
+        step = max(1, elements // self.logits.shape[1])
+        return [slice(i, i + step) for i in range(0, len(self.rows), step)]
+
+    def values(self, part: slice) -> Tensor:
+        """float64 [m, local vocabulary], a copy."""
+        everything = len(self.rows) == len(self.logits)
+        return (self.logits[part] if everything else self.logits[self.rows[part]]).to(torch.float64)
+
+    def subset(self, index: Tensor) -> "RowSet":
+        """Rows `index` (int64, ascending) of the n."""
+        return RowSet(self.logits, self.rows[index])
 
 
 class BlockMaxima:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model_worker.sampling_candidates import BlockMaxima, top_over_ranks, unpack
-from model_worker.sampling_nucleus import row_parts
+from model_worker.sampling_candidates import BlockMaxima, RowSet, top_over_ranks, unpack
 from qwen3.parallel import Group
 from runtime.messages import TokenLogprob
 
@@ -49,8 +48,10 @@ def token_logprobs(
     here = (column >= 0) & (column < logits.shape[1])
     chosen = logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].to(torch.float64)
     mass = torch.empty_like(chosen)
-    for part in row_parts(token_ids, logits.shape[1]):
-        mass[part] = (logits[part].to(torch.float32) - best[part, None]).exp_().sum(1)
+    every = torch.arange(len(rows), device=logits.device)
+    row_set = RowSet(logits, every)
+    for part in row_set.parts():
+        mass[part] = row_set.values(part).sub_(best[part, None]).exp_().sum(1)
     sums = group.all_reduce(torch.stack([mass, torch.where(here, chosen, 0.0)]))
     log_sum = best.to(torch.float64) + sums[0].log()
     k = max(top_counts, default=0)
@@ -58,7 +59,6 @@ def token_logprobs(
         top_ids = token_ids.new_empty((len(rows), 0))
         top_values = best.new_empty((len(rows), 0))
     else:
-        every = torch.arange(len(rows), device=logits.device)
         keys = top_over_ranks(maxima.top(every, k), group)
         top_values, top_ids = unpack(keys)
     return Logprobs(

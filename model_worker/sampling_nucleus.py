@@ -7,12 +7,13 @@ and the two ways here give the same answer: sorted candidates where the prefix i
 histograms of count and mass, summed over ranks and refined within the one bucket that holds the cut (`find_cuts`).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model_worker.sampling_candidates import from_ordered_bits, ordered_bits
+from model_worker.sampling_candidates import RowSet, from_ordered_bits, ordered_bits
 from model_worker.sampling_slots import FilterPlan
 from qwen3.parallel import Group
 
@@ -26,50 +27,60 @@ _LARGEST_ORDERED = (1 << 31) - 1
 _FAR = 1 << 62  # no limit
 
 
-def distances(logits: Tensor, best: Tensor, inverse_temperature: Tensor) -> Tensor:
-    """logits [n, m] float32; best, inverse_temperature [n] -> float64 [n, m], 0 for the best logit, growing."""
-    return (best[:, None].to(torch.float64) - logits.to(torch.float64)) * inverse_temperature[:, None]
+def distances(values: Tensor, best: Tensor, inverse_temperature: Tensor) -> Tensor:
+    """values: logits [n, m] as float64, overwritten; best (float32), inverse_temperature (float64): [n].
+
+    Returns float64 [n, m], 0 for the best logit.
+    """
+    return values.sub_(best[:, None]).mul_(-inverse_temperature[:, None])
 
 
 def masses(distance: Tensor) -> Tensor:
-    """float64 -> int64: exp(-distance) in units of 2**-44."""
-    return torch.exp(-distance).mul_(2.0**_MASS_BITS).round_().to(torch.int64)
+    """float64 -> int64: exp(-distance) in units of 2**-44, rounded down."""
+    return torch.rsub(distance, _MASS_BITS * math.log(2.0)).exp_().to(torch.int64)
 
 
-def total_masses(logits: Tensor, rows: Tensor, best: Tensor, inverse_temperature: Tensor, group: Group) -> Tensor:
-    """int64 [n], the mass of the whole vocabulary. logits: [batch, local vocabulary]; rows and the others: [n]."""
-    totals = torch.zeros_like(rows)
-    for part in row_parts(rows, logits.shape[1]):
-        chunk = logits[rows[part]].to(torch.float32)
-        totals[part] = masses(distances(chunk, best[part], inverse_temperature[part])).sum(1)
+def total_masses(rows: RowSet, best: Tensor, inverse_temperature: Tensor, group: Group) -> Tensor:
+    """int64 [n], the mass of the whole vocabulary of each row. best, inverse_temperature: [n]."""
+    totals = torch.zeros_like(rows.rows)
+    for part in rows.parts():
+        totals[part] = masses(distances(rows.values(part), best[part], inverse_temperature[part])).sum(1)
     return group.all_reduce(totals)
 
 
-def prefix_lengths(distance: Tensor, plan: FilterPlan, total: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """How many of the sorted candidates each row keeps.
+def lowest_kept(best: Tensor, inverse_temperature: Tensor, max_distance: Tensor) -> Tensor:
+    """float32 [n]: the lowest logit within max_distance of the best one (float64 arithmetic, then rounded up)."""
+    lowest = best.to(torch.float64) - max_distance / inverse_temperature
+    rounded = lowest.to(torch.float32)
+    above = torch.nextafter(rounded, torch.full_like(rounded, float("inf")))
+    return torch.where(rounded.to(torch.float64) < lowest, above, rounded)
 
-    distance: float64 [n, k], ascending, of the k best entries. total: int64 [n], used where plan.needs_total says so.
-    Returns (int64 [n] lengths, at least 1; bool [n] where the cut may lie beyond the candidates).
+
+def prefix_lengths(
+    values: Tensor, inverse_temperature: Tensor, plan: FilterPlan, total: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """How many of its best entries each row keeps.
+
+    values: float32 [n, k], the k best logits, descending. inverse_temperature: float64 [n].
+    total: int64 [n], used where plan.needs_total says so.
+    Returns (int64 [n] lengths, at least 1; bool [n] where the cut may lie beyond the k entries).
     """
-    k = distance.shape[1]
-    cumulative = masses(distance).cumsum_(1)
-    by_top_k = plan.top_k
-    within_top_k = cumulative.gather(1, (by_top_k.clamp(max=k) - 1)[:, None])[:, 0]
-    measured = torch.zeros_like(by_top_k, dtype=torch.bool)
+    k = values.shape[1]
+    best = values[:, 0]
+    cumulative = masses(distances(values.to(torch.float64), best, inverse_temperature)).cumsum_(1)
+    measured = torch.zeros_like(plan.top_k, dtype=torch.bool)
     measured[plan.needs_total] = True
-    limit = torch.where(measured, total, within_top_k)
-    reached = (cumulative < nucleus_target(plan.top_p, limit)[:, None]).sum(1) + 1
-    # The nucleus is unknown past the candidates, and with a top-k past them, whose mass nobody has added up.
-    hidden = (reached > k) | (~measured & (by_top_k > k))
-    by_top_p = torch.where(plan.top_p >= 1.0, _FAR, torch.where(hidden, -1, reached))
-    near = (distance <= plan.max_distance[:, None]).sum(1)
-    by_min_p = torch.where((plan.max_distance == float("inf")) | (near == k), _FAR, near)
-    other = torch.minimum(by_top_k, by_min_p)
-    # A hidden nucleus is longer than the candidates only when measured: then a shorter min-p prefix still decides.
-    longer = (by_top_p == -1) & measured & (other <= k)
-    length = torch.where((by_top_p == -1), torch.where(longer, other, _FAR), torch.minimum(by_top_p, other))
-    undecided = (length > k) if k < vocab_size else torch.zeros_like(measured)
-    return length.clamp(min=1, max=k), undecided
+    within_top_k = cumulative.gather(1, (plan.top_k.clamp(max=k) - 1)[:, None])[:, 0]
+    target = nucleus_target(plan.top_p, torch.where(measured, total, within_top_k))
+    nucleus = (cumulative < target[:, None]).sum(1) + 1
+    near = (values >= lowest_kept(best, inverse_temperature, plan.max_distance)[:, None]).sum(1)
+    # A length above k says no more than that. A top-k above k has a mass that nobody has added up: so has its nucleus.
+    nucleus = torch.where(plan.top_p < 1.0, nucleus, _FAR)
+    unknown = (plan.top_p < 1.0) & ~measured & (plan.top_k > k)
+    near = torch.where(near == k, _FAR, near)
+    lengths = torch.minimum(torch.minimum(plan.top_k, nucleus), near)
+    undecided = (lengths > k) | unknown if k < vocab_size else torch.zeros_like(measured)
+    return lengths.clamp(min=1, max=k), undecided
 
 
 def nucleus_target(top_p: Tensor, limit: Tensor) -> Tensor:
@@ -85,98 +96,104 @@ class Cuts:
     value: Tensor
     last_id: Tensor
 
-    def keep(self, logits: Tensor, ids: Tensor, part: slice) -> Tensor:
-        """bool [m, ids] for rows `part` with float32 logits [m, ids]."""
-        value, last_id = self.value[part, None], self.last_id[part, None]
-        return (logits > value) | ((logits == value) & (ids <= last_id))
+    def drop(self, values: Tensor, ids: Tensor, part: slice) -> Tensor:
+        """values: float64 [m, ids], logits of rows `part` -> the same with -inf for what is not kept."""
+        value = self.value[part, None]
+        above = torch.nextafter(value, torch.full_like(value, float("inf")))
+        lowest = torch.where(ids <= self.last_id[part, None], value.to(torch.float64), above.to(torch.float64))
+        return torch.where(values >= lowest, values, float("-inf"))
 
 
 def find_cuts(
-    logits: Tensor, first_id: int, plan: FilterPlan, best: Tensor, total: Tensor, inverse: Tensor, group: Group
+    rows: RowSet, first_id: int, plan: FilterPlan, best: Tensor, total: Tensor, inverse: Tensor, group: Group
 ) -> Cuts:
-    """The cut of top-k and top-p of each row, by search; rows with neither keep everything.
+    """The cut of each row's filters, by search.
 
-    logits: [n, local vocabulary] float32, the rows of `plan` alone. best (float32), total (int64, as for
-    `prefix_lengths`), inverse (float64, of the temperature): [n].
+    rows: those of `plan`. best (float32), total (int64, as for `prefix_lengths`), inverse (float64, of the
+    temperature): [n].
     """
-    search = _Search(logits, first_id, best, inverse, group)
+    vocab_size = rows.logits.shape[1] * group.size
     cuts = Cuts(torch.full_like(best, float("-inf")), torch.full_like(plan.top_k, _FAR))
     limit = total.clone()
-    limited = torch.ones_like(plan.top_k, dtype=torch.bool)
-    limited[plan.needs_total] = False
-    limited &= plan.top_k < search.vocab_size
-    rows = limited.nonzero()[:, 0]
-    if len(rows):
-        limit[rows] = search.cut(rows, _COUNT, plan.top_k[rows], cuts)
-    rows = (plan.top_p < 1.0).nonzero()[:, 0]
-    if len(rows):
-        search.cut(rows, _MASS, nucleus_target(plan.top_p[rows], limit[rows]), cuts)
-    return cuts
+    counted = (plan.top_k < vocab_size).nonzero()[:, 0]
+    if len(counted):
+        search = _Search(rows.subset(counted), first_id, best[counted], inverse[counted], group)
+        limit[counted] = search.cut(_COUNT, plan.top_k[counted], cuts, counted)
+    weighed = (plan.top_p < 1.0).nonzero()[:, 0]
+    if len(weighed):
+        search = _Search(rows.subset(weighed), first_id, best[weighed], inverse[weighed], group)
+        search.cut(_MASS, nucleus_target(plan.top_p[weighed], limit[weighed]), cuts, weighed)
+    lowest = lowest_kept(best, inverse, plan.max_distance)
+    nearer = lowest > cuts.value
+    return Cuts(torch.where(nearer, lowest, cuts.value), cuts.last_id.masked_fill(nearer, _FAR))
 
 
 _COUNT, _MASS = 0, 1
 
 
+@dataclass(frozen=True)
 class _Search:
-    """Finds the shortest prefix whose count or mass reaches a target, by histograms of both."""
+    """Finds, for each of n rows, the shortest prefix whose count or mass reaches a target, by histograms of both."""
 
-    def __init__(self, logits: Tensor, first_id: int, best: Tensor, inverse: Tensor, group: Group) -> None:
-        self.logits = logits
-        self.first_id = first_id
-        self.best = best
-        self.inverse = inverse
-        self.group = group
-        self.vocab_size = logits.shape[1] * group.size
+    rows: RowSet
+    first_id: int
+    best: Tensor
+    inverse: Tensor
+    group: Group
 
-    def cut(self, rows: Tensor, by: int, target: Tensor, cuts: Cuts) -> Tensor:
-        """Write the cuts of `rows` [n] and return the mass of what they keep, int64 [n]. target: int64 [n], >= 1."""
-        bucket = torch.empty((len(rows), self.logits.shape[1]), dtype=torch.int16, device=rows.device)
-        histogram = torch.zeros((len(rows), 2, _BUCKETS), dtype=torch.int64, device=rows.device)
-        for part in row_parts(rows, self.logits.shape[1]):
-            chunk = rows[part]
-            distance = distances(self.logits[chunk], self.best[chunk], self.inverse[chunk])
-            index = distance.mul(_BUCKETS_PER_NAT).clamp_(0, _BUCKETS - 1).to(torch.int64)
-            bucket[part] = index
+    def cut(self, by: int, target: Tensor, cuts: Cuts, places: Tensor) -> Tensor:
+        """Write the n cuts to `places` of `cuts` and return the mass of what they keep, int64 [n].
+
+        target: int64 [n], 1 or more. With by=_MASS no counts are made before the last histogram, nor needed.
+        """
+        n = len(target)
+        bucket = torch.empty((n, self.rows.logits.shape[1]), dtype=torch.int16, device=target.device)
+        histogram = torch.zeros((n, 2, _BUCKETS), dtype=torch.int64, device=target.device)
+        for part in self.rows.parts():
+            distance = distances(self.rows.values(part), self.best[part], self.inverse[part])
             weights = masses(distance)
-            histogram[part, _COUNT].scatter_add_(1, index, torch.ones_like(weights))
+            index = distance.mul_(_BUCKETS_PER_NAT).clamp_(0, _BUCKETS - 1).to(torch.int64)
+            index.clamp_(min=0)  # what became of a NaN; its row fails, but must not stop the others
+            bucket[part] = index
             histogram[part, _MASS].scatter_add_(1, index, weights)
+            if by == _COUNT:
+                histogram[part, _COUNT].scatter_add_(1, index, torch.ones_like(weights))
         found, above = _first_reaching(self.group.all_reduce(histogram), by, target)
-        row, column = (bucket == found[:, None]).nonzero(as_tuple=True)  # row-major: ids ascend within a row
-        value = self.logits[rows[row], column]
-        # Ascending in `descending`: the largest logit first.
-        descending = _LARGEST_ORDERED - ordered_bits(value).to(torch.int64)
-        gap = self.best[rows[row]].to(torch.float64) - value.to(torch.float64)
-        weights = masses(gap * self.inverse[rows[row]])
+        # Row-major, so ids ascend within a row.
+        row, column = (bucket == found[:, None].to(torch.int16)).nonzero(as_tuple=True)
+        value = self.rows.logits[self.rows.rows[row], column].to(torch.float32)
+        descending = _LARGEST_ORDERED - ordered_bits(value).to(torch.int64)  # ascends as logits descend
+        weights = masses(distances(value.to(torch.float64)[:, None], self.best[row], self.inverse[row]))[:, 0]
         for shift in _KEY_SHIFTS:
-            index = (descending >> shift) & (_BUCKETS - 1)
-            flat = torch.zeros((2, len(rows) * _BUCKETS), dtype=torch.int64, device=rows.device)
-            flat[_COUNT].scatter_add_(0, row * _BUCKETS + index, torch.ones_like(weights))
-            flat[_MASS].scatter_add_(0, row * _BUCKETS + index, weights)
-            histogram = flat.view(2, len(rows), _BUCKETS).transpose(0, 1).contiguous()
-            found, here = _first_reaching(self.group.all_reduce(histogram), by, target - above[:, by])
-            above += here
-            keep = index == found[row]
+            index = row * _BUCKETS + ((descending >> shift) & (_BUCKETS - 1))
+            flat = torch.zeros((2, n * _BUCKETS), dtype=torch.int64, device=target.device)
+            flat[_COUNT].scatter_add_(0, index, torch.ones_like(weights))
+            flat[_MASS].scatter_add_(0, index, weights)
+            histogram = flat.view(2, n, _BUCKETS).transpose(0, 1).contiguous()
+            found, before = _first_reaching(self.group.all_reduce(histogram), by, target - above[:, by])
+            above += before
+            keep = (index - row * _BUCKETS) == found[row]
             row, column, descending, weights = row[keep], column[keep], descending[keep], weights[keep]
         at = found[:, None, None].expand(-1, 2, 1)
         run = _Run(row, column, descending, *histogram.gather(2, at)[:, :, 0].unbind(1))
-        return above[:, _MASS] + self._place(rows, run, by, (target - above[:, by]).clamp(min=1), cuts)
+        return above[:, _MASS] + self._place(run, by, (target - above[:, by]).clamp(min=1), cuts, places)
 
-    def _place(self, rows: Tensor, run: "_Run", by: int, rest: Tensor, cuts: Cuts) -> Tensor:
+    def _place(self, run: "_Run", by: int, rest: Tensor, cuts: Cuts, places: Tensor) -> Tensor:
         """Keep as many entries of each row's run as bring `rest` [n], lowest ids first; returns their mass [n]."""
         each = torch.div(run.mass, run.count.clamp(min=1), rounding_mode="floor")
         unit = torch.ones_like(each) if by == _COUNT else each.clamp(min=1)
         needed = torch.minimum(torch.div(rest + unit - 1, unit, rounding_mode="floor"), run.count)
-        here = torch.bincount(run.row, minlength=len(rows))
+        here = torch.bincount(run.row, minlength=len(rest))
         before = self.group.all_gather(here[None])[: self.group.rank].sum(0)
         quota = torch.minimum((needed - before).clamp(min=0), here)
-        last_id = torch.full_like(rows, -1)
+        last_id = torch.full_like(rest, -1)
         some = quota > 0
         last_id[some] = run.column[(here.cumsum(0) - here + quota - 1)[some]] + self.first_id
         # Every rank learns the run's logit, those that hold none of it too.
-        key = torch.full_like(rows, -_FAR).scatter_reduce_(0, run.row, -run.descending, "amax")
+        key = torch.full_like(rest, -_FAR).scatter_reduce_(0, run.row, -run.descending, "amax")
         value = _LARGEST_ORDERED + self.group.all_reduce_max(key)
-        cuts.value[rows] = from_ordered_bits(value.to(torch.int32))
-        cuts.last_id[rows] = last_id
+        cuts.value[places] = from_ordered_bits(value.to(torch.int32))
+        cuts.last_id[places] = last_id
         return needed * each
 
 
@@ -202,10 +219,3 @@ def _first_reaching(histogram: Tensor, by: int, target: Tensor) -> tuple[Tensor,
     bucket = (cumulative[:, by] < reachable[:, None]).sum(1).clamp(max=histogram.shape[2] - 1)
     at = bucket[:, None, None].expand(-1, 2, 1)
     return bucket, (cumulative - histogram).gather(2, at)[:, :, 0]
-
-
-def row_parts(rows: Tensor, columns: int) -> list[slice]:
-    """Cut [n] rows into parts whose temporaries stay in cache on CPU, and are few launches on GPU."""
-    elements = (1 << 18) if rows.device.type == "cpu" else (1 << 24)
-    step = max(1, elements // columns)
-    return [slice(i, i + step) for i in range(0, len(rows), step)]
