@@ -32,8 +32,7 @@ CORPUS = {
 }
 
 
-@cache
-def small_tokenizer() -> Tokenizer:
+def small_backend() -> Backend:
     """A byte-level BPE of 420 entries with holes in its vocabulary, special tokens, and added ones with odd letters."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -49,7 +48,12 @@ def small_tokenizer() -> Tokenizer:
     )
     backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<think>", "<é｜>", "a b", "ÿ")])
     backend.add_special_tokens(["<|特殊|>"])
-    return Tokenizer(backend)
+    return backend
+
+
+@cache
+def small_tokenizer() -> Tokenizer:
+    return Tokenizer(small_backend())
 
 
 @cache

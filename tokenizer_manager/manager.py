@@ -1,0 +1,374 @@
+"""The tokenizer manager: from clients' messages to requests for the scheduler, and from text chunks back to clients.
+
+Does no waiting and no socket work of its own: frames and the time are passed in, tokenizing is handed to threads.
+Every sample gets exactly one terminal event: the detokenizer's last chunk, or one made here when the scheduler rejects
+it, the client falls behind, or the engine ends.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from runtime.child import PipelineSpec
+from runtime.errors import EngineDeadError, EngineError, OverloadedError, ProtocolError, RequestError
+from runtime.messages import (
+    PROTOCOL,
+    Abort,
+    AbortRequest,
+    Accepted,
+    AddRequest,
+    Chunk,
+    ChunkBatch,
+    ErrorInfo,
+    Finish,
+    Generate,
+    Goodbye,
+    Hello,
+    ModelInfo,
+    Ping,
+    Pong,
+    Query,
+    QueryReply,
+    Refused,
+    RequestRejected,
+    SchedulerInput,
+    SchedulerQuery,
+    SchedulerReply,
+    TokenizerInput,
+    Usage,
+    Welcome,
+)
+from runtime.tokenizer import Tokenizer
+from tokenizer_manager.queries import ANSWER_S, Pending, Queries
+from tokenizer_manager.requests import Request, RequestTable
+from tokenizer_manager.sessions import Session, Sessions
+from tokenizer_manager.validate import Checked, Limits, Prepared, Unreadable, check, prepare, read_frame
+
+DRAINING = ErrorInfo(
+    OverloadedError.code, "the engine is draining and takes no new requests; ask another one, or later"
+)
+FLUSH_PATIENCE_S = 0.5  # a client that takes nothing for so long does not hold up the end of a drain
+
+log = logging.getLogger(__name__)
+
+
+class Counters(msgspec.Struct):
+    """Since the start; part of `stats`."""
+
+    requests_total: int = 0
+    requests_refused_total: int = 0
+    bad_frames: int = 0
+    late_chunks: int = 0
+    sessions_lost_total: int = 0
+    sessions_behind_total: int = 0
+
+
+class TokenizerManager:
+    """For one thread.
+
+    in_thread(work, done): run `work` elsewhere, then `done` with its future in this thread.
+    to_scheduler: must not block. now: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        spec: PipelineSpec,
+        tokenizer: Tokenizer,
+        sessions: Sessions,
+        in_thread: Callable[[Callable[[], Prepared], Callable[[Future[Prepared]], None]], None],
+        to_scheduler: Callable[[SchedulerInput], None],
+        now: Callable[[], float],
+    ) -> None:
+        self.counters = Counters()
+        self.requests = RequestTable()
+        self._spec = spec
+        self._tokenizer = tokenizer
+        self._sessions = sessions
+        self._in_thread = in_thread
+        self._to_scheduler = to_scheduler
+        self._now = now
+        self._limits = Limits.of(spec.context_length)
+        self._most_requests = spec.args.max_running_requests + spec.args.max_queued_requests
+        self._model = ModelInfo(
+            spec.model_name, spec.context_length, spec.model.vocab_size, device=spec.device, dtype=spec.dtype
+        )
+        self._queries = Queries()
+        self._closed: ErrorInfo | None = None  # what new requests are refused with
+        self._ending = False  # `Drained` is owed
+        self._encoder = msgspec.msgpack.Encoder()
+
+    # ------------------------------------------------------------------------------------------------ from clients
+
+    def on_frame(self, identity: bytes, frame: bytes) -> None:
+        """Any bytes from any connection."""
+        session = self._sessions.find(identity)
+        message = read_frame(frame, self._limits)
+        if isinstance(message, Hello):
+            self._on_hello(identity, session, message)
+        elif session is None:
+            self._on_stranger(identity, message)
+        else:
+            session.last_seen = self._now()
+            self._on_message(session, message)
+
+    def _on_message(self, session: Session, message: Any) -> None:
+        match message:
+            case Generate():
+                self._on_generate(session, message)
+            case Ping(number=number):
+                self._send(session, Pong(number))
+            case Abort(rid=rid):
+                self._on_abort(session, rid)
+            case Query():
+                self._on_query(session, message)
+            case Goodbye():
+                self._end_session(session)
+            case Unreadable(error=error, rid=rid):
+                self.counters.bad_frames += 1
+                if rid is not None:
+                    self._refuse(session, rid, _info(error))
+
+    def _on_hello(self, identity: bytes, session: Session | None, hello: Hello) -> None:
+        if session is not None:
+            self._end_session(session)  # the same connection begins anew
+        if hello.protocol != PROTOCOL:
+            message = (
+                f"this engine speaks protocol {PROTOCOL}, not {hello.protocol}; use the client of the same version"
+            )
+            self._sessions.answer_stranger(identity, Refused(ErrorInfo(ProtocolError.code, message)))
+        elif self._sessions.full:
+            message = f"{len(self._sessions)} clients are connected, no more are taken; close some"
+            self._sessions.answer_stranger(identity, Refused(ErrorInfo(OverloadedError.code, message)))
+        else:
+            session = self._sessions.open(identity, hello.client, self._now())
+            self._send(session, Welcome(PROTOCOL, session.token, self._spec.epoch, self._model))
+
+    def _on_stranger(self, identity: bytes, message: Any) -> None:
+        if isinstance(message, Unreadable) and message.rid is None:
+            self.counters.bad_frames += 1
+        elif not isinstance(message, Goodbye):
+            rid = getattr(message, "rid", None)
+            error = ErrorInfo(
+                ProtocolError.code,
+                "there is no such session: it never began, or was silent for too long; say Hello again",
+            )
+            self._sessions.answer_stranger(identity, Refused(error, None if isinstance(message, Abort) else rid))
+
+    def _on_generate(self, session: Session, message: Generate) -> None:
+        self.counters.requests_total += 1
+        if self._closed is not None:
+            return self._refuse(session, message.rid, self._closed)
+        if self.requests.find(session, message.rid) is not None:
+            text = f"rid={message.rid!r:.80} is still in flight in this session; choose another"
+            return self._refuse(session, message.rid, ErrorInfo(RequestError.code, text, "rid"))
+        if len(self.requests) >= self._most_requests:
+            text = f"{len(self.requests)} requests run or wait, no more may: ask later, or raise --max-queued-requests"
+            return self._refuse(session, message.rid, ErrorInfo(OverloadedError.code, text))
+        try:
+            checked = check(message, self._limits, self._tokenizer)
+        except RequestError as error:
+            return self._refuse(session, message.rid, _info(error))
+        request = self.requests.add(session, message.rid, checked.n)
+        self._in_thread(
+            partial(prepare, checked, self._tokenizer, self._spec, self._limits),
+            partial(self._on_prepared, request, checked),
+        )
+
+    def _on_prepared(self, request: Request, checked: Checked, future: Future[Prepared]) -> None:
+        if request.ended or future.cancelled():
+            return  # aborted, or its client is gone
+        error = future.exception()
+        if error is not None:
+            self.requests.end(request)
+            if isinstance(error, RequestError):
+                info = _info(error)
+            else:
+                log.error("request %s failed while being tokenized", request.rid, exc_info=error)
+                info = ErrorInfo(EngineError.code, f"tokenizing failed: {type(error).__name__}: {error}")
+            return self._refuse(request.session, request.rid, info)
+        prepared = future.result()
+        uid = self.requests.number(request, prepared.num_tokens)
+        self._send(request.session, Accepted(request.rid, prepared.num_tokens, prepared.sampling))
+        if not request.ended:  # the client was gone
+            self._to_scheduler(
+                AddRequest(
+                    uid, request.rid, prepared.token_ids, prepared.sampling, checked.priority, checked.cache_salt
+                )
+            )
+
+    def _on_abort(self, session: Session, rid: str) -> None:
+        request = self.requests.find(session, rid)
+        if request is None:
+            return
+        if request.uid is not None:
+            self._to_scheduler(AbortRequest(request.uid))  # which ends it with what was generated so far
+        else:
+            self._end_request(request, Finish("abort"))
+
+    def _on_query(self, session: Session, query: Query) -> None:
+        if self._queries.full:
+            error = ErrorInfo(OverloadedError.code, "too many questions wait for the scheduler; ask later")
+            self._send(session, QueryReply(query.qid, {}, error))
+            return
+        number = self._queries.ask(session, query.qid, query.what, self._now())
+        self._to_scheduler(SchedulerQuery(number, "flush_cache" if query.what == "flush_cache" else "stats"))
+
+    # --------------------------------------------------------------------------------------------- from the engine
+
+    def on_engine(self, message: TokenizerInput) -> None:
+        match message:
+            case ChunkBatch(chunks=chunks):
+                for chunk in chunks:
+                    self._on_chunk(chunk.uid, chunk.payload, chunk.num_tokens, chunk.terminal)
+            case RequestRejected(uid=uid, error=error):
+                request = self.requests.by_uid(uid)
+                if request is not None:
+                    self.requests.end(request)
+                    self._refuse(request.session, request.rid, error)
+            case SchedulerReply(qid=qid, values=values, error=error):
+                pending = self._queries.answered(qid)
+                if pending is not None:
+                    self._answer(pending, values, error)
+
+    def _on_chunk(self, uid: int, payload: bytes, num_tokens: int, terminal: bool) -> None:
+        request = self.requests.by_uid(uid)
+        if request is None:
+            self.counters.late_chunks += 1
+            return
+        assert request.uid is not None
+        sample = uid - request.uid
+        request.tokens[sample] = num_tokens
+        if terminal:
+            self.requests.end_sample(request, sample)
+        session = request.session
+        now = self._now()
+        self._sessions.send_chunk(session, uid, payload, now)
+        if session.gone:
+            self._lose(session, "its connection is gone")
+        elif session.outbox and session.behind(now):
+            self._drop_behind(session)
+
+    def _answer(self, pending: Pending, values: dict[str, int | float | str | bool], error: ErrorInfo | None) -> None:
+        if pending.what == "health":
+            draining = self._closed is not None
+            values = values | {"status": "draining" if draining else "ok", "draining": draining}
+        elif pending.what == "stats" and error is None:
+            values = values | self.stats()
+        self._send(pending.session, QueryReply(pending.qid, values, error))
+
+    def stats(self) -> dict[str, int | float | str | bool]:
+        """Our own part of `stats`."""
+        return msgspec.structs.asdict(self.counters) | {
+            "sessions": len(self._sessions),
+            "sessions_total": self._sessions.opened_total,
+            "requests_in_flight": len(self.requests),
+            "requests_tokenizing": self.requests.num_tokenizing,
+        }
+
+    # ------------------------------------------------------------------------------------------------- time and end
+
+    def tick(self, read_up_to: float) -> None:
+        """Call it every fraction of a second. read_up_to: when there was last nothing from clients left to read."""
+        now = self._now()
+        for session in self._sessions.flush():
+            self._lose(session, "its connection is gone")
+        for session in self._sessions.silent(read_up_to):
+            self._lose(session, f"it was silent for {now - session.last_seen:.1f} s")
+        for session in self._sessions.behind(now):
+            self._drop_behind(session)
+        for pending in self._queries.overdue(now):
+            if pending.what == "health":
+                draining = self._closed is not None
+                reply = QueryReply(pending.qid, {"status": "scheduler not answering", "draining": draining})
+            else:
+                error = ErrorInfo(EngineError.code, f"the scheduler did not answer within {ANSWER_S:g} s")
+                reply = QueryReply(pending.qid, {}, error)
+            self._send(pending.session, reply)
+
+    def drain(self) -> None:
+        """Refuse new requests; `drained` becomes true with the last one's end."""
+        self._closed = self._closed or DRAINING
+        self._ending = True
+
+    def abort_all(self, error: ErrorInfo | None) -> None:
+        """End every request now, with `error` or as aborted; then as `drain`."""
+        self._closed = error or self._closed or DRAINING
+        self._ending = True
+        finish = Finish("abort") if error is None else Finish("error", error=error)
+        for request in self.requests:
+            if request.uid is not None:
+                self._to_scheduler(AbortRequest(request.uid))
+            self._end_request(request, finish)
+
+    def take_drained(self) -> bool:
+        """Whether nothing is left after a `drain` or `abort_all`; true once."""
+        done = self._ending and not len(self.requests) and self._sessions.all_sent(self._now(), FLUSH_PATIENCE_S)
+        if done:
+            self._ending = False
+        return done
+
+    def say_goodbye(self) -> None:
+        """The engine ends: so do all requests and sessions."""
+        self.abort_all(None)
+        for session in self._sessions:
+            self._send(session, Refused(ErrorInfo(EngineDeadError.code, "the engine was shut down")))
+
+    # ------------------------------------------------------------------------------------------------------- helpers
+
+    def _send(self, session: Session, message: Any) -> None:
+        self._sessions.send(session, message, self._now())
+        if session.gone:
+            self._lose(session, "its connection is gone")
+        elif session.hopeless():
+            self._lose(session, "it takes nothing")
+
+    def _refuse(self, session: Session, rid: str, error: ErrorInfo) -> None:
+        self.counters.requests_refused_total += 1
+        self._send(session, Refused(error, rid))
+
+    def _end_request(self, request: Request, finish: Finish) -> None:
+        """Give every open sample its terminal event ourselves; what the engine still sends for it is dropped."""
+        session, uid = request.session, request.uid
+        for sample in self.requests.end(request):
+            tokens = request.tokens[sample]
+            usage = Usage(request.prompt_tokens, tokens)
+            chunk = Chunk(request.rid, sample, tokens, b"", "", finish, usage)
+            if uid is None:
+                self._sessions.send(session, chunk, self._now())
+            else:
+                self._sessions.send_chunk(session, uid + sample, self._encoder.encode(chunk), self._now())
+
+    def _end_session(self, session: Session) -> None:
+        """Its client left, or is taken as gone: nobody waits for its requests any more."""
+        self._sessions.close(session)
+        for request in self.requests.of_session(session):
+            self.requests.end(request)
+            if request.uid is not None:
+                self._to_scheduler(AbortRequest(request.uid))
+
+    def _lose(self, session: Session, why: str) -> None:
+        if self._sessions.find(session.identity) is session:
+            self.counters.sessions_lost_total += 1
+            log.info("lost client %s (%r): %s", session.token[:8], session.client[:80], why)
+            self._end_session(session)
+
+    def _drop_behind(self, session: Session) -> None:
+        """A client that does not take its text fast enough: its requests end, it is told so, it may stay."""
+        requests = self.requests.of_session(session)
+        if requests:
+            self.counters.sessions_behind_total += 1
+            log.warning("client %s lags: %d requests aborted", session.token[:8], len(requests))
+        for request in requests:
+            if request.uid is not None:
+                self._to_scheduler(AbortRequest(request.uid))
+            self._end_request(request, Finish("abort"))
+
+
+def _info(error: RequestError) -> ErrorInfo:
+    return ErrorInfo(error.code, str(error), error.field)

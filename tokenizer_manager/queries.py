@@ -1,0 +1,50 @@
+"""Questions of clients that only the scheduler can answer, with a time limit for it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from tokenizer_manager.sessions import Session
+
+ANSWER_S = 2.0
+MAX_PENDING = 1024
+
+What = Literal["stats", "health", "flush_cache"]
+
+
+class Pending(msgspec.Struct, frozen=True):
+    """qid: the client's own number. due: monotonic."""
+
+    session: Session
+    qid: int
+    what: What
+    due: float
+
+
+class Queries:
+    """Questions asked and not answered yet, by the number that the scheduler sees."""
+
+    def __init__(self) -> None:
+        self._next = 1
+        self._pending: dict[int, Pending] = {}
+
+    @property
+    def full(self) -> bool:
+        return len(self._pending) >= MAX_PENDING
+
+    def ask(self, session: Session, qid: int, what: What, now: float) -> int:
+        """The number to ask the scheduler under."""
+        number, self._next = self._next, self._next + 1
+        self._pending[number] = Pending(session, qid, what, now + ANSWER_S)
+        return number
+
+    def answered(self, number: int) -> Pending | None:
+        """None for an answer that came too late."""
+        return self._pending.pop(number, None)
+
+    def overdue(self, now: float) -> list[Pending]:
+        """Takes them out."""
+        late = [number for number, pending in self._pending.items() if pending.due <= now]
+        return [self._pending.pop(number) for number in late]

@@ -1,0 +1,95 @@
+"""The requests in flight: who asked, under which numbers the engine knows them, and which samples are still open.
+
+A request ends when its last sample has had its terminal event; the table is what makes that exactly one a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tokenizer_manager.sessions import Session
+
+
+class Request:
+    """uid: None while it is being tokenized. tokens: generated so far, of each sample. open: their numbers."""
+
+    __slots__ = ("n", "open", "prompt_tokens", "rid", "session", "tokens", "uid")
+
+    def __init__(self, session: Session, rid: str, n: int) -> None:
+        self.session = session
+        self.rid = rid
+        self.n = n
+        self.uid: int | None = None
+        self.prompt_tokens = 0
+        self.tokens = [0] * n
+        self.open = set(range(n))
+
+    @property
+    def ended(self) -> bool:
+        return not self.open
+
+
+class RequestTable:
+    """uids are never reused; sample i of a request has uid + i."""
+
+    def __init__(self) -> None:
+        self._next_uid = 1
+        self._by_uid: dict[int, Request] = {}
+        self._by_session: dict[str, dict[str, Request]] = {}  # session token -> rid -> request
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Request]:
+        """All of them; they may be ended meanwhile."""
+        return iter([request for requests in self._by_session.values() for request in requests.values()])
+
+    @property
+    def num_tokenizing(self) -> int:
+        return sum(request.uid is None for request in self)
+
+    def of_session(self, session: Session) -> list[Request]:
+        return list(self._by_session.get(session.token, {}).values())
+
+    def find(self, session: Session, rid: str) -> Request | None:
+        return self._by_session.get(session.token, {}).get(rid)
+
+    def by_uid(self, uid: int) -> Request | None:
+        return self._by_uid.get(uid)
+
+    def add(self, session: Session, rid: str, n: int) -> Request:
+        assert self.find(session, rid) is None
+        request = Request(session, rid, n)
+        self._by_session.setdefault(session.token, {})[rid] = request
+        self._count += 1
+        return request
+
+    def number(self, request: Request, prompt_tokens: int) -> int:
+        """Give a tokenized request its uid."""
+        assert request.uid is None
+        assert not request.ended
+        request.uid, request.prompt_tokens = self._next_uid, prompt_tokens
+        self._next_uid += request.n
+        for sample in range(request.n):
+            self._by_uid[request.uid + sample] = request
+        return request.uid
+
+    def end_sample(self, request: Request, sample: int) -> None:
+        """The request is forgotten with its last open sample."""
+        request.open.remove(sample)
+        if request.uid is not None:
+            del self._by_uid[request.uid + sample]
+        if request.ended:
+            token = request.session.token
+            del self._by_session[token][request.rid]
+            if not self._by_session[token]:
+                del self._by_session[token]
+            self._count -= 1
+
+    def end(self, request: Request) -> list[int]:
+        """End whatever is open of a request; returns those samples."""
+        samples = sorted(request.open)
+        for sample in samples:
+            self.end_sample(request, sample)
+        return samples
