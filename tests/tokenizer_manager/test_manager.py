@@ -1,0 +1,376 @@
+"""The manager without processes: a socket, a clock, threads and a scheduler that the tests move by hand."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from runtime.child import PipelineSpec
+from runtime.errors import RequestError
+from runtime.messages import (
+    PROTOCOL,
+    Abort,
+    AbortRequest,
+    Accepted,
+    AddRequest,
+    Chunk,
+    ChunkBatch,
+    ErrorInfo,
+    Finish,
+    Generate,
+    Goodbye,
+    Hello,
+    Ping,
+    Refused,
+    RequestRejected,
+    RoutedChunk,
+    SchedulerInput,
+    ServerMessage,
+    Usage,
+    pack_ids,
+)
+from tests.detokenizer.corpus import small_tokenizer
+from tests.tokenizer_manager.harness import make_spec
+from tokenizer_manager.manager import TokenizerManager
+from tokenizer_manager.sessions import Sent, Sessions
+from tokenizer_manager.validate import Prepared
+
+
+class FakeSocket:
+    """`state`: what a send to that identity comes to. `sent`: what each got."""
+
+    def __init__(self) -> None:
+        self.state: dict[bytes, Sent] = {}
+        self.sent: dict[bytes, list[ServerMessage]] = {}
+        self._decoder: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
+
+    def send(self, identity: bytes, frame: bytes) -> Sent:
+        state = self.state.get(identity, Sent.YES)
+        if state is Sent.YES:
+            self.sent.setdefault(identity, []).append(self._decoder.decode(frame))
+        return state
+
+
+class World:
+    def __init__(self, spec: PipelineSpec) -> None:
+        self.time = 100.0
+        self.socket = FakeSocket()
+        self.to_scheduler: list[SchedulerInput] = []
+        self.work: list[tuple[Callable[[], Prepared], Callable[[Future[Prepared]], None]]] = []
+        self.sessions = Sessions(self.socket, self.time)  # type: ignore[arg-type]
+        self.manager = TokenizerManager(
+            spec,
+            small_tokenizer(),
+            self.sessions,
+            lambda work, done: self.work.append((work, done)),
+            self.to_scheduler.append,
+            lambda: self.time,
+        )
+
+    def say(self, identity: bytes, message: msgspec.Struct) -> None:
+        self.manager.on_frame(identity, msgspec.msgpack.encode(message))
+
+    def hello(self, identity: bytes) -> None:
+        self.say(identity, Hello(PROTOCOL))
+
+    def generate(self, identity: bytes, rid: str, prompt: str = "abc", **sampling: Any) -> None:
+        raw = msgspec.Raw(msgspec.msgpack.encode(sampling))
+        self.say(identity, Generate(rid, prompt, None, None, raw))
+
+    def tokenize(self, number: int = 0) -> None:
+        work, done = self.work.pop(number)
+        future: Future[Prepared] = Future()
+        try:
+            future.set_result(work())
+        except Exception as error:  # noqa: BLE001 - as an executor does
+            future.set_exception(error)
+        done(future)
+
+    def added(self) -> list[AddRequest]:
+        return [message for message in self.to_scheduler if isinstance(message, AddRequest)]
+
+    def aborted(self) -> list[int]:
+        return [message.uid for message in self.to_scheduler if isinstance(message, AbortRequest)]
+
+    def chunk(self, added: AddRequest, first: int, text: str = "x", finish: Finish | None = None) -> None:
+        """One token of the only sample."""
+        usage = None if finish is None else Usage(3, first + 1)
+        chunk = Chunk(added.rid, 0, first, pack_ids([7]), text, finish, usage)
+        payload = msgspec.msgpack.encode(chunk)
+        self.manager.on_engine(ChunkBatch([RoutedChunk(added.uid, finish is not None, payload, first + 1)]))
+
+    def tick(self, seconds: float = 0.25) -> None:
+        self.time += seconds
+        self.manager.tick(self.time)
+
+    def got(self, identity: bytes, kind: type[Any]) -> list[Any]:
+        return [message for message in self.socket.sent.get(identity, []) if isinstance(message, kind)]
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> PipelineSpec:
+    return make_spec(Path(tmp_path_factory.mktemp("spec")))
+
+
+@pytest.fixture
+def world(spec: PipelineSpec) -> World:
+    world = World(spec)
+    world.hello(b"a")
+    return world
+
+
+def test_abort_while_tokenizing(world: World) -> None:
+    world.generate(b"a", "r")
+    world.say(b"a", Abort("r"))
+    [end] = world.got(b"a", Chunk)
+    assert (end.rid, end.finish, end.usage) == ("r", Finish("abort"), Usage(0, 0))
+    world.generate(b"a", "r")  # the name is free again, while the first is still in its thread
+    world.tokenize(0)
+    assert world.added() == []
+    world.tokenize(0)
+    assert len(world.added()) == 1
+    assert len(world.got(b"a", Accepted)) == 1
+    assert len(world.got(b"a", Chunk)) == 1
+
+
+def test_client_gone_while_tokenizing(world: World) -> None:
+    world.generate(b"a", "r")
+    world.say(b"a", Goodbye())
+    world.tokenize()
+    assert world.to_scheduler == []
+    assert len(world.manager.requests) == 0
+
+
+def test_client_found_gone_when_it_is_accepted(world: World) -> None:
+    world.generate(b"a", "r")
+    world.socket.state[b"a"] = Sent.GONE
+    world.tokenize()
+    assert world.added() == []
+    assert (len(world.manager.requests), len(world.sessions)) == (0, 0)
+
+
+def test_hello_again_begins_anew(world: World) -> None:
+    world.generate(b"a", "r")
+    world.tokenize()
+    world.hello(b"a")
+    assert world.aborted() == [world.added()[0].uid]
+    world.generate(b"a", "r")
+    world.tokenize()
+    assert world.added()[1].uid > world.added()[0].uid
+    world.chunk(world.added()[0], 0, "old")
+    assert world.got(b"a", Chunk) == []
+
+
+def test_tokenizing_fails_unexpectedly(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.generate(b"a", "r")
+    _, done = world.work.pop()
+    future: Future[Prepared] = Future()
+    future.set_exception(KeyError("boom"))
+    done(future)
+    [refused] = world.got(b"a", Refused)
+    assert (refused.rid, refused.error.code) == ("r", "internal_error")
+    assert "boom" in caplog.text
+
+
+def test_silence(world: World) -> None:
+    world.hello(b"b")
+    world.generate(b"a", "r")
+    world.tokenize()
+    for _ in range(9):
+        world.tick()
+        world.say(b"b", Ping())
+    assert len(world.sessions) == 2
+    world.tick(0.3)
+    assert len(world.sessions) == 1
+    assert world.aborted() == [world.added()[0].uid]
+    world.say(b"a", Ping())
+    assert isinstance(world.socket.sent[b"a"][-1], Refused)
+
+
+def test_our_own_pause_is_no_silence(world: World) -> None:
+    world.tick(0.25)
+    world.tick(60.0)
+    assert len(world.sessions) == 1
+    for _ in range(20):  # nor is what waits unread while others are read
+        world.time += 0.25
+        world.manager.tick(world.time - 0.25 * 20)
+    assert len(world.sessions) == 1
+
+
+def test_lagging_client_gets_merged_chunks(world: World) -> None:
+    world.generate(b"a", "r")
+    world.tokenize()
+    added = world.added()[0]
+    world.socket.state[b"a"] = Sent.FULL
+    for place in range(50):
+        world.chunk(added, place, str(place % 10), Finish("length") if place == 49 else None)
+    world.say(b"a", Ping(5))
+    world.tick()
+    assert world.got(b"a", Chunk) == []
+    world.socket.state[b"a"] = Sent.YES
+    world.tick()
+    [chunk] = world.got(b"a", Chunk)
+    assert (chunk.first, chunk.text, chunk.finish) == (0, "0123456789" * 5, Finish("length"))
+    assert (chunk.token_ids, chunk.usage) == (pack_ids([7] * 50), Usage(3, 50))
+    assert world.aborted() == []
+
+
+@pytest.mark.parametrize("why", ["bytes", "time"])
+def test_client_that_falls_behind(world: World, why: str) -> None:
+    world.hello(b"b")
+    for identity in (b"a", b"b"):
+        world.generate(identity, "r")
+        world.tokenize()
+    slow, good = world.added()
+    world.socket.state[b"a"] = Sent.FULL
+    text = "x" * (30_000 if why == "bytes" else 10)
+    place = 0
+    while not world.aborted():
+        world.chunk(slow, place, text)
+        world.chunk(good, place, text)
+        place += 1
+        for identity in (b"a", b"b"):
+            world.say(identity, Ping())
+        world.tick()
+    assert world.aborted() == [slow.uid]
+    seconds, size = place * 0.25, place * len(text)
+    assert seconds == pytest.approx(10.25) if why == "time" else 1024 * 1024 - 30_000 < size < 1024 * 1024 + 30_000
+    assert len(world.got(b"b", Chunk)) == place
+    world.chunk(slow, place, "late", Finish("abort"))  # the scheduler's answer to the abort
+    world.socket.state[b"a"] = Sent.YES
+    world.tick()
+    [chunk] = world.got(b"a", Chunk)
+    assert (chunk.text, chunk.finish, chunk.usage) == (text * place, Finish("abort"), Usage(3, place))
+    world.generate(b"a", "again")  # the session goes on
+    world.tokenize()
+    assert len(world.got(b"a", Accepted)) == 2
+
+
+def test_client_that_takes_nothing_and_asks_on(world: World) -> None:
+    world.socket.state[b"a"] = Sent.FULL
+    for number in range(100_000):
+        world.generate(b"a", "r" * 250, top_k=-7)
+        if not len(world.sessions):
+            break
+        assert number < 50_000
+
+
+def test_several_samples(world: World) -> None:
+    """n > 1 is refused until it is supported; the table and the ends are ready for it."""
+    session = world.sessions.find(b"a")
+    assert session is not None
+    table = world.manager.requests
+    request = table.add(session, "r", 3)
+    uid = table.number(request, 5)
+    other = table.add(session, "s", 1)
+    assert table.number(other, 5) == uid + 3
+    payload = msgspec.msgpack.encode(Chunk("r", 1, 0, b"", "", Finish("length"), Usage(5, 2)))
+    world.manager.on_engine(ChunkBatch([RoutedChunk(uid + 1, True, payload, 2)]))
+    assert table.find(session, "r") is request
+    world.manager.abort_all(None)
+    ends = world.got(b"a", Chunk)
+    assert sorted((end.rid, end.index) for end in ends) == [("r", 0), ("r", 1), ("r", 2), ("s", 0)]
+    assert world.aborted() == [uid, uid + 3]
+    assert len(table) == 0
+    assert world.manager.take_drained()
+    assert not world.manager.take_drained()
+
+
+def test_drain_waits_for_outboxes_but_not_for_the_dead(world: World) -> None:
+    world.generate(b"a", "r")
+    world.tokenize()
+    world.socket.state[b"a"] = Sent.FULL
+    world.manager.abort_all(None)
+    assert not world.manager.take_drained()
+    world.tick(0.6)
+    assert world.manager.take_drained()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_exactly_one_terminal_event(spec: PipelineSpec, seed: int) -> None:
+    """Random orders of everything that can happen to requests."""
+    chance = random.Random(seed)
+    world = World(spec)
+    identities = [b"a", b"b", b"c"]
+    lost: set[bytes] = set()
+    for identity in identities:
+        world.hello(identity)
+    asked: list[tuple[bytes, str]] = []
+    running: dict[int, list[Any]] = {}  # uid -> [AddRequest, tokens]; the engine's side
+    seen = 0
+    for number in range(300):
+        identity = chance.choice(identities)
+        match chance.randrange(10):
+            case 0 | 1 | 2:
+                asked.append((identity, f"r{number}"))
+                world.generate(
+                    identity, f"r{number}", chance.choice(["abc", "", "xyz"]), top_k=chance.choice([0, 3, 3, 3])
+                )
+            case 3 | 4 if world.work:
+                world.tokenize(chance.randrange(len(world.work)))
+            case 5 if asked:
+                owner, rid = chance.choice(asked)
+                world.say(owner, Abort(rid))
+            case 6 | 7 if running:
+                uid = chance.choice(list(running))
+                added, tokens = running[uid]
+                world.chunk(added, tokens, "x", chance.choice([None, None, Finish("length")]))
+                running[uid][1] += 1
+                if world.manager.requests.by_uid(uid) is None:
+                    del running[uid]
+            case 8 if running:
+                uid = chance.choice(list(running))
+                if running.pop(uid)[1] == 0:
+                    world.manager.on_engine(RequestRejected(uid, ErrorInfo("overloaded", "full")))
+                elif world.manager.requests.by_uid(uid) is not None:
+                    world.manager.on_engine(ChunkBatch([RoutedChunk(uid, True, end_of(world, uid), 0)]))
+            case 9:
+                world.socket.state[identity] = chance.choice([Sent.YES, Sent.FULL, Sent.YES, Sent.GONE])
+                if world.socket.state[identity] is Sent.GONE:
+                    lost.add(identity)
+        for message in world.to_scheduler[seen:]:
+            if isinstance(message, AddRequest):
+                running[message.uid] = [message, 0]
+            elif isinstance(message, AbortRequest) and message.uid in running:
+                added, tokens = running.pop(message.uid)
+                world.chunk(added, tokens, "", Finish("abort"))
+        seen = len(world.to_scheduler)
+        for other in identities:
+            world.say(other, Ping())
+        world.tick(chance.choice([0.0, 0.25]))
+    for identity in identities:
+        if identity not in lost:
+            world.socket.state[identity] = Sent.YES
+    while world.work:
+        world.tokenize()
+    world.manager.abort_all(ErrorInfo("engine_dead", "over"))
+    world.tick(0.0)
+    assert len(world.manager.requests) == 0
+    for identity, rid in asked:
+        ends = [c for c in world.got(identity, Chunk) if c.rid == rid and c.finish is not None]
+        ends += [refused for refused in world.got(identity, Refused) if refused.rid == rid]
+        assert len(ends) <= 1 if identity in lost else len(ends) == 1
+        firsts = 0
+        for chunk in world.got(identity, Chunk):
+            if chunk.rid == rid:
+                assert chunk.first == firsts
+                firsts += len(chunk.token_ids) // 4
+
+
+def end_of(world: World, uid: int) -> bytes:
+    request = world.manager.requests.by_uid(uid)
+    assert request is not None
+    tokens = request.tokens[0]
+    return msgspec.msgpack.encode(Chunk(request.rid, 0, tokens, b"", "", Finish("length"), Usage(3, tokens)))
+
+
+def test_requests_error_keeps_its_field(world: World) -> None:
+    world.generate(b"a", "r", min_p=7)
+    [refused] = world.got(b"a", Refused)
+    assert refused.error == ErrorInfo(RequestError.code, "min_p=7.0: must be at least 0.0 and at most 1.0", "min_p")
