@@ -26,8 +26,8 @@ T = TypeVar("T")
 class Client:
     """A session with a running engine; a context manager.
 
-    address: ipc:// or tcp://; by default that of the daemon called `name`. Raises ConnectError within 2 s when nobody
-    answers there, ProtocolError when the engine speaks another version.
+    address: ipc:// or tcp://; by default that of the daemon called `name`. Raises ConfigError for an address that makes
+    no sense, ConnectError within 2 s when nobody answers there, ProtocolError when the engine speaks another version.
 
     All calls raise RequestError (a ValueError) for an invalid request, EngineDeadError when the engine dies or the
     connection is lost, another EngineError for other failures (with what was generated before it as `output`), and

@@ -7,6 +7,7 @@ Knows nothing of requests and of time.
 from __future__ import annotations
 
 import logging
+import socket
 
 import msgspec
 import zmq
@@ -18,6 +19,21 @@ from runtime.messages import ServerMessage
 RECEIVE_AT_ONCE = 1000  # frames taken before the thread looks at its other work
 
 log = logging.getLogger(__name__)
+
+
+def may_listen(address: str) -> bool:
+    """False when surely nobody listens: no such ipc path, or one whose owner is gone. ZeroMQ would retry in silence."""
+    if not address.startswith("ipc://"):
+        return True
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(address.removeprefix("ipc://"))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:
+            return True  # a full backlog, or what ZeroMQ will find out itself
+    return True
 
 
 class ClientSocket:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
-import os
 import socket
 import threading
 import time
@@ -22,7 +21,7 @@ from typing import Literal
 import msgspec
 import zmq
 
-from runtime.client_socket import ClientSocket
+from runtime.client_socket import ClientSocket, may_listen
 from runtime.errors import EngineDeadError, EngineError, ProtocolError, RequestError, VibeError, error_from_code
 from runtime.messages import (
     PROTOCOL,
@@ -41,6 +40,7 @@ from runtime.messages import (
     ServerMessage,
     Welcome,
 )
+from runtime.rundir import check_address
 
 PING_S = 0.5
 CONNECT_S = 1.7  # until somebody must be there: "no daemon" is said within 2 s
@@ -80,10 +80,12 @@ class _Open:
 class Connection:
     """Thread-safe. Every `deliver` is called in the connection's thread and must neither block nor raise.
 
-    address: ipc:// or tcp://. cause: why the engine died, when the owner of the connection can tell (`LLM` can).
+    address: ipc://PATH or tcp://HOST:PORT; ConfigError for another. cause: why the engine died, when the owner of the
+    connection can tell (`LLM` can).
     """
 
     def __init__(self, address: str, cause: Callable[[], str | None] = lambda: None) -> None:
+        check_address(address)
         self.address = address
         self.welcome: Welcome | None = None  # of the latest session
         self._cause = cause
@@ -273,7 +275,7 @@ class Connection:
         """Start a session unless there is one, or one is coming."""
         if self._line is not None or self._closing:
             return
-        if self.address.startswith("ipc://") and not os.path.exists(self.address.removeprefix("ipc://")):
+        if not may_listen(self.address):
             self._lose(self._nobody())
             return
         self._line = ClientSocket(self._context, self.address, self._poller)
@@ -354,7 +356,7 @@ class Connection:
 
     def _on_refused(self, message: Refused) -> None:
         info = message.error
-        if message.rid is not None:
+        if message.rid is not None and info.code != ProtocolError.code:
             request = self._requests.pop(message.rid, None)
             if request is not None:
                 request.tell(_exception(info))
