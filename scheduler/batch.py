@@ -76,6 +76,12 @@ class BatchBuilder:
         self._page_index += range(first, first + len(pages))
         self._page_ids += pages
 
+    def add_page_each(self, requests: Sequence[Request], pages: Sequence[int]) -> None:
+        """The last page of each request's table is new."""
+        self._page_slots += [r.slot for r in requests]
+        self._page_index += [len(r.pages) - 1 for r in requests]
+        self._page_ids += pages
+
     def replace_pages(self, request: Request, changes: Sequence[tuple[int, int]]) -> None:
         """(index, page) in a running request's table that the ranks must learn before its next row."""
         self._replaced += [(request, index, page) for index, page in changes]

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Sequence
 
 from scheduler.page_allocator import PageAllocator
-from scheduler.radix_cache import RadixCache
+from scheduler.radix_cache import RadixCache, RadixNode
 from scheduler.request import NO_SLOT, TOKEN_BYTES, Request
 
 EVICT_BATCH = 32  # pages at most that one eviction frees beyond what is needed at once
@@ -53,8 +54,7 @@ class KVMemory:
         assert request.node is None
         if not request.uses_cache:
             return
-        readable = 0 if self._recomputes_prompt(request) else request.num_tokens - 1
-        request.node, request.pages = self.cache.match(request.namespace, request.tokens, readable)
+        request.node, request.pages = self.cache.match(request.namespace, request.tokens, self._readable(request))
         self.cache.lock(request.node)
         request.num_shared_pages = len(request.pages)
         request.num_computed_tokens = len(request.pages) * self.page_size
@@ -81,24 +81,36 @@ class KVMemory:
         self._forget(request)
 
     def cached_length(self, request: Request) -> int:
-        """Tokens that `attach` would find. Changes nothing."""
-        if not request.uses_cache or self._recomputes_prompt(request):
-            return 0
-        return self.cache.match_length(request.namespace, request.tokens, request.num_tokens - 1)
+        """Tokens that `attach` would find for a waiting request. Changes nothing; looked up anew only if need be."""
+        if request.cached_version != self.cache.version:
+            request.cached_version = self.cache.version
+            request.cached_depth = self.cache.match_length(request.namespace, request.tokens, self._readable(request))
+        return request.cached_depth
+
+    def locate(self, request: Request) -> RadixNode | None:
+        """The tree node in which a waiting request's cached prefix ends; None without one. Changes nothing."""
+        return self.cache.locate(request.namespace, request.tokens, self._readable(request))[0]
 
     # --------------------------------------------------------------------------------------------- pages come and go
 
     def grow(self, request: Request, count: int) -> list[int]:
         """Append `count` pages to a request's table; the caller has checked `spare` or `available`."""
-        short = count - self.allocator.num_free
-        if short > 0:
-            self.cache.evict(max(short, self._evict_batch))
-        pages = self.allocator.allocate(count)
+        pages = self._take(count)
         request.pages.extend(pages)
         if request.reserved_pages:
             taken = min(count, request.reserved_pages)
             request.reserved_pages -= taken
             self.reserved -= taken
+        return pages
+
+    def grow_each(self, requests: Sequence[Request]) -> list[int]:
+        """Append one page to each request's table; the caller has checked as for `grow`."""
+        pages = self._take(len(requests))
+        for request, page in zip(requests, pages, strict=True):
+            request.pages.append(page)
+            if request.reserved_pages:
+                request.reserved_pages -= 1
+                self.reserved -= 1
         return pages
 
     def store(self, request: Request, num_tokens: int, *, in_flight: bool) -> list[tuple[int, int]]:
@@ -149,6 +161,13 @@ class KVMemory:
         request.reserved_pages = self.pages_for(request.kv_limit) - len(request.pages)
         self.reserved += request.reserved_pages
 
+    def _take(self, count: int) -> list[int]:
+        """Free pages, after an eviction if there are too few."""
+        short = count - self.allocator.num_free
+        if short > 0:
+            self.cache.evict(max(short, self._evict_batch))
+        return self.allocator.allocate(count)
+
     def unreserve(self, request: Request) -> None:
         self.reserved -= request.reserved_pages
         request.reserved_pages = 0
@@ -161,6 +180,10 @@ class KVMemory:
         request.num_computed_tokens = 0
 
     @staticmethod
-    def _recomputes_prompt(request: Request) -> bool:
-        """Logprobs of the prompt need every hidden state; once they are told, a resumed request may read the cache."""
-        return request.prompt_logprobs is not None and request.num_generated == 0
+    def _readable(request: Request) -> int:
+        """How many of its tokens it may take from the cache: all but one, which must be computed to sample.
+
+        Logprobs of the prompt need every hidden state; once they are told, a resumed request may read the cache.
+        """
+        recomputes = request.prompt_logprobs is not None and request.num_generated == 0
+        return 0 if recomputes or not request.uses_cache else request.num_tokens - 1

@@ -71,39 +71,37 @@ class StepPlanner:
     # ------------------------------------------------------------------------------------------------------ decoding
 
     def _secure_decode_pages(self) -> set[int]:
-        """Make sure that every decode row that begins a page finds one. Returns the uids that must sit this step out.
+        """Give a page to every decode row that begins one. Returns the uids that must sit this step out.
 
         When pages run out and none are on their way back, requests are retracted until the rest fits.
         """
         state, memory, page_size = self._state, self._state.memory, self._page_size
         while True:
             needy = [r for r in state.decoding.values() if r.num_computed_tokens % page_size == 0]
-            if len(needy) <= memory.spare:
-                return set()
-            sure = [r for r in needy if r.guaranteed]
-            others = [r for r in needy if not r.guaranteed]
-            room_sure, room_others = max(0, memory.available), max(0, memory.spare)
-            if len(sure) <= room_sure and len(others) <= room_others:
-                return set()
-            if state.memory_is_coming:
-                return {r.uid for r in sure[room_sure:]} | {r.uid for r in others[room_others:]}
-            self._retract_one()
+            stalled: list[Request] = []
+            if len(needy) > memory.spare:
+                sure = [r for r in needy if r.guaranteed]
+                others = [r for r in needy if not r.guaranteed]
+                room_sure, room_others = max(0, memory.available), max(0, memory.spare)
+                stalled = sure[room_sure:] + others[room_others:]
+                if stalled and not state.memory_is_coming:
+                    self._retract_one()
+                    continue
+                needy = sure[:room_sure] + others[:room_others]
+            if needy:
+                state.builder.add_page_each(needy, memory.grow_each(needy))
+            return {r.uid for r in stalled}
 
     def _decode_rows(self, stalled: set[int]) -> tuple[list[Request], int]:
         """One token of every decoding request that is not stalled; and the sum of their contexts."""
-        state, page_size, number = self._state, self._page_size, self._state.next_step
+        state, number = self._state, self._state.next_step
         rows = list(state.decoding.values())
         if stalled:
             rows = [r for r in rows if r.uid not in stalled]
         context = 0
         ending = []
         for request in rows:
-            computed = request.num_computed_tokens
-            if computed % page_size == 0:
-                first = len(request.pages)
-                assert computed == first * page_size
-                state.builder.add_pages(request, first, state.memory.grow(request, 1))
-            computed += 1
+            computed = request.num_computed_tokens + 1
             request.num_computed_tokens = computed
             request.last_step = number
             context += computed
@@ -181,18 +179,28 @@ class StepPlanner:
     def _admit(self, now: float) -> None:
         """Start waiting requests, in the policy's order, until one finds no room."""
         state = self._state
-        if self._tokens_left <= 0 or not state.free_slots:
+        if self._tokens_left <= 0 or not (state.free_slots or self._policy.preempts):
             return
-        to_come = sum(self._ratio.pages_to_come(r, state.memory) for r in self._running() if not r.guaranteed)
+        to_come: int | None = None  # costs a look at every running request, so not before it matters
         for request in self._policy.order(state.waiting.snapshot(), state.memory, now):
-            if self._tokens_left <= 0 or not state.free_slots:
+            if self._tokens_left <= 0:
                 return
             if request.slot != NO_SLOT:
                 return  # just retracted, and its last token is still in flight: others must not take its place
             depth = state.memory.cached_length(request)
             if state.leaders.should_wait(request, depth):
                 continue
-            if self._affordable(depth, request.num_tokens - depth) <= 0 or not self._fits(request, to_come):
+            if not state.free_slots:
+                self._preempt(request)
+                return
+            if self._affordable(depth, request.num_tokens - depth) <= 0:
+                return
+            room = self._attach(request)
+            if room >= 0 and to_come is None:
+                to_come = sum(self._ratio.pages_to_come(r, state.memory) for r in self._running() if not r.guaranteed)
+            if to_come is None or room < to_come:
+                state.memory.drop_prefix(request)
+                self._preempt(request)
                 return
             state.admit(request)
             if not self._add_chunk(request):
@@ -200,14 +208,18 @@ class StepPlanner:
             if not request.guaranteed:
                 to_come += self._ratio.pages_to_come(request, state.memory)
 
-    def _fits(self, request: Request, to_come: int) -> bool:
-        """Attach the request's cached prefix and keep it attached if the rest finds room beside the running ones."""
+    def _preempt(self, candidate: Request) -> None:
+        """Retract whom the policy names, one at a time; what it gives up is there when its step is done."""
+        if self._policy.preempts and not self._state.leaving:
+            victim = self._policy.victim(candidate, self._running())
+            if victim is not None:
+                self._state.retract(victim)
+
+    def _attach(self, request: Request) -> int:
+        """Attach the request's cached prefix. Returns the pages that are left when all it is kept room for is taken."""
         state, memory = self._state, self._state.memory
         memory.attach(request)
         need = self._ratio.pages_to_come(request, memory)
         if state.num_running == 0 and not request.guaranteed:
             need = memory.pages_for(request.num_tokens) - len(request.pages)
-        if need <= memory.spare - to_come:
-            return True
-        memory.drop_prefix(request)
-        return False
+        return memory.spare - need

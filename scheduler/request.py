@@ -29,7 +29,9 @@ class Request:
 
     __slots__ = (
         "arrival",
+        "cached_depth",
         "cached_tokens",
+        "cached_version",
         "ends",
         "failed",
         "finished",
@@ -87,6 +89,8 @@ class Request:
         self.num_computed_tokens = 0
         self.prefill_end = self.num_prompt_tokens
         self.last_step = -1
+        self.cached_version = -1  # KVMemory.cached_length: the cache's version when it was looked up
+        self.cached_depth = 0
 
         self.cached_tokens = -1  # unknown until it first gets a slot
         self.retractions = 0

@@ -134,6 +134,7 @@ class SchedulerState:
         heapq.heappush(self.free_slots, request.slot)
         request.slot = NO_SLOT
         request.prefill_end = request.num_tokens
+        request.cached_version = -1
         self._forget_private_prefix(request)
 
     def _forget_private_prefix(self, request: Request) -> None:

@@ -6,11 +6,19 @@ from collections.abc import Callable, Mapping
 
 from runtime.errors import ConfigError
 from scheduler.policies.base import SchedulePolicy
+from scheduler.policies.dfs_weight import DfsWeight
 from scheduler.policies.fcfs import Fcfs
+from scheduler.policies.lpm import LongestPrefixMatch
+from scheduler.policies.priority import Priority
 
 __all__ = ["POLICIES", "SchedulePolicy", "make_policy"]
 
-POLICIES: Mapping[str, Callable[[], SchedulePolicy]] = {"fcfs": Fcfs}
+POLICIES: Mapping[str, Callable[[], SchedulePolicy]] = {
+    "fcfs": Fcfs,
+    "lpm": LongestPrefixMatch,
+    "dfs-weight": DfsWeight,
+    "priority": Priority,
+}
 
 
 def make_policy(name: str) -> SchedulePolicy:

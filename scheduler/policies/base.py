@@ -12,8 +12,13 @@ from scheduler.request import Request
 class SchedulePolicy(Protocol):
     """A policy keeps no state about requests; equal input gives equal output.
 
-    Aging: whatever the order prefers, a request that has waited long enough comes first, so that none starves.
+    Aging: every second of waiting improves a request's rank by a fixed amount, so that what arrives later can overtake
+    it only for a bounded time, and none starves. Only differences in age count: a long queue as such changes nothing.
+
+    preempts: `victim` may name somebody.
     """
+
+    preempts: bool
 
     def order(self, waiting: Sequence[Request], memory: KVMemory, now: float) -> Iterable[Request]:
         """The waiting requests, the next to run first. `waiting` is in order of arrival. `now` in seconds."""

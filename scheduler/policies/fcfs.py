@@ -9,7 +9,9 @@ from scheduler.request import Request
 
 
 class Fcfs:
-    """Order of arrival; it needs no aging."""
+    """Order of arrival; age is the rank."""
+
+    preempts = False
 
     def order(self, waiting: Sequence[Request], memory: KVMemory, now: float) -> Iterable[Request]:
         return waiting

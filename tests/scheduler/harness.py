@@ -99,6 +99,7 @@ class _Slot:
     pages: list[int]
     seed: int
     hashes: list[int] = field(default_factory=list)  # of the first len(hashes) tokens
+    failed: bool = False
 
 
 class FakeRank:
@@ -171,14 +172,15 @@ class FakeRank:
             slot.hashes.append(extend(state, slot.tokens[len(slot.hashes)]))
         for position in range(slot.computed):
             read = self.pages[table[position // self.page_size]][position % self.page_size]
-            check(read == slot.hashes[position], f"uid {slot.uid}: position {position} of page table is not its own")
-        bad = False
+            check(slot.failed or read == slot.hashes[position], f"uid {slot.uid}: position {position} of page table is not its own")
+        bad = slot.failed  # a later row of it reads what the failed one left behind
         for position in range(slot.computed, end):
             bad = bad or (self.poison is not None and slot.tokens[position] == self.poison)
             content = NAN if bad else slot.hashes[position]
             self.pages[table[position // self.page_size]][position % self.page_size] = content
         slot.computed = end
         self.tokens_run += count
+        slot.failed = bad
         if bad:
             if end == len(slot.tokens):
                 slot.tokens.append(0)
@@ -241,6 +243,24 @@ def check_pages(scheduler: Scheduler, rank: FakeRank | None = None) -> None:
             assert not (rank.used[step.number] & free), "a page is free while a step in flight uses it"
 
 
+def check_cache_contents(scheduler: Scheduler, rank: FakeRank) -> None:
+    """Every page of the radix tree holds, on the rank, the KV of exactly the tokens that lead to it."""
+    cache = scheduler.state.memory.cache
+    page_size = scheduler.config.page_size
+    states: dict[int, int] = {}
+    for node in cache.nodes():  # parents before children
+        assert node.parent is not None
+        state = states.get(id(node.parent), start(node.salt))
+        tokens = unpack_ids(node.key)
+        for index, page in enumerate(node.pages):
+            expected: list[int | None] = []
+            for token in tokens[index * page_size : (index + 1) * page_size]:
+                state = extend(state, token)
+                expected.append(state)
+            assert rank.pages[page] == expected, f"page {page} of the cache does not hold what its path says"
+        states[id(node)] = state
+
+
 @dataclass
 class Sample:
     """What one sample has shown so far."""
@@ -268,9 +288,13 @@ class Harness:
             scheduler_config.num_pages,
             scheduler_config.page_size,
             scheduler_config.max_running_requests,
-            lambda uid: self.samples[uid].message.cache_salt,
+            self._namespace,
             poison,
         )
+
+    def _namespace(self, uid: int) -> str:
+        message = self.samples[uid].message
+        return message.cache_salt if self.config.radix_cache else f"request {message.uid}"
 
     def add(self, message: AddRequest) -> bool:
         rejected = self.scheduler.add(message, self.now)
@@ -315,11 +339,15 @@ class Harness:
             if not self.step():
                 break
             if checked:
-                check_pages(self.scheduler, self.rank)
+                self.check()
         else:
             raise AssertionError("the scheduler does not come to an end")
         assert self.scheduler.idle
         self.check_all_ended()
+
+    def check(self) -> None:
+        check_pages(self.scheduler, self.rank)
+        check_cache_contents(self.scheduler, self.rank)
 
     def live(self) -> list[int]:
         """Samples without a terminal event."""
@@ -332,7 +360,8 @@ class Harness:
 
     def check_tokens(self, sample: Sample) -> None:
         params = sample.message.sampling
-        expected = reference(unpack_ids(sample.message.token_ids), params, sample.message.cache_salt, sample.index)
+        salt = self._namespace(sample.message.uid)
+        expected = reference(unpack_ids(sample.message.token_ids), params, salt, sample.index)
         reason = sample.finish.reason if sample.finish is not None else None
         if reason in ("stop", "length"):
             assert sample.tokens == expected
