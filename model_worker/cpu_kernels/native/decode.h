@@ -2,8 +2,9 @@
 // FlashAttention (Dao et al., 2022), and long contexts are split among threads and merged as in Flash-Decoding (2023).
 //
 // A range of tokens is read once, all KV heads of a block of tokens before the next block, because in the pool the
-// heads of a token lie side by side: memory is then read in the order in which it lies, and the block after the current
-// one is prefetched meanwhile. The query heads that share a KV head are computed together.
+// heads of a token lie side by side: memory is then read in the order in which it lies. With every cache line that is
+// used, one of the next block is prefetched; prefetching in bursts would stall, as a core can only wait for some 16 lines
+// at a time. The query heads that share a KV head are computed together.
 #pragma once
 
 #include "elementwise.h"
@@ -39,9 +40,16 @@ inline void locate(const int32_t* pages, const PoolLayout& layout, int64_t first
     for (int i = count; i < kBlockTokens; i++) offsets[i] = offsets[count - 1];
 }
 
-// sums[g * tokens + i] += query g . key i, lane by lane, for kLanes / G tokens.
+// Asks for the cache lines of elements [d, d + n) of a row into the second-level cache.
+template <class T>
+inline void prefetch(const T* row, int d, int n) {
+    for (int i = 0; i < n * (int)sizeof(T); i += 64) __builtin_prefetch((const char*)(row + d) + i, 0, 2);
+}
+
+// sums[g * tokens + i] += query g . key i, lane by lane, for kLanes / G tokens. Prefetches the rows at `ahead`.
 template <int G>
-inline void multiply_keys(const float* query, const float* keys, const int64_t* offsets, int head_dim, vf* sums) {
+inline void multiply_keys(const float* query, const float* keys, const int64_t* offsets, const int64_t* ahead,
+                          int head_dim, vf* sums) {
     constexpr int kTokens = kLanes / G;
     for (int d = 0; d < head_dim; d += kLanes) {
         const int n = head_dim - d < kLanes ? head_dim - d : kLanes;
@@ -52,6 +60,7 @@ inline void multiply_keys(const float* query, const float* keys, const int64_t* 
         }
         for (int i = 0; i < kTokens; i++) {
             const float* p = keys + offsets[i] + d;
+            prefetch(keys + ahead[i], d, kLanes);
             const vf k = n == kLanes ? load(p) : load_part(p, n);
             for (int g = 0; g < G; g++) sums[g * kTokens + i] += q[g] * k;
         }
@@ -59,7 +68,8 @@ inline void multiply_keys(const float* query, const float* keys, const int64_t* 
 }
 
 template <int G>
-inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* offsets, int head_dim, vf* sums) {
+inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* offsets, const int64_t* ahead,
+                          int head_dim, vf* sums) {
     constexpr int kTokens = kLanes / G;
 #if defined(VSL_AVX512_BF16)
     for (int d = 0; d < head_dim; d += 32) {
@@ -67,6 +77,7 @@ inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* of
         __m512bh q[G];
         for (int g = 0; g < G; g++) q[g] = (__m512bh)_mm512_maskz_loadu_epi16(mask, query + g * head_dim + d);
         for (int i = 0; i < kTokens; i++) {
+            prefetch(keys + ahead[i], d, 32);
             const __m512bh k = (__m512bh)_mm512_maskz_loadu_epi16(mask, keys + offsets[i] + d);
             for (int g = 0; g < G; g++) {
                 vf& s = sums[g * kTokens + i];
@@ -84,6 +95,7 @@ inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* of
         }
         for (int i = 0; i < kTokens; i++) {
             const bf16* p = keys + offsets[i] + d;
+            if (d % 32 == 0) prefetch(keys + ahead[i], d, 32);
             const vf k = n == kLanes ? load(p) : load_part(p, n);
             for (int g = 0; g < G; g++) sums[g * kTokens + i] += q[g] * k;
         }
@@ -93,13 +105,14 @@ inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* of
 
 // sums[g, d ..] = sums[g, d ..] * decay[g] + weights[g] . values, for `vectors` vectors of the head dimension.
 template <class T, int G, int kVectors>
-inline void add_values(const T* values, const int64_t* offsets, int count, const float (*weights)[kBlockTokens],
-                       const float* decay, float* sums, int head_dim, int d) {
+inline void add_values(const T* values, const int64_t* offsets, const int64_t* ahead, int count,
+                       const float (*weights)[kBlockTokens], const float* decay, float* sums, int head_dim, int d) {
     vf total[G][kVectors];
     for (int g = 0; g < G; g++)
         for (int j = 0; j < kVectors; j++) total[g][j] = load(sums + g * head_dim + d + j * kLanes) * splat(decay[g]);
     for (int i = 0; i < count; i++) {
         const T* row = values + offsets[i] + d;
+        prefetch(values + ahead[i], d, kVectors * kLanes);
         vf v[kVectors];
         for (int j = 0; j < kVectors; j++) v[j] = load(row + j * kLanes);
         for (int g = 0; g < G; g++)
@@ -111,21 +124,19 @@ inline void add_values(const T* values, const int64_t* offsets, int count, const
 
 // One block of tokens for G query heads that share a KV head. scale is in units of log 2: weights are powers of two.
 template <class T, int G>
-inline void attend_block(const T* query, const T* keys, const T* values, const int64_t* offsets, int count,
-                         int head_dim, float scale, float* maximum_out, float* total_out, float* sums) {
+inline void attend_block(const T* query, const T* keys, const T* values, const int64_t* offsets,
+                         const int64_t* ahead, int count, int head_dim, float scale, float* maximum_out, float* total_out, float* sums) {
     constexpr int kTokens = kLanes / G;
     float scores[G][kBlockTokens], decay[G];
-    for (int first = 0; first < kBlockTokens; first += kTokens) {
+    for (int first = 0; first < count; first += kTokens) {
+        vf products[kLanes] = {};
+        multiply_keys<G>(query, keys, offsets + first, ahead + first, head_dim, products);
         float lanes[kLanes];
-        if (first < count) {
-            vf products[kLanes] = {};
-            multiply_keys<G>(query, keys, offsets + first, head_dim, products);
-            store(lanes, sum_each(products) * splat(scale));
-        }
-        for (int g = 0; g < G; g++)
-            for (int i = 0; i < kTokens; i++)
-                scores[g][first + i] = first + i < count ? lanes[g * kTokens + i] : -INFINITY;
+        store(lanes, sum_each(products) * splat(scale));
+        for (int g = 0; g < G; g++) std::memcpy(scores[g] + first, lanes + g * kTokens, kTokens * sizeof(float));
     }
+    for (int g = 0; g < G; g++)
+        for (int i = count; i < kBlockTokens; i++) scores[g][i] = -INFINITY;
     for (int g = 0; g < G; g++) {
         vf most = splat(maximum_out[g]);
         for (int i = 0; i < kBlockTokens; i += kLanes) most = vmax(most, load(scores[g] + i));
@@ -142,9 +153,9 @@ inline void attend_block(const T* query, const T* keys, const T* values, const i
     }
     int d = 0;
     for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes)
-        add_values<T, G, 4>(values, offsets, count, scores, decay, sums, head_dim, d);
+        add_values<T, G, 4>(values, offsets, ahead, count, scores, decay, sums, head_dim, d);
     for (; d + kLanes <= head_dim; d += kLanes)
-        add_values<T, G, 1>(values, offsets, count, scores, decay, sums, head_dim, d);
+        add_values<T, G, 1>(values, offsets, ahead, count, scores, decay, sums, head_dim, d);
     for (; d < head_dim; d++)
         for (int g = 0; g < G; g++) {
             float s = sums[g * head_dim + d] * decay[g];
@@ -153,19 +164,11 @@ inline void attend_block(const T* query, const T* keys, const T* values, const i
         }
 }
 
-template <class T>
-inline void prefetch_token(const CacheView<T>& cache, int64_t offset, int64_t bytes) {
-    const char *k = (const char*)(cache.keys + offset), *v = (const char*)(cache.values + offset);
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(k + b, 0, 2);
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(v + b, 0, 2);
-}
-
 // Tokens [begin, end) of one request for all heads of its one query, [heads, head_dim]. Fills `out`.
 template <class T>
 void attend_range(const T* query, const CacheView<T>& cache, int64_t begin, int64_t end, int heads, int kv_heads,
                   int head_dim, float scale, const Partial& out) {
     const int group = heads / kv_heads;
-    const int64_t token_bytes = cache.layout.token_stride * (int64_t)sizeof(T);
     for (int h = 0; h < heads; h++) out.maximum[h] = kNoScore, out.total[h] = 0;
     std::memset(out.values, 0, (size_t)heads * head_dim * sizeof(float));
     int64_t buffers[2][kBlockTokens];
@@ -177,22 +180,29 @@ void attend_range(const T* query, const CacheView<T>& cache, int64_t begin, int6
         const int next_count = (int)(left < kBlockTokens ? left : kBlockTokens);
         if (next_count > 0) locate(cache.pages, cache.layout, first + count, next_count, next);
         for (int kv = 0; kv < kv_heads; kv++) {
-            for (int i = next_count * kv / kv_heads; i < next_count * (kv + 1) / kv_heads; i++)
-                prefetch_token(cache, next[i], token_bytes);
             const int64_t head = kv * cache.layout.head_stride;
             const T *keys = cache.keys + head, *values = cache.values + head;
+            // The rows of the next block, in the order in which they lie, dealt out to this block's rows.
+            int64_t ahead[kBlockTokens];
+            for (int i = 0; i < kBlockTokens; i++) {
+                const int row = kv * kBlockTokens + i, token = row / kv_heads;
+                ahead[i] = token < next_count
+                               ? next[token] + (row - token * kv_heads) * cache.layout.head_stride - head
+                               : now[i];
+            }
             for (int g = 0; g < group;) {
                 const int h = kv * group + g;
                 const T* q = query + (int64_t)h * head_dim;
                 float *m = out.maximum + h, *t = out.total + h, *sums = out.values + (int64_t)h * head_dim;
+                const int64_t* rows_ahead = g == 0 ? ahead : now;
                 if (group - g >= 4) {
-                    attend_block<T, 4>(q, keys, values, now, count, head_dim, scale, m, t, sums);
+                    attend_block<T, 4>(q, keys, values, now, rows_ahead, count, head_dim, scale, m, t, sums);
                     g += 4;
                 } else if (group - g >= 2) {
-                    attend_block<T, 2>(q, keys, values, now, count, head_dim, scale, m, t, sums);
+                    attend_block<T, 2>(q, keys, values, now, rows_ahead, count, head_dim, scale, m, t, sums);
                     g += 2;
                 } else {
-                    attend_block<T, 1>(q, keys, values, now, count, head_dim, scale, m, t, sums);
+                    attend_block<T, 1>(q, keys, values, now, rows_ahead, count, head_dim, scale, m, t, sums);
                     g += 1;
                 }
             }

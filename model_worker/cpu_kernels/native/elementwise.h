@@ -174,7 +174,9 @@ inline float largest(const T* values, int64_t n) {
         const vf v = load(values + i);
         best = select((vi)(v > best) | (vi)(v != v), v, best);
     }
-    float result = maximum(best);
+    float result = best[0];
+    for (int lane = 1; lane < kLanes; lane++)
+        if (best[lane] > result || best[lane] != best[lane]) result = best[lane];
     for (; i < n; i++) {
         const float v = to_float(values[i]);
         if (v > result || v != v) result = v;

@@ -71,7 +71,13 @@ inline vf load(const float* p) {
     return v;
 }
 
-inline vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+inline vf widen(vh h) {
+#if defined(VSL_AVX512)  // gcc 12 makes seven instructions of the generic conversion
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#else
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
+}
 
 inline vf load(const bf16* p) {
     vh h;
@@ -118,15 +124,24 @@ inline vf rounded_to(vf x, const float*) { return x; }
 inline vf rounded_to(vf x, const bf16*) { return widen(narrow(x)); }
 
 inline float sum(vf v) {
+#if defined(VSL_AVX512)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float total = 0;
     for (int i = 0; i < kLanes; i++) total += v[i];
     return total;
+#endif
 }
 
+// Ignores NaN, or returns it, as it happens.
 inline float maximum(vf v) {
+#if defined(VSL_AVX512)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
     float best = v[0];
-    for (int i = 1; i < kLanes; i++) best = v[i] > best || v[i] != v[i] ? v[i] : best;
+    for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
     return best;
+#endif
 }
 
 // 2^x with a relative error below 2e-7; 0 for x < -126, also -inf; NaN for NaN. x must be below 128.
