@@ -29,9 +29,6 @@ PROCESS_NAMES = {
 }
 
 
-EMBEDDED = ("--num-threads", "1")  # for the default model, which needs no more on a machine that has other work
-
-
 class Daemon:
     """`with Daemon("--page-size", "4") as daemon: daemon.client()`. Killed at the end if a test has not ended it."""
 
@@ -41,9 +38,9 @@ class Daemon:
         self._log = Path(self._folder.name) / "stderr"
         self.ready_line = ""
         self._tree: list[psutil.Process] = []
-        command = [sys.executable, str(ROOT / "launch.py"), "--name", self.name, "--log-level", "warning", *flags]
-        if "--model-path" not in flags:
-            command += EMBEDDED
+        # One thread: with more, a machine that is busy with the tests themselves makes OpenMP's barriers very slow.
+        settings = ["--name", self.name, "--log-level", "warning", "--num-threads", "1"]
+        command = [sys.executable, str(ROOT / "launch.py"), *settings, *flags]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
