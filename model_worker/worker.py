@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import zmq
 
-from model_worker.attention_cpu import TorchAttention
+from model_worker.compute import choose_compute
 from model_worker.kv_pool import KVPool, choose_num_pages
 from model_worker.model_runner import ModelRunner
 from model_worker.parallel import init_parallel
@@ -62,7 +62,8 @@ def build_runner(
     """
     args = spec.args
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    model = Qwen3(spec.model, parallel, dtype, device)
+    compute = choose_compute(dtype, device, spec.model.head_dim)
+    model = Qwen3(spec.model, parallel, dtype, device, compute.operations)
     progress = _Progress(heartbeat, visible=parallel.rank == 0 and sys.stderr.isatty())
     started = time.monotonic()
     if args.load_format == "dummy":
@@ -82,18 +83,19 @@ def build_runner(
     )
     pool = KVPool(spec.model, parallel.tp.size, num_pages, args.page_size, dtype, device)
     log.info(
-        "%.2f GB of weights in %.1f s; %d KV pages of %d tokens, %.2f GB; %d threads",
+        "%.2f GB of weights in %.1f s; %d KV pages of %d tokens, %.2f GB; %s; %d threads",
         weight_bytes(model) / 1e9,
         time.monotonic() - started,
         num_pages,
         args.page_size,
         pool.data.nbytes / 1e9,
+        compute.name,
         torch.get_num_threads(),
     )
     return ModelRunner(
         model,
         pool,
-        TorchAttention(pool),
+        compute.attention(pool),
         max_slots=args.max_running_requests,
         context_length=spec.context_length,
     )

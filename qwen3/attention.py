@@ -20,7 +20,6 @@ class Attention:
         self, layer: int, config: ModelConfig, parallel: ParallelState, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.layer = layer
-        self.head_dim = config.head_dim
         self.qkv = QKVLinear(
             config.hidden_size,
             config.num_attention_heads,
@@ -37,11 +36,5 @@ class Attention:
         )
 
     def __call__(self, x: Tensor, angles: RopeAngles, backend: AttentionBackend, metadata: Any) -> Tensor:
-        heads, kv_heads = self.qkv.num_heads, self.qkv.num_kv_heads
-        packed = self.qkv(x).view(x.shape[0], heads + 2 * kv_heads, self.head_dim)
-        query = packed[:, :heads]
-        key = packed[:, heads : heads + kv_heads]
-        value = packed[:, heads + kv_heads :]
-        query = angles.rotate(self.query_norm(query))
-        key = angles.rotate(self.key_norm(key))
-        return self.output(backend.forward(self.layer, query, key, value, metadata))
+        attended = backend.forward(self.layer, self.qkv(x), self.query_norm, self.key_norm, angles, metadata)
+        return self.output(attended)

@@ -7,15 +7,24 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from qwen3.norm import RMSNorm
+from qwen3.rope import RopeAngles
+
 
 class AttentionBackend(Protocol):
-    """Causal attention of one step's tokens over everything cached of their requests, the new tokens included."""
+    """Causal attention of one step's tokens over everything cached of their requests, the new tokens included.
 
-    def forward(self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: Any) -> Tensor:
-        """Store `key` and `value` and attend.
+    Norm, rotation, storing and attending are one call, so that a backend can fuse them.
+    """
 
-        layer: from 0. query: [T, heads, head_dim]; key, value: [T, kv heads, head_dim]; heads are this rank's, and
-        query head h reads kv head h // (heads / kv heads). metadata: which request each token belongs to and where its
-        cache lies, in the backend's own form. Returns [T, heads * head_dim] in query's dtype.
+    def forward(
+        self, layer: int, qkv: Tensor, query_norm: RMSNorm, key_norm: RMSNorm, angles: RopeAngles, metadata: Any
+    ) -> Tensor:
+        """Normalise queries and keys a head, rotate them, store keys and values, and attend.
+
+        layer: from 0. qkv: [T, (heads + 2 x kv heads) x head_dim], queries, then keys, then values; it may be
+        overwritten. Heads are this rank's, and query head h reads kv head h // (heads / kv heads). metadata: which
+        request each token belongs to and where its cache lies, in the backend's own form.
+        Returns [T, heads * head_dim] in qkv's dtype, scores scaled by head_dim ** -0.5.
         """
         ...

@@ -14,30 +14,40 @@ from qwen3.linear import ColumnParallelLinear, VocabParallelEmbedding
 from qwen3.mlp import MLP
 from qwen3.moe import DispatchKind, MoEBlock, make_dispatch
 from qwen3.norm import RMSNorm
+from qwen3.operations import LayerOperations
 from qwen3.parallel import ParallelState
 from qwen3.rope import RopeAngles, RotaryEmbedding
 from runtime.model_config import ModelConfig
 
 
 class DecoderLayer:
-    """Attention and feed-forward, each normalised before and added to the residual stream after."""
+    """Attention and feed-forward, each over the normalised residual stream, to which its output is added."""
 
     def __init__(
         self,
         attention: Attention,
         feed_forward: MLP | MoEBlock,
         config: ModelConfig,
+        operations: LayerOperations,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.operations = operations
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.attention = attention
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.feed_forward = feed_forward
 
-    def __call__(self, x: Tensor, angles: RopeAngles, backend: AttentionBackend, metadata: Any) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), angles, backend, metadata)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def __call__(
+        self, update: Tensor, residual: Tensor, angles: RopeAngles, backend: AttentionBackend, metadata: Any
+    ) -> Tensor:
+        """Add `update`, the last block's output, to `residual` in place; return the next update. All [T, H]."""
+        x = self._normalise(update, residual, self.attention_norm)
+        update = self.attention(x, angles, backend, metadata)
+        return self.feed_forward(self._normalise(update, residual, self.feed_forward_norm))
+
+    def _normalise(self, update: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
+        return self.operations.add_rms_norm(update, residual, norm.weight.tensor, norm.eps)
 
 
 class Qwen3:
@@ -49,22 +59,25 @@ class Qwen3:
         parallel: ParallelState,
         dtype: torch.dtype,
         device: torch.device,
+        operations: LayerOperations,
         dispatch: DispatchKind = "all_reduce",
     ) -> None:
         self.config = config
         self.parallel = parallel
         self.dtype = dtype
         self.device = device
+        self.operations = operations
         expert_dispatch = make_dispatch(dispatch, parallel)
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, parallel.tp, dtype, device)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, dtype, device)
         self.layers = [
             DecoderLayer(
                 Attention(layer, config, parallel, dtype, device),
-                MoEBlock(config, parallel, expert_dispatch, dtype, device)
+                MoEBlock(config, parallel, operations, expert_dispatch, dtype, device)
                 if config.layer_is_moe(layer)
-                else MLP(config, parallel, dtype, device),
+                else MLP(config, parallel, operations, dtype, device),
                 config,
+                operations,
                 dtype,
                 device,
             )
@@ -79,11 +92,12 @@ class Qwen3:
         token_ids, positions: [T] int32 or int64, the tokens of all rows one after another. metadata: handed to
         `backend` as it is. Returns [T, H] in the model's dtype, the same on every rank.
         """
-        x = self.embedding(token_ids)
         angles = self.rotary(positions)
+        update = self.embedding(token_ids)  # the first one, to a residual stream that starts at zero
+        residual = torch.zeros_like(update)
         for layer in self.layers:
-            x = layer(x, angles, backend, metadata)
-        return self.norm(x)
+            update = layer(update, residual, angles, backend, metadata)
+        return self.operations.add_rms_norm(update, residual, self.norm.weight.tensor, self.norm.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, H] final hidden states -> [rows, vocab / tp], this rank's range `embedding.vocab` of the vocabulary.

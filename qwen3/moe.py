@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from qwen3.mlp import silu_and_multiply
+from qwen3.operations import LayerOperations
 from qwen3.parallel import ParallelState, shard
 from qwen3.weight import ExpertWeight, MatrixWeight
 from runtime.model_config import ModelConfig
@@ -38,7 +38,15 @@ class Router:
 class Experts:
     """This rank's experts, SwiGLU each, over rows already sorted by expert."""
 
-    def __init__(self, config: ModelConfig, parallel: ParallelState, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: ParallelState,
+        operations: LayerOperations,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.operations = operations
         self.ids = shard(config.num_experts, parallel.ep)
         self.count = self.ids.stop - self.ids.start
         part = shard(config.moe_intermediate_size, parallel.expert_tp)
@@ -48,7 +56,8 @@ class Experts:
 
     def __call__(self, x: Tensor, counts: Tensor) -> Tensor:
         """x: [P, H] sorted by local expert, counts: [local experts] int64 -> [P, H], partial over expert-TP."""
-        return self.down.multiply_grouped(silu_and_multiply(self.gate_up.multiply_grouped(x, counts)), counts)
+        gate_up = self.gate_up.multiply_grouped(x, counts)
+        return self.down.multiply_grouped(self.operations.silu_multiply(gate_up), counts)
 
 
 class ExpertDispatch(Protocol):
@@ -140,12 +149,13 @@ class MoEBlock:
         self,
         config: ModelConfig,
         parallel: ParallelState,
+        operations: LayerOperations,
         dispatch: ExpertDispatch,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.router = Router(config, dtype, device)
-        self.experts = Experts(config, parallel, dtype, device)
+        self.experts = Experts(config, parallel, operations, dtype, device)
         self.dispatch = dispatch
 
     def __call__(self, x: Tensor) -> Tensor:

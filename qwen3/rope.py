@@ -11,17 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RopeAngles:
-    """Cosines and signed sines of one step's positions, [T, 1, head_dim] each, made once and used by every layer.
-
-    `sin` has its first half negated, so that rotating is x * cos + roll(x, head_dim / 2) * sin.
-    """
+    """Cosines and sines of one step's positions, [T, head_dim / 2] each, made once and used by every layer."""
 
     cos: Tensor
     sin: Tensor
 
     def rotate(self, x: Tensor) -> Tensor:
         """[T, heads, head_dim] -> the same shape, each head turned by its token's position."""
-        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)
+        first, second = x.chunk(2, dim=-1)
+        cos, sin = self.cos.unsqueeze(1), self.sin.unsqueeze(1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class RotaryEmbedding:
@@ -35,8 +34,4 @@ class RotaryEmbedding:
     def __call__(self, positions: Tensor) -> RopeAngles:
         """positions: [T] integers."""
         angles = positions.to(torch.float32).unsqueeze(-1) * self.inverse_frequencies
-        cos, sin = angles.cos(), angles.sin()
-        return RopeAngles(
-            cos=torch.cat((cos, cos), -1).to(self.dtype).unsqueeze(1),
-            sin=torch.cat((-sin, sin), -1).to(self.dtype).unsqueeze(1),
-        )
+        return RopeAngles(cos=angles.cos().to(self.dtype), sin=angles.sin().to(self.dtype))

@@ -7,22 +7,23 @@ from typing import Any
 import msgspec
 import pytest
 
-from model_worker.attention_cpu import TorchAttention
+from model_worker.compute import Compute, torch_compute
 from model_worker.kv_pool import KVPool
 from model_worker.model_runner import ModelRunner
 from qwen3.model import Qwen3
 from runtime.messages import FailedRow, ForwardBatch, NewSlot, StepResult, pack_ids, unpack_ids
 from runtime.sampling_params import ResolvedSampling, SamplingParams, resolve
-from tests.qwen3.harness import DENSE, MOE, load_model, make_checkpoint, random_tokens, reference_logits
+from tests.qwen3.harness import DENSE, MOE, compute_of, load_model, make_checkpoint, random_tokens, reference_logits
 
 PAGE = 8
 PAGES_A_SLOT = 12
 CONTEXT = PAGE * PAGES_A_SLOT
 
 
-def runner_of(model: Qwen3, max_slots: int = 20) -> ModelRunner:
+def runner_of(model: Qwen3, max_slots: int = 20, compute: Compute | None = None) -> ModelRunner:
     pool = KVPool(model.config, model.parallel.tp.size, max_slots * PAGES_A_SLOT, PAGE, model.dtype, model.device)
-    return ModelRunner(model, pool, TorchAttention(pool), max_slots=max_slots, context_length=CONTEXT)
+    attention = (compute or torch_compute()).attention(pool)
+    return ModelRunner(model, pool, attention, max_slots=max_slots, context_length=CONTEXT)
 
 
 def sampling(**values: Any) -> ResolvedSampling:
@@ -76,10 +77,14 @@ def expected_tokens(reference: Any, prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@pytest.mark.parametrize("compute_name", ["torch", "kernels"])
 @pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "moe"])
-def test_sixteen_requests_mixed_give_transformers_tokens(tmp_path: Path, shape: dict[str, Any]) -> None:
+def test_sixteen_requests_mixed_give_transformers_tokens(
+    tmp_path: Path, shape: dict[str, Any], compute_name: str
+) -> None:
+    compute = compute_of(compute_name)
     reference = make_checkpoint(tmp_path, shape)
-    driver = Driver(runner_of(load_model(tmp_path)))
+    driver = Driver(runner_of(load_model(tmp_path, compute=compute), compute=compute))
     prompts = {slot: random_tokens(3 + 4 * slot, seed=slot) for slot in range(16)}
     computed = dict.fromkeys(prompts, 0)
     count = 10

@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from model_worker.attention_cpu import TorchAttention
 from model_worker.attention_metadata import AttentionMetadata
+from model_worker.compute import Compute, choose_compute, torch_compute
 from model_worker.kv_pool import KVPool
 from model_worker.weights import load_weights
 from qwen3.model import Qwen3
@@ -64,12 +64,23 @@ def load_model(
     parallel: ParallelState | None = None,
     dtype: torch.dtype = torch.float32,
     dispatch: DispatchKind = "all_reduce",
+    compute: Compute | None = None,
 ) -> Qwen3:
+    operations = (compute or torch_compute()).operations
     model = Qwen3(
-        ModelConfig.from_folder(folder), parallel or ParallelState(), dtype, torch.device("cpu"), dispatch=dispatch
+        ModelConfig.from_folder(folder), parallel or ParallelState(), dtype, torch.device("cpu"), operations, dispatch
     )
     load_weights(model, folder)
     return model
+
+
+def compute_of(name: str, dtype: torch.dtype = torch.float32) -> Compute:
+    """ "torch" or "kernels"; tests of the latter fail where no compiler is, which is right: they need one."""
+    if name == "torch":
+        return torch_compute()
+    compute = choose_compute(dtype, torch.device("cpu"), 8)
+    assert compute.name.startswith("CPU kernels")
+    return compute
 
 
 @dataclass
@@ -84,11 +95,13 @@ class Row:
 class PagedRun:
     """Runs rows through a model over a pool whose pages are handed out in scattered order."""
 
-    def __init__(self, model: Qwen3, *, num_pages: int = 256, page_size: int = 4) -> None:
+    def __init__(
+        self, model: Qwen3, *, num_pages: int = 256, page_size: int = 4, compute: Compute | None = None
+    ) -> None:
         self.model = model
         self.pool = KVPool(model.config, model.parallel.tp.size, num_pages, page_size, model.dtype, model.device)
         self.pool.data.fill_(float("nan"))  # whatever is read without having been written shows
-        self.backend = TorchAttention(self.pool)
+        self.backend = (compute or torch_compute()).attention(self.pool)
         self.free_pages = np.random.default_rng(0).permutation(num_pages).tolist()
 
     def step(self, rows: Sequence[tuple[Row, int]]) -> Tensor:

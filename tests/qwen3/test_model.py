@@ -11,6 +11,7 @@ from tests.qwen3.harness import (
     MOE,
     PagedRun,
     Row,
+    compute_of,
     load_model,
     make_checkpoint,
     random_tokens,
@@ -32,22 +33,31 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(params=["torch", "kernels"])
+def compute_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_equal_transformers(tmp_path: Path, name: str) -> None:
+def test_logits_equal_transformers(tmp_path: Path, name: str, compute_name: str) -> None:
     reference = make_checkpoint(tmp_path, SHAPES[name])
     tokens = random_tokens(50)
     expected = reference_logits(reference, tokens)
-    run = PagedRun(load_model(tmp_path))
+    compute = compute_of(compute_name)
+    run = PagedRun(load_model(tmp_path, compute=compute), compute=compute)
     logits = run.step([(Row(tokens), len(tokens))])
     assert expected.abs().max() > 1
     assert (logits - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "moe"])
-def test_chunks_and_mixed_batches_give_the_same_logits(tmp_path: Path, shape: dict[str, Any]) -> None:
+def test_chunks_and_mixed_batches_give_the_same_logits(
+    tmp_path: Path, shape: dict[str, Any], compute_name: str
+) -> None:
     """Rows of all kinds in one step: first chunk, later chunk, decode."""
     reference = make_checkpoint(tmp_path, shape)
-    run = PagedRun(load_model(tmp_path))
+    compute = compute_of(compute_name)
+    run = PagedRun(load_model(tmp_path, compute=compute), compute=compute)
     rows = [Row(random_tokens(length, seed=length)) for length in (40, 33, 9)]
     steps = [
         [(rows[0], 17)],
@@ -65,9 +75,12 @@ def test_chunks_and_mixed_batches_give_the_same_logits(tmp_path: Path, shape: di
 
 
 @pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "moe"])
-def test_greedy_tokens_do_not_depend_on_chunks_or_batch(tmp_path: Path, shape: dict[str, Any]) -> None:
+def test_greedy_tokens_do_not_depend_on_chunks_or_batch(
+    tmp_path: Path, shape: dict[str, Any], compute_name: str
+) -> None:
+    compute = compute_of(compute_name)
     reference = make_checkpoint(tmp_path, shape)
-    run = PagedRun(load_model(tmp_path), num_pages=1024)
+    run = PagedRun(load_model(tmp_path, compute=compute), num_pages=1024, compute=compute)
     prompt = random_tokens(70)
     new_tokens = 12
     with torch.inference_mode():
@@ -93,12 +106,13 @@ def test_greedy_tokens_do_not_depend_on_chunks_or_batch(tmp_path: Path, shape: d
     assert rows[0].tokens[len(prompt) :][:new_tokens] == expected
 
 
-def test_bfloat16_stays_close_to_fp32(tmp_path: Path) -> None:
+def test_bfloat16_stays_close_to_fp32(tmp_path: Path, compute_name: str) -> None:
     """The packed bf16 path computes the same function; its error is what transformers' own bf16 has, not more."""
     reference = make_checkpoint(tmp_path, DENSE | {"num_hidden_layers": 4})
     tokens = random_tokens(50)
     expected = reference_logits(reference, tokens)
-    run = PagedRun(load_model(tmp_path, dtype=torch.bfloat16))
+    compute = compute_of(compute_name, torch.bfloat16)
+    run = PagedRun(load_model(tmp_path, dtype=torch.bfloat16, compute=compute), compute=compute)
     ours = (run.step([(Row(tokens), 50)]).float() - expected).norm() / expected.norm()
     theirs = (reference_logits(reference.to(torch.bfloat16), tokens).float() - expected).norm() / expected.norm()
     assert ours < 1.5 * theirs

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from model_worker.attention_metadata import AttentionMetadata
 from model_worker.kv_pool import KVPool
+from qwen3.norm import RMSNorm
+from qwen3.rope import RopeAngles
 
 
 class TorchAttention:
@@ -18,7 +20,19 @@ class TorchAttention:
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
 
-    def forward(self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata) -> Tensor:
+    def forward(
+        self,
+        layer: int,
+        qkv: Tensor,
+        query_norm: RMSNorm,
+        key_norm: RMSNorm,
+        angles: RopeAngles,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        kv_heads, head_dim = self.pool.data.shape[-2:]
+        packed = qkv.view(qkv.shape[0], -1, head_dim)
+        query, key, value = packed[:, : -2 * kv_heads], packed[:, -2 * kv_heads : -kv_heads], packed[:, -kv_heads:]
+        query, key = angles.rotate(_norm(query, query_norm)), angles.rotate(_norm(key, key_norm))
         keys, values = self.pool.keys(layer), self.pool.values(layer)
         keys.flatten(0, 1).index_copy_(0, metadata.cache_slots, key)
         values.flatten(0, 1).index_copy_(0, metadata.cache_slots, value)
@@ -31,6 +45,10 @@ class TorchAttention:
             tokens = slice(starts[row], starts[row + 1])
             output[tokens] = _attend(query[tokens], row_keys, row_values)
         return output
+
+
+def _norm(x: Tensor, norm: RMSNorm) -> Tensor:
+    return F.rms_norm(x, norm.weight.shape, norm.weight.tensor, norm.eps)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,0 +1,43 @@
+"""Attention over the paged pool through the CPU kernels: norm, rotation and store in one call, attention in another."""
+
+from torch import Tensor
+
+from model_worker.attention_metadata import AttentionMetadata
+from model_worker.cpu_kernels import CpuKernels, LayerCache
+from model_worker.kv_pool import KVPool
+from qwen3.norm import RMSNorm
+from qwen3.rope import RopeAngles
+
+
+class KernelAttention:
+    """An `AttentionBackend` (qwen3/attention_backend.py) whose metadata is `AttentionMetadata`."""
+
+    def __init__(self, kernels: CpuKernels, pool: KVPool) -> None:
+        self.kernels = kernels
+        self.caches = [LayerCache(pool.keys(layer), pool.values(layer)) for layer in range(pool.data.shape[0])]
+        self.scale = float(pool.data.shape[-1] ** -0.5)
+
+    def forward(
+        self,
+        layer: int,
+        qkv: Tensor,
+        query_norm: RMSNorm,
+        key_norm: RMSNorm,
+        angles: RopeAngles,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        cache = self.caches[layer]
+        query = self.kernels.qkv_rope_store(
+            qkv,
+            query_norm.weight.tensor,
+            key_norm.weight.tensor,
+            query_norm.eps,
+            angles.cos,
+            angles.sin,
+            cache,
+            metadata.cache_slots,
+        )
+        attended = self.kernels.paged_attention(
+            query, cache, metadata.query_start, metadata.context_lengths, metadata.page_table, scale=self.scale
+        )
+        return attended.view(qkv.shape[0], -1)

@@ -1,0 +1,38 @@
+"""Chooses how a rank computes what lies between the matrix products: the one place that knows the alternatives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from model_worker.attention_kernels import KernelAttention
+from model_worker.attention_torch import TorchAttention
+from model_worker.cpu_kernels import load
+from model_worker.kv_pool import KVPool
+from model_worker.operations_kernels import KernelOperations
+from qwen3.attention_backend import AttentionBackend
+from qwen3.operations import LayerOperations, TorchOperations
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Element-wise operations, and attention once there is a pool. name: for logs."""
+
+    name: str
+    operations: LayerOperations
+    attention: Callable[[KVPool], AttentionBackend]
+
+
+def torch_compute() -> Compute:
+    """Plain torch: works everywhere, and is what the others are tested against."""
+    return Compute("plain torch", TorchOperations(), TorchAttention)
+
+
+def choose_compute(dtype: torch.dtype, device: torch.device, head_dim: int) -> Compute:
+    """The fastest that this machine has for these: compiled kernels on a CPU with a compiler, else plain torch."""
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and head_dim % 8 == 0:
+        kernels = load()
+        if kernels is not None:
+            name = f"CPU kernels ({kernels.instruction_set})"
+            return Compute(name, KernelOperations(kernels), lambda pool: KernelAttention(kernels, pool))
+    return torch_compute()
