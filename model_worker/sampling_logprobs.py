@@ -54,7 +54,7 @@ def token_logprobs(
         mass[part] = row_set.values(part).sub_(best[part, None]).exp_().sum(1)
     sums = group.all_reduce(torch.stack([mass, torch.where(here, chosen, 0.0)]))
     log_sum = best.to(torch.float64) + sums[0].log()
-    k = max(top_counts, default=0)
+    k = min(max(top_counts, default=0), logits.shape[1] * group.size)
     if k == 0:
         top_ids = token_ids.new_empty((len(rows), 0))
         top_values = best.new_empty((len(rows), 0))

@@ -22,7 +22,8 @@ MAX_VOCAB = 1 << (62 - _MASS_BITS)  # so that a whole row's mass fits an int64
 
 _BUCKETS = 2048
 _BUCKETS_PER_NAT = 64.0  # of the first histogram: distances up to 32 nats, the rest in the last bucket
-_KEY_SHIFTS = (21, 10, 0)  # then by the bits of the logit: 11, 11 and 10 of them
+_KEY_SHIFTS = (24, 16, 8, 0)  # then by the bits of the logit, eight at a time
+_KEY_BUCKETS = 256
 _LARGEST_ORDERED = (1 << 31) - 1
 _FAR = 1 << 62  # no limit
 
@@ -165,14 +166,14 @@ class _Search:
         descending = _LARGEST_ORDERED - ordered_bits(value).to(torch.int64)  # ascends as logits descend
         weights = masses(distances(value.to(torch.float64)[:, None], self.best[row], self.inverse[row]))[:, 0]
         for shift in _KEY_SHIFTS:
-            index = row * _BUCKETS + ((descending >> shift) & (_BUCKETS - 1))
-            flat = torch.zeros((2, n * _BUCKETS), dtype=torch.int64, device=target.device)
-            flat[_COUNT].scatter_add_(0, index, torch.ones_like(weights))
-            flat[_MASS].scatter_add_(0, index, weights)
-            histogram = flat.view(2, n, _BUCKETS).transpose(0, 1).contiguous()
-            found, before = _first_reaching(self.group.all_reduce(histogram), by, target - above[:, by])
+            index = (descending >> shift) & (_KEY_BUCKETS - 1)
+            flat = torch.zeros((2, n * _KEY_BUCKETS), dtype=torch.int64, device=target.device)
+            flat[_COUNT].scatter_add_(0, row * _KEY_BUCKETS + index, torch.ones_like(weights))
+            flat[_MASS].scatter_add_(0, row * _KEY_BUCKETS + index, weights)
+            histogram = self.group.all_reduce(flat).view(2, n, _KEY_BUCKETS).transpose(0, 1)
+            found, before = _first_reaching(histogram, by, target - above[:, by])
             above += before
-            keep = (index - row * _BUCKETS) == found[row]
+            keep = index == found[row]
             row, column, descending, weights = row[keep], column[keep], descending[keep], weights[keep]
         at = found[:, None, None].expand(-1, 2, 1)
         run = _Run(row, column, descending, *histogram.gather(2, at)[:, :, 0].unbind(1))
@@ -218,4 +219,4 @@ def _first_reaching(histogram: Tensor, by: int, target: Tensor) -> tuple[Tensor,
     reachable = torch.minimum(target, cumulative[:, by, -1]).clamp(min=1)
     bucket = (cumulative[:, by] < reachable[:, None]).sum(1).clamp(max=histogram.shape[2] - 1)
     at = bucket[:, None, None].expand(-1, 2, 1)
-    return bucket, (cumulative - histogram).gather(2, at)[:, :, 0]
+    return bucket, (cumulative.gather(2, at) - histogram.gather(2, at))[:, :, 0]
