@@ -93,7 +93,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> ForwardBatch | None:
         """The next step for the ranks, or None: nothing to run, or nothing before a result comes."""
-        if len(self.state.in_flight) >= self._max_in_flight:
+        if not self.can_schedule:
             return None
         if not self.state.requests:
             self._ratio.idle()
@@ -107,6 +107,16 @@ class Scheduler:
         assert result.step == step.number, f"result of step {result.step}, {step.number} was due"
         self.cost.observe(step.tokens, step.context, result.total_s)
         return self._results.apply(step, result)
+
+    @property
+    def can_schedule(self) -> bool:
+        """Fewer steps are in flight than may be."""
+        return len(self.state.in_flight) < self._max_in_flight
+
+    @property
+    def newest_step(self) -> Step | None:
+        """The step that was scheduled last, while it is in flight."""
+        return self.state.in_flight[-1] if self.state.in_flight else None
 
     @property
     def oldest_step(self) -> Step | None:

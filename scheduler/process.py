@@ -35,14 +35,19 @@ from runtime.messages import (
 )
 from scheduler.config import SchedulerConfig
 from scheduler.core import Scheduler
+from scheduler.observer import ObservedScheduler, SchedulerObserver
 from scheduler.policies import make_policy
 from scheduler.results import Outputs
+from scheduler.timeline import Timeline
+from scheduler.trace import TraceWriter
 
 POLL_MS = 400  # at most so long without a heartbeat
 ESTIMATE_SLACK = 10.0  # a step may take so many times its estimate on top of the step timeout
 MOST_INPUTS = 256  # messages a turn, so that a flood of requests does not hold up the ranks
 BASE_TOKENS = {"cpu": 16.0, "cuda": 800.0}  # an empty step costs about as much as so many tokens
 FLUSH_REFUSED = ErrorInfo("flush_refused", "flush_cache is refused while requests run or wait; try again when idle")
+
+Core = Scheduler | ObservedScheduler
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +66,17 @@ def make_config(spec: PipelineSpec, num_pages: int, device: str) -> SchedulerCon
         overlap=not args.disable_overlap,
         base_tokens=BASE_TOKENS["cuda" if device.startswith("cuda") else "cpu"],
     )
+
+
+def make_core(config: SchedulerConfig, trace: str | None, profile: str | None) -> Core:
+    """The core, watched if a trace file or a folder for timelines is asked for. Raises ConfigError."""
+    core = Scheduler(config)
+    observers: list[SchedulerObserver] = []
+    if trace is not None:
+        observers.append(TraceWriter(trace, config))
+    if profile is not None:
+        observers.append(Timeline(profile))
+    return ObservedScheduler(core, observers) if observers else core
 
 
 class SchedulerProcess:
@@ -99,7 +115,7 @@ class SchedulerProcess:
 
     # ------------------------------------------------------------------------------------------------------------ loop
 
-    def serve(self, core: Scheduler) -> None:
+    def serve(self, core: Core) -> None:
         """Until the launcher says `Shutdown`."""
         poller = self._poller(self.inputs.socket, self.results.socket)
         while not self._shutdown:
@@ -115,7 +131,7 @@ class SchedulerProcess:
                 self._tell(output)
             self._watch_ranks(core)
 
-    def _take_inputs(self, core: Scheduler) -> None:
+    def _take_inputs(self, core: Core) -> None:
         for message in self.inputs.drain(most=MOST_INPUTS):
             now = time.monotonic()
             match message:
@@ -130,7 +146,7 @@ class SchedulerProcess:
                 case SchedulerQuery():
                     self.tokenizer_manager.send(self._answer(core, message))
 
-    def _take_results(self, core: Scheduler) -> list[Outputs]:
+    def _take_results(self, core: Core) -> list[Outputs]:
         outputs = []
         for message in self.results.drain():
             assert not isinstance(message, RankReady), "the ranks became ready twice"
@@ -138,7 +154,7 @@ class SchedulerProcess:
             outputs.append(core.complete(message, self._last_result_at))
         return outputs
 
-    def _send_steps(self, core: Scheduler) -> None:
+    def _send_steps(self, core: Core) -> None:
         while (batch := core.schedule(time.monotonic())) is not None:
             frame = self._encoder.encode(batch)
             for rank in self.ranks:
@@ -151,7 +167,7 @@ class SchedulerProcess:
             self.detokenizer.send(StepOutput(outputs.tokens))
 
     @staticmethod
-    def _answer(core: Scheduler, query: SchedulerQuery) -> SchedulerReply:
+    def _answer(core: Core, query: SchedulerQuery) -> SchedulerReply:
         if query.what == "stats":
             return SchedulerReply(query.qid, core.stats())
         freed = core.flush_cache()
@@ -166,7 +182,7 @@ class SchedulerProcess:
         for command in self.child.commands():
             self._shutdown = self._shutdown or isinstance(command, Shutdown)
 
-    def _watch_ranks(self, core: Scheduler) -> None:
+    def _watch_ranks(self, core: Core) -> None:
         step = core.oldest_step
         if step is None:
             return
@@ -192,11 +208,20 @@ def main(child: Child) -> None:
     ready = process.wait_for_ranks()
     if ready is not None:
         log.info("%d KV pages of %d tokens on %s", ready.kv_pages, child.spec.args.page_size, ready.device)
-        core = Scheduler(make_config(child.spec, ready.kv_pages, ready.device))
+        args = child.spec.args
+        core = make_core(
+            make_config(child.spec, ready.kv_pages, ready.device),
+            trace=getattr(args, "trace", None),
+            profile=getattr(args, "profile", None),
+        )
         child.ready(
             kv_pages=ready.kv_pages, device=ready.device, dtype=ready.dtype, page_size=child.spec.args.page_size
         )
-        process.serve(core)
+        try:
+            process.serve(core)
+        finally:
+            if isinstance(core, ObservedScheduler):
+                core.close()
     process.stop_ranks()
 
 

@@ -30,6 +30,7 @@ from runtime.messages import (
 from runtime.sampling_params import DEFAULTS, ResolvedSampling
 from scheduler.config import SchedulerConfig
 from scheduler.core import Scheduler
+from scheduler.observer import ObservedScheduler, SchedulerObserver
 from scheduler.results import Outputs
 
 VOCAB = 50
@@ -172,7 +173,10 @@ class FakeRank:
             slot.hashes.append(extend(state, slot.tokens[len(slot.hashes)]))
         for position in range(slot.computed):
             read = self.pages[table[position // self.page_size]][position % self.page_size]
-            check(slot.failed or read == slot.hashes[position], f"uid {slot.uid}: position {position} of page table is not its own")
+            check(
+                slot.failed or read == slot.hashes[position],
+                f"uid {slot.uid}: position {position} of page table is not its own",
+            )
         bad = slot.failed  # a later row of it reads what the failed one left behind
         for position in range(slot.computed, end):
             bad = bad or (self.poison is not None and slot.tokens[position] == self.poison)
@@ -277,13 +281,19 @@ class Sample:
 class Harness:
     """A scheduler, a fake rank and what clients have seen; checks every promise about outputs as they come."""
 
-    def __init__(self, scheduler_config: SchedulerConfig, poison: int | None = None) -> None:
+    def __init__(
+        self,
+        scheduler_config: SchedulerConfig,
+        poison: int | None = None,
+        observers: Callable[[Harness], Sequence[SchedulerObserver]] = lambda harness: (),
+    ) -> None:
         self.config = scheduler_config
+        self.now = 0.0
         self.scheduler = Scheduler(scheduler_config)
+        self.observed = ObservedScheduler(self.scheduler, observers(self))
         self.samples: dict[int, Sample] = {}
         self.rejected: dict[int, RequestRejected] = {}
         self.results: deque[StepResult] = deque()
-        self.now = 0.0
         self.rank = FakeRank(
             scheduler_config.num_pages,
             scheduler_config.page_size,
@@ -297,7 +307,7 @@ class Harness:
         return message.cache_salt if self.config.radix_cache else f"request {message.uid}"
 
     def add(self, message: AddRequest) -> bool:
-        rejected = self.scheduler.add(message, self.now)
+        rejected = self.observed.add(message, self.now)
         if rejected is not None:
             assert rejected.uid == message.uid
             self.rejected[message.uid] = rejected
@@ -307,15 +317,15 @@ class Harness:
         return True
 
     def abort(self, uid: int) -> None:
-        self._take(self.scheduler.abort(uid, self.now))
+        self._take(self.observed.abort(uid, self.now))
 
     def stop_matched(self, uid: int) -> None:
         self.samples[uid].silent = True
-        self.scheduler.stop_matched(uid, self.now)
+        self.observed.stop_matched(uid, self.now)
 
     def schedule(self) -> bool:
         self.now += 0.001
-        batch = self.scheduler.schedule(self.now)
+        batch = self.observed.schedule(self.now)
         if batch is not None:
             batch = msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=ForwardBatch)
             self.results.append(self.rank.run(batch))
@@ -325,7 +335,7 @@ class Harness:
         if not self.results:
             return False
         self.now += 0.001
-        self._take(self.scheduler.complete(self.results.popleft(), self.now))
+        self._take(self.observed.complete(self.results.popleft(), self.now))
         return True
 
     def step(self) -> bool:

@@ -1,0 +1,97 @@
+"""A recorded run is repeated bit by bit; a different decision is noticed; the timeline is valid JSON that adds up."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import ConfigError
+from scheduler.planner import StepPlanner
+from scheduler.policies import POLICIES
+from scheduler.replay import ReplayError, replay
+from scheduler.timeline import FILE_NAME, Timeline
+from scheduler.trace import TraceWriter, read_trace
+from tests.scheduler.harness import VOCAB, Harness, config, random_prompt, request
+
+
+def record(folder: Path, policy: str = "fcfs", seed: int = 0, requests: int = 40) -> Path:
+    """A run under pressure with everything in it; returns the trace's path. The timeline goes to `folder`."""
+    rng = random.Random(seed)
+    settings = config(num_pages=40, policy=policy, max_queued_requests=12, conservativeness=0.1)
+    path = folder / "run.trace"
+    h = Harness(settings, observers=lambda h: [TraceWriter(path, settings), Timeline(folder, lambda: h.now)])
+    prefix = [rng.randrange(VOCAB) for _ in range(30)]
+    for uid in range(0, requests * 2, 2):
+        h.add(
+            request(
+                uid, random_prompt(rng, rng.randrange(1, 60), [prefix]), max_new_tokens=rng.randrange(1, 90),
+                n=rng.choice([1, 2]), priority=rng.randrange(3), stop_token_ids=(1,),
+            )
+        )  # fmt: skip
+        for _ in range(rng.randrange(3)):
+            h.step()
+        if rng.random() < 0.2 and h.live():
+            h.abort(rng.choice(h.live()))
+        if rng.random() < 0.1 and h.live():
+            h.stop_matched(rng.choice(h.live()))
+        h.observed.flush_cache()
+    h.run()
+    h.observed.close()
+    return path
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_replay_decides_the_same(tmp_path: Path, policy: str) -> None:
+    path = record(tmp_path, policy)
+    summary, core = replay(path)
+    assert summary.steps > 50
+    assert summary.requests == 40
+    assert core.idle
+    assert core.stats()["num_retractions"]
+
+
+def test_another_decision_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = record(tmp_path)
+    affordable = StepPlanner._affordable
+    monkeypatch.setattr(StepPlanner, "_affordable", lambda self, start, wanted: min(5, affordable(self, start, wanted)))
+    with pytest.raises(ReplayError, match=re.escape("decided differently")):
+        replay(path)
+
+
+def test_a_cut_trace_is_read_to_its_end(tmp_path: Path) -> None:
+    path = record(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    _, events = read_trace(path)
+    count = len(list(events))
+    path.write_bytes(whole)
+    assert len(list(read_trace(path)[1])) == count + 1
+    assert replay(path)[0].events == count + 1
+
+
+def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"\x05\x00\x00\x00hello")
+    with pytest.raises(ConfigError, match="no scheduler trace"):
+        read_trace(path)
+    with pytest.raises(ConfigError, match="No such file"):
+        TraceWriter(tmp_path / "missing" / "x", config())
+
+
+def test_the_timeline_adds_up(tmp_path: Path) -> None:
+    summary = replay(record(tmp_path))[0]
+    events = json.loads((tmp_path / FILE_NAME).read_text())
+    assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"scheduler", "model_worker", "requests"}
+    steps = [e for e in events if e["ph"] == "X" and e["pid"] == 2]
+    assert len(steps) == summary.steps
+    assert all(e["args"]["tokens"] >= e["args"]["decode_rows"] + e["args"]["prefill_rows"] > 0 for e in steps)
+    ends = [e["ts"] + e["dur"] for e in steps]
+    assert all(later["ts"] >= end - 0.2 for end, later in zip(ends, steps[1:], strict=False)), "steps overlap"
+    begun = sorted(e["id"] for e in events if e["ph"] == "b" and e["name"] == "request")
+    ended = sorted(e["id"] for e in events if e["ph"] == "e" and e["name"] == "request")
+    assert begun == ended
+    assert len(begun) == len(set(begun))
