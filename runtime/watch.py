@@ -34,6 +34,7 @@ POLL_S = 0.05  # an exit is noticed after this long at most, plus SETTLE_S
 SETTLE_S = 0.05  # after the first sign of trouble: let its other signs come in, to name the cause and not a consequence
 FAILED_EXIT_S = 1.0  # a child that said it failed may take this long to exit
 HEARTBEAT_LOST_S = 15.0
+OWN_PAUSE_S = 2.0  # between two checks; longer means that the launcher itself did not run (Ctrl-Z, a debugger)
 STARTUP_LIMIT_S = 3600.0  # large models on slow disks; beyond this something hangs
 DRAIN_S = 30.0  # what running requests get after a stop was asked for
 HURRY_S = 1.5  # what is left of that after a second signal: all is over within 5 s of it
@@ -95,6 +96,7 @@ class Watch:
         self._children: dict[str, _Child] = {}
         self._drained = False
         self._hung: tuple[str, str] | None = None  # a child and why
+        self._checked_at = time.monotonic()
         self._stop_at: float | None = None  # end of the drain; None while nobody asked to stop
 
     def request_stop(self, drain_s: float) -> None:
@@ -153,7 +155,7 @@ class Watch:
 
     def _serve(self) -> None:
         for child in self._children.values():
-            child.last_seen = time.monotonic()
+            child.last_seen = time.monotonic()  # heartbeats are owed from now on
         while self._stop_at is None:
             self._turn(POLL_S)
             self._check_exits()
@@ -259,6 +261,10 @@ class Watch:
 
     def _check_heartbeats(self) -> None:
         now = time.monotonic()
+        if now - self._checked_at > OWN_PAUSE_S:  # what children sent meanwhile is still on its way
+            for child in self._children.values():
+                child.last_seen = now
+        self._checked_at = now
         for child in self._children.values():
             limit = self._rank_silence_s if child.process.spec.is_rank else HEARTBEAT_LOST_S
             if now - child.last_seen > limit:

@@ -103,8 +103,7 @@ class Daemon:
 
     def survivors(self, within: float = 0.0) -> list[psutil.Process]:
         """Who of the whole tree still runs after `within` seconds."""
-        _, alive = psutil.wait_procs(self._tree, timeout=within)
-        return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+        return alive_after(self._tree, within)
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""
@@ -127,6 +126,12 @@ class Daemon:
         assert self.process.stdout is not None
         self.process.stdout.close()
         self._folder.cleanup()
+
+
+def alive_after(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Who still runs; a zombie, which only waits for a slow init to collect it, does not."""
+    _, there = psutil.wait_procs(processes, timeout=seconds)
+    return [process for process in there if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
 def model_flags() -> dict[str, list[str]]:

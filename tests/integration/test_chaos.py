@@ -9,10 +9,9 @@ import sys
 import threading
 import time
 
-import psutil
 import pytest
 
-from tests.integration.daemon import ROOT, Daemon, running, wait_until
+from tests.integration.daemon import ROOT, Daemon, alive_after, running, wait_until
 from vibe_sgl_lite import Client, EngineDeadError, SamplingParams, VibeError
 
 LONG = SamplingParams(max_new_tokens=16_000, temperature=0, ignore_eos=True)
@@ -90,8 +89,7 @@ def test_a_launcher_killed_while_starting_leaves_nothing() -> None:
         wait_until(lambda: len(daemon.children()) == 4, 10, "four children")
         children = daemon.descendants()
         daemon.process.kill()
-        _, alive = psutil.wait_procs(children, timeout=2)
-        assert alive == []
+        assert alive_after(children, 2) == []
 
 
 def test_a_hung_worker_is_found_dumped_and_killed() -> None:

@@ -221,7 +221,7 @@ def test_a_broken_model_is_one_line(copy: Path, breaker: object) -> None:
     ("flags", "says"),
     [
         (["--model-path", "/nowhere"], "--model-path /nowhere does not exist"),
-        (["--tp", "2"], "--tp 2 is not supported yet"),
+        (["--tp", "3"], "--tp 3 "),
         (["--page-sise", "2"], "did you mean --page-size"),
         (["--context-length", "100000000"], "--context-length 100000000 is above the model's"),
         (["--address", "tcp://0.0.0.0:1"], "beyond loopback"),

@@ -36,7 +36,7 @@ def test_flags_of_every_kind() -> None:
         (["--pagesize=3"], r"--pagesize=3 is not a flag; did you mean --page-size\?"),
         (["serve"], "serve is not a flag; see --help"),
         (["--disable-overlap", "maybe"], "--disable-overlap maybe must be true or false"),
-        (["--tp", "2"], "--tp 2 is not supported yet; use 1"),
+        (["--tp", "0"], "--tp 0 must be at least 1"),
         (["--config", "/nowhere/x.toml"], "--config /nowhere/x.toml: cannot be read"),
     ],
 )

@@ -13,14 +13,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
+import zmq
 
 from runtime.errors import ConfigError, ModelConfigError, StartupError
+from runtime.messages import ChildFailed
 from runtime.pipeline import Pipeline
 from runtime.rundir import default_address
 from runtime.server_args import ServerArgs
 from runtime.spawn import ChildSpec, pipeline_children
+from runtime.watch import Watch
 
 NAMES = ("model_worker.0", "tokenizer_manager", "scheduler", "detokenizer")
 CONFIG = {
@@ -59,13 +63,19 @@ def pipeline(model: Path, args: ServerArgs | None = None, **behaviours: str) -> 
     return Pipeline(args, children=children(**behaviours))
 
 
-def processes(of: Pipeline) -> dict[str, psutil.Process]:
+def processes() -> dict[str, psutil.Process]:
     found = {}
     for process in psutil.Process().children():
         line = process.cmdline()
-        if "runtime.boot" in line and str(of.args.model_path):
+        if "tests.runtime.fake_child" in line:
             found[line[line.index("tests.runtime.fake_child") + 2]] = process
     return found
+
+
+def alive_after(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Who still runs; a zombie, which only waits for a slow init to collect it, does not."""
+    _, there = psutil.wait_procs(processes, timeout=seconds)
+    return [process for process in there if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
 def told(model: Path) -> list[str]:
@@ -78,7 +88,7 @@ def test_facts_and_a_clean_end(model: Path, run_base: Path) -> None:
     args = ServerArgs(model_path=str(model), page_size=4, log_level="error")
     engine = Pipeline(args, children=children(), on_progress=lambda ready, of: progress.append((ready, of)))
     facts = engine.start()
-    running = processes(engine)
+    running = processes()
     assert set(running) == set(NAMES)
     startup = facts.pop("startup")
     assert isinstance(startup, float)
@@ -101,12 +111,12 @@ def test_facts_and_a_clean_end(model: Path, run_base: Path) -> None:
 
 
 def test_children_get_the_spec_and_their_threads(model: Path, run_base: Path) -> None:
-    with pipeline(model, ServerArgs(model_path=str(model), num_threads=3, log_level="error")) as engine:
+    with pipeline(model, ServerArgs(model_path=str(model), num_threads=3, log_level="error")):
         spec = json.loads(next((run_base / "default").glob("*/spec.json")).read_text())
         assert (spec["device"], spec["dtype"], spec["context_length"]) == ("cpu", "bfloat16", 256)
         assert spec["chunked_prefill_size"] == 512
         assert spec["model"]["num_hidden_layers"] == 1
-        running = processes(engine)
+        running = processes()
         assert running["model_worker.0"].environ()["OMP_NUM_THREADS"] == "3"
         assert running["scheduler"].environ()["OMP_NUM_THREADS"] == "1"
         assert len({os.getsid(p.pid) for p in running.values()} | {os.getsid(0)}) == 5
@@ -136,7 +146,7 @@ def test_a_child_that_does_not_come_up(model: Path, run_base: Path, behaviours: 
     assert time.monotonic() - start < 10
     assert str(error.value).startswith(says)
     assert "\n" not in str(error.value)
-    assert processes(engine) == {}
+    assert processes() == {}
     assert list(run_base.iterdir()) == []
 
 
@@ -151,7 +161,7 @@ def test_a_module_that_cannot_be_imported(model: Path) -> None:
 def test_a_killed_child_is_noticed_named_and_told(model: Path, victim: str) -> None:
     engine = pipeline(model, tokenizer_manager="note")
     engine.start()
-    running = processes(engine)
+    running = processes()
     start = time.monotonic()
     running[victim].kill()
     assert engine.wait(3)
@@ -165,7 +175,7 @@ def test_a_killed_child_is_noticed_named_and_told(model: Path, victim: str) -> N
 def test_death_is_noticed_within_200_ms(model: Path) -> None:
     engine = pipeline(model, tokenizer_manager="note")
     engine.start()
-    processes(engine)["detokenizer"].kill()
+    processes()["detokenizer"].kill()
     start = time.monotonic()
     while not told(model):
         assert time.monotonic() - start < 1
@@ -191,6 +201,45 @@ def test_a_silent_child_is_taken_for_hung(model: Path, monkeypatch: pytest.Monke
     assert engine.failure == "detokenizer hung and was killed: no heartbeat for 2 s"
 
 
+def test_a_pause_of_the_launcher_itself_is_no_silence(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.watch.HEARTBEAT_LOST_S", 1.0)
+    monkeypatch.setattr("runtime.watch.OWN_PAUSE_S", 0.5)
+    turn = Watch._turn
+    pauses = [1.5]
+
+    def paused_turn(watch: Watch, timeout_s: float) -> None:
+        if pauses:
+            time.sleep(pauses.pop())  # and nothing of what came meanwhile is read yet
+        else:
+            turn(watch, timeout_s)
+
+    with pipeline(model) as engine:
+        monkeypatch.setattr(Watch, "_turn", paused_turn)
+        assert not engine.wait(2.5)
+        assert pauses == []
+
+
+def test_nonsense_on_the_control_line_changes_nothing(model: Path, run_base: Path) -> None:
+    with pipeline(model) as engine, zmq.Context() as context, context.socket(zmq.DEALER) as intruder:
+        control = next((run_base / "default").glob("*/control"))
+        intruder.setsockopt(zmq.IDENTITY, b"intruder")
+        intruder.connect(f"ipc://{control}")
+        failed = msgspec.msgpack.encode(ChildFailed(name="scheduler", message="not me", culprit="model_worker.0"))
+        for frames in ([b"garbage"], [b""], [b"\xc1"], [failed], [b"scheduler", failed]):
+            intruder.send_multipart(frames)
+        assert not engine.wait(1.0)
+        assert engine.failure is None
+
+
+def test_ctrl_c_in_a_caller_without_a_handler(model: Path, run_base: Path) -> None:
+    engine = pipeline(model, scheduler="never_ready")
+    threading.Timer(1.0, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.start()
+    assert processes() == {}
+    assert list(run_base.iterdir()) == []
+
+
 def test_stop_waits_for_running_requests(model: Path) -> None:
     engine = pipeline(model, tokenizer_manager="note slow_drain")
     engine.start()
@@ -208,7 +257,7 @@ def test_stop_aborts_what_does_not_finish_and_kills_who_does_not_leave(model: Pa
     engine.stop(0.5)
     assert time.monotonic() - start < 5.5
     assert [line.split("(")[0] for line in told(model)] == ["Drain", "AbortAll", "Shutdown"]
-    assert processes(engine) == {}
+    assert processes() == {}
     assert engine.failure is None
 
 
@@ -228,7 +277,7 @@ def test_stop_while_starting(model: Path, run_base: Path) -> None:
     with pytest.raises(StartupError, match="stopped while starting"):
         engine.start()
     assert engine.failure is None
-    assert processes(engine) == {}
+    assert processes() == {}
     assert list(run_base.iterdir()) == []
 
 
@@ -246,11 +295,10 @@ def test_what_children_started_goes_with_them(model: Path) -> None:
     engine = pipeline(model, rank="grandchild")
     engine.start()
     deadline = time.monotonic() + 5
-    while not (grandchildren := processes(engine)["model_worker.0"].children()):
+    while not (grandchildren := processes()["model_worker.0"].children()):
         assert time.monotonic() < deadline
     engine.stop(0)
-    _, alive = psutil.wait_procs(grandchildren, timeout=2)
-    assert alive == []
+    assert alive_after(grandchildren, 2) == []
 
 
 def test_bad_models_are_refused_before_any_process(tmp_path: Path, model: Path, run_base: Path) -> None:
@@ -294,5 +342,4 @@ def test_no_descendant_outlives_a_killed_launcher(model: Path, run_base: Path, m
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
     launcher.stdout.close()
-    _, alive = psutil.wait_procs(descendants, timeout=2)
-    assert alive == []
+    assert alive_after(descendants, 2) == []
