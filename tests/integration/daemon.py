@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import select
@@ -130,8 +131,13 @@ class Daemon:
 
 def alive_after(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
     """Who still runs; a zombie, which only waits for a slow init to collect it, does not."""
-    _, there = psutil.wait_procs(processes, timeout=seconds)
-    return [process for process in there if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    psutil.wait_procs(processes, timeout=seconds)
+    alive = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
+    return alive
 
 
 def model_flags() -> dict[str, list[str]]:
