@@ -17,11 +17,18 @@ import pytest
 
 from runtime.errors import EngineError, RequestError
 from runtime.messages import Usage
-from tests.integration.daemon import Daemon, wait_until
+from tests.integration.daemon import Daemon, running, wait_until
 from vibe_sgl_lite import Client, Output, SamplingParams
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
 LONG = SamplingParams(max_new_tokens=2000, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def daemon(model: list[str]) -> Iterator[Daemon]:
+    """In float32, where no rounding makes a greedy token depend on what else is in the batch."""
+    with running(*model, "--dtype", "float32") as daemon:
+        yield daemon
 
 
 def idle(client: Client) -> bool:
@@ -198,7 +205,7 @@ def test_a_vanished_client_frees_its_pages(client: Client, daemon: Daemon) -> No
     """Killed, so that it cannot say goodbye: 3 s and a step."""
     code = f"""
 from vibe_sgl_lite import Client, SamplingParams
-s = Client({client.address!r}).stream("Once", SamplingParams(max_new_tokens=20000, temperature=0, ignore_eos=True))
+s = Client({client.address!r}).stream("Once", SamplingParams(max_new_tokens=2000, temperature=0, ignore_eos=True))
 next(s); print("on", flush=True)
 for _ in s: pass
 """
@@ -250,15 +257,15 @@ def test_threads_share_a_client(client: Client) -> None:
     failures: list[str] = []
 
     def work(prompt: str) -> None:
-        for _ in range(3):
+        for _ in range(2):
             streamed = [i for c in client.stream(prompt, GREEDY) for i in c.token_ids]
             if not client.generate(prompt, GREEDY).token_ids == streamed == expected[prompt]:
                 failures.append(prompt)
 
-    threads = [threading.Thread(target=work, args=(prompt,)) for prompt in expected for _ in range(4)]
+    threads = [threading.Thread(target=work, args=(prompt,)) for prompt in expected for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(100)
         assert not thread.is_alive()
     assert failures == []
