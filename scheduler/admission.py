@@ -41,10 +41,21 @@ class NewTokenRatio:
     def idle(self) -> None:
         self.value = self.initial
 
-    def pages_to_come(self, request: Request, memory: KVMemory) -> int:
-        """Pages to keep for a request that it does not hold yet: known tokens without KV, and a share of the rest."""
-        if request.guaranteed:
-            return memory.pages_for(request.kv_limit) - len(request.pages)
-        known = max(request.prefill_end, min(request.num_computed_tokens + 1, request.kv_limit))
-        foreseen = min(request.kv_limit - known, FORESEEN_TOKENS) * self.value
-        return max(0, memory.pages_for(known + int(foreseen)) - len(request.pages))
+    def pages_to_come(self, requests: Iterable[Request], memory: KVMemory) -> int:
+        """Pages to keep for requests that they do not hold yet: known tokens without KV, and a share of the rest.
+
+        A request whose whole need is reserved has it reserved; the others' is what admission must leave free.
+        """
+        share, page_size, pages = self.value, memory.page_size, 0
+        for request in requests:
+            known = request.num_computed_tokens + 1
+            if known < request.prefill_end:
+                known = request.prefill_end
+            rest = request.kv_limit - known
+            if rest > FORESEEN_TOKENS:
+                rest = FORESEEN_TOKENS
+            if not request.reserved_pages:
+                more = -(-(known + int(rest * share)) // page_size) - len(request.pages)
+                if more > 0:
+                    pages += more
+        return pages

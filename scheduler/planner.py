@@ -21,6 +21,7 @@ from scheduler.request import NO_SLOT, Request
 from scheduler.state import SchedulerState
 
 STEP_STRETCH = 4.0
+RETRY_STEPS = 8  # admission that found no memory is tried again when something has changed, or after so many steps
 SMALLEST_CHUNK = 16  # tokens; so that prefill goes on however slow a step is
 
 
@@ -33,6 +34,7 @@ class StepPlanner:
         self._ratio = ratio
         self._cost = cost
         self._page_size = state.config.page_size
+        self._blocked: tuple[int, int, int] | None = None  # how things were when memory was last found short
         # of the step being planned
         self._tokens_left = 0
         self._cost_left = math.inf
@@ -181,6 +183,8 @@ class StepPlanner:
         state = self._state
         if self._tokens_left <= 0 or not (state.free_slots or self._policy.preempts):
             return
+        if self._blocked == (state.num_arrived, state.num_released, state.next_step // RETRY_STEPS):
+            return
         to_come: int | None = None  # costs a look at every running request, so not before it matters
         for request in self._policy.order(state.waiting.snapshot(), state.memory, now):
             if self._tokens_left <= 0:
@@ -197,16 +201,16 @@ class StepPlanner:
                 return
             room = self._attach(request)
             if room >= 0 and to_come is None:
-                to_come = sum(self._ratio.pages_to_come(r, state.memory) for r in self._running() if not r.guaranteed)
+                to_come = self._ratio.pages_to_come(self._running(), state.memory)
             if to_come is None or room < to_come:
                 state.memory.drop_prefix(request)
+                self._blocked = (state.num_arrived, state.num_released, state.next_step // RETRY_STEPS)
                 self._preempt(request)
                 return
             state.admit(request)
             if not self._add_chunk(request):
                 raise AssertionError(f"{request} was admitted without room for a token")
-            if not request.guaranteed:
-                to_come += self._ratio.pages_to_come(request, state.memory)
+            to_come += self._ratio.pages_to_come((request,), state.memory)
 
     def _preempt(self, candidate: Request) -> None:
         """Retract whom the policy names, one at a time; what it gives up is there when its step is done."""
@@ -219,7 +223,10 @@ class StepPlanner:
         """Attach the request's cached prefix. Returns the pages that are left when all it is kept room for is taken."""
         state, memory = self._state, self._state.memory
         memory.attach(request)
-        need = self._ratio.pages_to_come(request, memory)
-        if state.num_running == 0 and not request.guaranteed:
+        if request.guaranteed:
+            need = memory.pages_for(request.kv_limit) - len(request.pages)
+        elif state.num_running == 0:
             need = memory.pages_for(request.num_tokens) - len(request.pages)
+        else:
+            need = self._ratio.pages_to_come((request,), memory)
         return memory.spare - need

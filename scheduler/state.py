@@ -43,6 +43,8 @@ class SchedulerState:
         self.in_flight: deque[Step] = deque()
         self.next_step = 0
         self.completed_step = -1
+        self.num_arrived = 0
+        self.num_released = 0
         self.num_retractions = 0
         self.num_prompt_tokens = 0  # of requests that got a slot, each counted once
         self.num_cached_tokens = 0  # of these, found in the cache
@@ -62,6 +64,7 @@ class SchedulerState:
         if not self.config.radix_cache:
             request.uses_cache = request.sampling.n > 1
             request.namespace = f"request {request.group}"
+        self.num_arrived += 1
         self.requests[request.uid] = request
         self.groups.setdefault(request.group, []).append(request.uid)
         self.waiting.add(request)
@@ -129,6 +132,7 @@ class SchedulerState:
             self._release(request)
 
     def _release(self, request: Request) -> None:
+        self.num_released += 1
         self.memory.detach(request)
         self.builder.release_slot(request)
         heapq.heappush(self.free_slots, request.slot)

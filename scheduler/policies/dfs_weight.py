@@ -1,7 +1,8 @@
 """Heaviest radix subtree first: requests under one prefix run together, one family after the other.
 
 Every waiting request hangs at the node where its cached prefix ends. A subtree weighs as much as requests hang in it;
-the tree is walked depth first, the heaviest branch first, and the requests that hang at a node itself are a branch too.
+the tree is walked depth first, the heaviest branch first. The requests that hang at a node itself come after its
+branches, for they share less: they are a branch without weight, which age alone brings forward.
 The idea is SGLang's policy of that name; aging is added.
 """
 
@@ -45,7 +46,7 @@ class DfsWeight:
             branch = stack.pop()
             if branch.own and branch.children:
                 leaf = _Branch(min(r.arrival for r in branch.own))
-                leaf.own, leaf.count = branch.own, len(branch.own)
+                leaf.own = branch.own
                 branch.children.append(leaf)
             elif branch.own:
                 ordered += branch.own
