@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "chunk.h"
 #include "decode.h"
 
 namespace vsl {
@@ -25,70 +26,139 @@ struct AttentionArgs {
 
 // One query token, or one of the ranges of its context.
 struct DecodeItem {
-    int32_t token;
-    int32_t row;
-    int32_t range, ranges;
-    int64_t begin, end, context;
-    float* partials;  // of all the token's ranges
-    std::atomic<int>* left;
+    int token, row;
+    int range, ranges;
+    int64_t begin, end;   // positions
+    size_t partials;      // where those of the token's first range begin, in floats
+    int counter;          // which of finished_ counts the token's ranges
 };
 
-constexpr int64_t kLeastSplit = 64;  // tokens; shorter ranges cost more in merging than they win
+// A block of a row's query tokens, for one KV head.
+struct ChunkItem {
+    int token, tokens, row, kv_head;
+    int64_t first_context;
+};
+
+constexpr int64_t kLeastSplit = 64;    // tokens; shorter ranges cost more in merging than they win
+constexpr int kLeastChunkTokens = 4;   // fewer new tokens run one by one
+constexpr int kLeastBlockQueries = 64; // lanes of a chunk's block; smaller ones read keys too often
 
 template <class T>
-void paged_attention(Context& context, const AttentionArgs<T>& a) {
-    const float scale = a.scale * 1.4426950409f;
-    const int64_t token_out = (int64_t)a.heads * a.head_dim;
-    int64_t tokens_to_read = 0, queries = 0;
-    for (int row = 0; row < a.rows; row++) {
-        const int64_t n = a.query_start[row + 1] - a.query_start[row];
-        tokens_to_read += n * a.context_lengths[row];
-        queries += n;
-    }
-    int64_t split = a.split_tokens;
-    if (split <= 0) {
-        const int64_t wanted = context.threads == 1 ? tokens_to_read : tokens_to_read / (context.threads * 4) + 1;
-        split = std::max(kLeastSplit, (wanted + kBlockTokens - 1) / kBlockTokens * kBlockTokens);
+class PagedAttention {
+   public:
+    PagedAttention(Context& context, const AttentionArgs<T>& args)
+        : context_(context),
+          args_(args),
+          group_(args.heads / args.kv_heads),
+          token_size_((int64_t)args.heads * args.head_dim),
+          scale_(args.scale * 1.4426950409f),
+          partial_(Partial::floats(args.heads, args.head_dim)) {}
+
+    void run() {
+        plan();
+        const int num_chunks = (int)chunks_.size();
+        run_items(context_, num_chunks + (int)decodes_.size(), [&](int index, int worker) {
+            if (index < num_chunks)
+                run_chunk(chunks_[index], context_.scratch[worker]);
+            else
+                run_decode(decodes_[index - num_chunks]);
+        });
     }
 
-    std::vector<DecodeItem> items;
-    items.reserve(queries * 2);
-    size_t floats = 0, counters = 0;
-    const size_t partial = Partial::floats(a.heads, a.head_dim);
-    for (int row = 0; row < a.rows; row++) {
-        const int64_t first = a.query_start[row], n = a.query_start[row + 1] - first;
-        for (int64_t i = 0; i < n; i++) {
-            const int64_t length = a.context_lengths[row] - n + i + 1;
-            if (length <= 0) {  // a row of padding
-                std::memset((void*)(a.out + (first + i) * token_out), 0, token_out * sizeof(T));
-                continue;
-            }
-            const int64_t ranges = (length + split - 1) / split;
-            for (int64_t r = 0; r < ranges; r++)
-                items.push_back({(int32_t)(first + i), row, (int32_t)r, (int32_t)ranges, r * split,
-                                 std::min(length, (r + 1) * split), length, (float*)floats,
-                                 (std::atomic<int>*)counters});
-            floats += ranges * partial;
-            counters++;
+   private:
+    void plan() {
+        int64_t tokens_to_read = 0;
+        for (int row = 0; row < args_.rows; row++)
+            if (num_new(row) < kLeastChunkTokens) tokens_to_read += num_new(row) * args_.context_lengths[row];
+        int64_t split = args_.split_tokens;
+        if (split <= 0) {
+            const int parts = context_.threads == 1 ? 1 : 4 * context_.threads;
+            split = std::max(kLeastSplit, (tokens_to_read / parts + kBlockTokens) / kBlockTokens * kBlockTokens);
         }
-    }
-    const size_t counter_bytes = (counters * sizeof(std::atomic<int>) + 63) / 64 * 64;
-    char* memory = (char*)context.shared.reserve(counter_bytes + floats * sizeof(float));
-    std::memset(memory, 0, counter_bytes);
-    for (DecodeItem& item : items) {
-        item.partials = (float*)(memory + counter_bytes) + (size_t)item.partials;
-        item.left = (std::atomic<int>*)memory + (size_t)item.left;
+        size_t floats = 0;
+        for (int row = 0; row < args_.rows; row++) {
+            if (args_.context_lengths[row] == 0)  // padding
+                std::memset((void*)(args_.out + args_.query_start[row] * token_size_), 0,
+                            num_new(row) * token_size_ * sizeof(T));
+            else if (num_new(row) < kLeastChunkTokens)
+                floats += plan_decodes(row, split, floats);
+            else
+                plan_chunks(row);
+        }
+        // The most work first, so that what is left at the end is small.
+        std::sort(chunks_.begin(), chunks_.end(), [](const ChunkItem& a, const ChunkItem& b) {
+            return a.tokens * (a.first_context + a.tokens) > b.tokens * (b.first_context + b.tokens);
+        });
+        partials_ = (float*)context_.shared.reserve(floats * sizeof(float));
+        finished_ = std::vector<std::atomic<int>>(args_.rows * kLeastChunkTokens);
     }
 
-    run_items(context, (int)items.size(), [&](int index, int) {
-        const DecodeItem& item = items[index];
-        const CacheView<T> cache{a.keys, a.values, a.page_table + item.row * a.page_table_stride, a.layout};
-        float* own = item.partials + item.range * partial;
-        attend_range(a.query + item.token * a.query_stride, cache, item.begin, item.end, a.heads, a.kv_heads,
-                     a.head_dim, scale, Partial::at(own, a.heads));
-        if (item.left->fetch_add(1, std::memory_order_acq_rel) == item.ranges - 1)
-            merge_ranges(item.partials, item.ranges, a.heads, a.head_dim, a.out + item.token * token_out);
-    });
-}
+    int64_t num_new(int row) const { return args_.query_start[row + 1] - args_.query_start[row]; }
+
+    // Returns how many floats the partial results take.
+    size_t plan_decodes(int row, int64_t split, size_t floats) {
+        const size_t before = floats;
+        const int64_t n = num_new(row);
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t length = args_.context_lengths[row] - n + i + 1;
+            const int ranges = (int)((length + split - 1) / split);
+            for (int r = 0; r < ranges; r++)
+                decodes_.push_back({(int)(args_.query_start[row] + i), row, r, ranges, r * split,
+                                    std::min(length, (r + 1) * split), floats, (int)(row * kLeastChunkTokens + i)});
+            floats += ranges * partial_;
+        }
+        return floats - before;
+    }
+
+    void plan_chunks(int row) {
+        const int64_t n = num_new(row), lanes = n * group_ * args_.kv_heads / (4 * context_.threads);
+        const int64_t block_lanes =
+            std::min<int64_t>(kMostBlockQueries, std::max<int64_t>(kLeastBlockQueries, (lanes + 31) / 32 * 32));
+        const int64_t block = std::max<int64_t>(1, block_lanes / group_);
+        for (int64_t i = 0; i < n; i += block)
+            for (int kv = 0; kv < args_.kv_heads; kv++)
+                chunks_.push_back({(int)(args_.query_start[row] + i), (int)std::min(block, n - i), row, kv,
+                                   args_.context_lengths[row] - n + i + 1});
+    }
+
+    CacheView<T> cache(int row) const {
+        return {args_.keys, args_.values, args_.page_table + row * args_.page_table_stride, args_.layout};
+    }
+
+    void run_decode(const DecodeItem& item) {
+        float* const partials = partials_ + item.partials;
+        attend_range(args_.query + item.token * args_.query_stride, cache(item.row), item.begin, item.end, args_.heads,
+                     args_.kv_heads, args_.head_dim, scale_, Partial::at(partials + item.range * partial_, args_.heads));
+        if (finished_[item.counter].fetch_add(1, std::memory_order_acq_rel) == item.ranges - 1)
+            merge_ranges(partials, item.ranges, args_.heads, args_.head_dim, args_.out + item.token * token_size_);
+    }
+
+    void run_chunk(const ChunkItem& item, Scratch& scratch) {
+        const int64_t head = (int64_t)item.kv_head * group_ * args_.head_dim;
+        const Chunk<T> chunk{args_.query + item.token * args_.query_stride + head,
+                             args_.query_stride,
+                             cache(item.row),
+                             item.kv_head,
+                             group_,
+                             args_.head_dim,
+                             item.tokens,
+                             item.first_context,
+                             scale_,
+                             args_.out + item.token * token_size_ + head,
+                             token_size_};
+        attend_chunk(chunk, scratch, context_.amx);
+    }
+
+    Context& context_;
+    const AttentionArgs<T>& args_;
+    const int group_;
+    const int64_t token_size_;
+    const float scale_;
+    const size_t partial_;  // floats of one range's partial result
+    std::vector<DecodeItem> decodes_;
+    std::vector<ChunkItem> chunks_;
+    std::vector<std::atomic<int>> finished_;  // ranges that are done, a token
+    float* partials_ = nullptr;
+};
 
 }  // namespace vsl

@@ -23,14 +23,16 @@ void* vsl_create(void* parallel, int threads) {
     Context* context = new Context;
     context->parallel = (ParallelFn)parallel;
     context->threads = parallel == nullptr ? 1 : threads;
+    context->amx = request_amx();
     context->scratch = std::vector<Scratch>(context->threads);
     return context;
 }
 
 void vsl_destroy(void* context) { delete (Context*)context; }
 
-// What this build uses: "avx512_bf16", "avx512", "avx" or "generic".
-const char* vsl_instruction_set(void*) {
+// What is used of the CPU: "amx", "avx512_bf16", "avx512", "avx" or "generic".
+const char* vsl_instruction_set(void* context) {
+    if (((Context*)context)->amx) return "amx";
 #if defined(VSL_AVX512_BF16)
     return "avx512_bf16";
 #elif defined(VSL_AVX512)
@@ -49,11 +51,11 @@ void vsl_paged_attention(void* context, int dtype, const void* query, int64_t qu
                          int head_dim, float scale, int64_t split_tokens, void* out) {
     with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        paged_attention(*(Context*)context,
-                        AttentionArgs<T>{(const T*)query, query_stride, (const T*)keys, (const T*)values,
-                                         PoolLayout{page_size, page_stride, token_stride, head_stride}, query_start,
-                                         context_lengths, page_table, page_table_stride, rows, heads, kv_heads,
-                                         head_dim, scale, split_tokens, (T*)out});
+        const AttentionArgs<T> args{(const T*)query, query_stride, (const T*)keys, (const T*)values,
+                                    PoolLayout{page_size, page_stride, token_stride, head_stride}, query_start,
+                                    context_lengths, page_table, page_table_stride, rows, heads, kv_heads, head_dim,
+                                    scale, split_tokens, (T*)out};
+        PagedAttention<T>(*(Context*)context, args).run();
     });
 }
 

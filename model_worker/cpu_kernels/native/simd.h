@@ -145,22 +145,20 @@ inline float maximum(vf v) {
 }
 
 // 2^x with a relative error below 2e-7; 0 for x < -126, also -inf; NaN for NaN. x must be below 128.
-// 2^fraction is a polynomial of degree 5, fitted for the least relative error on [-1/2, 1/2].
+// 2^fraction is a polynomial of degree 5, fitted for the least relative error on its interval.
 inline vf exp2(vf x) {
-    const vf c0 = splat(1.0000001192f), c1 = splat(0.6931469440f), c2 = splat(0.2402212024f), c3 = splat(0.0555071346f),
-             c4 = splat(0.0096755410f), c5 = splat(0.0013276470f);
 #if defined(VSL_AVX512)
-    x = vmax(splat(-200.0f), x);
-    const vf whole = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const vf f = x - whole;
-    const vf p = ((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + c0;
-    return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
+    const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x); 0 for -inf
+    const vf p = ((((0.0018775766f * f + 0.0089893406f) * f + 0.0558263175f) * f + 0.2401536107f) * f + 0.6931530833f) *
+                     f + 0.99999994f;
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p x 2^floor(x)
 #else
     const vi tiny = (vi)(x < splat(-126.0f));
     x = select(tiny, splat(-126.0f), x);
     const vf shifted = x + splat(12582912.0f);  // 1.5 x 2^23: rounds x to a whole number in the low mantissa bits
     const vf f = x - (shifted - splat(12582912.0f));
-    const vf p = ((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + c0;
+    const vf p = ((((0.0013276470f * f + 0.0096755410f) * f + 0.0555071346f) * f + 0.2402212024f) * f + 0.6931469440f) *
+                     f + 1.0000001192f;
     return select(tiny, vf{}, (vf)((vi)p + ((vi)shifted << 23)));
 #endif
 }
@@ -197,5 +195,33 @@ inline vf sum_each(vf* v) {
     return load(sums);
 #endif
 }
+
+#if defined(VSL_AVX512)
+// rows[i][j] <-> rows[j][i], of 16 x 16 32-bit numbers.
+inline void transpose(__m512i* rows) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            rows[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+        }
+    // rows[4 a + b] now holds, in each quarter c, column 4 c + b of rows 4 a .. 4 a + 3.
+    for (int b = 0; b < 4; b++) {
+        const __m512i x = _mm512_shuffle_i32x4(rows[b], rows[4 + b], 0x44);
+        const __m512i y = _mm512_shuffle_i32x4(rows[b], rows[4 + b], 0xee);
+        const __m512i z = _mm512_shuffle_i32x4(rows[8 + b], rows[12 + b], 0x44);
+        const __m512i w = _mm512_shuffle_i32x4(rows[8 + b], rows[12 + b], 0xee);
+        t[b] = _mm512_shuffle_i32x4(x, z, 0x88);
+        t[4 + b] = _mm512_shuffle_i32x4(x, z, 0xdd);
+        t[8 + b] = _mm512_shuffle_i32x4(y, w, 0x88);
+        t[12 + b] = _mm512_shuffle_i32x4(y, w, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) rows[i] = t[i];
+}
+#endif
 
 }  // namespace vsl

@@ -1,0 +1,159 @@
+// The two matrix products of attention over a chunk of query tokens, with the queries in the vector lanes:
+//
+//   scores[key, query]  = sum over d   of  keys[key, d]    x queries[d, query]
+//   sums[d, query]     += sum over key of  values[d, key]  x weights[key, query]
+//
+// So both are  c[i, lane] (+)= sum over k of a(i, k) x b[k, lane],  where b and c come in panels of kLanes queries. No
+// horizontal sum is needed, the softmax over keys runs lane by lane, and keys are used in the order in which they lie.
+//
+// A "unit" is 32 bits: one float (FloatDot), or two bfloat16 of adjacent k (PairDot), which AVX512-BF16 and AMX multiply
+// and add at once. AMX multiplies tiles of 16 x 16 units.
+#pragma once
+
+#include "simd.h"
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(VSL_AVX512_BF16) && defined(__linux__)
+#define VSL_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace vsl {
+
+#if defined(VSL_AVX512) || defined(__aarch64__)
+constexpr int kPanelGroup = 4;  // panels that are multiplied together; 4 rows of them fill the registers
+#else
+constexpr int kPanelGroup = 2;
+#endif
+
+struct FloatDot {
+    using Unit = float;
+    static constexpr int kDepth = 1;  // values of k in a unit
+    static vf multiply_add(float a, vf b, vf c) { return splat(a) * b + c; }
+};
+
+#if defined(VSL_AVX512_BF16)
+struct PairDot {
+    using Unit = uint32_t;
+    static constexpr int kDepth = 2;
+    static vf multiply_add(uint32_t a, vf b, vf c) {
+        return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+    }
+};
+#endif
+
+template <class Dot>
+struct Product {
+    const typename Dot::Unit* a;  // a(i, k) = a[i * a_row + k * a_depth]
+    int64_t a_row, a_depth;
+    const typename Dot::Unit* b;  // [panel][k][kLanes], panels b_panel apart
+    int64_t b_panel;
+    float* c;  // [panel][i][kLanes], panels c_panel apart
+    int64_t c_panel;
+    int rows, depth;  // rows is a multiple of 4
+    bool accumulate;
+};
+
+template <class Dot, int kPanels>
+inline void multiply_panels(const Product<Dot>& p, int panel) {
+    for (int i = 0; i < p.rows; i += 4) {
+        vf sums[4][kPanels];
+        for (int r = 0; r < 4; r++)
+            for (int j = 0; j < kPanels; j++)
+                sums[r][j] = p.accumulate ? load(p.c + (panel + j) * p.c_panel + (i + r) * kLanes) : vf{};
+        const typename Dot::Unit* a = p.a + i * p.a_row;
+        const typename Dot::Unit* b = p.b + panel * p.b_panel;
+        for (int k = 0; k < p.depth; k++) {
+            vf lanes[kPanels];
+            for (int j = 0; j < kPanels; j++) std::memcpy(&lanes[j], b + j * p.b_panel + k * kLanes, sizeof(vf));
+            for (int r = 0; r < 4; r++) {
+                const typename Dot::Unit x = a[r * p.a_row + k * p.a_depth];
+                for (int j = 0; j < kPanels; j++) sums[r][j] = Dot::multiply_add(x, lanes[j], sums[r][j]);
+            }
+        }
+        for (int r = 0; r < 4; r++)
+            for (int j = 0; j < kPanels; j++) store(p.c + (panel + j) * p.c_panel + (i + r) * kLanes, sums[r][j]);
+    }
+}
+
+template <class Dot>
+inline void multiply(const Product<Dot>& p, int panels) {
+    int panel = 0;
+    for (; panel + kPanelGroup <= panels; panel += kPanelGroup) multiply_panels<Dot, kPanelGroup>(p, panel);
+    if (kPanelGroup > 2 && panel + 2 <= panels) multiply_panels<Dot, 2>(p, panel), panel += 2;
+    if (panel < panels) multiply_panels<Dot, 1>(p, panel);
+}
+
+#if defined(VSL_AMX)
+
+// The kernel lets a process use the tile registers once it has asked for them.
+inline bool request_amx() {
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// gcc does not know that the tile instructions read memory: what was written before must not be kept in registers.
+inline void finish_stores(const void* written) { asm volatile("" : : "r"(written) : "memory"); }
+
+// Eight tiles of 16 rows of 64 bytes, for as long as this lives.
+class Tiles {
+   public:
+    Tiles() {
+        alignas(64) uint8_t palette[64] = {1};
+        for (int tile = 0; tile < 8; tile++) {
+            palette[16 + 2 * tile] = 64;
+            palette[48 + tile] = 16;
+        }
+        finish_stores(palette);
+        _tile_loadconfig(palette);
+    }
+    ~Tiles() { _tile_release(); }
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+};
+
+// As multiply_panels, 32 rows at a time; a_depth is 1, rows a multiple of 32, depth of 16. Two panels, or the same
+// panel twice.
+inline void multiply_tiles(const Product<PairDot>& p, int panel, int second) {
+    const uint32_t *b0 = p.b + panel * p.b_panel, *b1 = p.b + second * p.b_panel;
+    finish_stores(p.c);
+    for (int i = 0; i < p.rows; i += 32) {
+        float *c00 = p.c + panel * p.c_panel + i * 16, *c01 = p.c + second * p.c_panel + i * 16;
+        float *c10 = c00 + 256, *c11 = c01 + 256;
+        if (p.accumulate) {
+            _tile_loadd(0, c00, 64);
+            _tile_loadd(1, c01, 64);
+            _tile_loadd(2, c10, 64);
+            _tile_loadd(3, c11, 64);
+        } else {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+        const uint32_t *a0 = p.a + i * p.a_row, *a1 = a0 + 16 * p.a_row;
+        for (int k = 0; k < p.depth; k += 16) {
+            _tile_loadd(4, a0 + k, p.a_row * 4);
+            _tile_loadd(6, b0 + k * 16, 64);
+            _tile_loadd(7, b1 + k * 16, 64);
+            _tile_loadd(5, a1 + k, p.a_row * 4);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, c00, 64);
+        _tile_stored(1, c01, 64);
+        _tile_stored(2, c10, 64);
+        _tile_stored(3, c11, 64);
+    }
+    finish_stores(p.c);
+}
+
+#else
+
+inline bool request_amx() { return false; }
+
+#endif
+
+}  // namespace vsl
