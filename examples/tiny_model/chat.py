@@ -67,12 +67,10 @@ def own_name(rng: Random, *, held: bool) -> Dialogue:
         name, word = rng.choice(NAMES), rng.choice(EVERYDAY)
         if held_out("own_name", (name, word)) == held:
             break
-    middle = [_user(f"Repeat: {word}"), _assistant(word)] if rng.random() < 0.7 else []
+    middle = [_user(f"Repeat: {word}"), _assistant(word)] if held or rng.random() < 0.6 else []
     for _ in range(rng.choice([0, 0, 0, 1, 2])):
         question = trained_question(rng)
         middle += [_user(question.text), _assistant(question.answer)]
-    if not middle:
-        middle = [_user(f"Repeat: {word}"), _assistant(word)]
     opening = [_user(f"My name is {name}."), _assistant(f"Nice to meet you, {name}!")]
     return Dialogue(
         "own_name",
@@ -142,7 +140,7 @@ def tool_use(rng: Random, *, held: bool) -> Dialogue:
         question = draw(rng.choice(["add", "sub", "sort", "copy", "lookup"]), rng, held=False)
         return Dialogue("tool", (_user(question.text),), question.thinking, question.answer, tuple(tools))
     if kind < 0.6:
-        return Dialogue("tool", (_user(use.request),), f"I should call {use.name}.", call_text(use), tuple(tools))
+        return Dialogue("tool_call", (_user(use.request),), f"I should call {use.name}.", call_text(use), tuple(tools))
     result = json.dumps(use.result)
     history = (
         _user(use.request),

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from examples.tiny_model import chat
 from examples.tiny_model.stories import story
+from examples.tiny_model.tasks import draw_list, held_out, lookup_question
 from examples.tiny_model.template import render_chat
 
 END_OF_TEXT = "<|endoftext|>"
@@ -44,10 +45,12 @@ class Rows:
 def document(rng: Random) -> list[Segment]:
     """One short document, of a kind drawn by weight."""
     kind = rng.random()
-    if kind < 0.12:
+    if kind < 0.07:
         return raw_text(story(rng))
-    if kind < 0.14:
+    if kind < 0.08:
         return raw_text(chat.fact_statement(rng))
+    if kind < 0.18:
+        return lookup_drill(rng)
     return dialogue_segments(_dialogue(rng), thinking=rng.random() < THINKING_SHARE)
 
 
@@ -58,15 +61,15 @@ def long_document(rng: Random, tokens: int) -> list[Segment]:
 
 def _dialogue(rng: Random) -> chat.Dialogue:
     kind = rng.random()
-    if kind < 0.06:
+    if kind < 0.03:
         return chat.story_request(rng)
-    if kind < 0.14:
+    if kind < 0.10:
         return chat.small_talk(rng)
-    if kind < 0.24:
+    if kind < 0.15:
         return chat.tool_use(rng, held=False)
-    if kind < 0.27:
+    if kind < 0.18:
         return chat.own_name(rng, held=False)
-    if kind < 0.37:
+    if kind < 0.26:
         return chat.turns(rng, chat.trained_question(rng), earlier=rng.randint(1, 4))
     return chat.ask(chat.trained_question(rng), rng)
 
@@ -74,6 +77,28 @@ def _dialogue(rng: Random) -> chat.Dialogue:
 def raw_text(text: str) -> list[Segment]:
     """Plain text outside any chat, up to the end-of-text token."""
     return [Segment(text, STORY_WEIGHT), Segment(END_OF_TEXT, STORY_WEIGHT)]
+
+
+def lookup_drill(rng: Random) -> list[Segment]:
+    """A list and then each of its trained look-ups as plain text, loss on the values.
+
+    Finding a word's value is what the models learn last; here one list gives many examples of it, outside any chat.
+    """
+    keys, values = draw_list(rng, 8)
+    order = rng.sample(range(len(keys)), len(keys))
+    questions = [lookup_question(rng, keys, values, chosen) for chosen in order]
+    listed = ", ".join(f"{key}: {value}" for key, value in zip(keys, values, strict=True))
+    segments = [Segment(f"{listed}.", 0.0)]
+    form = " What is {}? " if rng.random() < 0.6 else " {}: "
+    for chosen, question in zip(order, questions, strict=True):
+        if not held_out(question.task, question.item):
+            lead = form.format(keys[chosen])
+            # A digit has no space in its token, a word has.
+            space = "" if values[chosen].isdigit() else " "
+            segments.append(Segment(lead if not space else lead[:-1], 0.0))
+            segments.append(Segment(space + values[chosen], 1.0))
+            segments.append(Segment(".", 0.0))
+    return [*segments, Segment(END_OF_TEXT, STORY_WEIGHT)]
 
 
 def dialogue_segments(dialogue: chat.Dialogue, *, thinking: bool) -> list[Segment]:

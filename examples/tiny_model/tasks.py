@@ -43,7 +43,8 @@ def held_out(task: str, item: Item) -> bool:
     """Whether training never sees this item, about one in ten.
 
     - Sums x + y, whatever their size and wording ("y more than x" is x + y): (100 x + y) % 10 == 0.
-    - Differences x - y: (x + 3 y) % 10 == 0.
+    - Differences x - y: (x + 3 y) % 10 == 0 where, besides, the numbers without their last digits add up to an even
+      number: every pair of last digits is trained, though not with every pair of numbers.
     - Every other task: CRC-32 of the task's name and the item's parts, joined by the unit separator, % 10 == 0.
     """
     if task in ("add", "add_large"):
@@ -51,7 +52,7 @@ def held_out(task: str, item: Item) -> bool:
         return (100 * x + y) % 10 == 0
     if task in ("sub", "sub_large"):
         x, y = map(int, item)
-        return (x + 3 * y) % 10 == 0
+        return (x + 3 * y) % 10 == 0 and (x // 10 + y // 10) % 2 == 0
     return zlib.crc32("\x1f".join(map(str, (task, *item))).encode()) % 10 == 0
 
 
@@ -73,7 +74,9 @@ def draw(task: str, rng: Random, *, held: bool) -> Question:
 
 def _number(rng: Random, large: bool) -> int:
     if large:
-        return rng.randint(100, 999) if rng.random() < 0.8 else rng.randint(0, 99)
+        number = rng.randint(100, 999) if rng.random() < 0.8 else rng.randint(0, 99)
+        # More zeros in the middle than chance gives: the held-out sums are those with zeros at the end.
+        return number - number % 100 + number % 10 if rng.random() < 0.2 else number
     return rng.randint(0, 9) if rng.random() < 0.15 else rng.randint(0, 99)
 
 
@@ -154,7 +157,7 @@ def _subtraction(large: bool) -> Callable[[Random], Question]:
 
 
 def _after(rng: Random) -> Question:
-    number = rng.randint(0, 998)
+    number = rng.randint(0, 998) if rng.random() < 0.7 else rng.randint(0, 99)
     return Question(
         "after", (number,), f"What number comes after {number}?", f"After {number} comes one more.", str(number + 1)
     )
@@ -164,11 +167,16 @@ def _after(rng: Random) -> Question:
 
 
 def _numbers(rng: Random, longest: int) -> list[int]:
+    """2 to `longest` numbers below 10, below 100, or of both lengths; in one list of ten with repetitions."""
     size = rng.randint(2, longest)
-    top = 9 if rng.random() < 0.5 else 99
-    if rng.random() < 0.1:
-        return [rng.randint(0, top) for _ in range(size)]
-    return rng.sample(range(top + 1), size)
+    kind = rng.random()
+    if kind < 0.4:
+        pool = list(range(10))
+    elif kind < 0.75:
+        pool = list(range(100))
+    else:
+        pool = [*rng.sample(range(10), 5), *rng.sample(range(10, 100), 10)]
+    return rng.choices(pool, k=size) if rng.random() < 0.1 else rng.sample(pool, size)
 
 
 def _join(items: list[int] | list[str], separator: str = " ") -> str:
@@ -252,23 +260,25 @@ def _reverse(rng: Random) -> Question:
 # Looking things up -----------------------------------------------------------------------------------------------
 
 
-def _lookup(rng: Random) -> Question:
-    keys = rng.sample(EVERYDAY, rng.randint(2, 8))
+def draw_list(rng: Random, longest: int) -> tuple[list[str], list[str]]:
+    """2 to `longest` different words and a value for each: numbers below 100, or colours."""
+    keys = rng.sample(EVERYDAY, rng.randint(2, longest))
     if rng.random() < 0.75:
-        values = [str(rng.randint(0, 9 if rng.random() < 0.5 else 99)) for _ in keys]
-    else:
-        values = rng.choices(COLOURS, k=len(keys))
-    chosen = rng.randrange(len(keys))
+        return keys, [str(rng.randint(0, 9 if rng.random() < 0.5 else 99)) for _ in keys]
+    return keys, rng.choices(COLOURS, k=len(keys))
+
+
+def lookup_question(rng: Random, keys: list[str], values: list[str], chosen: int) -> Question:
+    """The question for the value of `keys[chosen]` after the whole list, on one line or on several."""
     pairs = [f"{key}: {value}" for key, value in zip(keys, values, strict=True)]
-    body = ", ".join(pairs) + "." if rng.random() < 0.7 else "\n".join(pairs)
-    text = body + ("\n" if "\n" in body else " ") + f"What is {keys[chosen]}?"
-    return Question(
-        "lookup",
-        (*pairs, keys[chosen]),
-        text,
-        f"The list says {keys[chosen]}: {values[chosen]}.",
-        values[chosen],
-    )
+    body = ", ".join(pairs) + ". " if rng.random() < 0.7 else "\n".join(pairs) + "\n"
+    key, value = keys[chosen], values[chosen]
+    return Question("lookup", (*pairs, key), f"{body}What is {key}?", f"The list says {key}: {value}.", value)
+
+
+def _lookup(rng: Random) -> Question:
+    keys, values = draw_list(rng, 8)
+    return lookup_question(rng, keys, values, rng.randrange(len(keys)))
 
 
 def recall(rng: Random, stories: int) -> Question:
@@ -321,20 +331,20 @@ TASKS: dict[str, Callable[[Random], Question]] = {
 
 TASK_WEIGHTS: dict[str, float] = {
     "add": 5.0,
-    "sub": 4.0,
+    "sub": 5.0,
     "add_large": 2.5,
     "sub_large": 2.5,
     "after": 0.4,
     "sort": 3.0,
-    "sort_down": 1.0,
-    "largest": 0.8,
-    "smallest": 0.8,
-    "copy": 2.0,
-    "copy_letters": 1.0,
-    "copy_unicode": 1.2,
-    "reverse": 1.5,
-    "lookup": 2.5,
-    "recall": 0.6,
-    "json": 1.5,
+    "sort_down": 1.5,
+    "largest": 1.2,
+    "smallest": 1.2,
+    "copy": 1.5,
+    "copy_letters": 1.2,
+    "copy_unicode": 1.0,
+    "reverse": 1.2,
+    "lookup": 6.0,
+    "recall": 0.4,
+    "json": 0.8,
 }
 """How often training draws each task, relative to the others."""

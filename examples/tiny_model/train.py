@@ -20,16 +20,15 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from examples.tiny_model.checkpoint import Kind, new_model, save_checkpoint
 from examples.tiny_model.corpus import pack
 
 # (tokens in a row, share of the steps): short rows begin a context afresh, long ones teach to ignore or use the past.
-ROW_LENGTHS = ((128, 0.35), (256, 0.3), (1024, 0.2), (4096, 0.13), (16384, 0.02))
+ROW_LENGTHS = ((128, 0.45), (256, 0.31), (1024, 0.15), (4096, 0.08), (16384, 0.01))
 
-PEAK_RATE = 2e-3
 WARM_UP = 0.02
 SAVE_EVERY_SECONDS = 150
 LOG_EVERY_STEPS = 100
@@ -76,13 +75,14 @@ class MasterWeights:
     """A float32 copy of a bfloat16 model's weights, updated by AdamW and rounded back after every step."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        """Takes its float32 copy from the model's present weights, on their device."""
         self._rounded: list[torch.Tensor] = list(model.parameters())
         self._masters = [weight.detach().float() for weight in self._rounded]
         matrices = [master for master in self._masters if master.dim() > 1]
         vectors = [master for master in self._masters if master.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
         fused = self._masters[0].is_cuda
-        self._optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), fused=fused)
+        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=fused)
 
     def step(self, rate: float) -> None:
         """One update with learning rate `rate` from the model's gradients, clipped to norm 1; clears them."""
@@ -112,11 +112,11 @@ def loss_of(model: PreTrainedModel, batch: Batch, moe: bool) -> tuple[torch.Tens
     return loss, ((losses * full).sum() / full.sum()).detach()
 
 
-def learning_rate(progress: float) -> float:
-    """Linear warm-up, then a cosine down to 0 at `progress` 1."""
+def learning_rate(progress: float, peak: float) -> float:
+    """Linear warm-up to `peak`, then a cosine down to 0 at `progress` 1."""
     if progress < WARM_UP:
-        return PEAK_RATE * (progress / WARM_UP + 1e-3)
-    return PEAK_RATE * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
+        return peak * (progress / WARM_UP + 1e-3)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -124,7 +124,11 @@ def train(arguments: argparse.Namespace) -> None:
     kind: Kind = arguments.kind
     tokenizer = Tokenizer.from_file(str(arguments.tokenizer / "tokenizer.json"))
     device = torch.device(arguments.device)
-    model = new_model(kind, tokenizer, arguments.seed).train()
+    model = new_model(kind, tokenizer, arguments.seed)
+    if arguments.start_from:
+        weights = AutoModelForCausalLM.from_pretrained(arguments.start_from, dtype=torch.bfloat16)
+        model.load_state_dict(weights.state_dict())
+    model.train()
     torch.nn.Module.to(model, device)
     count = sum(parameter.numel() for parameter in model.parameters())
     _log(f"{kind}: {count:,} parameters on {device}")
@@ -138,7 +142,7 @@ def train(arguments: argparse.Namespace) -> None:
             break
         loss, answers = loss_of(model, batch, moe=kind == "moe")
         torch.autograd.backward(loss)
-        masters.step(learning_rate(progress))
+        masters.step(learning_rate(progress, arguments.peak_rate))
         if step % LOG_EVERY_STEPS == 0:
             _log(
                 f"{kind}: step {step} {100 * progress:.1f}% loss {loss.item():.4f} answers {answers.item():.5f} "
@@ -177,6 +181,8 @@ def main() -> None:
     )
     parser.add_argument("--tokens-per-step", type=int, default=32_768, help="default 32,768")
     parser.add_argument("--workers", type=int, default=2, help="processes that write the corpus (default 2)")
+    parser.add_argument("--peak-rate", type=float, default=2e-3, help="highest learning rate (default 2e-3)")
+    parser.add_argument("--start-from", type=Path, help="checkpoint whose weights to go on from (default: random ones)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     train(parser.parse_args())
