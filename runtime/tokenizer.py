@@ -32,7 +32,8 @@ _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # a message's 
 class Tokenizer:
     """Text to token ids and back, and chats to text. Safe to use from several threads once built.
 
-    vocab_size: one more than the highest id that has a token. special_ids: ids that `skip_special_tokens` leaves out.
+    vocab_size: one more than the highest id that has a token, if the model's own vocabulary has no gaps (looking through
+    all of it would take 0.1 s). special_ids: ids that `skip_special_tokens` leaves out.
     byte_level: ids stand for bytes of UTF-8 (GPT-2's alphabet), as in every Qwen3 checkpoint.
     """
 
@@ -50,10 +51,9 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
-        self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1
-        self.special_ids: frozenset[int] = frozenset(
-            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        added = backend.get_added_tokens_decoder()
+        self.vocab_size: int = max(backend.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added), 0)
+        self.special_ids: frozenset[int] = frozenset(token_id for token_id, token in added.items() if token.special)
         self.byte_level: bool = isinstance(backend.decoder, decoders.ByteLevel)
 
     @classmethod

@@ -21,10 +21,14 @@ class _Entry:
 
 
 class Outbox:
-    """Frames in order of arrival, except that a chunk joins the earlier ones of its sample. Times are monotonic."""
+    """Frames in order of arrival, except that a chunk joins the earlier ones of its sample. Times are monotonic.
+
+    num_bytes: all that waits; chunk_bytes: chunks alone, which is what a client can be behind with.
+    """
 
     def __init__(self) -> None:
         self.num_bytes = 0
+        self.chunk_bytes = 0
         self._entries: dict[object, _Entry] = {}
 
     def __len__(self) -> int:
@@ -35,13 +39,13 @@ class Outbox:
         return now - next(iter(self._entries.values())).since if self._entries else 0.0
 
     def add(self, frame: bytes, now: float) -> None:
-        self._entries[object()] = _Entry(frame, now)
+        self._entries[object()] = _Entry(frame, now)  # a key of its own
         self.num_bytes += len(frame)
 
     def add_chunk(self, uid: int, payload: bytes, now: float) -> None:
         """`payload`: an encoded `Chunk` of sample `uid`."""
         entry = self._entries.get(uid)
-        self.num_bytes += len(payload)
+        self._count_chunk(len(payload))
         if entry is None:
             self._entries[uid] = _Entry(payload, now)
             return
@@ -58,11 +62,19 @@ class Outbox:
 
     def pop(self) -> None:
         key = next(iter(self._entries))
-        self.num_bytes -= sum(map(len, self._entries.pop(key).frames))
+        size = sum(map(len, self._entries.pop(key).frames))
+        if isinstance(key, int):
+            self._count_chunk(-size)
+        else:
+            self.num_bytes -= size
+
+    def _count_chunk(self, size: int) -> None:
+        self.num_bytes += size
+        self.chunk_bytes += size
 
     def _merge(self, entry: _Entry) -> None:
         merged = merge_chunks(entry.frames)
-        self.num_bytes += len(merged) - sum(map(len, entry.frames))
+        self._count_chunk(len(merged) - sum(map(len, entry.frames)))
         entry.frames = [merged]
 
 

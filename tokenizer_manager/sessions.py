@@ -20,7 +20,8 @@ from tokenizer_manager.outbox import Outbox
 
 MAX_SESSIONS = 4096
 SILENCE_S = 2.5  # clients ping every 0.5 s
-BEHIND_BYTES = 1024 * 1024
+BEHIND_BYTES = 1024 * 1024  # of text chunks
+HOPELESS_BYTES = 16 * 1024 * 1024  # of anything: whoever asks on and on and never reads
 BEHIND_S = 10.0
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 FRAMES_IN_SOCKET = 512  # that ZeroMQ holds for one client, before its outbox begins
@@ -89,11 +90,10 @@ class Session:
         self.gone = False
 
     def behind(self, now: float) -> bool:
-        return self.outbox.num_bytes > BEHIND_BYTES or self.outbox.age(now) > BEHIND_S
+        return self.outbox.chunk_bytes > BEHIND_BYTES or self.outbox.age(now) > BEHIND_S
 
     def hopeless(self) -> bool:
-        """Even what it was told after falling behind piles up."""
-        return self.outbox.num_bytes > 2 * BEHIND_BYTES
+        return self.outbox.num_bytes > HOPELESS_BYTES
 
 
 class Sessions:

@@ -150,6 +150,7 @@ def prepare(request: Checked, tokenizer: Tokenizer, spec: PipelineSpec, limits: 
             assert request.prompt is not None
             text = request.prompt
         ids = tokenizer.encode(text, add_special_tokens=request.messages is None)
+        assert max(ids, default=0) < spec.model.vocab_size, "the tokenizer has gaps, and ids beyond the model's"
         packed, num_tokens = array("i", ids).tobytes(), len(ids)
     if num_tokens == 0:
         raise RequestError("the prompt is empty: it must have at least one token", field="prompt")

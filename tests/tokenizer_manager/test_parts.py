@@ -52,7 +52,7 @@ def test_outbox_keeps_everything_in_order(seed: int) -> None:
         sizes.append(outbox.num_bytes)
         got.append(outbox.first())
         outbox.pop()
-    assert outbox.num_bytes == 0
+    assert outbox.num_bytes == outbox.chunk_bytes == 0
     assert sorted(sizes, reverse=True) == sizes
     chunks = [msgspec.msgpack.decode(frame, type=Chunk) for frame in got if frame not in others]
     assert [frame for frame in got if frame in others] == others
