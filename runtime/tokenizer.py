@@ -32,8 +32,8 @@ _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # a message's 
 class Tokenizer:
     """Text to token ids and back, and chats to text. Safe to use from several threads once built.
 
-    vocab_size: one more than the highest id that has a token, if the model's own vocabulary has no gaps (looking through
-    all of it would take 0.1 s). special_ids: ids that `skip_special_tokens` leaves out.
+    vocab_size: one more than the highest id that has a token, if the model's own vocabulary has no gaps (a look
+    through all of it would take 0.1 s). special_ids: ids that `skip_special_tokens` leaves out.
     byte_level: ids stand for bytes of UTF-8 (GPT-2's alphabet), as in every Qwen3 checkpoint.
     """
 
