@@ -125,13 +125,14 @@ class SchedulerProcess:
                 self.inputs.drain()  # nobody will serve these; the launcher ends the pipeline
                 continue
             outputs = self._take_results(core)
-            self._take_inputs(core)
+            self._take_inputs(core, outputs)
             self._send_steps(core)  # before the outputs: the ranks wait for the one, clients hardly notice the other
             for output in outputs:
                 self._tell(output)
             self._watch_ranks(core)
 
-    def _take_inputs(self, core: Core) -> None:
+    def _take_inputs(self, core: Core, outputs: list[Outputs]) -> None:
+        """Aborts append to `outputs`: what ends a request must not overtake the tokens it was just given."""
         for message in self.inputs.drain(most=MOST_INPUTS):
             now = time.monotonic()
             match message:
@@ -140,7 +141,7 @@ class SchedulerProcess:
                     if rejected is not None:
                         self.tokenizer_manager.send(rejected)
                 case AbortRequest():
-                    self._tell(core.abort(message.uid, now))
+                    outputs.append(core.abort(message.uid, now))
                 case StopMatched():
                     core.stop_matched(message.uid, now)
                 case SchedulerQuery():

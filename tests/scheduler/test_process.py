@@ -224,3 +224,28 @@ def test_sleeps_when_there_is_nothing_to_do(folder: str) -> None:
         assert cpu_s() - before < 0.1
     finally:
         n.close()
+
+
+def test_an_abort_does_not_overtake_the_tokens_before_it(folder: str) -> None:
+    n = Neighbours(folder, disable_overlap=True)
+    try:
+        n.become_ready()
+        n.inputs.send(request(1, [1, 2, 3], max_new_tokens=50))
+        batch = n.batches.receive(10)
+        assert isinstance(batch, ForwardBatch)
+        scheduler = psutil.Process(n.process.pid)
+        scheduler.suspend()  # so that it finds the result and the abort in the same turn
+        n.results.send(n.rank.run(batch))
+        n.inputs.send(AbortRequest(1))
+        time.sleep(0.2)
+        scheduler.resume()
+        outputs: list[TokenOutput] = []
+        while not outputs or outputs[-1].finish is None:
+            message = n.detokenizer.receive(5)
+            assert message is not None
+            outputs += message.outputs if isinstance(message, StepOutput) else []
+        assert [(o.first, len(unpack_ids(o.token_ids))) for o in outputs] == [(0, 1), (1, 0)]
+        assert outputs[-1].usage is not None
+        assert outputs[-1].usage.completion_tokens == 1
+    finally:
+        n.close()
