@@ -22,7 +22,7 @@ from scheduler.state import SchedulerState
 
 STEP_STRETCH = 4.0
 RETRY_STEPS = 8  # admission that found no memory is tried again when something has changed, or after so many steps
-SMALLEST_CHUNK = 16  # tokens; so that prefill goes on however slow a step is
+SMALLEST_CHUNK = 8  # tokens; so that prefill goes on however slow a step is
 
 
 class StepPlanner:
