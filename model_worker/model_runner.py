@@ -12,10 +12,11 @@ from torch import Tensor
 
 from model_worker.batch import SlotStates, StepInput, unpack
 from model_worker.kv_pool import KVPool
+from model_worker.prompt_logprobs import PromptLogprobs, PromptScores
 from model_worker.sampler import SampleOutput, Sampler
 from qwen3.attention_backend import AttentionBackend
 from qwen3.model import Qwen3
-from runtime.messages import FailedRow, ForwardBatch, RowLogprobs, StepResult
+from runtime.messages import FailedRow, ForwardBatch, RowLogprobs, StepResult, TokenLogprob
 
 
 class ModelRunner:
@@ -35,6 +36,7 @@ class ModelRunner:
         self.backend = backend
         self.slots = SlotStates(max_slots, context_length, pool.page_size, pool.padding_page, model.device)
         self.sampler = Sampler(model.config.vocab_size, model.parallel.tp, self.slots.tokens)
+        self.prompt_logprobs = PromptLogprobs(self._logits, self.sampler, self.slots.tokens)
 
     @torch.inference_mode()
     def run(self, batch: ForwardBatch) -> StepResult:
@@ -48,19 +50,19 @@ class ModelRunner:
         failed = _failed_rows(hidden, step)
         forward_done = time.perf_counter()
         token_ids = np.full(len(step.slots), -1, dtype=np.int32)
-        logprobs: list[RowLogprobs] = []
+        prompts = self.prompt_logprobs.of_step(hidden, step)
+        sampled: dict[int, TokenLogprob] = {}
         if len(step.sampling_rows):
-            sampled = self._sample(hidden, step)
-            token_ids[step.sampling_rows] = sampled.token_ids.cpu().numpy()
+            output = self._sample(hidden, step)
+            token_ids[step.sampling_rows] = output.token_ids.cpu().numpy()
             token_ids[failed] = -1
-            if sampled.logprobs is not None:
-                entries = sampled.logprobs.entries()
-                logprobs = [RowLogprobs(int(step.sampling_rows[row]), entry) for row, entry in entries]
+            if output.logprobs is not None:
+                sampled = {int(step.sampling_rows[row]): entry for row, entry in output.logprobs.entries()}
         return StepResult(
             step=batch.step,
             token_ids=token_ids.tobytes(),
             failed=[FailedRow(row) for row in failed],
-            logprobs=[entry for entry in logprobs if entry.row not in failed],
+            logprobs=_merge(sampled, prompts, failed),
             forward_s=forward_done - started,
             total_s=time.perf_counter() - started,
         )
@@ -69,17 +71,32 @@ class ModelRunner:
         self.slots.apply(batch)
         for slot in unpack(batch.released).tolist():
             self.sampler.release(slot)
+            self.prompt_logprobs.release(slot)
         for new in batch.new:
             self.sampler.admit(new.slot, new.sampling, new.num_prompt_tokens)
+            self.prompt_logprobs.admit(new.slot, new.sampling, new.num_prompt_tokens)
 
     def _sample(self, hidden: Tensor, step: StepInput) -> SampleOutput:
         """Tokens for the rows at their end; they are also put behind their slots' tokens."""
-        logits = self.model.logits(hidden[step.last_tokens])
-        if logits.dtype == torch.float16:
-            logits = logits.float()  # the sampler reads float32 and bfloat16
+        logits = self._logits(hidden[step.last_tokens])
         sampled = self.sampler.sample(logits, step.sampling_slots, step.sampling_positions)
         self.slots.append(step, sampled.token_ids)
         return sampled
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[n, H] -> [n, vocab / ranks], in a dtype that the sampler reads: float32 or bfloat16."""
+        logits = self.model.logits(hidden)
+        return logits.float() if logits.dtype == torch.float16 else logits
+
+
+def _merge(sampled: dict[int, TokenLogprob], prompts: dict[int, PromptScores], failed: list[int]) -> list[RowLogprobs]:
+    """What each row that did not fail asked for, by row."""
+    return [
+        RowLogprobs(row, sampled.get(row), prompts[row].first, prompts[row].entries)
+        if row in prompts
+        else RowLogprobs(row, sampled[row])
+        for row in sorted({*sampled, *prompts} - {*failed})
+    ]
 
 
 def _failed_rows(hidden: Tensor, step: StepInput) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from model_worker import prompt_logprobs
 from model_worker.compute import Compute, torch_compute
 from model_worker.kv_pool import KVPool
 from model_worker.model_runner import ModelRunner
@@ -173,6 +174,43 @@ def test_logprobs_are_those_of_the_model(tmp_path: Path) -> None:
     assert entry.sampled.token_id == int(expected.argmax())
     assert math.isclose(entry.sampled.logprob, float(expected.max()), abs_tol=1e-4)
     assert [token for token, _ in entry.sampled.top] == expected.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("head_rows", [128, 3])
+def test_prompt_logprobs_cover_the_prompt_in_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head_rows: int
+) -> None:
+    """Beside a row that asks for none; resumed with generated tokens, which are not the prompt's."""
+    monkeypatch.setattr(prompt_logprobs, "HEAD_ROWS", head_rows)
+    reference = make_checkpoint(tmp_path, DENSE)
+    tokens = random_tokens(15)
+    asked = msgspec.structs.replace(sampling(), prompt_logprobs=True, top_logprobs=2)
+    driver = Driver(runner_of(load_model(tmp_path)))
+    chunks = [(0, 4), (0, 1), (0, 8), (0, 2)]  # the prompt's 12 tokens end within the third
+    news = [new_slot(0, tokens, asked, prompt=12), new_slot(1, random_tokens(9))]
+    results = [driver.run([(1, 3), chunks[0]], new=news), *(driver.run([(1, 1), chunk]) for chunk in chunks[1:])]
+    entries = [entry for result in results for entry in result.logprobs]
+    assert [entry.row for entry in entries] == [1, 1, 1]
+    assert [entry.prompt_first for entry in entries] == [1, 5, 6]
+    scores = [score for entry in entries for score in entry.prompt]
+    assert [score.token_id for score in scores] == tokens[1:12]
+    expected = reference_logits(reference, tokens).log_softmax(-1)
+    for position, score in enumerate(scores):
+        assert math.isclose(score.logprob, float(expected[position, score.token_id]), abs_tol=1e-4)
+        assert [token for token, _ in score.top] == expected[position].topk(2).indices.tolist()
+
+
+def test_prompt_and_sampled_logprobs_come_together(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, DENSE)
+    asked = msgspec.structs.replace(sampling(), prompt_logprobs=True, logprobs=True)
+    driver = Driver(runner_of(load_model(tmp_path)))
+    (entry,) = driver.run([(0, 5)], new=[new_slot(0, random_tokens(5), asked)]).logprobs
+    assert entry.sampled is not None
+    assert len(entry.prompt) == 4
+    (entry,) = driver.run([(0, 1)]).logprobs
+    assert entry.prompt == ()
+    single = driver.run([(1, 1)], new=[new_slot(1, [3], asked)])
+    assert single.logprobs[0].prompt == ()
 
 
 def test_an_empty_step_only_applies_changes(tmp_path: Path) -> None:
