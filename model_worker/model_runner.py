@@ -16,7 +16,10 @@ from model_worker.prompt_logprobs import PromptLogprobs, PromptScores
 from model_worker.sampler import SampleOutput, Sampler
 from qwen3.attention_backend import AttentionBackend
 from qwen3.model import Qwen3
-from runtime.messages import FailedRow, ForwardBatch, RowLogprobs, StepResult, TokenLogprob
+from runtime.messages import FailedRow, ForwardBatch, NewSlot, RowLogprobs, StepResult, TokenLogprob, pack_ids
+from runtime.sampling_params import SamplingParams, resolve
+
+WARM_UP_TOKENS = 32
 
 
 class ModelRunner:
@@ -66,6 +69,27 @@ class ModelRunner:
             forward_s=forward_done - started,
             total_s=time.perf_counter() - started,
         )
+
+    def warm_up(self) -> None:
+        """Run a short prefill and a decode, so that thread pools, scratch memory and kernels are ready for requests.
+
+        Before the first `run`, on all ranks together. Writes only to the padding page and leaves no slot occupied.
+        """
+        count = min(WARM_UP_TOKENS, self.slots.tokens.shape[1] - 2)
+        prompt = np.zeros(count, dtype=np.int32).tobytes()
+        sampling = resolve(
+            SamplingParams(max_new_tokens=1, temperature=0.0, seed=0),
+            model_defaults={},
+            end_token_ids=(),
+            prompt_tokens=count,
+            context_length=count + 1,
+            vocab_size=self.model.config.vocab_size,
+        )
+        new = NewSlot(0, 0, prompt, count, 0, pages=b"", sampling=sampling)  # no pages: the padding page takes all
+        slot = pack_ids([0])
+        self.run(ForwardBatch(0, new=[new], row_slots=slot, row_tokens=pack_ids([count])))
+        self.run(ForwardBatch(1, row_slots=slot, row_tokens=pack_ids([1])))
+        self.run(ForwardBatch(2, released=slot, row_slots=b"", row_tokens=b""))
 
     def _apply(self, batch: ForwardBatch) -> None:
         self.slots.apply(batch)

@@ -44,6 +44,7 @@ def main(child: Child) -> None:
     rendezvous = Path(spec.endpoints.directory) / RENDEZVOUS_FILE
     parallel = init_parallel(rank, spec.args.tp, spec.args.ep, device, rendezvous)
     runner = build_runner(spec, parallel, device, child.heartbeat)
+    runner.warm_up()
     if outbox is not None:
         outbox.send(RankReady(kv_pages=runner.pool.num_pages, device=spec.device, dtype=spec.dtype))
     child.ready()

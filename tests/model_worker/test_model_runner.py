@@ -213,6 +213,20 @@ def test_prompt_and_sampled_logprobs_come_together(tmp_path: Path) -> None:
     assert single.logprobs[0].prompt == ()
 
 
+def test_a_warm_up_leaves_nothing_behind(tmp_path: Path) -> None:
+    reference = make_checkpoint(tmp_path, DENSE)
+    runner = runner_of(load_model(tmp_path))
+    runner.pool.data.zero_()
+    runner.warm_up()
+    assert runner.pool.data[:, :, runner.pool.padding_page].any()
+    assert not runner.pool.data[:, :, : runner.pool.padding_page].any()
+    driver = Driver(runner)
+    prompt = random_tokens(9)
+    driver.run([(0, 9)], new=[new_slot(0, prompt)])
+    driver.run([(0, 1)])
+    assert driver.tokens[0] == expected_tokens(reference, prompt, 2)
+
+
 def test_an_empty_step_only_applies_changes(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, DENSE)
     driver = Driver(runner_of(load_model(tmp_path)))
