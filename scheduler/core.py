@@ -142,6 +142,7 @@ class Scheduler:
             "kv_pages_free": memory.allocator.num_free,
             "kv_pages_cached": memory.cache.num_cached,
             "kv_pages_evictable": memory.cache.num_evictable,
+            "evicted_pages_total": memory.cache.num_evicted,
             "num_running": state.num_running,
             "num_waiting": len(state.waiting),
             "num_retractions": state.num_retractions,

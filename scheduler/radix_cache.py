@@ -56,6 +56,7 @@ class RadixCache:
         self.page_size = page_size
         self.num_cached = 0  # pages in the tree, locked or not
         self.num_evictable = 0  # of these, in nodes without a lock
+        self.num_evicted = 0  # pages given back so far
         self.version = 0  # changes whenever a match could have another length
         self._page_bytes = page_size * TOKEN_BYTES
         self._release = release
@@ -270,6 +271,7 @@ class RadixCache:
         self._release(node.pages[keep:])
         self.num_cached -= count
         self.num_evictable -= count
+        self.num_evicted += count
         if keep:
             node.pages = node.pages[:keep]
             node.key = node.key[: keep * self._page_bytes]

@@ -2,8 +2,8 @@
 tokens. After every rule the page equation must hold, and every cached page must hold what the tree says; at the end
 every sample has had exactly one terminal event and its own tokens, and every page is free or cached.
 
-What must be cached is checked in the same way: with a pool that never evicts, the tree holds exactly the full pages
-that some sample has computed.
+What must be cached is checked against a plain set of prefixes: nothing but full pages that some sample has computed,
+and all of these unless pages had to be evicted.
 
 SCHEDULER_EXAMPLES and SCHEDULER_RULES make longer runs.
 """

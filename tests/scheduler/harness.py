@@ -124,6 +124,7 @@ class FakeRank:
         self.used: dict[int, set[int]] = {}  # step -> the pages its rows read and write
         self.row_uids: dict[int, list[int]] = {}
         self.tokens_run = 0
+        self.computed: dict[int, int] = {}  # by uid: leading tokens whose KV was computed and is finite
         self._salt_of = salt_of
 
     def run(self, batch: ForwardBatch) -> StepResult:
@@ -185,6 +186,8 @@ class FakeRank:
         slot.computed = end
         self.tokens_run += count
         slot.failed = bad
+        if not bad:
+            self.computed[slot.uid] = max(end, self.computed.get(slot.uid, 0))
         if bad:
             if end == len(slot.tokens):
                 slot.tokens.append(0)
@@ -354,10 +357,34 @@ class Harness:
             raise AssertionError("the scheduler does not come to an end")
         assert self.scheduler.idle
         self.check_all_ended()
+        self.check_what_is_cached()
 
     def check(self) -> None:
         check_pages(self.scheduler, self.rank)
         check_cache_contents(self.scheduler, self.rank)
+
+    def check_what_is_cached(self) -> None:
+        """The tree against a plain set of all page-long prefixes that some sample has computed, when all is done.
+
+        Nothing else may be cached, and nothing of it may be missing unless pages had to be evicted.
+        """
+        cache, page_bytes = self.scheduler.state.memory.cache, 4 * self.config.page_size
+        expected = set()
+        for uid, sample in self.samples.items():
+            tokens = sample.message.token_ids + pack_ids(sample.tokens)
+            end = min(len(tokens), 4 * self.rank.computed.get(uid, 0))
+            for stop in range(page_bytes, end + 1, page_bytes):
+                expected.add((self._namespace(uid), tokens[:stop]))
+        cached = set()
+        paths: dict[int, bytes] = {}
+        for node in cache.nodes():
+            path = paths[id(node)] = paths.get(id(node.parent), b"") + node.key
+            for stop in range(len(path) - len(node.key) + page_bytes, len(path) + 1, page_bytes):
+                cached.add((node.salt, path[:stop]))
+        assert len(cached) == cache.num_cached, "a prefix is cached twice"
+        assert cached <= expected
+        if cache.num_evicted == 0 and self.config.radix_cache:
+            assert cached == expected
 
     def live(self) -> list[int]:
         """Samples without a terminal event."""

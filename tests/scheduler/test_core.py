@@ -13,7 +13,7 @@ from tests.scheduler.harness import VOCAB, Harness, check_pages, config, random_
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("radix_cache", [False, True])
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-@pytest.mark.parametrize("pages", [24, 200])
+@pytest.mark.parametrize("pages", [24, 200, 2000])
 def test_random_load_gives_every_request_its_own_tokens(
     overlap: bool, radix_cache: bool, page_size: int, pages: int
 ) -> None:
@@ -50,6 +50,7 @@ def test_random_load_gives_every_request_its_own_tokens(
     stats = h.scheduler.stats()
     assert int(stats["kv_pages_free"]) + int(stats["kv_pages_cached"]) == num_pages
     assert stats["kv_pages_cached"] == stats["kv_pages_evictable"]
+    assert bool(stats["evicted_pages_total"]) == (pages < 2000) or not radix_cache
     if not radix_cache:
         assert stats["kv_pages_cached"] == 0
 
