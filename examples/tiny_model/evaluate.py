@@ -15,7 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from examples.tiny_model.prompts import CLOSED_TASKS, HARD_TASKS, ClosedPrompt, answer_of, closed_answer_prompts
+from examples.tiny_model.prompts import (
+    CLOSED_TASKS,
+    HARD_TASKS,
+    ClosedPrompt,
+    answer_of,
+    closed_answer_prompts,
+    with_shared_prefix,
+)
 from examples.tiny_model.template import Message
 
 MAX_NEW_TOKENS = 192
@@ -141,6 +148,8 @@ def evaluate(arguments: argparse.Namespace, backend: Backend) -> dict[str, Any]:
     """Runs everything and prints the table; returns what the JSON line says."""
     tasks = CLOSED_TASKS if arguments.closed_only else CLOSED_TASKS + HARD_TASKS
     prompts = closed_answer_prompts(arguments.per_task * len(tasks), arguments.seed, tasks)
+    if arguments.prefix_stories:
+        prompts = with_shared_prefix(prompts, arguments.prefix_stories, arguments.seed)
     report: dict[str, Any] = {"model": str(arguments.model), "backend": arguments.backend, "dtype": arguments.dtype}
     texts, scores = {}, {}
     for name, thinking in (("direct", False), ("thinking", True)):
@@ -178,6 +187,12 @@ def main() -> None:
     parser.add_argument("--per-task", type=int, default=100, help="prompts a task (default 100)")
     parser.add_argument("--closed-only", action="store_true", help="leave out the tasks that are not promised")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default 0)")
+    parser.add_argument(
+        "--prefix-stories",
+        type=int,
+        default=0,
+        help="put all prompts after this many stories (110 tokens each; default 0)",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="transformers only (default 64)")
     parser.add_argument("--device", help="transformers only: cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--engine", type=_option, action="append", default=[], metavar="NAME=VALUE", help="LLM option")

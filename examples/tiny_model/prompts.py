@@ -4,6 +4,7 @@ from random import Random
 from typing import NamedTuple
 
 from examples.tiny_model import chat
+from examples.tiny_model.stories import story
 from examples.tiny_model.tasks import Question, draw
 from examples.tiny_model.template import Message, tools_as_system_message
 
@@ -58,6 +59,23 @@ def closed_answer_prompts(n: int, seed: int, tasks: tuple[str, ...] = CLOSED_TAS
     """
     rng = Random(f"closed:{seed}")
     return [_prompt(tasks[index % len(tasks)], rng) for index in range(n)]
+
+
+def with_shared_prefix(prompts: list[ClosedPrompt], stories: int, seed: int) -> list[ClosedPrompt]:
+    """The same prompts, all after one system message of `stories` stories, about 110 tokens each.
+
+    What a prefix cache shares between them; a prompt's own system message follows the stories.
+    """
+    rng = Random(f"prefix:{seed}")
+    library = "\n\n".join(story(rng) for _ in range(stories))
+    shared = f"You are a helpful assistant. You know these stories.\n\n{library}"
+    prefixed = []
+    for prompt in prompts:
+        own, rest = "", prompt.messages
+        if rest[0]["role"] == "system":
+            own, rest = f"\n\n{rest[0]['content']}", rest[1:]
+        prefixed.append(prompt._replace(messages=[{"role": "system", "content": shared + own}, *rest]))
+    return prefixed
 
 
 def answer_of(text: str) -> str:

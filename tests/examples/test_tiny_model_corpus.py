@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from examples.tiny_model import chat
 from examples.tiny_model.corpus import document, long_document, lookup_drill, pack, text_of
-from examples.tiny_model.prompts import CLOSED_TASKS, HARD_TASKS, answer_of, closed_answer_prompts
+from examples.tiny_model.prompts import CLOSED_TASKS, HARD_TASKS, answer_of, closed_answer_prompts, with_shared_prefix
 from examples.tiny_model.stories import article, draw_cast, story
 from examples.tiny_model.tasks import TASK_WEIGHTS, TASKS, Question, draw, held_out
 from tests.examples.tiny_model_paths import DENSE
@@ -221,6 +221,21 @@ def test_hard_prompts_are_what_their_names_say() -> None:
             assert len(set(prompt.expected.split())) < len(prompt.expected.split())
         if prompt.task == "tool_answer":
             assert prompt.messages[-1]["role"] == "tool"
+
+
+def test_a_shared_prefix_keeps_every_prompts_own_messages() -> None:
+    prompts = closed_answer_prompts(60, seed=1)
+    prefixed = with_shared_prefix(prompts, stories=3, seed=0)
+    starts = {prompt.messages[0]["content"][:600] for prompt in prefixed}
+    assert len(starts) == 1
+    for before, after in zip(prompts, prefixed, strict=True):
+        assert after.expected == before.expected
+        assert after.messages[-1] == before.messages[-1]
+        if before.messages[0]["role"] == "system":
+            assert after.messages[0]["content"].endswith("\n\n" + before.messages[0]["content"])
+            assert after.messages[1:] == before.messages[1:]
+        else:
+            assert after.messages[1:] == before.messages
 
 
 def test_answer_of_drops_the_thinking_block() -> None:
