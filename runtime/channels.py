@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 HIGH_WATER_MARK = 10_000  # messages; never 0 (unbounded)
 LINGER_MS = 500  # how long close() waits for unsent frames
-DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, ValueError)
+DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError)
 
 log = logging.getLogger(__name__)
 

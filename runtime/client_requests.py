@@ -13,15 +13,13 @@ from typing import Any
 import msgspec
 
 from runtime.errors import RequestError
-from runtime.messages import Generate, pack_ids
+from runtime.messages import MAX_FRAME_BYTES, Generate, pack_ids
 from runtime.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 
 MAX_PRIORITY = 2**31 - 1
-# The engine names its own limit, from the context length, up to this size; a larger frame would cost the connection.
-MAX_FRAME_BYTES = 16 * 1024 * 1024
 # Keywords whose work is not in yet: refused by name.
 NOT_YET = ("tools", "json_schema", "regex", "choice", "max_thinking_tokens")
 

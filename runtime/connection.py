@@ -22,7 +22,15 @@ import msgspec
 import zmq
 
 from runtime.client_socket import ClientSocket, may_listen
-from runtime.errors import EngineDeadError, EngineError, ProtocolError, RequestError, VibeError, error_from_code
+from runtime.errors import (
+    ClosedError,
+    ConnectError,
+    EngineDeadError,
+    ProtocolError,
+    RequestError,
+    VibeError,
+    error_from_code,
+)
 from runtime.messages import (
     PROTOCOL,
     Abort,
@@ -51,16 +59,6 @@ ID_BYTES = 4
 
 Event = Accepted | Chunk | VibeError  # an error ends a request, as a chunk with `finish` does
 QueryAnswer = QueryReply | VibeError
-
-
-class ConnectError(EngineDeadError, ConnectionError):
-    """Nobody answers at the address."""
-
-
-class ClosedError(EngineError):
-    """This client was closed, before the call or during it."""
-
-    code = "closed"
 
 
 class _Open:

@@ -10,6 +10,8 @@
     └── EngineError (also a RuntimeError)  the engine could not do what was asked
         ├── StartupError                   the pipeline did not come up
         ├── EngineDeadError                "engine_dead": a process died or the connection was lost
+        │   └── ConnectError               nobody answers at the address (also a ConnectionError)
+        ├── ClosedError                    "closed": the client itself was closed, before the call or during it
         ├── OverloadedError                "overloaded": the queue is full, or the engine is draining
         ├── KVExhaustedError               "kv_exhausted": the request cannot fit the empty KV pool
         ├── NumericalError                 "numerical_error": NaN or inf in this request's hidden states
@@ -20,11 +22,20 @@ On a wire an error is an `ErrorInfo` (runtime/messages.py); `error_from_code` tu
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.outputs import Output
+
 
 class VibeError(Exception):
-    """Root of the tree. `code` is the stable, machine-readable name that also travels on the wire."""
+    """Root of the tree. `code` is the stable, machine-readable name that also travels on the wire.
+
+    output: what a request had generated when the engine failed it (a list where n > 1); None for other errors.
+    """
 
     code = "error"
+    output: Output | list[Output] | None = None
 
 
 class UserError(VibeError, ValueError):
@@ -75,7 +86,19 @@ class StartupError(EngineError):
 
 
 class EngineDeadError(EngineError):
+    """A process of the engine died, or the connection to it was lost."""
+
     code = "engine_dead"
+
+
+class ConnectError(EngineDeadError, ConnectionError):
+    """Nobody answers at the address."""
+
+
+class ClosedError(EngineError):
+    """This client was closed, before the call or during it."""
+
+    code = "closed"
 
 
 class OverloadedError(EngineError):

@@ -19,6 +19,9 @@ import msgspec
 from runtime.sampling_params import ResolvedSampling
 
 PROTOCOL = 1
+# The tokenizer manager names its own limit, from the context length, up to this size; a larger frame would cost the
+# client's connection, so clients refuse to send one.
+MAX_FRAME_BYTES = 16 * 1024 * 1024
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:

@@ -127,5 +127,5 @@ class Collector:
         """The error to raise; an engine's error carries what was generated before it as `output`."""
         assert self.error is not None
         if not isinstance(self.error, UserError):
-            vars(self.error)["output"] = self.output()
+            self.error.output = self.output()
         return self.error

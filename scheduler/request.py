@@ -120,7 +120,14 @@ class Request:
         """The message that introduces it to the detokenizer, to be sent before its first output."""
         s = self.sampling
         return OpenText(
-            self.uid, self.rid, self.index, self.num_prompt_tokens, s.stop, s.include_stop, s.skip_special_tokens
+            self.uid,
+            self.rid,
+            self.index,
+            self.num_prompt_tokens,
+            s.stop,
+            s.include_stop,
+            s.skip_special_tokens,
+            max(0, self.cached_tokens),
         )
 
     def __repr__(self) -> str:

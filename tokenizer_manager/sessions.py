@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from runtime.channels import LINGER_MS, bind_ipc, new_socket
-from runtime.messages import ServerMessage
+from runtime.messages import MAX_FRAME_BYTES, ServerMessage
 from tokenizer_manager.outbox import Outbox
 
 MAX_SESSIONS = 4096
@@ -23,7 +23,6 @@ SILENCE_S = 2.5  # clients ping every 0.5 s
 BEHIND_BYTES = 1024 * 1024  # of text chunks
 HOPELESS_BYTES = 16 * 1024 * 1024  # of anything: whoever asks on and on and never reads
 BEHIND_S = 10.0
-MAX_FRAME_BYTES = 16 * 1024 * 1024
 FRAMES_IN_SOCKET = 512  # that ZeroMQ holds for one client, before its outbox begins
 STALL_S = 1.0  # this process did not run for longer: what that hid is no client's silence
 

@@ -2,9 +2,10 @@
 
 from runtime.async_client import AsyncClient, AsyncStream
 from runtime.client import Client, Stream
-from runtime.connection import ClosedError, ConnectError
 from runtime.errors import (
+    ClosedError,
     ConfigError,
+    ConnectError,
     EngineDeadError,
     EngineError,
     KVExhaustedError,

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime.connection import ClosedError, ConnectError
 from runtime.errors import (
+    ClosedError,
     ConfigError,
+    ConnectError,
     EngineDeadError,
     EngineError,
     KVExhaustedError,

@@ -18,8 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runtime.connection import ClosedError
-from runtime.errors import ConfigError, EngineDeadError, ModelConfigError, StartupError
+from runtime.errors import ClosedError, ConfigError, EngineDeadError, ModelConfigError, StartupError
 from runtime.spawn import ChildSpec
 from tests.runtime.test_pipeline import CONFIG
 from vibe_sgl_lite import LLM, AsyncClient, Client
