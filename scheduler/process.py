@@ -41,7 +41,7 @@ from scheduler.results import Outputs
 from scheduler.timeline import Timeline
 from scheduler.trace import TraceWriter
 
-POLL_MS = 400  # at most so long without a heartbeat
+POLL_MS = 250  # at most so long without a heartbeat
 ESTIMATE_SLACK = 10.0  # a step may take so many times its estimate on top of the step timeout
 MOST_INPUTS = 256  # messages a turn, so that a flood of requests does not hold up the ranks
 BASE_TOKENS = {"cpu": 16.0, "cuda": 800.0}  # an empty step costs about as much as so many tokens

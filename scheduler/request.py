@@ -58,6 +58,7 @@ class Request:
         "sampling",
         "seq",
         "slot",
+        "text_format",
         "tokens",
         "uid",
         "uses_cache",
@@ -71,6 +72,7 @@ class Request:
         self.sampling = sampling
         self.priority = message.priority
         self.namespace = message.cache_salt
+        self.text_format = message.text_format
         self.uses_cache = True
         self.seq = seq
         self.arrival = arrival
@@ -128,6 +130,7 @@ class Request:
             s.include_stop,
             s.skip_special_tokens,
             max(0, self.cached_tokens),
+            self.text_format,
         )
 
     def __repr__(self) -> str:

@@ -41,7 +41,12 @@ from runtime.messages import (
 )
 from runtime.model_config import GenerationDefaults, ModelConfig
 from runtime.server_args import ServerArgs
-from tests.scheduler.harness import FakeRank, reference, request, sampling
+from scheduler.core import Scheduler
+from scheduler.observer import ObservedScheduler
+from scheduler.process import make_core
+from scheduler.replay import replay
+from scheduler.timeline import FILE_NAME
+from tests.scheduler.harness import FakeRank, config, reference, request, sampling
 
 NUM_PAGES = 32
 
@@ -249,3 +254,18 @@ def test_an_abort_does_not_overtake_the_tokens_before_it(folder: str) -> None:
         assert outputs[-1].usage.completion_tokens == 1
     finally:
         n.close()
+
+
+def test_a_trace_and_a_timeline_on_demand(tmp_path: Path) -> None:
+    assert isinstance(make_core(config(), None, None), Scheduler)
+    core = make_core(config(), str(tmp_path / "run.trace"), str(tmp_path / "profile"))
+    assert isinstance(core, ObservedScheduler)
+    core.add(request(1, [1, 2, 3], max_new_tokens=4), 0.0)
+    rank = FakeRank(64, 4, 8)
+    for _ in range(4):
+        batch = core.schedule(0.0)
+        assert batch is not None
+        core.complete(rank.run(batch), 0.0)
+    core.close()
+    assert replay(tmp_path / "run.trace")[0].steps == 4
+    assert (tmp_path / "profile" / FILE_NAME).read_bytes().endswith(b"]\n")
