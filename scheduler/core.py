@@ -11,6 +11,9 @@ same object is driven by the process (scheduler/process.py), by tests, by the si
     batch.py           what the ranks are told            cost.py        what a step costs
     request.py         one sample                         waiting.py     the queue
 
+Around it: process.py moves messages; observer.py lets others watch: trace.py (with replay.py) and timeline.py;
+simulator.py, workloads.py, simulate.py and plot.py compare policies without ranks.
+
 One step: `schedule(now)` gives a `ForwardBatch` to send to every rank, or None. `complete(result, now)` takes rank 0's
 answer, in order. With overlap a second step may be scheduled before the first one's result is in: a decode row's token
 is then not known here, but the ranks keep it. What is learned late (an end token, an abort) costs one row, whose result

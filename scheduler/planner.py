@@ -57,7 +57,7 @@ class StepPlanner:
         if state.waiting and not self._retracted and not stalled:
             self._admit(now)
         if not decode and not self._chunks:
-            assert state.in_flight or not (state.requests), "requests are there, nothing is in flight, and nothing runs"
+            assert state.in_flight or not state.requests, "requests are there, nothing is in flight, and nothing runs"
             return None
 
         tokens = len(decode) + sum(chunk.count for chunk in self._chunks)
