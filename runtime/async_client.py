@@ -7,11 +7,20 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Generic, Literal, TypeVar, overload
+from typing import Any, Generic, Literal, TypeVar, Unpack, overload
 
 from runtime.client import Params, Rid, Values
 from runtime.client_call import Call
-from runtime.client_requests import Messages, Plan, Request, plan_chat, plan_generate, single
+from runtime.client_requests import (
+    ChatOptions,
+    GenerateOptions,
+    Messages,
+    Plan,
+    Request,
+    plan_chat,
+    plan_generate,
+    single,
+)
 from runtime.connection import Connection, Event, QueryAnswer
 from runtime.errors import VibeError, error_from_code
 from runtime.messages import Accepted, Chunk, ModelInfo, Welcome
@@ -42,9 +51,7 @@ class AsyncClient:
         *,
         input_ids: list[int] | None = None,
         rid: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
+        **options: Unpack[GenerateOptions],
     ) -> Output: ...
 
     @overload
@@ -55,9 +62,7 @@ class AsyncClient:
         *,
         input_ids: None = None,
         rid: Rid = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
+        **options: Unpack[GenerateOptions],
     ) -> list[Output]: ...
 
     @overload
@@ -68,9 +73,7 @@ class AsyncClient:
         *,
         input_ids: list[list[int]],
         rid: Rid = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
+        **options: Unpack[GenerateOptions],
     ) -> list[Output]: ...
 
     async def generate(
@@ -80,22 +83,10 @@ class AsyncClient:
         *,
         input_ids: Any = None,
         rid: Any = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
-    ) -> Output | list[Output]:
+        **options: Unpack[GenerateOptions],
+    ) -> Any:
         """As `Client.generate`. Cancelling the awaiting task aborts the requests."""
-        return await self._run(
-            plan_generate(
-                prompt,
-                sampling_params,
-                input_ids=input_ids,
-                rid=rid,
-                priority=priority,
-                cache_salt=cache_salt,
-                later=later,
-            )
-        )
+        return await self._run(plan_generate(prompt, sampling_params, input_ids=input_ids, rid=rid, options=options))
 
     @overload
     async def chat(
@@ -103,11 +94,8 @@ class AsyncClient:
         messages: Sequence[Mapping[str, Any]],
         sampling_params: SamplingParams | None = None,
         *,
-        enable_thinking: bool | None = None,
         rid: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
+        **options: Unpack[ChatOptions],
     ) -> Output: ...
 
     @overload
@@ -116,11 +104,8 @@ class AsyncClient:
         messages: Sequence[Messages],
         sampling_params: Params = None,
         *,
-        enable_thinking: bool | None = None,
         rid: Rid = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
+        **options: Unpack[ChatOptions],
     ) -> list[Output]: ...
 
     async def chat(
@@ -128,24 +113,11 @@ class AsyncClient:
         messages: Any,
         sampling_params: Any = None,
         *,
-        enable_thinking: bool | None = None,
         rid: Any = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
-    ) -> Output | list[Output]:
+        **options: Unpack[ChatOptions],
+    ) -> Any:
         """As `Client.chat`. Cancelling the awaiting task aborts the requests."""
-        return await self._run(
-            plan_chat(
-                messages,
-                sampling_params,
-                enable_thinking=enable_thinking,
-                rid=rid,
-                priority=priority,
-                cache_salt=cache_salt,
-                later=later,
-            )
-        )
+        return await self._run(plan_chat(messages, sampling_params, rid=rid, options=options))
 
     def stream(
         self,
@@ -154,20 +126,10 @@ class AsyncClient:
         *,
         input_ids: list[int] | None = None,
         rid: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
+        **options: Unpack[GenerateOptions],
     ) -> AsyncStream:
         """As `Client.stream`; call it inside the running loop. The request is sent at once."""
-        plan = plan_generate(
-            prompt,
-            sampling_params,
-            input_ids=input_ids,
-            rid=rid,
-            priority=priority,
-            cache_salt=cache_salt,
-            later=later,
-        )
+        plan = plan_generate(prompt, sampling_params, input_ids=input_ids, rid=rid, options=options)
         return AsyncStream(self, self._connection, single(plan))
 
     def stream_chat(
@@ -175,22 +137,11 @@ class AsyncClient:
         messages: Sequence[Mapping[str, Any]],
         sampling_params: SamplingParams | None = None,
         *,
-        enable_thinking: bool | None = None,
         rid: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
+        **options: Unpack[ChatOptions],
     ) -> AsyncStream:
         """As `Client.stream_chat`; call it inside the running loop."""
-        plan = plan_chat(
-            messages,
-            sampling_params,
-            enable_thinking=enable_thinking,
-            rid=rid,
-            priority=priority,
-            cache_salt=cache_salt,
-            later=later,
-        )
+        plan = plan_chat(messages, sampling_params, rid=rid, options=options)
         return AsyncStream(self, self._connection, single(plan))
 
     async def abort(self, rid: str) -> None:
@@ -240,7 +191,7 @@ class AsyncClient:
 
     # -------------------------------------------------------------------------------------------------- waiting
 
-    async def _run(self, plan: Plan) -> Output | list[Output]:
+    async def _run(self, plan: Plan) -> Any:
         ended: Mailbox[int] = Mailbox()
         call = Call(self._connection, plan, ended.put)
         try:
@@ -311,10 +262,10 @@ class AsyncStream(AsyncIterator[OutputChunk]):
         self.rid = request.rid
         self._client = client  # keeps it open
         self._connection = connection
-        self._collector = Collector(request.rid)
+        self._collector = Collector(request.rid, request.n)
         self._events: Mailbox[Event] = Mailbox()
         self._ended = False
-        connection.submit(request.rid, request.frame, self._events.put)
+        connection.submit(request.rid, request.frame, self._events.put, request.n)
         task = asyncio.current_task()
         if task is not None:
             task.add_done_callback(_close_if_cancelled(self))

@@ -6,10 +6,19 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, Unpack, overload
 
 from runtime.client_call import Call
-from runtime.client_requests import Messages, Plan, Request, plan_chat, plan_generate, single
+from runtime.client_requests import (
+    ChatOptions,
+    GenerateOptions,
+    Messages,
+    Plan,
+    Request,
+    plan_chat,
+    plan_generate,
+    single,
+)
 from runtime.connection import Connection, Event, QueryAnswer
 from runtime.errors import VibeError, error_from_code
 from runtime.messages import Accepted, Chunk, ModelInfo, Welcome
@@ -56,9 +65,7 @@ class Client:
         *,
         input_ids: list[int] | None = None,
         rid: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
+        **options: Unpack[GenerateOptions],
     ) -> Output: ...
 
     @overload
@@ -69,9 +76,7 @@ class Client:
         *,
         input_ids: None = None,
         rid: Rid = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
+        **options: Unpack[GenerateOptions],
     ) -> list[Output]: ...
 
     @overload
@@ -82,9 +87,7 @@ class Client:
         *,
         input_ids: list[list[int]],
         rid: Rid = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
+        **options: Unpack[GenerateOptions],
     ) -> list[Output]: ...
 
     def generate(
@@ -94,26 +97,16 @@ class Client:
         *,
         input_ids: Any = None,
         rid: Any = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
-    ) -> Output | list[Output]:
+        **options: Unpack[GenerateOptions],
+    ) -> Any:
         """Continue raw text or token ids (no chat template).
 
         One prompt (a text, or a flat list of ids) gives one Output; a list gives a list in the same order, in which
         requests that failed on the way have finish_reason "error" and `error`. sampling_params: one for all, or a list.
+        options: see `GenerateOptions`. With n > 1 in its sampling parameters, a prompt gives a list of n Outputs in
+        place of one (the declared types are those for n = 1).
         """
-        return self._run(
-            plan_generate(
-                prompt,
-                sampling_params,
-                input_ids=input_ids,
-                rid=rid,
-                priority=priority,
-                cache_salt=cache_salt,
-                later=later,
-            )
-        )
+        return self._run(plan_generate(prompt, sampling_params, input_ids=input_ids, rid=rid, options=options))
 
     @overload
     def chat(
@@ -121,11 +114,8 @@ class Client:
         messages: Sequence[Mapping[str, Any]],
         sampling_params: SamplingParams | None = None,
         *,
-        enable_thinking: bool | None = None,
         rid: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
+        **options: Unpack[ChatOptions],
     ) -> Output: ...
 
     @overload
@@ -134,11 +124,8 @@ class Client:
         messages: Sequence[Messages],
         sampling_params: Params = None,
         *,
-        enable_thinking: bool | None = None,
         rid: Rid = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
+        **options: Unpack[ChatOptions],
     ) -> list[Output]: ...
 
     def chat(
@@ -146,27 +133,14 @@ class Client:
         messages: Any,
         sampling_params: Any = None,
         *,
-        enable_thinking: bool | None = None,
         rid: Any = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
-    ) -> Output | list[Output]:
+        **options: Unpack[ChatOptions],
+    ) -> Any:
         """Answer a conversation through the model's chat template; a list of conversations gives a list.
 
-        messages: dicts with `role` and `content`. enable_thinking: passed to the template; None leaves its default.
+        messages: dicts with `role` and `content`. options: see `ChatOptions`. n > 1 as in `generate`.
         """
-        return self._run(
-            plan_chat(
-                messages,
-                sampling_params,
-                enable_thinking=enable_thinking,
-                rid=rid,
-                priority=priority,
-                cache_salt=cache_salt,
-                later=later,
-            )
-        )
+        return self._run(plan_chat(messages, sampling_params, rid=rid, options=options))
 
     def stream(
         self,
@@ -175,20 +149,13 @@ class Client:
         *,
         input_ids: list[int] | None = None,
         rid: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
+        **options: Unpack[GenerateOptions],
     ) -> Stream:
-        """`generate` for one prompt, chunk by chunk. The request is sent at once, not at the first `next`."""
-        plan = plan_generate(
-            prompt,
-            sampling_params,
-            input_ids=input_ids,
-            rid=rid,
-            priority=priority,
-            cache_salt=cache_salt,
-            later=later,
-        )
+        """`generate` for one prompt, chunk by chunk; with n > 1 the samples' chunks come mixed, told by `index`.
+
+        The request is sent at once, not at the first `next`.
+        """
+        plan = plan_generate(prompt, sampling_params, input_ids=input_ids, rid=rid, options=options)
         return Stream(self, self._connection, single(plan))
 
     def stream_chat(
@@ -196,22 +163,11 @@ class Client:
         messages: Sequence[Mapping[str, Any]],
         sampling_params: SamplingParams | None = None,
         *,
-        enable_thinking: bool | None = None,
         rid: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        **later: object,
+        **options: Unpack[ChatOptions],
     ) -> Stream:
         """`chat` for one conversation, chunk by chunk."""
-        plan = plan_chat(
-            messages,
-            sampling_params,
-            enable_thinking=enable_thinking,
-            rid=rid,
-            priority=priority,
-            cache_salt=cache_salt,
-            later=later,
-        )
+        plan = plan_chat(messages, sampling_params, rid=rid, options=options)
         return Stream(self, self._connection, single(plan))
 
     def abort(self, rid: str) -> None:
@@ -253,7 +209,7 @@ class Client:
 
     # -------------------------------------------------------------------------------------------------- waiting
 
-    def _run(self, plan: Plan) -> Output | list[Output]:
+    def _run(self, plan: Plan) -> Any:
         ended: SimpleQueue[int] = SimpleQueue()
         call = Call(self._connection, plan, ended.put)
         try:
@@ -297,10 +253,10 @@ class Stream(Iterator[OutputChunk]):
         self.rid = request.rid
         self._client = client  # keeps it open
         self._connection = connection
-        self._collector = Collector(request.rid)
+        self._collector = Collector(request.rid, request.n)
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._ended = False
-        connection.submit(request.rid, request.frame, self._events.put)
+        connection.submit(request.rid, request.frame, self._events.put, request.n)
 
     @property
     def sampling(self) -> ResolvedSampling | None:

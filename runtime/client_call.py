@@ -6,11 +6,12 @@ Events are collected in the connection's thread, so that the caller wakes once a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from runtime.client_requests import Plan
 from runtime.connection import Connection, Event
 from runtime.errors import EngineDeadError, UserError
-from runtime.outputs import Collector, Output
+from runtime.outputs import Collector
 
 # Requests of one call in flight at once: enough to fill any batch, and below the engine's default queue limit.
 WINDOW = 1024
@@ -26,7 +27,7 @@ class Call:
         self._connection = connection
         self._plan = plan
         self._ended = ended
-        self._collectors = [Collector(request.rid) for request in plan.requests]
+        self._collectors = [Collector(request.rid, request.n) for request in plan.requests]
         self._submitted = 0
         self._open: set[int] = set()
 
@@ -57,14 +58,17 @@ class Call:
         for position in self._open:
             self._connection.drop(self._plan.requests[position].rid)
 
-    def result(self) -> Output | list[Output]:
-        """Raises the error of a single request, and EngineDeadError when every request of a list ended with it."""
+    def result(self) -> Any:
+        """An Output, or a list of them in order; a request with n > 1 gives a list of its samples in place of one.
+
+        Raises the error of a single request, and EngineDeadError when every request of a list ended with it.
+        """
         errors = [collector.error for collector in self._collectors]
         if errors and (not self._plan.many or all(isinstance(error, EngineDeadError) for error in errors)):
             for collector in self._collectors:
                 if collector.error is not None:
                     raise collector.failure()
-        outputs = [collector.output() for collector in self._collectors]
+        outputs = [collector.result() for collector in self._collectors]
         return outputs if self._plan.many else outputs[0]
 
     def _submit_next(self) -> None:
@@ -77,6 +81,6 @@ class Call:
                 self._ended(position)
 
         request = self._plan.requests[position]
-        self._connection.submit(request.rid, request.frame, deliver)
+        self._connection.submit(request.rid, request.frame, deliver, request.n)
         self._submitted += 1
         self._open.add(position)

@@ -5,10 +5,11 @@ Checks what a client can know: types, counts, sizes. The engine checks the rest,
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 
@@ -20,15 +21,45 @@ Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 
 MAX_PRIORITY = 2**31 - 1
-# Keywords whose work is not in yet: refused by name.
-NOT_YET = ("tools", "json_schema", "regex", "choice", "max_thinking_tokens")
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keywords of every call; they hold for all its prompts.
+
+    priority: higher goes first where the engine runs with `--schedule-policy priority` (0).
+    cache_salt: only requests with the same salt share cached prefixes (none).
+    json_schema (a dict or JSON text), regex, choice (a list of texts): the output, after a thinking block, is exactly
+    that: a JSON document that validates, a full match, one of the texts. At most one of the three. They need the
+    `grammar` extra where the engine runs.
+    """
+
+    priority: int
+    cache_salt: str | None
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    choice: Sequence[str] | None
+
+
+class ChatOptions(GenerateOptions, total=False):
+    """Keywords of chats.
+
+    enable_thinking: passed to the chat template; None leaves its default.
+    max_thinking_tokens: a thinking block is closed after so many tokens (no limit).
+    tools: functions that the model may call, as dicts for the chat template (OpenAI's form); calls come as
+    `tool_calls`.
+    """
+
+    enable_thinking: bool | None
+    max_thinking_tokens: int | None
+    tools: Sequence[Mapping[str, Any]] | None
 
 
 class Request(msgspec.Struct, frozen=True):
-    """frame: the encoded `Generate`."""
+    """frame: the encoded `Generate`. n: samples it asks for."""
 
     rid: str
     frame: bytes
+    n: int = 1
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -44,12 +75,10 @@ def plan_generate(
     *,
     input_ids: Sequence[int] | Sequence[Sequence[int]] | None,
     rid: str | Sequence[str] | None,
-    priority: int,
-    cache_salt: str | None,
-    later: Mapping[str, object],
+    options: Mapping[str, Any],
 ) -> Plan:
-    """Requests of one `generate` call. Raises RequestError naming the argument."""
-    _refuse(later)
+    """Requests of one `generate` call; options: `GenerateOptions`. Raises RequestError naming the argument."""
+    shared = _shared(options, GenerateOptions)
     if (prompt is None) == (input_ids is None):
         raise RequestError("give exactly one of prompt and input_ids", field="prompt")
     if prompt is not None:
@@ -74,7 +103,7 @@ def plan_generate(
     for item, sampling, name in zip(prompts, params, rids, strict=True):
         text = item if field == "prompt" and isinstance(item, str) else None
         ids = None if text is not None else _pack(item, field)
-        requests.append(_request(name, sampling, priority, cache_salt, prompt=text, input_ids=ids))
+        requests.append(_request(name, sampling, shared, prompt=text, input_ids=ids))
     return Plan(requests, many)
 
 
@@ -82,28 +111,22 @@ def plan_chat(
     messages: Messages | Sequence[Messages],
     sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     *,
-    enable_thinking: bool | None,
     rid: str | Sequence[str] | None,
-    priority: int,
-    cache_salt: str | None,
-    later: Mapping[str, object],
+    options: Mapping[str, Any],
 ) -> Plan:
-    """Requests of one `chat` call. Raises RequestError naming the argument."""
-    _refuse(later)
-    if enable_thinking is not None and not isinstance(enable_thinking, bool):
-        raise RequestError(f"enable_thinking={enable_thinking!r} must be True, False or None", field="enable_thinking")
+    """Requests of one `chat` call; options: `ChatOptions`. Raises RequestError naming the argument."""
+    shared = _shared(options, ChatOptions) | _template_fields(options)
     if not _is_list(messages) or len(messages) == 0:
         raise RequestError("messages must be a list of one or more messages, or a list of such lists", field="messages")
     many = not isinstance(messages[0], Mapping)
     chats: list[Any] = list(messages) if many else [messages]
     params, rids = _per_prompt(len(chats), many, sampling_params, rid)
-    kwargs = None if enable_thinking is None else {"enable_thinking": enable_thinking}
     requests = []
     for chat, sampling, name in zip(chats, params, rids, strict=True):
         if not _is_list(chat) or not all(isinstance(m, Mapping) for m in chat):
             raise RequestError("messages: every message must be a dict with role and content", field="messages")
         turns = [dict(m) for m in chat]
-        requests.append(_request(name, sampling, priority, cache_salt, messages=turns, template_kwargs=kwargs))
+        requests.append(_request(name, sampling, shared, messages=turns))
     return Plan(requests, many)
 
 
@@ -114,12 +137,56 @@ def single(plan: Plan) -> Request:
     return plan.requests[0]
 
 
-def _refuse(later: Mapping[str, object]) -> None:
-    for name, value in later.items():
-        if name not in NOT_YET:
+def _shared(options: Mapping[str, Any], known: type[GenerateOptions]) -> dict[str, Any]:
+    """Fields of `Generate` that all prompts of a call share."""
+    for name in options:
+        if name not in known.__annotations__:
             raise RequestError(f"{name} is no argument of this call", field=name)
-        if value is not None:
-            raise RequestError(f"{name} is not supported yet; leave it out", field=name)
+    priority, cache_salt = options.get("priority", 0), options.get("cache_salt")
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+        raise RequestError(
+            f"priority={priority!r} must be a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}", field="priority"
+        )
+    if cache_salt is not None and not isinstance(cache_salt, str):
+        raise RequestError(f"cache_salt={cache_salt!r} must be a text or None", field="cache_salt")
+    return {"priority": priority, "cache_salt": cache_salt, **_grammar_fields(options)}
+
+
+def _grammar_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    schema, regex, choice = options.get("json_schema"), options.get("regex"), options.get("choice")
+    if schema is not None and not isinstance(schema, str):
+        if not isinstance(schema, Mapping):
+            raise RequestError(
+                f"json_schema is a {type(schema).__name__}: must be a dict or JSON text", field="json_schema"
+            )
+        try:
+            schema = json.dumps(schema)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"json_schema is no JSON: {error}", field="json_schema") from error
+    if regex is not None and not isinstance(regex, str):
+        raise RequestError(f"regex={regex!r} must be a text", field="regex")
+    if choice is not None:
+        if not _is_list(choice) or not all(isinstance(text, str) for text in choice):
+            raise RequestError(f"choice={choice!r:.100} must be a list of texts", field="choice")
+        choice = list(choice)
+    return {"json_schema": schema, "regex": regex, "choice": choice}
+
+
+def _template_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    thinking, budget, tools = (options.get(name) for name in ("enable_thinking", "max_thinking_tokens", "tools"))
+    if thinking is not None and not isinstance(thinking, bool):
+        raise RequestError(f"enable_thinking={thinking!r} must be True, False or None", field="enable_thinking")
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or not 0 <= budget < 2**31):
+        raise RequestError(
+            f"max_thinking_tokens={budget!r} must be a whole number of 0 or more", field="max_thinking_tokens"
+        )
+    kwargs: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+    if tools is not None:
+        if not _is_list(tools) or not all(isinstance(tool, Mapping) for tool in tools):
+            raise RequestError("tools must be a list of dicts", field="tools")
+        if tools:
+            kwargs["tools"] = list(tools)
+    return {"template_kwargs": kwargs or None, "max_thinking_tokens": budget}
 
 
 def _is_list(value: object) -> bool:
@@ -177,38 +244,28 @@ def _per_prompt(
 def _request(
     rid: str,
     sampling: SamplingParams,
-    priority: int,
-    cache_salt: str | None,
+    shared: Mapping[str, Any],
     *,
     prompt: str | None = None,
     input_ids: bytes | None = None,
     messages: list[dict[str, Any]] | None = None,
-    template_kwargs: dict[str, Any] | None = None,
 ) -> Request:
-    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
-        raise RequestError(
-            f"priority={priority!r} must be a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}", field="priority"
-        )
-    if cache_salt is not None and not isinstance(cache_salt, str):
-        raise RequestError(f"cache_salt={cache_salt!r} must be a text or None", field="cache_salt")
     message = Generate(
         rid=rid,
         prompt=prompt,
         input_ids=input_ids,
         messages=messages,
         sampling=msgspec.Raw(msgspec.msgpack.encode(sampling)),
-        priority=priority,
-        cache_salt=cache_salt,
-        template_kwargs=template_kwargs,
+        **shared,
     )
     field = "messages" if messages is not None else "prompt" if prompt is not None else "input_ids"
     try:
         frame = msgspec.msgpack.encode(message)
-    except (TypeError, ValueError, OverflowError) as error:  # ValueError: lone surrogates are no text
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:  # ValueError: lone surrogates are no text
         raise RequestError(f"{field} cannot be sent: {error}", field=field) from error
     if len(frame) > MAX_FRAME_BYTES:
         raise RequestError(
             f"{field} makes a request of {len(frame)} bytes, at most {MAX_FRAME_BYTES} can be sent: shorten it",
             field=field,
         )
-    return Request(rid, frame)
+    return Request(rid, frame, sampling.n if isinstance(sampling.n, int) else 1)

@@ -62,13 +62,15 @@ QueryAnswer = QueryReply | VibeError
 
 
 class _Open:
-    """A request in flight. `received`: generated tokens so far. `deliver` is None once its caller has left."""
+    """A request in flight. `received`: generated tokens so far, of each sample. `open`: samples that have not ended.
+    `deliver` is None once its caller has left."""
 
-    __slots__ = ("deliver", "received")
+    __slots__ = ("deliver", "open", "received")
 
-    def __init__(self, deliver: Callable[[Event], None]) -> None:
+    def __init__(self, deliver: Callable[[Event], None], n: int) -> None:
         self.deliver: Callable[[Event], None] | None = deliver
-        self.received = 0
+        self.received = [0] * n
+        self.open = set(range(n))
 
     def tell(self, event: Event) -> None:
         if self.deliver is not None:
@@ -120,12 +122,12 @@ class Connection:
         """Start a session unless there is one, and tell of it."""
         self._post_or_raise(lambda: self._open(deliver))
 
-    def submit(self, rid: str, frame: bytes, deliver: Callable[[Event], None]) -> None:
-        """Send the encoded `Generate` of `rid`. An rid already in flight is answered with an error.
+    def submit(self, rid: str, frame: bytes, deliver: Callable[[Event], None], n: int = 1) -> None:
+        """Send the encoded `Generate` of `rid`, which asks for n samples; each of them ends with a chunk of its own.
 
-        Raises ClosedError.
+        An rid already in flight is answered with an error. Raises ClosedError.
         """
-        self._post_or_raise(lambda: self._submit(rid, frame, deliver))
+        self._post_or_raise(lambda: self._submit(rid, frame, deliver, n))
 
     def query(self, what: Literal["stats", "health", "flush_cache"], deliver: Callable[[QueryAnswer], None]) -> None:
         """Raises ClosedError."""
@@ -244,11 +246,11 @@ class Connection:
             self._openers.append(deliver)
             self._connect()
 
-    def _submit(self, rid: str, frame: bytes, deliver: Callable[[Event], None]) -> None:
+    def _submit(self, rid: str, frame: bytes, deliver: Callable[[Event], None], n: int) -> None:
         if rid in self._requests:
             deliver(RequestError(f"rid={rid!r} is still in flight in this client; choose another", field="rid"))
             return
-        self._requests[rid] = _Open(deliver)
+        self._requests[rid] = _Open(deliver, n)
         self._outbox.append(frame)
         self._connect()
 
@@ -365,20 +367,23 @@ class Connection:
 
     def _on_chunk(self, chunk: Chunk) -> None:
         request = self._requests.get(chunk.rid)
-        if request is None:
+        if request is None or chunk.index not in request.open:
             return  # ended, or dropped
+        received = request.received[chunk.index]
         end = chunk.first + len(chunk.token_ids) // ID_BYTES
-        if chunk.first < request.received and end <= request.received:
+        if chunk.first < received and end <= received:
             if chunk.finish is None:
                 return  # a repeat
-            chunk = msgspec.structs.replace(chunk, first=request.received, token_ids=b"", text="", logprobs=None)
-        elif chunk.first != request.received:
-            what = f"request {chunk.rid}: token {chunk.first} came where {request.received} was due"
+            chunk = Chunk(chunk.rid, chunk.index, received, b"", "", chunk.finish, chunk.usage)
+        elif chunk.first != received:
+            what = f"request {chunk.rid}: token {chunk.first} of sample {chunk.index} came where {received} was due"
             request.tell(ProtocolError(what))
             self._drop(chunk.rid)
-        request.received = max(request.received, end)
+        request.received[chunk.index] = max(received, end)
         if chunk.finish is not None:
-            del self._requests[chunk.rid]
+            request.open.remove(chunk.index)
+            if not request.open:
+                del self._requests[chunk.rid]
         request.tell(chunk)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from runtime.chat_format import TextFormat
 from runtime.sampling_params import ResolvedSampling
 
 PROTOCOL = 1
@@ -76,12 +77,17 @@ class TokenLogprob(msgspec.Struct, array_like=True, frozen=True):
 
 
 class LogprobEntry(msgspec.Struct, array_like=True, frozen=True):
-    """`TokenLogprob` with its text, as clients see it. `top` holds entries with an empty `top`."""
+    """`TokenLogprob` with its text, as clients see it. `top` holds entries with an empty `top`.
+
+    text_offset: characters of the sample's decoded text that were complete before this token; None for prompt tokens
+    and in `top`. The decoded text is that before stop strings and blocks are cut out of it.
+    """
 
     token_id: int
     logprob: float
     text: str
     top: tuple[LogprobEntry, ...] = ()
+    text_offset: int | None = None
 
 
 class ModelInfo(msgspec.Struct, array_like=True, frozen=True):
@@ -115,6 +121,8 @@ class Generate(Message, frozen=True):
 
     sampling: a msgpack map of SamplingParams' set fields, decoded on its own so that a bad field is answered by name.
     template_kwargs: passed to the chat template (`enable_thinking`, `tools`).
+    json_schema (JSON text), regex, choice: what the output must match; at most one of them.
+    max_thinking_tokens: the thinking block of a chat is closed after so many tokens.
     """
 
     rid: str
@@ -125,6 +133,10 @@ class Generate(Message, frozen=True):
     priority: int = 0
     cache_salt: str | None = None
     template_kwargs: dict[str, Any] | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    max_thinking_tokens: int | None = None
 
 
 class Abort(Message, frozen=True):
@@ -184,7 +196,8 @@ class Chunk(Message, frozen=True):
     """New text and tokens of one sample. The last one of a sample carries `finish` and `usage`.
 
     first: index of the chunk's first token among the sample's generated tokens; receivers drop what they already have.
-    token_ids: int32 bytes. reasoning: text of the thinking block, when its parser is on.
+    token_ids: int32 bytes. reasoning: new text of the thinking block, in chats. tool_calls: the raw JSON of those that
+    are complete now, in chats with tools; all of them can be parsed.
     """
 
     rid: str
@@ -196,6 +209,8 @@ class Chunk(Message, frozen=True):
     usage: Usage | None = None
     logprobs: tuple[LogprobEntry, ...] | None = None
     prompt_logprobs: tuple[LogprobEntry | None, ...] | None = None
+    reasoning: str = ""
+    tool_calls: tuple[str, ...] = ()
 
 
 class QueryReply(Message, frozen=True):
@@ -213,7 +228,10 @@ ServerMessage = Welcome | Refused | Pong | Accepted | Chunk | QueryReply
 
 
 class AddRequest(Message, frozen=True):
-    """A tokenized request. token_ids: int32 bytes. cache_salt: the radix namespace, "" is the shared one."""
+    """A tokenized request. token_ids: int32 bytes. cache_salt: the radix namespace, "" is the shared one.
+
+    text_format: for the detokenizer; None leaves the text as it is.
+    """
 
     uid: int
     rid: str
@@ -221,6 +239,7 @@ class AddRequest(Message, frozen=True):
     sampling: ResolvedSampling
     priority: int = 0
     cache_salt: str = ""
+    text_format: TextFormat | None = None
 
 
 class AbortRequest(Message, frozen=True):
@@ -258,6 +277,7 @@ class OpenText(Message, frozen=True):
     include_stop: bool
     skip_special_tokens: bool
     cached_tokens: int = 0
+    text_format: TextFormat | None = None
 
 
 class TokenOutput(msgspec.Struct, array_like=True, frozen=True):

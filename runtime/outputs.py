@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import msgspec
 
+from runtime.chat_format import ToolCall, parse_tool_call
 from runtime.errors import UserError, VibeError, error_from_code
-from runtime.messages import Accepted, Chunk, LogprobEntry, Usage, unpack_ids
+from runtime.messages import Accepted, Chunk, Finish, LogprobEntry, Usage, unpack_ids
 from runtime.sampling_params import ResolvedSampling
 
 
 class OutputChunk(msgspec.Struct, frozen=True, kw_only=True):
-    """What is new since the chunk before. The last one carries `finish_reason`, `matched` and `usage`.
+    """What is new of sample `index` since its chunk before. Its last one has `finish_reason`, `matched` and `usage`.
 
     token_ids: new tokens; text: new text, which may lag behind the tokens (characters that are not complete yet, text
-    that may become a stop string). index: the sample.
+    that may become a stop string or a tag). reasoning, tool_calls: of chats, as in `Output`; a call comes when it is
+    complete. prompt_logprobs: in the first chunk. error: why this sample of several ended with "error".
     """
 
     rid: str
@@ -27,15 +29,24 @@ class OutputChunk(msgspec.Struct, frozen=True, kw_only=True):
     matched: int | str | None = None
     usage: Usage | None = None
     logprobs: list[LogprobEntry] | None = None
+    prompt_logprobs: list[LogprobEntry | None] | None = None
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = []
+    error: VibeError | None = None
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):
-    """All that was generated for one prompt.
+    """All that was generated for one prompt; with n > 1, by sample `index`.
 
+    text: of a chat, without the thinking block and the tool calls. reasoning: what the thinking block holds, "" without
+    one. tool_calls: each with name, arguments and the raw JSON text; only chats with `tools` have them, and what cannot
+    be read as a call stays in the text.
     token_ids: every generated token, the one that ended it included. finish_reason: "stop" (`matched` says which token
     id or string), "length", "abort", or "error" (`error` says why; what was generated before is kept).
     usage: None when the engine died before it could say. sampling: what the request ran with, its seed included; None
     when it was never accepted.
+    logprobs: one entry a token (token_id, logprob, text, top), if asked for. prompt_logprobs: one a prompt token, the
+    first of which is None.
     """
 
     rid: str
@@ -48,6 +59,9 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
     error: VibeError | None = None
     logprobs: list[LogprobEntry] | None = None
     prompt_logprobs: list[LogprobEntry | None] | None = None
+    index: int = 0
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = []
 
 
 def chunk_from_message(chunk: Chunk) -> OutputChunk:
@@ -61,24 +75,23 @@ def chunk_from_message(chunk: Chunk) -> OutputChunk:
         matched=None if finish is None else finish.matched,
         usage=chunk.usage,
         logprobs=None if chunk.logprobs is None else list(chunk.logprobs),
+        prompt_logprobs=None if chunk.prompt_logprobs is None else list(chunk.prompt_logprobs),
+        reasoning=chunk.reasoning,
+        tool_calls=_tool_calls(chunk),
+        error=_error(finish),
     )
 
 
 class Collector:
-    """Joins one request's events. `done` after the terminal one; `error` is set when that was a failure."""
+    """Joins one request's events. `done` after the last sample's end; `error` is set when all of it failed."""
 
-    def __init__(self, rid: str) -> None:
+    def __init__(self, rid: str, n: int = 1) -> None:
         self.rid = rid
         self.done = False
         self.error: VibeError | None = None
         self.sampling: ResolvedSampling | None = None
-        self._texts: list[str] = []
-        self._ids = bytearray()
-        self._logprobs: list[LogprobEntry] | None = None
-        self._prompt_logprobs: list[LogprobEntry | None] | None = None
-        self._reason = "error"
-        self._matched: int | str | None = None
-        self._usage: Usage | None = None
+        self._samples = [_Sample() for _ in range(n)]
+        self._running = n
 
     def add(self, event: Accepted | Chunk | VibeError) -> None:
         """Must not be called again once `done`."""
@@ -86,13 +99,47 @@ class Collector:
             case Accepted():
                 self.sampling = event.sampling
             case Chunk():
-                self._add_chunk(event)
+                self._samples[event.index].add(event)
+                if event.finish is not None:
+                    self._running -= 1
+                    self.done = self._running == 0
+                if self.done and all(sample.error is not None for sample in self._samples):
+                    self.error = self._samples[0].error
             case _:
                 self.error = event
                 self.done = True
 
-    def _add_chunk(self, chunk: Chunk) -> None:
+    def result(self) -> Output | list[Output]:
+        """Everything that came, a list when n > 1; call it once `done`."""
+        outputs = [sample.output(index, self) for index, sample in enumerate(self._samples)]
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def failure(self) -> VibeError:
+        """The error to raise; an engine's error carries what was generated before it as `output`."""
+        assert self.error is not None
+        if not isinstance(self.error, UserError):
+            self.error.output = self.result()
+        return self.error
+
+
+class _Sample:
+    """What came of one sample."""
+
+    def __init__(self) -> None:
+        self.error: VibeError | None = None
+        self._texts: list[str] = []
+        self._reasoning: list[str] = []
+        self._tool_calls: list[ToolCall] = []
+        self._ids = bytearray()
+        self._logprobs: list[LogprobEntry] | None = None
+        self._prompt_logprobs: list[LogprobEntry | None] | None = None
+        self._finish: Finish | None = None
+        self._usage: Usage | None = None
+
+    def add(self, chunk: Chunk) -> None:
         self._texts.append(chunk.text)
+        self._reasoning.append(chunk.reasoning)
+        self._tool_calls += _tool_calls(chunk)
         self._ids += chunk.token_ids
         if chunk.logprobs is not None:
             self._logprobs = self._logprobs or []
@@ -100,32 +147,34 @@ class Collector:
         if chunk.prompt_logprobs is not None:
             self._prompt_logprobs = list(chunk.prompt_logprobs)
         if chunk.finish is not None:
-            self._reason = chunk.finish.reason
-            self._matched = chunk.finish.matched
-            self._usage = chunk.usage
-            if chunk.finish.error is not None:
-                info = chunk.finish.error
-                self.error = error_from_code(info.code, info.message, info.field)
-            self.done = True
+            self._finish, self._usage = chunk.finish, chunk.usage
+            self.error = _error(chunk.finish)
 
-    def output(self) -> Output:
-        """Everything that came; call it once `done`."""
+    def output(self, index: int, request: Collector) -> Output:
+        finish = self._finish or Finish("error")  # without one, the request as a whole has failed
         return Output(
-            rid=self.rid,
+            rid=request.rid,
             text="".join(self._texts),
             token_ids=unpack_ids(bytes(self._ids)),
-            finish_reason=self._reason,
-            matched=self._matched,
+            finish_reason=finish.reason,
+            matched=finish.matched,
             usage=self._usage,
-            sampling=self.sampling,
-            error=self.error,
+            sampling=request.sampling,
+            error=self.error if self._finish is not None else request.error,
             logprobs=self._logprobs,
             prompt_logprobs=self._prompt_logprobs,
+            index=index,
+            reasoning="".join(self._reasoning),
+            tool_calls=self._tool_calls,
         )
 
-    def failure(self) -> VibeError:
-        """The error to raise; an engine's error carries what was generated before it as `output`."""
-        assert self.error is not None
-        if not isinstance(self.error, UserError):
-            self.error.output = self.output()
-        return self.error
+
+def _tool_calls(chunk: Chunk) -> list[ToolCall]:
+    calls = [parse_tool_call(raw) for raw in chunk.tool_calls]
+    return [call for call in calls if call is not None]
+
+
+def _error(finish: Finish | None) -> VibeError | None:
+    if finish is None or finish.error is None:
+        return None
+    return error_from_code(finish.error.code, finish.error.message, finish.error.field)

@@ -48,10 +48,6 @@ DEFAULTS: Mapping[str, Any] = {
     "prompt_logprobs": False,
 }
 
-# Accepted by the message format, refused by name until the work behind them is in.
-NOT_YET = ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "logit_bias", "n",
-           "logprobs", "top_logprobs", "prompt_logprobs")  # fmt: skip
-
 # field -> (lowest, highest, lowest is excluded); None is no bound
 _RANGES: Mapping[str, tuple[float | None, float | None, bool]] = {
     "max_new_tokens": (1, None, False),
@@ -168,20 +164,12 @@ def resolve(
 ) -> ResolvedSampling:
     """Fill in the model's defaults and check what needs the prompt and the model.
 
-    Raises RequestError: prompt + max_new_tokens over the context length, ids outside the vocabulary, and fields whose
-    work is not in yet.
+    Raises RequestError: prompt + max_new_tokens over the context length, and ids outside the vocabulary.
     """
     values: dict[str, Any] = {}
     for name, default in DEFAULTS.items():
         asked = getattr(params, name)
-        if name in NOT_YET and asked is not UNSET and asked != default:
-            raise RequestError(f"{name}={asked!r} is not supported yet; leave it out", field=name)
-        if asked is not UNSET:
-            values[name] = asked
-        elif name in NOT_YET:
-            values[name] = default
-        else:
-            values[name] = model_defaults.get(name, default)
+        values[name] = model_defaults.get(name, default) if asked is UNSET else asked
     room = context_length - prompt_tokens
     if room < 1:
         raise RequestError(

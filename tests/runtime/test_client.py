@@ -152,7 +152,7 @@ def test_a_repeat_that_brings_the_end_still_ends(client: Client, engine: FakeEng
 
 def test_lost_tokens_are_an_error(client: Client, engine: FakeEngine) -> None:
     engine.script = lambda r: [accepted(r), chunk(r.rid, 0, "x"), chunk(r.rid, 2, "z", STOP)]
-    with pytest.raises(ProtocolError, match="token 2 came where 1 was due"):
+    with pytest.raises(ProtocolError, match="token 2 of sample 0 came where 1 was due"):
         client.generate("a")
 
 

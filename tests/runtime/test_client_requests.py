@@ -16,19 +16,12 @@ HI = {"role": "user", "content": "hi"}
 
 
 def generate(prompt: Any = None, sampling_params: Any = None, **arguments: Any) -> Plan:
-    known: dict[str, Any] = {"input_ids": None, "rid": None, "priority": 0, "cache_salt": None}
-    later = {name: value for name, value in arguments.items() if name not in known}
-    return plan_generate(
-        prompt, sampling_params, later=later, **(known | {k: v for k, v in arguments.items() if k in known})
-    )
+    named = {name: arguments.pop(name, None) for name in ("input_ids", "rid")}
+    return plan_generate(prompt, sampling_params, options=arguments, **named)
 
 
 def chat(messages: Any, sampling_params: Any = None, **arguments: Any) -> Plan:
-    known: dict[str, Any] = {"enable_thinking": None, "rid": None, "priority": 0, "cache_salt": None}
-    later = {name: value for name, value in arguments.items() if name not in known}
-    return plan_chat(
-        messages, sampling_params, later=later, **(known | {k: v for k, v in arguments.items() if k in known})
-    )
+    return plan_chat(messages, sampling_params, rid=arguments.pop("rid", None), options=arguments)
 
 
 def sent(plan: Plan) -> list[Generate]:
@@ -67,9 +60,11 @@ def sent(plan: Plan) -> list[Generate]:
         ({"prompt": "a", "priority": 1.5}, "priority"),
         ({"prompt": "a", "priority": 2**70}, "priority"),
         ({"prompt": "a", "cache_salt": 5}, "cache_salt"),
-        ({"prompt": "a", "json_schema": {}}, "json_schema"),
-        ({"prompt": "a", "regex": "a*"}, "regex"),
-        ({"prompt": "a", "choice": ["a"]}, "choice"),
+        ({"prompt": "a", "json_schema": 5}, "json_schema"),
+        ({"prompt": "a", "json_schema": {"enum": [object()]}}, "json_schema"),
+        ({"prompt": "a", "regex": ["a*"]}, "regex"),
+        ({"prompt": "a", "choice": "ab"}, "choice"),
+        ({"prompt": "a", "choice": ["a", 5]}, "choice"),
         ({"prompt": "a", "max_thinking_tokens": 5}, "max_thinking_tokens"),
         ({"prompt": "a", "tools": []}, "tools"),
         ({"prompt": "a", "temprature": 1}, "temprature"),
@@ -92,7 +87,11 @@ def test_generate_refuses_by_name(arguments: dict[str, Any], field: str) -> None
         ({"messages": [HI, "hi"]}, "messages"),
         ({"messages": [{"role": "user", "content": object()}]}, "messages"),
         ({"messages": [HI], "enable_thinking": 1}, "enable_thinking"),
-        ({"messages": [HI], "tools": [{}]}, "tools"),
+        ({"messages": [HI], "tools": {"name": "f"}}, "tools"),
+        ({"messages": [HI], "tools": ["f"]}, "tools"),
+        ({"messages": [HI], "max_thinking_tokens": -1}, "max_thinking_tokens"),
+        ({"messages": [HI], "max_thinking_tokens": True}, "max_thinking_tokens"),
+        ({"messages": [HI], "temprature": 1}, "temprature"),
     ],
 )
 def test_chat_refuses_by_name(arguments: dict[str, Any], field: str) -> None:
@@ -125,8 +124,22 @@ def test_what_is_sent() -> None:
     assert [m.messages for m in sent(chat([[HI], [HI, HI]]))] == [[HI], [HI, HI]]
 
 
-def test_a_keyword_of_later_may_be_none() -> None:
-    assert len(generate("a", tools=None).requests) == 1
+def test_what_chats_and_grammars_send() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    (one,) = sent(chat([HI], tools=[tool], max_thinking_tokens=0))
+    assert (one.template_kwargs, one.max_thinking_tokens) == ({"tools": [tool]}, 0)
+    (one,) = sent(chat([HI], tools=[], json_schema={"type": "object"}))
+    assert (one.template_kwargs, one.json_schema) == (None, '{"type": "object"}')
+    (one,) = sent(generate("a", json_schema='{"type": "null"}'))
+    assert (one.json_schema, one.regex, one.choice) == ('{"type": "null"}', None, None)
+    (one,) = sent(generate("a", regex="a+", choice=None))
+    assert (one.json_schema, one.regex, one.choice) == (None, "a+", None)
+    assert [m.choice for m in sent(generate(["a", "b"], choice=("x", "y")))] == [["x", "y"]] * 2
+
+
+def test_a_request_says_how_many_samples_it_wants() -> None:
+    plan = generate(["a", "b"], [SamplingParams(n=3), SamplingParams()])
+    assert [request.n for request in plan.requests] == [3, 1]
 
 
 def test_rids_differ() -> None:

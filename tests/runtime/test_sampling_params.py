@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from runtime.errors import RequestError
-from runtime.sampling_params import DEFAULTS, NOT_YET, ResolvedSampling, SamplingParams, resolve
+from runtime.sampling_params import DEFAULTS, ResolvedSampling, SamplingParams, resolve
 
 
 def resolved(params: SamplingParams, **changes: Any) -> ResolvedSampling:
@@ -111,10 +111,20 @@ def test_a_seed_is_always_there_and_negative_ones_wrap() -> None:
     assert resolved(SamplingParams(seed=-1)).seed == 2**64 - 1
 
 
-@pytest.mark.parametrize("field", NOT_YET)
-def test_fields_of_later_work_are_refused_by_name(field: str) -> None:
-    other: dict[str, Any] = {"logit_bias": {1: 1.0}, "logprobs": True, "prompt_logprobs": True, "n": 2}
-    value = other.get(field, 1 if isinstance(DEFAULTS[field], int) else 0.5)
-    with pytest.raises(RequestError, match=field):
-        resolved(SamplingParams(**{field: value}))
-    assert getattr(resolved(SamplingParams(**{field: DEFAULTS[field]})), field) == DEFAULTS[field]
+def test_the_models_repetition_penalty_is_the_default() -> None:
+    got = resolved(SamplingParams(), model_defaults={"repetition_penalty": 1.1})
+    assert got.repetition_penalty == 1.1
+    assert (
+        resolved(SamplingParams(repetition_penalty=1.0), model_defaults={"repetition_penalty": 1.1}).repetition_penalty
+        == 1.0
+    )
+
+
+def test_asking_for_alternatives_asks_for_logprobs() -> None:
+    assert resolved(SamplingParams(top_logprobs=2)).logprobs is True
+    assert resolved(SamplingParams(top_logprobs=0)).logprobs is False
+
+
+def test_more_tokens_at_least_than_at_most_are_refused() -> None:
+    with pytest.raises(RequestError, match="min_new_tokens=6 is above max_new_tokens=5"):
+        resolved(SamplingParams(min_new_tokens=6, max_new_tokens=5))
