@@ -4,6 +4,7 @@ Knows nothing of sockets; `model_worker/worker.py` feeds it. Every rank runs the
 the same tokens.
 """
 
+import math
 import time
 
 import numpy as np
@@ -128,9 +129,11 @@ def _failed_rows(hidden: Tensor, step: StepInput) -> list[int]:
 
     A NaN must not reach the sampler, which other rows share, nor the token that is embedded next.
     """
-    finite = torch.isfinite(hidden.sum(dim=-1, dtype=torch.float32))  # [T]; NaN and inf survive a sum
-    if bool(finite.all()):
+    if math.isfinite(float(hidden.sum(dtype=torch.float32))):  # NaN and inf survive a sum
         return []
+    finite = torch.isfinite(hidden).all(dim=-1)  # [T]
+    if bool(finite.all()):
+        return []  # only the sum overflowed
     bad_tokens = np.flatnonzero(~finite.cpu().numpy())
     rows = np.searchsorted(step.metadata.host_query_start, bad_tokens, side="right") - 1
     hidden.masked_fill_(~finite.unsqueeze(-1), 0)
