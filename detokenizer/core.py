@@ -1,5 +1,7 @@
 """The detokenizer without its sockets: opened samples and step outputs in, encoded chunks and stop matches out.
 
+In chats, thinking blocks and tool calls are taken out of the text, behind the stop strings: these match on all of it.
+
 On a stop string the sample ends here: its last chunk is made with ids, logprobs and usage cut at the token that
 completed the match, and whatever the scheduler still sends for it is dropped. Repeated tokens are dropped by `first`.
 """
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from detokenizer.chat_parser import ChatParser, Parsed
 from detokenizer.incremental import Vocabulary
 from detokenizer.stop import StopMatcher
 from runtime.messages import (
@@ -34,24 +37,39 @@ log = logging.getLogger(__name__)
 
 
 class _Sample:
-    """One open sample. `count`: tokens received so far. `cached`: prompt tokens that came from the radix cache."""
+    """One open sample. `count`: tokens received so far. `cached`: prompt tokens that came from the radix cache.
+    `length`: characters decoded so far."""
 
-    __slots__ = ("cached", "count", "options", "stop", "stream")
+    __slots__ = ("cached", "chat", "count", "length", "options", "stop", "stream")
 
     def __init__(self, options: OpenText, vocabulary: Vocabulary) -> None:
         self.options = options
         self.stream = vocabulary.open(options.skip_special_tokens)
         self.stop = StopMatcher(options.stop, options.include_stop) if options.stop else None
+        self.chat = None if options.text_format is None else ChatParser(options.text_format)
         self.count = 0
+        self.length = 0
         self.cached = options.cached_tokens
 
-    def add(self, ids: Sequence[int]) -> tuple[str, int, str | None]:
-        """(text to show, how many of `ids` count, the stop string found). Ids behind a match do not count."""
-        if self.stop is None:
-            return self.stream.add(ids), len(ids), None
+    def add(self, ids: Sequence[int], offsets: list[int] | None) -> tuple[str, int, str | None]:
+        """(text to show, how many of `ids` count, the stop string found). Ids behind a match do not count.
+
+        offsets: to be filled with the characters decoded before each of the ids; None when nobody asks.
+        """
+        if self.stop is None and offsets is None:
+            text = self.stream.add(ids)
+            self.length += len(text)
+            return text, len(ids), None
         pieces = []
         for used, token_id in enumerate(ids, 1):
-            shown, matched = self.stop.add(self.stream.add((token_id,)))
+            if offsets is not None:
+                offsets.append(self.length)
+            piece = self.stream.add((token_id,))
+            self.length += len(piece)
+            if self.stop is None:
+                pieces.append(piece)
+                continue
+            shown, matched = self.stop.add(piece)
             pieces.append(shown)
             if matched is not None:
                 return "".join(pieces), used, matched
@@ -117,13 +135,18 @@ class Detokenizer:
         if not packed and output.finish is None and output.prompt_logprobs is None:
             return None
         ids = unpack_ids(packed)
-        text, used, matched = sample.add(ids)
+        offsets: list[int] | None = None if output.logprobs is None else []
+        text, used, matched = sample.add(ids, offsets)
         finish = output.finish
         if matched is None and finish is not None:
             rest, matched = sample.end()
             text += rest
         if matched is not None:
             finish = Finish("stop", matched=matched)
+        parsed = _parse(sample.chat, text, finish is not None)
+        logprobs = None
+        if output.logprobs is not None and offsets is not None:
+            logprobs = self._entries(output.logprobs[repeated : repeated + used], offsets)
         first = sample.count
         sample.count += used
         usage = None
@@ -134,20 +157,32 @@ class Detokenizer:
             sample.options.index,
             first,
             packed if used == len(ids) else pack_ids(ids[:used]),
-            text,
+            parsed.text,
             finish,
             usage,
-            None if output.logprobs is None else self._entries(output.logprobs[repeated : repeated + used]),
+            logprobs,
             None if output.prompt_logprobs is None else self._prompt_entries(output.prompt_logprobs),
+            parsed.reasoning,
+            parsed.tool_calls,
         )
 
-    def _entries(self, logprobs: Sequence[TokenLogprob]) -> tuple[LogprobEntry, ...]:
-        return tuple(map(self._entry, logprobs))
+    def _entries(self, logprobs: Sequence[TokenLogprob], offsets: Sequence[int]) -> tuple[LogprobEntry, ...]:
+        return tuple(self._entry(entry, offset) for entry, offset in zip(logprobs, offsets, strict=True))
 
     def _prompt_entries(self, logprobs: Sequence[TokenLogprob | None]) -> tuple[LogprobEntry | None, ...]:
         return tuple(None if entry is None else self._entry(entry) for entry in logprobs)
 
-    def _entry(self, logprob: TokenLogprob) -> LogprobEntry:
+    def _entry(self, logprob: TokenLogprob, offset: int | None = None) -> LogprobEntry:
         text = self._vocabulary.text
         top = tuple(LogprobEntry(token_id, value, text(token_id)) for token_id, value in logprob.top)
-        return LogprobEntry(logprob.token_id, logprob.logprob, text(logprob.token_id), top)
+        return LogprobEntry(logprob.token_id, logprob.logprob, text(logprob.token_id), top, offset)
+
+
+def _parse(chat: ChatParser | None, text: str, final: bool) -> Parsed:
+    if chat is None:
+        return Parsed(text)
+    new = chat.add(text)
+    if final:
+        rest = chat.end()
+        new = Parsed(new.text + rest.text, new.reasoning + rest.reasoning, new.tool_calls + rest.tool_calls)
+    return new

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from detokenizer.core import Detokenizer
+from runtime.chat_format import TextFormat
 from runtime.messages import (
     Chunk,
     ErrorInfo,
@@ -162,8 +163,35 @@ def test_logprobs_get_their_texts() -> None:
     entry = TokenLogprob(a, -0.5, ((a, -0.5), (END, -1.5), (999, -2.5)))
     [chunk], _ = run(opened(), out(0, [a], logprobs=(entry,), prompt_logprobs=(None, TokenLogprob(b, -2.0))))
     top = (LogprobEntry(a, -0.5, "a"), LogprobEntry(END, -1.5, "<|im_end|>"), LogprobEntry(999, -2.5, ""))
-    assert chunk.logprobs == (LogprobEntry(a, -0.5, "a", top),)
+    assert chunk.logprobs == (LogprobEntry(a, -0.5, "a", top, 0),)
     assert chunk.prompt_logprobs == (None, LogprobEntry(b, -2.0, "b"))
+
+
+def test_logprobs_tell_where_their_text_begins() -> None:
+    """Offsets count decoded characters; the bytes of one character all begin where it does."""
+    ids = [*TOKENIZER.encode("a你b"), END, *TOKENIZER.encode("c")]
+    for stop in ((), ("never",)):
+        detokenizer = opened(stop=stop)
+        offsets = []
+        for place in range(0, len(ids), 2):
+            some = ids[place : place + 2]
+            [chunk], _ = run(detokenizer, out(place, some, logprobs=tuple(TokenLogprob(i, -1.0) for i in some)))
+            assert chunk.logprobs is not None
+            offsets += [entry.text_offset for entry in chunk.logprobs]
+        assert offsets == [len(TOKENIZER.decode(ids[:n]).rstrip("\ufffd")) for n in range(len(ids))]
+
+
+def test_chats_are_parsed_behind_stop_strings() -> None:
+    text = '<think>\nwhy\n</think>\n\nhi\n<tool_call>\n{"name": "f"}\n</tool_call>\nEND more'
+    ids = TOKENIZER.encode(text)
+    detokenizer = opened(stop=("END",), text_format=TextFormat(think=True, tools=True))
+    chunks: list[Chunk] = []
+    for place, token_id in enumerate(ids):
+        chunks += run(detokenizer, out(place, [token_id]))[0]
+    assert "".join(chunk.reasoning for chunk in chunks) == "why"
+    assert "".join(chunk.text for chunk in chunks) == "hi"
+    assert [raw for chunk in chunks for raw in chunk.tool_calls] == ['{"name": "f"}']
+    assert chunks[-1].finish == Finish("stop", matched="END")
 
 
 def test_many_streams_cost_little() -> None:
