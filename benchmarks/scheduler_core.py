@@ -2,10 +2,12 @@
 
     python -m benchmarks.scheduler_core [--rows 32,256,1024] [--steps 400]
 
-Prints a table and, last, one JSON line. Times are CPU time of this thread, so other load on the machine
-hardly shows. `step_ms`: one `schedule` + `complete` of pure decode, two steps in flight, as median and p99;
-`_waiting`: with 100 more waiting that do not fit.  `match_ms`: a match of a 32,000-token prompt that is cached, in one piece and in pieces of 512 tokens.
-`pairs_per_s`: insertions of a 4-page prefix, each into a full cache and so with an eviction of as many pages.
+Prints a table and, last, one JSON line. Times are CPU time of this thread, so other load on the machine hardly shows.
+
+step_ms       one `schedule` + `complete` of pure decode, two steps in flight, as median and p99; `_waiting`: with 100
+              more requests waiting that do not fit
+match_ms      a match of a 32,000-token prompt that is cached, in one piece and in pieces of 512 tokens
+pairs_per_s   insertions of a 4-page prefix, each into a full cache and so with an eviction of as many pages
 """
 
 from __future__ import annotations
