@@ -23,14 +23,18 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def load(
-    cache_dir: Path | None = None, compilers: Sequence[str] = COMPILERS, threads: int | None = None
+    cache_dir: Path | None = None,
+    compilers: Sequence[str] = COMPILERS,
+    threads: int | None = None,
+    target: Sequence[str] | None = None,
 ) -> "CpuKernels | None":
     """Build (at first use) and load the kernels; None, with the reason logged, where that is not possible.
 
-    threads: at most this many run a kernel; None: torch.get_num_threads() as it is now.
+    threads: at most this many run a kernel; None: torch.get_num_threads() as it is now. target: compiler flags that
+    say for which CPU; None: this one.
     """
     try:
-        path = build(cache_dir, compilers)
+        path = build(cache_dir, compilers, target)
         library = open_library(path)
     except (BuildError, OSError) as error:
         logger.warning("CPU kernels are not available, plain torch is used: %s", error)
@@ -111,8 +115,7 @@ class CpuKernels:
         tokens, heads, head_dim = query.shape
         rows = context_lengths.shape[0]
         assert query.dtype == cache.dtype
-        assert query.stride(1) == head_dim
-        assert query.stride(2) == 1
+        assert query.stride()[1:] == (head_dim, 1)
         assert head_dim == cache.head_dim
         assert heads % cache.kv_heads == 0
         assert query_start.dtype == context_lengths.dtype == page_table.dtype == torch.int32
@@ -122,11 +125,8 @@ class CpuKernels:
         assert context_lengths.is_contiguous()
         assert page_table.stride(1) == 1
         assert split_tokens % 64 == 0
-        if out is None:
-            out = query.new_empty((tokens, heads, head_dim))
-        assert out.shape == query.shape
-        assert out.dtype == query.dtype
-        assert out.is_contiguous()
+        assert scale > 0
+        out = _output(out, query, (tokens, heads, head_dim))
         self._attention(
             self._context,
             _DTYPES[query.dtype],
@@ -180,14 +180,11 @@ class CpuKernels:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         """x / rms(x), rounded to x's dtype, times weight. x: [T, N], N contiguous. weight: [N]. Returns [T, N]."""
         rows, size = x.shape
-        if out is None:
-            out = x.new_empty((rows, size))
         assert x.stride(1) == 1
-        assert weight.dtype == x.dtype == out.dtype
+        assert weight.dtype == x.dtype
         assert weight.is_contiguous()
         assert weight.shape[0] == size
-        assert out.shape == x.shape
-        assert out.is_contiguous()
+        out = _output(out, x, (rows, size))
         self._norm(
             self._context,
             _DTYPES[x.dtype],
@@ -210,16 +207,13 @@ class CpuKernels:
         `out` may be x.
         """
         rows, size = x.shape
-        if out is None:
-            out = x.new_empty((rows, size))
         assert x.stride(1) == 1
-        assert weight.dtype == x.dtype == out.dtype == residual.dtype
+        assert weight.dtype == x.dtype == residual.dtype
         assert weight.is_contiguous()
         assert weight.shape[0] == size
-        assert out.shape == x.shape
-        assert out.is_contiguous()
         assert residual.shape == x.shape
         assert residual.is_contiguous()
+        out = _output(out, x, (rows, size))
         self._norm(
             self._context,
             _DTYPES[x.dtype],
@@ -256,8 +250,6 @@ class CpuKernels:
         tokens, width = qkv.shape
         head_dim, kv_heads = cache.head_dim, cache.kv_heads
         heads = width // head_dim - 2 * kv_heads
-        if out is None:
-            out = qkv.new_empty((tokens, heads, head_dim))
         assert qkv.dtype == cache.dtype == cos.dtype == sin.dtype == query_weight.dtype == key_weight.dtype
         assert (heads + 2 * kv_heads) * head_dim == width
         assert qkv.stride(1) == 1
@@ -265,14 +257,11 @@ class CpuKernels:
         assert query_weight.is_contiguous()
         assert key_weight.is_contiguous()
         assert cos.shape == sin.shape == (tokens, head_dim // 2)
-        assert cos.stride() == sin.stride()
-        assert cos.stride(1) == 1
+        assert cos.stride() == sin.stride() == (cos.stride(0), 1)
         assert slots.dtype == torch.int64
         assert slots.shape[0] == tokens
         assert slots.is_contiguous()
-        assert out.dtype == qkv.dtype
-        assert out.shape == (tokens, heads, head_dim)
-        assert out.is_contiguous()
+        out = _output(out, qkv, (tokens, heads, head_dim))
         self._rope(
             self._context,
             _DTYPES[qkv.dtype],
@@ -298,13 +287,9 @@ class CpuKernels:
         """silu(gate), rounded to the dtype, times up. gate_up: [T, 2 N], gate first. Returns [T, N]."""
         rows, width = gate_up.shape
         size = width // 2
-        if out is None:
-            out = gate_up.new_empty((rows, size))
         assert width % 2 == 0
         assert gate_up.stride(1) == 1
-        assert out.dtype == gate_up.dtype
-        assert out.shape == (rows, size)
-        assert out.is_contiguous()
+        out = _output(out, gate_up, (rows, size))
         gate = gate_up.data_ptr()
         self._silu(
             self._context,
@@ -321,14 +306,24 @@ class CpuKernels:
     def argmax(self, logits: Tensor, out: Tensor | None = None) -> Tensor:
         """The index of each row's largest element, the lowest index on ties. logits: [T, N]. Returns [T] int64."""
         rows, size = logits.shape
-        if out is None:
-            out = torch.empty(rows, dtype=torch.int64)
         assert size > 0
         assert logits.stride(1) == 1
-        assert out.dtype == torch.int64
-        assert out.shape[0] == rows
-        assert out.is_contiguous()
+        if out is None:
+            out = torch.empty(rows, dtype=torch.int64)
+        else:
+            assert out.dtype == torch.int64
+            assert out.shape == (rows,)
+            assert out.is_contiguous()
         self._argmax(
             self._context, _DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), out.data_ptr(), rows, size
         )
         return out
+
+
+def _output(out: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if out is None:
+        return like.new_empty(shape)
+    assert out.dtype == like.dtype
+    assert out.shape == shape
+    assert out.is_contiguous()
+    return out

@@ -21,7 +21,7 @@ MAIN_SOURCE = "kernels.cpp"
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-w")
 # Tried in order: not every compiler knows every spelling, and a kernel for the plain architecture is better than none.
-CPU_FLAGS = (("-march=native",), ("-mcpu=native",), ())
+NATIVE: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
 COMPILE_TIMEOUT_S = 180
 
 
@@ -29,27 +29,30 @@ class BuildError(Exception):
     """The kernels could not be built; the message says why. Callers carry on without them."""
 
 
-def build(cache_dir: Path | None = None, compilers: Sequence[str] = COMPILERS) -> Path:
+def build(
+    cache_dir: Path | None = None, compilers: Sequence[str] = COMPILERS, target: Sequence[str] | None = None
+) -> Path:
     """The compiled kernels' path, compiled now if the cache has none.
 
     cache_dir: made with mode 0700 when missing; None: `default_cache_dir()`. compilers: names or paths, the first one
-    that exists is used; the environment's CXX goes first. Safe to call from several processes at once: one compiles,
-    the others wait for it.
+    that exists is used; the environment's CXX goes first. target: flags for another CPU than this one.
+    Safe to call from several processes at once: one compiles, the others wait for it.
 
     Raises BuildError when there is no compiler, it fails, or the folder is not private to this user.
     """
     compiler = _find_compiler(compilers)
     folder = default_cache_dir() if cache_dir is None else cache_dir
-    target = folder / f"cpu_kernels-{_fingerprint(compiler)}.so"
+    attempts = NATIVE if target is None else (tuple(target),)
+    built = folder / f"cpu_kernels-{_fingerprint(compiler, attempts)}.so"
     try:
         _make_private(folder)
-        if not _is_ours(target):
+        if not _is_ours(built):
             with _locked(folder / "lock"):
-                if not _is_ours(target):
-                    _compile(compiler, target)
+                if not _is_ours(built):
+                    _compile(compiler, attempts, built)
     except OSError as error:
         raise BuildError(f"cannot use the cache folder {folder}: {error}") from error
-    return target
+    return built
 
 
 def default_cache_dir() -> Path:
@@ -67,13 +70,13 @@ def _find_compiler(compilers: Sequence[str]) -> str:
     raise BuildError(f"no C++ compiler found (looked for $CXX, {', '.join(compilers)})")
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str, attempts: Sequence[Sequence[str]]) -> str:
     """Changes with whatever changes the result: sources, flags, compiler, the CPU that `native` stands for."""
     digest = hashlib.sha256()
     for source in sorted(SOURCE_DIR.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     version = _run([compiler, "--version"])
-    for part in (*FLAGS, *map(str, CPU_FLAGS), compiler, version, platform.platform(), _cpu_features()):
+    for part in (*FLAGS, str(attempts), compiler, version, platform.platform(), _cpu_features()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:24]
 
@@ -88,11 +91,11 @@ def _cpu_features() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
-def _compile(compiler: str, target: Path) -> None:
-    unfinished = target.with_suffix(f".{os.getpid()}")
+def _compile(compiler: str, attempts: Sequence[Sequence[str]], built: Path) -> None:
+    unfinished = built.with_suffix(f".{os.getpid()}")
     errors = []
     try:
-        for cpu_flags in CPU_FLAGS:
+        for cpu_flags in attempts:
             command = [compiler, *FLAGS, *cpu_flags, str(SOURCE_DIR / MAIN_SOURCE), "-o", str(unfinished)]
             try:
                 _run(command)
@@ -100,7 +103,7 @@ def _compile(compiler: str, target: Path) -> None:
                 errors.append(str(error))
                 continue
             unfinished.chmod(0o700)
-            unfinished.replace(target)  # atomic: no process ever sees half a file
+            unfinished.replace(built)  # atomic: no process ever sees half a file
             return
     finally:
         unfinished.unlink(missing_ok=True)

@@ -65,7 +65,7 @@ inline void multiply_panels(const Product<Dot>& p, int panel) {
         const typename Dot::Unit* b = p.b + panel * p.b_panel;
         for (int k = 0; k < p.depth; k++) {
             vf lanes[kPanels];
-            for (int j = 0; j < kPanels; j++) std::memcpy(&lanes[j], b + j * p.b_panel + k * kLanes, sizeof(vf));
+            for (int j = 0; j < kPanels; j++) lanes[j] = load((const float*)(b + j * p.b_panel + k * kLanes));
             for (int r = 0; r < 4; r++) {
                 const typename Dot::Unit x = a[r * p.a_row + k * p.a_depth];
                 for (int j = 0; j < kPanels; j++) sums[r][j] = Dot::multiply_add(x, lanes[j], sums[r][j]);

@@ -1,0 +1,51 @@
+"""The same kernels compiled for lesser CPUs: each path is the fast one somewhere, so all are tested everywhere."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model_worker.cpu_kernels import CpuKernels, load
+from tests.model_worker import test_cpu_kernels_attention as attention
+from tests.model_worker import test_cpu_kernels_elementwise as elementwise
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+# What they can do -> compiler flags. -O1: half the compile time.
+TARGETS: dict[str, tuple[str, ...]] = {"generic": ("-O1",)}
+CPU_INFO = Path("/proc/cpuinfo")
+FEATURES = CPU_INFO.read_text().split() if CPU_INFO.exists() else []
+if "avx2" in FEATURES:
+    TARGETS["avx"] = ("-O1", "-march=x86-64-v3")
+if "avx512_bf16" in FEATURES:
+    TARGETS["avx512_bf16"] = ("-O1", "-march=native", "-mno-amx-tile")
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def kernels(request: pytest.FixtureRequest) -> CpuKernels:
+    loaded = load(threads=2, target=TARGETS[request.param])
+    assert loaded is not None
+    assert loaded.instruction_set == request.param
+    return loaded
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_attention(kernels: CpuKernels, seed: int) -> None:
+    attention.test_decode_and_chunk_rows_in_one_call(kernels, seed)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("head_dim", [8, 40, 128])
+def test_head_dims(kernels: CpuKernels, dtype: torch.dtype, head_dim: int) -> None:
+    attention.test_head_dims(kernels, dtype, head_dim)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_elementwise(kernels: CpuKernels, dtype: torch.dtype) -> None:
+    elementwise.test_rms_norm(kernels, dtype, 3, 100)
+    elementwise.test_add_rms_norm(kernels, dtype, 7, 1024)
+    elementwise.test_qkv_rope_store(kernels, dtype, 5, 4, 2, 64)
+    elementwise.test_qkv_rope_store(kernels, dtype, 3, 3, 1, 40)
+    elementwise.test_silu_mul(kernels, dtype, 9, 3072)
+    elementwise.test_argmax(kernels, dtype, 5, 1000)
+    elementwise.test_argmax_of_special_values(kernels, dtype)
