@@ -46,6 +46,8 @@ def test_experts_multiply_the_rows_that_are_theirs(dtype: torch.dtype) -> None:
     weight.install(matrices.clone())
     counts = [3, 0, 1, 9]
     x = torch.randn(13, 64).to(dtype)
-    expected = torch.cat([part.double() @ m.double().T for part, m in zip(torch.split(x, counts), matrices, strict=True)])
+    expected = torch.cat(
+        [part.double() @ m.double().T for part, m in zip(torch.split(x, counts), matrices, strict=True)]
+    )
     product = weight.multiply_grouped(x, torch.tensor(counts)).double()
     assert (product - expected).norm() / expected.norm() < (1e-6 if dtype == torch.float32 else 3e-3)
