@@ -120,10 +120,27 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
                 _check(name, value)
 
 
+class ThinkingRules(msgspec.Struct, array_like=True, frozen=True):
+    """How a chat's thinking block is told apart and bounded, in token ids.
+
+    start, end: its tags. inside: the prompt has opened it already; else it begins with the first generated token, or
+    there is none. limit: tokens in it, None is any number; when they are spent, `close` is forced, `end` among it.
+    tail: what follows `end` in the template, forced before a grammar begins.
+    """
+
+    start: int
+    end: int
+    inside: bool
+    limit: int | None
+    close: tuple[int, ...]
+    tail: tuple[int, ...]
+
+
 class ResolvedSampling(msgspec.Struct, array_like=True, frozen=True):
     """What one request runs with: every field concrete. `seed` is always set; `max_new_tokens` is a number.
 
-    end_token_ids: the model's end tokens, empty with ignore_eos. Wire rule: new fields at the end, with a default.
+    end_token_ids: the model's end tokens, empty with ignore_eos. thinking: None where nothing depends on the thinking
+    block. grammar: what the output must match (runtime/grammar.py). Wire rule: new fields at the end, with a default.
     """
 
     max_new_tokens: int
@@ -147,6 +164,8 @@ class ResolvedSampling(msgspec.Struct, array_like=True, frozen=True):
     logprobs: bool
     top_logprobs: int
     prompt_logprobs: bool
+    thinking: ThinkingRules | None = None
+    grammar: str | None = None
 
     @property
     def greedy(self) -> bool:

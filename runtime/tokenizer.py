@@ -99,9 +99,18 @@ class Tokenizer:
         token: str | None = self._backend.id_to_token(token_id)
         return token
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a vocabulary entry in the tokenizer's own alphabet, such as an added token; None for no entry."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self._templates)
+
+    def template_mentions(self, text: str) -> bool:
+        """Whether `text` stands in the chat template's source."""
+        return any(text in template.source for template in self._templates.values())
 
     def template_variables(self) -> frozenset[str]:
         """Names that the chat template reads, over all its variants; functions that it is given are not among them."""
@@ -137,6 +146,7 @@ class _ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
+            self.source = text
             self._template = environment.from_string(text)
             names = jinja2.meta.find_undeclared_variables(environment.parse(text))
         except jinja2.TemplateSyntaxError as error:

@@ -198,7 +198,13 @@ class TokenizerManager:
         if not request.ended:  # the client was gone
             self._to_scheduler(
                 AddRequest(
-                    uid, request.rid, prepared.token_ids, prepared.sampling, checked.priority, checked.cache_salt
+                    uid,
+                    request.rid,
+                    prepared.token_ids,
+                    prepared.sampling,
+                    checked.priority,
+                    checked.cache_salt,
+                    prepared.text_format,
                 )
             )
 

@@ -13,11 +13,14 @@ from typing import Any
 
 import msgspec
 
+from runtime.chat_format import TextFormat
 from runtime.child import PipelineSpec
 from runtime.errors import RequestError, TokenizerError
+from runtime.grammar import make_grammar
 from runtime.messages import ClientMessage, Generate
 from runtime.sampling_params import ResolvedSampling, SamplingParams, resolve
 from runtime.tokenizer import Tokenizer
+from tokenizer_manager.chat import text_format, thinking_rules
 
 BYTES_PER_TOKEN = 16  # text beyond this many bytes for each token of the context is not even tokenized
 MIN_TEXT_BYTES = 64 * 1024
@@ -74,6 +77,10 @@ class Checked(msgspec.Struct, frozen=True):
     priority: int
     cache_salt: str
     template_kwargs: dict[str, Any]
+    json_schema: str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    max_thinking_tokens: int | None = None
 
     @property
     def n(self) -> int:
@@ -81,11 +88,12 @@ class Checked(msgspec.Struct, frozen=True):
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """token_ids: int32 bytes."""
+    """token_ids: int32 bytes. text_format: of a chat."""
 
     token_ids: bytes
     num_tokens: int
     sampling: ResolvedSampling
+    text_format: TextFormat | None = None
 
 
 def read_frame(frame: bytes, limits: Limits) -> ClientMessage | Unreadable:
@@ -118,6 +126,13 @@ def check(message: Generate, limits: Limits, tokenizer: Tokenizer) -> Checked:
         if message.messages is None:
             raise RequestError("template_kwargs go with messages only; leave them out", field="template_kwargs")
         _check_template_kwargs(kwargs, tokenizer)
+    if message.max_thinking_tokens is not None:
+        if message.messages is None:
+            raise RequestError("max_thinking_tokens goes with messages only; leave it out", field="max_thinking_tokens")
+        if not 0 <= message.max_thinking_tokens < 2**31:
+            raise RequestError(
+                f"max_thinking_tokens={message.max_thinking_tokens}: must be 0 or more", field="max_thinking_tokens"
+            )
     salt = message.cache_salt or ""
     if len(salt) > MAX_SALT_CHARS:
         raise RequestError(f"cache_salt has {len(salt)} characters: at most {MAX_SALT_CHARS}", field="cache_salt")
@@ -134,11 +149,16 @@ def check(message: Generate, limits: Limits, tokenizer: Tokenizer) -> Checked:
         message.priority,
         salt,
         kwargs,
+        message.json_schema,
+        message.regex,
+        message.choice,
+        message.max_thinking_tokens,
     )
 
 
 def prepare(request: Checked, tokenizer: Tokenizer, spec: PipelineSpec, limits: Limits) -> Prepared:
     """Token ids and concrete sampling parameters; for a thread, it may take long. Raises RequestError."""
+    chat = None
     if request.input_ids is not None:
         packed = request.input_ids
         num_tokens = _check_ids(packed, spec.model.vocab_size)
@@ -146,6 +166,7 @@ def prepare(request: Checked, tokenizer: Tokenizer, spec: PipelineSpec, limits: 
         if request.messages is not None:
             text = tokenizer.apply_chat_template(request.messages, **request.template_kwargs)
             _check_text(text, limits, "messages")
+            chat = text_format(text, request.template_kwargs, tokenizer)
         else:
             assert request.prompt is not None
             text = request.prompt
@@ -162,7 +183,17 @@ def prepare(request: Checked, tokenizer: Tokenizer, spec: PipelineSpec, limits: 
         context_length=spec.context_length,
         vocab_size=spec.model.vocab_size,
     )
-    return Prepared(packed, num_tokens, sampling)
+    grammar = make_grammar(request.json_schema, request.regex, request.choice)
+    if grammar is not None:
+        _check_grammar_goes_with(sampling)
+    thinking = None
+    if chat is not None:
+        thinking = thinking_rules(
+            chat, request.max_thinking_tokens, grammar is not None, request.template_kwargs, tokenizer
+        )
+    if grammar is not None or thinking is not None:
+        sampling = msgspec.structs.replace(sampling, grammar=grammar, thinking=thinking)
+    return Prepared(packed, num_tokens, sampling, chat)
 
 
 def check_tokenizer(tokenizer: Tokenizer, spec: PipelineSpec) -> None:
@@ -172,6 +203,18 @@ def check_tokenizer(tokenizer: Tokenizer, spec: PipelineSpec) -> None:
             f"{spec.tokenizer_folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocab_size "
             f"is {spec.model.vocab_size}; pass the model's own tokenizer with --tokenizer-path"
         )
+
+
+def _check_grammar_goes_with(sampling: ResolvedSampling) -> None:
+    """A grammar decides where the output ends. Raises RequestError for what contradicts that."""
+    for field, why in (
+        ("ignore_eos", "the output ends where the grammar does"),
+        ("min_new_tokens", "the grammar may end the output earlier"),
+    ):
+        if getattr(sampling, field):
+            raise RequestError(f"{field} does not go with json_schema, regex or choice: {why}", field=field)
+    if not sampling.end_token_ids:
+        raise RequestError("json_schema, regex and choice need a model with an end token; this one names none")
 
 
 def _rid_of(frame: bytes) -> str | None:
@@ -261,8 +304,14 @@ def _check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: Tokenizer) -> N
     for name, value in kwargs.items():
         if name in RESERVED:
             raise RequestError(f"{name} cannot be passed to the chat template; leave it out", field=name)
+        if name == "tools" and not _is_tools(value):
+            raise RequestError("tools must be a list of objects", field="tools")
         if name not in known and value is not None and value is not False:  # what is off asks for nothing
             raise RequestError(f"{name} is not used by this model's chat template; leave it out", field=name)
+
+
+def _is_tools(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(tool, dict) for tool in value))
 
 
 def _check_depth(value: Any, field: str) -> None:

@@ -186,7 +186,24 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown field": ({"prompt": "x", "sampling": {"topp": 2}}, "topp", "no sampling parameter"),
     "wrong type": ({"prompt": "x", "sampling": {"stop": [1]}}, "stop", "`str`"),
     "sampling no map": ({"prompt": "x", "sampling": [1]}, "sampling", "`object`"),
-    "not yet": ({"prompt": "x", "sampling": {"n": 2}}, "n", "not supported yet"),
+    "too many samples": ({"prompt": "x", "sampling": {"n": 65}}, "n", "n=65"),
+    "bad schema": ({"prompt": "x", "json_schema": '{"type": "thing"}'}, "json_schema", "Invalid type: thing"),
+    "bad regex": ({"prompt": "x", "regex": "(a"}, "regex", "unclosed group"),
+    "two grammars": ({"prompt": "x", "regex": "a", "choice": ["b"]}, "choice", "not regex and choice"),
+    "grammar without an end": (
+        {"prompt": "x", "regex": "a", "sampling": {"ignore_eos": True}}, "ignore_eos", "does not go with",
+    ),
+    "grammar and a minimum": (
+        {"prompt": "x", "choice": ["a"], "sampling": {"min_new_tokens": 2}}, "min_new_tokens", "does not go with",
+    ),
+    "thinking without chat": ({"prompt": "x", "max_thinking_tokens": 3}, "max_thinking_tokens", "messages only"),
+    "thinking without tags": (
+        {"messages": [{"role": "user", "content": "x"}], "max_thinking_tokens": 3},
+        "max_thinking_tokens", "no thinking block",
+    ),
+    "tools are no objects": (
+        {"messages": [{"role": "user", "content": "x"}], "template_kwargs": {"tools": ["f"]}}, "tools", "list of",
+    ),
     "long salt": ({"prompt": "x", "cache_salt": "s" * 300}, "cache_salt", "300"),
     "priority": ({"prompt": "x", "priority": 2**40}, "priority", "priority="),
     "kwargs without chat": ({"prompt": "x", "template_kwargs": {"tools": []}}, "template_kwargs", "messages only"),

@@ -1,0 +1,87 @@
+"""What the chat format adds to a request: how its text is taken apart, thinking budgets, grammars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import vibe_sgl_lite
+from runtime.chat_format import TextFormat
+from runtime.child import PipelineSpec
+from runtime.errors import RequestError
+from runtime.messages import Generate
+from runtime.sampling_params import ThinkingRules
+from runtime.tokenizer import Tokenizer
+from tests.tokenizer_manager.harness import make_spec
+from tokenizer_manager.validate import Limits, Prepared, check, prepare
+
+FOLDER = Path(vibe_sgl_lite.__file__).parent / "models" / "tiny"
+TOKENIZER = Tokenizer.from_folder(FOLDER)
+HI = [{"role": "user", "content": "hi"}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+OPEN, CLOSE = TOKENIZER.encode("<think>")[0], TOKENIZER.encode("</think>")[0]
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> PipelineSpec:
+    spec = make_spec(tmp_path_factory.mktemp("spec"))
+    model = msgspec.structs.replace(spec.model, vocab_size=2048, eos_token_ids=(2041, 2039))
+    return msgspec.structs.replace(spec, model=model)
+
+
+def prepared(spec: PipelineSpec, tokenizer: Tokenizer = TOKENIZER, **fields: Any) -> Prepared:
+    values: dict[str, Any] = {"rid": "r", "prompt": None, "input_ids": None, "messages": None}
+    message = Generate(**values | {"sampling": msgspec.Raw(msgspec.msgpack.encode({}))} | fields)
+    limits = Limits.of(spec.context_length)
+    return prepare(check(message, limits, tokenizer), tokenizer, spec, limits)
+
+
+def test_only_chats_are_taken_apart(spec: PipelineSpec) -> None:
+    assert prepared(spec, prompt="hi").text_format is None
+    assert prepared(spec, messages=HI).text_format == TextFormat(think=True)
+    with_tools = prepared(spec, messages=HI, template_kwargs={"tools": [TOOL], "enable_thinking": False})
+    assert with_tools.text_format == TextFormat(think=True, tools=True)
+
+
+def test_a_template_that_opens_the_block(spec: PipelineSpec) -> None:
+    backend = TOKENIZER._backend  # the same vocabulary, another template
+    always = Tokenizer(backend, {"chat_template": "{{ messages[0].content }}<think>\n{# </think> #}"})
+    got = prepared(spec, always, messages=HI, max_thinking_tokens=5)
+    assert got.text_format == TextFormat(think=True, inside=True)
+    assert got.sampling.thinking is not None
+    assert got.sampling.thinking.inside
+
+
+def test_a_template_without_thinking(spec: PipelineSpec) -> None:
+    plain = Tokenizer(TOKENIZER._backend, {"chat_template": "{{ messages[0].content }}"})
+    assert prepared(spec, plain, messages=HI).text_format == TextFormat()
+    with pytest.raises(RequestError, match="no thinking block"):
+        prepared(spec, plain, messages=HI, max_thinking_tokens=5)
+
+
+def test_a_budget_becomes_rules_for_the_ranks(spec: PipelineSpec) -> None:
+    assert prepared(spec, messages=HI).sampling.thinking is None
+    rules = prepared(spec, messages=HI, max_thinking_tokens=7).sampling.thinking
+    close = tuple(TOKENIZER.encode("\n</think>\n\n"))
+    tail = close[close.index(CLOSE) + 1 :]
+    assert rules == ThinkingRules(OPEN, CLOSE, False, 7, close, tail)
+    assert TOKENIZER.decode(rules.close) == "\n</think>\n\n"
+    assert TOKENIZER.decode(rules.tail) == "\n\n"
+    off = {"enable_thinking": False}
+    assert prepared(spec, messages=HI, max_thinking_tokens=7, template_kwargs=off).sampling.thinking is None
+
+
+def test_a_grammar_knows_of_the_thinking_block(spec: PipelineSpec) -> None:
+    got = prepared(spec, messages=HI, choice=["yes", "no"]).sampling
+    assert got.grammar is not None
+    assert got.thinking is not None
+    assert (got.thinking.limit, got.thinking.inside) == (None, False)
+    for raw in (
+        prepared(spec, prompt="hi", regex="a+").sampling,
+        prepared(spec, messages=HI, regex="a+", template_kwargs={"enable_thinking": False}).sampling,
+    ):
+        assert raw.grammar is not None
+        assert raw.thinking is None
