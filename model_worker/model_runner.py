@@ -6,17 +6,21 @@ the same tokens.
 
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model_worker.batch import SlotStates, StepInput, unpack
+from model_worker.constraints import Constraints, StepMask
+from model_worker.grammar import GrammarLibrary
 from model_worker.kv_pool import KVPool
 from model_worker.prompt_logprobs import PromptLogprobs, PromptScores
 from model_worker.sampler import SampleOutput, Sampler
 from qwen3.attention_backend import AttentionBackend
 from qwen3.model import Qwen3
+from runtime.errors import EngineError
 from runtime.messages import FailedRow, ForwardBatch, NewSlot, RowLogprobs, StepResult, TokenLogprob, pack_ids
 from runtime.sampling_params import SamplingParams, resolve
 
@@ -34,12 +38,18 @@ class ModelRunner:
         *,
         max_slots: int,
         context_length: int,
+        tokenizer_file: Path | None = None,
     ) -> None:
+        """tokenizer_file: tokenizer.json, for grammars; without it no request may have one."""
         self.model = model
         self.pool = pool
         self.backend = backend
         self.slots = SlotStates(max_slots, context_length, pool.page_size, pool.padding_page, model.device)
         self.sampler = Sampler(model.config.vocab_size, model.parallel.tp, self.slots.tokens)
+        library = None
+        if tokenizer_file is not None:
+            library = GrammarLibrary(tokenizer_file, model.config.vocab_size, model.config.eos_token_ids)
+        self.constraints = Constraints(model.config.vocab_size, self.sampler.vocab, library)
         self.prompt_logprobs = PromptLogprobs(self._logits, self.sampler, self.slots.tokens)
 
     @torch.inference_mode()
@@ -50,22 +60,27 @@ class ModelRunner:
         step = self.slots.prepare()
         if len(step.slots) == 0:
             return StepResult(step=batch.step, token_ids=b"", total_s=time.perf_counter() - started)
+        mask = self.constraints.begin(step.sampling_slots)
         hidden = self.model.forward(step.token_ids, step.positions, self.backend, step.metadata)
         failed = _failed_rows(hidden, step)
         forward_done = time.perf_counter()
         token_ids = np.full(len(step.slots), -1, dtype=np.int32)
         prompts = self.prompt_logprobs.of_step(hidden, step)
         sampled: dict[int, TokenLogprob] = {}
+        stuck: list[FailedRow] = []
         if len(step.sampling_rows):
-            output = self._sample(hidden, step)
+            output = self._sample(hidden, step, mask)
             token_ids[step.sampling_rows] = output.token_ids.cpu().numpy()
+            self.constraints.accept(step.sampling_slots, token_ids[step.sampling_rows].tolist())
+            if mask is not None:
+                stuck = [FailedRow(row, EngineError.code) for row in step.sampling_rows[mask.failed].tolist()]
             token_ids[failed] = -1
             if output.logprobs is not None:
                 sampled = {int(step.sampling_rows[row]): entry for row, entry in output.logprobs.entries()}
         return StepResult(
             step=batch.step,
             token_ids=token_ids.tobytes(),
-            failed=[FailedRow(row) for row in failed],
+            failed=[FailedRow(row) for row in failed] + stuck,
             logprobs=_merge(sampled, prompts, failed),
             forward_s=forward_done - started,
             total_s=time.perf_counter() - started,
@@ -97,14 +112,16 @@ class ModelRunner:
         for slot in unpack(batch.released).tolist():
             self.sampler.release(slot)
             self.prompt_logprobs.release(slot)
+            self.constraints.release(slot)
         for new in batch.new:
             self.sampler.admit(new.slot, new.sampling, new.num_prompt_tokens)
             self.prompt_logprobs.admit(new.slot, new.sampling, new.num_prompt_tokens)
+            self.constraints.admit(new.slot, new.sampling, unpack(new.token_ids)[new.num_prompt_tokens :].tolist())
 
-    def _sample(self, hidden: Tensor, step: StepInput) -> SampleOutput:
+    def _sample(self, hidden: Tensor, step: StepInput, mask: StepMask | None) -> SampleOutput:
         """Tokens for the rows at their end; they are also put behind their slots' tokens."""
         logits = self._logits(hidden[step.last_tokens])
-        sampled = self.sampler.sample(logits, step.sampling_slots, step.sampling_positions)
+        sampled = self.sampler.sample(logits, step.sampling_slots, step.sampling_positions, mask)
         self.slots.append(step, sampled.token_ids)
         return sampled
 

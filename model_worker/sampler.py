@@ -1,9 +1,9 @@
 """The sampler: from a step's logits to one token a row, exact, the same on every rank and in any batch.
 
-Order: penalties and bias -> temperature -> top-k -> top-p (renormalised after top-k) -> min-p -> draw. Ties of logits
-go to the lowest id everywhere: in the greedy argmax, in who is among the k best, in which of a nucleus's last equals
-stay. The draw is Gumbel-max: argmax of logit / temperature + noise(seed, position, token id), see noise.py. So a row's
-token depends on its own logits, parameters, seed and position, and on nothing else.
+Order: penalties and bias, mask -> temperature -> top-k -> top-p (renormalised after top-k) -> min-p -> draw. Ties of
+logits go to the lowest id everywhere: in the greedy argmax, in who is among the k best, in which of a nucleus's last
+equals stay. The draw is Gumbel-max: argmax of logit / temperature + noise(seed, position, token id), see noise.py. So
+a row's token depends on its own logits, parameters, seed and position, and on nothing else.
 
 Rows share one pass: one read of the logits finds every row's best blocks; greedy rows need no more, filtered rows are
 decided on a few sorted candidates, and only a row whose cut lies beyond them (or that has no filter) goes over its
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from model_worker.constraints import StepMask
 from model_worker.noise import counters, gumbel, row_keys
 from model_worker.sampling_adjust import LogitAdjuster
 from model_worker.sampling_candidates import BlockMaxima, RowSet, argmax, top_over_ranks, unpack
@@ -66,10 +67,16 @@ class Sampler:
         """The slot is free again."""
         self.slots.release(slot)
 
-    def sample(self, logits: Tensor, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> SampleOutput:
+    def sample(
+        self,
+        logits: Tensor,
+        slots: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        mask: StepMask | None = None,
+    ) -> SampleOutput:
         """Draw one token a row.
 
-        logits: [rows, vocab / ranks] float32 or bfloat16, contiguous; overwritten where penalties or biases apply.
+        logits: [rows, vocab / ranks] float32 or bfloat16, contiguous; overwritten by penalties, biases and the mask.
         slots: int64 [rows] on the host, each occupied. positions: int64 [rows] on the host, the index in the whole
         sequence (prompt and generated) of the token being drawn: the number of tokens known so far.
         Every rank of the group calls it with the same slots and positions. A row with NaN gives some id in range.
@@ -79,7 +86,10 @@ class Sampler:
         plan = self.slots.plan(slots)
         raw = logits[plan.logprob_rows] if plan.logprob_rows else None
         device_positions = torch.from_numpy(positions).to(logits.device)
-        token_ids = self._draw(self._adjuster.adjust(logits, plan, device_positions, positions), plan, device_positions)
+        adjusted = self._adjuster.adjust(logits, plan, device_positions, positions)
+        if mask is not None:
+            mask.apply(adjusted)
+        token_ids = self._draw(adjusted, plan, device_positions)
         logprobs = None
         if raw is not None:
             chosen = token_ids[plan.logprob_rows]

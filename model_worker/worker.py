@@ -5,11 +5,13 @@ It joins its groups, loads its share of the weights, takes its KV pool, says tha
 """
 
 import logging
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import msgspec
 import torch
 import zmq
 
@@ -17,16 +19,20 @@ from model_worker.compute import choose_compute
 from model_worker.kv_pool import KVPool, choose_num_pages
 from model_worker.model_runner import ModelRunner
 from model_worker.parallel import init_parallel
+from model_worker.rank_digest import RankDigest
 from model_worker.weights import load_dummy_weights, load_weights
 from qwen3.checkpoint import weight_bytes
 from qwen3.model import Qwen3
+from qwen3.moe import DispatchKind
 from qwen3.parallel import ParallelState
 from runtime.channels import Receiver, Sender
 from runtime.child import HEARTBEAT_S, Child, PipelineSpec, run_child
-from runtime.messages import ForwardBatch, RankInput, RankReady, Shutdown, StopRank
+from runtime.messages import ForwardBatch, RankInput, RankReady, Shutdown, StepResult, StopRank
 from runtime.spawn import RANK_PREFIX
 
 RENDEZVOUS_FILE = "rendezvous"  # in the pipeline's private directory
+SHUTDOWN_GRACE_S = 1.0  # for the scheduler's StopRank, which ends all ranks at the same step
+DISPATCH: Mapping[str, DispatchKind] = {"all-reduce": "all_reduce", "all-to-all": "all_to_all"}
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +54,8 @@ def main(child: Child) -> None:
     if outbox is not None:
         outbox.send(RankReady(kv_pages=runner.pool.num_pages, device=spec.device, dtype=spec.dtype))
     child.ready()
-    _serve(child, runner, inbox, outbox)
+    digest = RankDigest(parallel.tp, device) if spec.args.debug_rank_digest else None
+    _serve(child, StepRunner(runner, digest), inbox, outbox)
     inbox.close()
     if outbox is not None:
         outbox.close()
@@ -64,7 +71,7 @@ def build_runner(
     args = spec.args
     dtype: torch.dtype = getattr(torch, spec.dtype)
     compute = choose_compute(dtype, device, spec.model.head_dim)
-    model = Qwen3(spec.model, parallel, dtype, device, compute.operations)
+    model = Qwen3(spec.model, parallel, dtype, device, compute.operations, DISPATCH[args.moe_dispatch])
     progress = _Progress(heartbeat, visible=parallel.rank == 0 and sys.stderr.isatty())
     started = time.monotonic()
     if args.load_format == "dummy":
@@ -99,19 +106,42 @@ def build_runner(
         compute.attention(pool),
         max_slots=args.max_running_requests,
         context_length=spec.context_length,
+        tokenizer_file=Path(spec.tokenizer_folder) / "tokenizer.json",
     )
 
 
-def _serve(child: Child, runner: ModelRunner, inbox: Receiver[RankInput], outbox: Sender | None) -> None:
-    """Run batches until StopRank or Shutdown. Sleeps in a poll while there is nothing to do."""
+class StepRunner:
+    """Runs steps and, with a digest, makes sure that all ranks do the same."""
+
+    def __init__(self, runner: ModelRunner, digest: RankDigest | None) -> None:
+        self._runner = runner
+        self._digest = digest
+
+    def run(self, batch: ForwardBatch) -> StepResult:
+        """Raises RuntimeError when the ranks disagree: before the step about its batch, after it about its tokens."""
+        if self._digest is None:
+            return self._runner.run(batch)
+        self._digest.check(batch.step, "batch", msgspec.msgpack.encode(batch))
+        result = self._runner.run(batch)
+        self._digest.check(batch.step, "sampled tokens", result.token_ids)
+        return result
+
+
+def _serve(child: Child, runner: StepRunner, inbox: Receiver[RankInput], outbox: Sender | None) -> None:
+    """Run batches until StopRank. Sleeps in a poll while there is nothing to do.
+
+    The launcher's Shutdown alone ends the loop a little later: the scheduler gets one too, and its StopRank comes after
+    the last batch, so that no rank leaves in the middle of a step.
+    """
     poller = zmq.Poller()
     poller.register(inbox.socket, zmq.POLLIN)
     poller.register(child.control, zmq.POLLIN)
-    while True:
+    leave_at = math.inf
+    while time.monotonic() < leave_at:
         ready = dict(poller.poll(int(HEARTBEAT_S * 1000)))
         child.heartbeat()
         if child.control in ready and any(isinstance(command, Shutdown) for command in child.commands()):
-            return
+            leave_at = time.monotonic() + SHUTDOWN_GRACE_S
         if inbox.socket not in ready:
             continue
         match inbox.receive(0):
