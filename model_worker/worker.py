@@ -123,7 +123,7 @@ class StepRunner:
             return self._runner.run(batch)
         self._digest.check(batch.step, "batch", msgspec.msgpack.encode(batch))
         result = self._runner.run(batch)
-        self._digest.check(batch.step, "sampled tokens", result.token_ids)
+        self._digest.check(batch.step, "sample", result.token_ids)
         return result
 
 

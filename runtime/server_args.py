@@ -31,10 +31,7 @@ class Flag(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """All settings of one engine, checked when made: ConfigError names flag, value and what is allowed.
-
-    Users' settings come through `make_args`, which also refuses what is not in yet.
-    """
+    """All settings of one engine, checked when made: ConfigError names flag, value and what is allowed."""
 
     model_path: str = "embedded"
     tokenizer_path: str | None = None
@@ -43,6 +40,7 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
     device: str = "auto"
     tp: int = 1
     ep: int = 1
+    moe_dispatch: str = "all-reduce"
     name: str = "default"
     address: str | None = None
     context_length: int | None = None
@@ -59,6 +57,9 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
     seed: int = 0
     step_timeout: float = 30.0
     log_level: str = "info"
+    trace: str | None = None
+    profile: str | None = None
+    debug_rank_digest: bool = False
 
     def __post_init__(self) -> None:
         for field in msgspec.structs.fields(type(self)):
@@ -86,7 +87,18 @@ FLAGS: Mapping[str, Flag] = {
         choices=("auto", "cpu", "cuda"),
     ),
     "tp": Flag(help="tensor parallelism: over how many ranks each layer is split", unit="ranks", low=1, high=1024),
-    "ep": Flag(help="expert parallelism: over how many ranks the experts are split", unit="ranks", low=1, high=1024),
+    "ep": Flag(
+        help="expert parallelism: over how many of the tp ranks the experts are split; each expert is split over the "
+        "tp / ep ranks that share it",
+        unit="ranks",
+        low=1,
+        high=1024,
+    ),
+    "moe_dispatch": Flag(
+        help="how tokens meet their experts: all-reduce adds up what each rank's experts make of all tokens, "
+        "all-to-all sends each token only to the ranks whose experts it chose",
+        choices=("all-reduce", "all-to-all"),
+    ),
     "name": Flag(help="name of this daemon; clients find it under the same name, and several can run side by side"),
     "address": Flag(
         help="where clients connect: ipc://PATH or tcp://127.0.0.1:PORT (port 0 picks a free one; the ready line "
@@ -145,20 +157,24 @@ FLAGS: Mapping[str, Flag] = {
         above_low=True,
     ),
     "log_level": Flag(help="how much is logged to stderr", choices=("debug", "info", "warning", "error")),
-}
-
-# Settings whose work is not in yet: field -> values that work today. Delete a line when its work lands.
-AVAILABLE: Mapping[str, tuple[Any, ...]] = {
-    "tp": (1,),
-    "ep": (1,),
-    "schedule_policy": ("fcfs",),
+    "trace": Flag(
+        help="file to record every input and decision of the scheduler to, for an exact replay; prompts are in it",
+        unset="no trace",
+    ),
+    "profile": Flag(
+        help="folder to write a timeline of steps and requests to, for ui.perfetto.dev", unset="no timeline"
+    ),
+    "debug_rank_digest": Flag(
+        help="compare every step's batch and sampled tokens over all ranks; a difference ends the engine and names "
+        "the step"
+    ),
 }
 
 
 def make_args(values: Mapping[str, Any]) -> ServerArgs:
-    """`ServerArgs` as a user may ask for it, from names with dashes or underscores.
+    """`ServerArgs` from names with dashes or underscores.
 
-    Raises ConfigError for an unknown name, with the nearest known one; for a bad value; and for what is not in yet.
+    Raises ConfigError for an unknown name, with the nearest known one, and for a bad value.
     """
     known: dict[str, Any] = {}
     for key, value in values.items():
@@ -170,12 +186,7 @@ def make_args(values: Mapping[str, Any]) -> ServerArgs:
         if name in known:
             raise ConfigError(f"{key} is set twice, with a dash and with an underscore; keep one", field=key)
         known[name] = value
-    args = ServerArgs(**known)
-    for name, allowed in AVAILABLE.items():
-        value = getattr(args, name)
-        if value not in allowed:
-            raise _bad(name, value, f"is not supported yet; use {', '.join(str(v) for v in allowed)}")
-    return args
+    return ServerArgs(**known)
 
 
 def flag_name(field: str) -> str:

@@ -212,8 +212,8 @@ def main(child: Child) -> None:
         args = child.spec.args
         core = make_core(
             make_config(child.spec, ready.kv_pages, ready.device),
-            trace=getattr(args, "trace", None),
-            profile=getattr(args, "profile", None),
+            trace=args.trace,
+            profile=args.profile,
         )
         child.ready(
             kv_pages=ready.kv_pages, device=ready.device, dtype=ready.dtype, page_size=child.spec.args.page_size

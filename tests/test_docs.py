@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from runtime.server_args import AVAILABLE, FLAGS, ServerArgs, flag_name
+from runtime.server_args import FLAGS, ServerArgs, flag_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -31,12 +31,6 @@ def test_every_flag_is_documented_with_its_default() -> None:
         assert len(text) > 20, field.name
         for choice in flag.choices:
             assert f"`{choice}`" in text, f"{field.name}: {choice}"
-
-
-def test_what_is_not_in_yet_is_said_and_nothing_else() -> None:
-    section = (ROOT / "docs" / "flags.md").read_text().split("## Not in yet", 1)[-1].split("\n## ", 1)[0]
-    said = set(re.findall(r"`(--[a-z-]+)`", section)) if AVAILABLE else set()
-    assert said == {flag_name(name) for name in AVAILABLE}
 
 
 def test_the_readme_tree_names_every_folder_and_nothing_else() -> None:

@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from model_worker.parallel import build_state
+from model_worker.rank_digest import RankDigest
 from qwen3.moe import DispatchKind
 from tests.qwen3.harness import DENSE, MOE, PagedRun, Row, load_model, random_tokens
 
@@ -52,3 +53,16 @@ def all_logits(rank: int, world_size: int, root: Path) -> list[str]:
             np.save(root / f"{folder_of(root, name).name}-ep{ep}-{kind}-{rank}.npy", logits.numpy())
     sockets = psutil.Process().net_connections(kind="inet")
     return [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]
+
+
+def digest_verdicts(rank: int, world_size: int, root: Path) -> list[str]:
+    """What RankDigest says of equal data, and of data that differ on the last rank."""
+    digest = RankDigest(build_state(rank, world_size, 1).tp, torch.device("cpu"))
+    said = []
+    for step, data in ((6, b"same"), (7, b"same" if rank < world_size - 1 else b"other")):
+        try:
+            digest.check(step, "batch", data)
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
