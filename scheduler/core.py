@@ -127,6 +127,11 @@ class Scheduler:
         return self.state.in_flight[0] if self.state.in_flight else None
 
     @property
+    def winding_down(self) -> bool:
+        """No request is there any more, only steps in flight whose results nobody waits for."""
+        return not self.state.requests and bool(self.state.in_flight)
+
+    @property
     def idle(self) -> bool:
         """No request is there and no step in flight."""
         return not self.state.requests and not self.state.in_flight
@@ -134,7 +139,7 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------------- queries
 
     def flush_cache(self) -> int | None:
-        """Empty the radix cache; returns the pages freed. None: refused, requests run or wait."""
+        """Empty the radix cache; returns the pages freed. None: refused, requests run, wait or are winding down."""
         return self.state.memory.cache.flush() if self.idle else None
 
     def stats(self) -> dict[str, int | float | str | bool]:

@@ -87,6 +87,10 @@ class ObservedScheduler:
     def oldest_step(self) -> Step | None:
         return self.core.oldest_step
 
+    @property
+    def winding_down(self) -> bool:
+        return self.core.winding_down
+
     def close(self) -> None:
         """Finish the observers' files."""
         for observer in self._observers:

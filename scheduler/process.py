@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 
 import msgspec
 import zmq
@@ -92,6 +93,7 @@ class SchedulerProcess:
         self.tokenizer_manager = Sender(context, spec.endpoints.tokenizer_manager)
         self.ranks = [Sender(context, spec.endpoints.rank(rank)) for rank in range(spec.args.tp)]
         self._encoder = msgspec.msgpack.Encoder()
+        self._to_do: deque[SchedulerInput] = deque()  # inputs that are read but not yet acted on
         self._shutdown = False
         self._hung = False
         self._last_result_at = 0.0
@@ -132,8 +134,13 @@ class SchedulerProcess:
             self._watch_ranks(core)
 
     def _take_inputs(self, core: Core, outputs: list[Outputs]) -> None:
-        """Aborts append to `outputs`: what ends a request must not overtake the tokens it was just given."""
-        for message in self.inputs.drain(most=MOST_INPUTS):
+        """Aborts append to `outputs`: what ends a request must not overtake the tokens it was just given.
+
+        A flush that comes while the last step is still on its way back waits for it, and what comes later for both.
+        """
+        self._to_do += self.inputs.drain(most=MOST_INPUTS)
+        while self._to_do:
+            message = self._to_do.popleft()
             now = time.monotonic()
             match message:
                 case AddRequest():
@@ -144,6 +151,9 @@ class SchedulerProcess:
                     outputs.append(core.abort(message.uid, now))
                 case StopMatched():
                     core.stop_matched(message.uid, now)
+                case SchedulerQuery(what="flush_cache") if core.winding_down:
+                    self._to_do.appendleft(message)
+                    return
                 case SchedulerQuery():
                     self.tokenizer_manager.send(self._answer(core, message))
 

@@ -19,7 +19,7 @@ from scheduler.page_allocator import PageAllocator
 from scheduler.radix_cache import RadixCache, RadixNode
 
 NUM_PAGES = 24
-EXAMPLES = int(os.environ.get("SCHEDULER_EXAMPLES", "120"))
+EXAMPLES = int(os.environ.get("SCHEDULER_EXAMPLES", "1000"))
 RULES = int(os.environ.get("SCHEDULER_RULES", "50"))
 
 

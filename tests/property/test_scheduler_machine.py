@@ -36,7 +36,7 @@ from scheduler.results import ResultApplier
 from scheduler.state import SchedulerState
 from tests.scheduler.harness import VOCAB, Harness, config, request
 
-EXAMPLES = int(os.environ.get("SCHEDULER_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("SCHEDULER_EXAMPLES", "1000"))
 RULES = int(os.environ.get("SCHEDULER_RULES", "50"))
 POISON = VOCAB + 1
 

@@ -189,6 +189,40 @@ def test_serves_requests_and_stops(folder: str) -> None:
         n.close()
 
 
+def test_a_flush_waits_for_the_last_step(folder: str) -> None:
+    """The request has ended, but overlap has one more step of it in flight; what comes after the flush waits too."""
+    n = Neighbours(folder)
+    try:
+        n.become_ready()
+        n.inputs.send(request(1, [1, 2, 3, 4, 5], max_new_tokens=50))
+        batch = n.batches.receive(10)
+        assert isinstance(batch, ForwardBatch)
+        later = n.batches.receive(10)
+        assert isinstance(later, ForwardBatch)
+        n.inputs.send(AbortRequest(1))
+        n.inputs.send(SchedulerQuery(1, "flush_cache"))
+        n.inputs.send(SchedulerQuery(2, "stats"))
+        n.inputs.send(request(2, [1, 2, 3, 4, 5], max_new_tokens=2))
+        n.results.send(n.rank.run(batch))
+        assert n.tokenizer.receive(0.3) is None
+        assert n.batches.receive(0.0) is None
+        n.results.send(n.rank.run(later))
+        flushed, stats = n.reply(), n.reply()
+        assert isinstance(flushed, SchedulerReply)
+        assert (flushed.qid, flushed.error) == (1, None)
+        assert int(flushed.values["flushed_pages"]) > 0
+        assert isinstance(stats, SchedulerReply)
+        assert (stats.qid, stats.values["kv_pages_free"]) == (2, NUM_PAGES)
+        _, outputs = n.run_rank(until_finished=2)  # the aborted one too
+        tokens = [t for o in outputs if o.uid == 2 for t in unpack_ids(o.token_ids)]
+        assert tokens == reference([1, 2, 3, 4, 5], sampling(max_new_tokens=2))
+        usage = next(o.usage for o in outputs if o.uid == 2 and o.finish is not None)
+        assert usage is not None
+        assert usage.cached_tokens == 0
+    finally:
+        n.close()
+
+
 def test_a_rank_that_hangs_is_named(folder: str) -> None:
     n = Neighbours(folder, step_timeout=0.3)
     try:
