@@ -97,14 +97,26 @@ class EngineBackend:
     """vibe-sgl-lite's own pipeline; `options` are keyword arguments of `LLM`."""
 
     def __init__(self, model: Path, dtype: str, options: dict[str, Any]) -> None:
+        from tokenizers import Tokenizer
+
         from vibe_sgl_lite import LLM, SamplingParams
 
+        self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         self._params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, temperature=0)
         self._llm = LLM(model_path=str(model), dtype=dtype, **options)
 
     def answers(self, conversations: Sequence[list[Message]], *, thinking: bool) -> list[str]:
         outputs = self._llm.chat(list(conversations), self._params, enable_thinking=thinking)
-        return [output.text for output in outputs]
+        return [self._whole_text(output.text, output.token_ids) for output in outputs]
+
+    def _whole_text(self, text: str, token_ids: Sequence[int]) -> str:
+        """The whole turn from its token ids: the engine may leave thinking and tool calls out of `text`.
+
+        Where the engine's own text has another answer than its tokens, that text is returned, so that it shows.
+        """
+        whole: str = self._tokenizer.decode(list(token_ids))
+        spoken = [answer_of(turn).split("<tool_call>")[0].strip("\n") for turn in (whole, text)]
+        return whole if spoken[0] == spoken[1] else text
 
     def close(self) -> None:
         self._llm.close()
