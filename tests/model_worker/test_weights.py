@@ -14,12 +14,14 @@ from qwen3.checkpoint import load_items
 from qwen3.mlp import MLP
 from qwen3.model import Qwen3
 from qwen3.moe import MoEBlock
+from qwen3.operations import TorchOperations
 from qwen3.parallel import Group, ParallelState
 from runtime.errors import UserError, WeightsError
 from runtime.model_config import ModelConfig
 from tests.qwen3.harness import DENSE, MOE, load_model, make_checkpoint
 
 CPU = torch.device("cpu")
+PLAIN = torch.float16  # never packed on a CPU, so that what was loaded can be read back
 
 
 def tensors(model: Qwen3) -> list[torch.Tensor]:
@@ -31,20 +33,23 @@ def test_shards_equal_a_single_file(tmp_path: Path, shape: dict[str, Any]) -> No
     reference = make_checkpoint(tmp_path / "single", shape)
     reference.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
-    single, sharded = tensors(load_model(tmp_path / "single")), tensors(load_model(tmp_path / "sharded"))
+    single, sharded = (
+        tensors(load_model(tmp_path / "single", dtype=PLAIN)),
+        tensors(load_model(tmp_path / "sharded", dtype=PLAIN)),
+    )
     assert all(torch.equal(a, b) for a, b in zip(single, sharded, strict=True))
 
 
 def test_tied_weights_are_held_once(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, DENSE | {"tie_word_embeddings": True})
-    model = load_model(tmp_path)
+    model = load_model(tmp_path, dtype=PLAIN)
     assert model.head.weight.tensor.data_ptr() == model.embedding.weight.tensor.data_ptr()
 
 
 def test_progress_is_told(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, DENSE)
     seen: list[tuple[int, int]] = []
-    model = Qwen3(ModelConfig.from_folder(tmp_path), ParallelState(), torch.float32, CPU)
+    model = Qwen3(ModelConfig.from_folder(tmp_path), ParallelState(), PLAIN, CPU, TorchOperations())
     load_weights(model, tmp_path, lambda done, total: seen.append((done, total)))
     assert seen[0][0] == 0
     assert seen[-1][0] == seen[-1][1] == len(seen) - 1
@@ -55,7 +60,7 @@ def test_dummy_weights_are_seeded_and_random(tmp_path: Path) -> None:
     config = ModelConfig.from_folder(tmp_path)
 
     def dummy(seed: int, parallel: ParallelState | None = None) -> Qwen3:
-        model = Qwen3(config, parallel or ParallelState(), torch.float32, CPU)
+        model = Qwen3(config, parallel or ParallelState(), PLAIN, CPU, TorchOperations())
         load_dummy_weights(model, seed)
         return model
 
@@ -75,7 +80,7 @@ def test_slices_of_all_ranks_make_up_the_whole(tmp_path: Path, tp: int, ep: int,
     config = ModelConfig.from_folder(tmp_path)
 
     def load(parallel: ParallelState) -> Qwen3:
-        model = Qwen3(config, parallel, torch.float32, CPU)
+        model = Qwen3(config, parallel, PLAIN, CPU, TorchOperations())
         if dummy:
             load_dummy_weights(model, 0)
         else:
@@ -122,7 +127,7 @@ def test_slices_of_all_ranks_make_up_the_whole(tmp_path: Path, tp: int, ep: int,
 
 
 def fails(folder: Path, config_folder: Path | None = None) -> str:
-    model = Qwen3(ModelConfig.from_folder(config_folder or folder), ParallelState(), torch.float32, CPU)
+    model = Qwen3(ModelConfig.from_folder(config_folder or folder), ParallelState(), PLAIN, CPU, TorchOperations())
     with pytest.raises(WeightsError) as caught:
         load_weights(model, folder)
     assert isinstance(caught.value, UserError)

@@ -106,6 +106,22 @@ def test_greedy_tokens_do_not_depend_on_chunks_or_batch(
     assert rows[0].tokens[len(prompt) :][:new_tokens] == expected
 
 
+@pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "moe"])
+def test_fp32_logits_are_the_same_bits_in_any_batch(tmp_path: Path, shape: dict[str, Any], compute_name: str) -> None:
+    """Prefilled in the same chunks, alone and beside 9 others, then decoded."""
+    compute = compute_of(compute_name)
+    make_checkpoint(tmp_path, shape)
+    model = load_model(tmp_path, compute=compute)
+    prompts = [random_tokens(150 + 7 * i, seed=i) for i in range(10)]
+    crowd = PagedRun(model, num_pages=1024, compute=compute)
+    rows = [Row(prompt) for prompt in prompts]
+    together = [crowd.step([(row, count) for row in rows]) for count in (100, 40, 1, 1)]
+    for number, prompt in enumerate(prompts):
+        run, row = PagedRun(model, compute=compute), Row(prompt)
+        for count, logits in zip((100, 40, 1, 1), together, strict=True):
+            assert torch.equal(run.step([(row, count)]), logits[number * count : (number + 1) * count])
+
+
 def test_bfloat16_stays_close_to_fp32(tmp_path: Path, compute_name: str) -> None:
     """The packed bf16 path computes the same function; its error is what transformers' own bf16 has, not more."""
     reference = make_checkpoint(tmp_path, DENSE | {"num_hidden_layers": 4})
