@@ -1,29 +1,16 @@
-"""Faults of one rank of several: the right one is named, and every request ends in time."""
+"""Faults of one rank of several, under load: the right one is named, every request ends in time, nothing is left."""
 
 from __future__ import annotations
 
-import secrets
 import signal
-import threading
 import time
 
-import psutil
 import pytest
 
-from runtime.pipeline import Pipeline
-from runtime.server_args import ServerArgs
-from vibe_sgl_lite import Client, EngineDeadError, SamplingParams
+from tests.integration.daemon import running
+from tests.integration.streams import Streams, assert_dead_within
 
-LONG = SamplingParams(max_new_tokens=16_000, temperature=0, ignore_eos=True)
-STEP_TIMEOUT_S = 2.0
-
-
-def rank_process(rank: int) -> psutil.Process:
-    return next(
-        process
-        for process in psutil.Process().children()
-        if "model_worker.worker" in process.cmdline() and process.cmdline()[-1] == str(rank)
-    )
+STEP_TIMEOUT_S = 2
 
 
 @pytest.mark.parametrize(
@@ -35,33 +22,12 @@ def rank_process(rank: int) -> psutil.Process:
     ],
 )
 def test_a_faulty_rank_is_named(victim: int, sent: signal.Signals, within: float, says: str) -> None:
-    name = f"ranks-{secrets.token_hex(4)}"
-    engine = Pipeline(ServerArgs(name=name, tp=2, num_threads=1, step_timeout=STEP_TIMEOUT_S, log_level="error"))
-    engine.start()
-    children = psutil.Process().children()
-    ends: list[tuple[float, str]] = []
-    started = threading.Event()
-
-    def stream(client: Client) -> None:
-        try:
-            for _ in client.stream("Once upon a time", LONG):
-                started.set()
-        except EngineDeadError as error:
-            ends.append((time.monotonic(), str(error)))
-
-    with Client(name=name) as client:
-        threads = [threading.Thread(target=stream, args=(client,)) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        assert started.wait(20)
+    with running("--tp", "2", "--step-timeout", str(STEP_TIMEOUT_S)) as daemon, daemon.client() as client:
+        streams = Streams([client], each=4)
+        streams.wait_running()
         start = time.monotonic()
-        rank_process(victim).send_signal(sent)
-        for thread in threads:
-            thread.join(within + 3)
-        assert len(ends) == 4
-        assert all(at - start < within for at, _ in ends)
-        assert all(says in message for _, message in ends)
-    assert engine.wait(5)
-    assert engine.failure is not None
-    assert engine.failure.startswith(says)
-    assert not any(process.is_running() for process in children)
+        daemon.children()[f"model_worker.{victim}"].send_signal(sent)
+        assert_dead_within(streams, start, within)
+        assert daemon.wait_exit(5) == 1
+        assert daemon.log().splitlines()[-1].startswith(f"error: {says}")
+        assert daemon.survivors(within=0.5) == []
