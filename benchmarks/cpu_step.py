@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/cpu_step.py` finds the packages
 
+import model_worker  # noqa: E402, F401, I001  before torch: settles how its threads wait
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
