@@ -13,6 +13,9 @@ import time
 
 from vibe_sgl_lite import LLM, Client, ConnectError, EngineDeadError, EngineError, RequestError, SamplingParams
 
+# How the thinking block is set off from the answer.
+DIM, PLAIN = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+
 
 def connect(address: str | None, model_path: str | None) -> Client:
     """The daemon that was named; else the default one, unless a model was named or none runs; else our own engine."""
@@ -30,6 +33,7 @@ def connect(address: str | None, model_path: str | None) -> Client:
 def answer(client: Client, history: list[dict[str, str]], params: SamplingParams, thinking: bool | None) -> str:
     """Print the answer while it comes, then how fast it came and how much of the prompt was cached. Returns it."""
     text = ""
+    thought = False  # a thinking block was shown, and nothing after it yet
     start = time.perf_counter()
     first = None  # when the first token came: the speed is that of the tokens after it
     try:
@@ -38,7 +42,12 @@ def answer(client: Client, history: list[dict[str, str]], params: SamplingParams
             for chunk in stream:
                 first = first or time.perf_counter()
                 text += chunk.text
-                print(chunk.text, end="", flush=True)
+                if chunk.reasoning:
+                    print(f"{DIM}{chunk.reasoning}{PLAIN}", end="", flush=True)
+                    thought = True
+                if chunk.text:
+                    print("\n\n" * thought + chunk.text, end="", flush=True)
+                    thought = False
                 if chunk.usage is not None and first is not None:
                     count, took = chunk.usage.completion_tokens, time.perf_counter() - first
                     speed = f", {(count - 1) / took:.1f} tokens/s" if count > 1 and took > 0 else ""

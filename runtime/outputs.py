@@ -43,8 +43,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
     be read as a call stays in the text.
     token_ids: every generated token, the one that ended it included. finish_reason: "stop" (`matched` says which token
     id or string), "length", "abort", or "error" (`error` says why; what was generated before is kept).
-    usage: None when the engine died before it could say. sampling: what the request ran with, its seed included; None
-    when it was never accepted.
+    usage: None when the engine died before it could say. sampling: what the sample ran with, its own seed included;
+    None when the request was never accepted.
     logprobs: one entry a token (token_id, logprob, text, top), if asked for. prompt_logprobs: one a prompt token, the
     first of which is None.
     """
@@ -152,6 +152,9 @@ class _Sample:
 
     def output(self, index: int, request: Collector) -> Output:
         finish = self._finish or Finish("error")  # without one, the request as a whole has failed
+        sampling = request.sampling
+        if index and sampling is not None:
+            sampling = msgspec.structs.replace(sampling, seed=(sampling.seed + index) % 2**64)
         return Output(
             rid=request.rid,
             text="".join(self._texts),
@@ -159,7 +162,7 @@ class _Sample:
             finish_reason=finish.reason,
             matched=finish.matched,
             usage=self._usage,
-            sampling=request.sampling,
+            sampling=sampling,
             error=self.error if self._finish is not None else request.error,
             logprobs=self._logprobs,
             prompt_logprobs=self._prompt_logprobs,

@@ -25,7 +25,7 @@ def samples(request: Generate) -> list[ServerMessage]:
 
 
 def test_n_samples_are_a_list_a_prompt(tmp_path: Path) -> None:
-    params = SamplingParams(n=3)
+    params = SamplingParams(n=3, seed=5)
     with fake_engine(tmp_path, samples) as engine, Client(engine.address) as client:
         outputs: Any = client.generate("abc", params)
         assert [(out.index, out.text, out.finish_reason) for out in outputs] == [
@@ -34,6 +34,8 @@ def test_n_samples_are_a_list_a_prompt(tmp_path: Path) -> None:
             (2, "cba", "stop"),
         ]
         assert len({out.rid for out in outputs}) == 1
+        seeds = [out.sampling.seed for out in outputs]
+        assert [seed - seeds[0] for seed in seeds] == [0, 1, 2]
         several: Any = client.generate(["ab", "xy"], params)
         assert [[out.text for out in outputs] for outputs in several] == [["ab", "ab", "ba"], ["xy", "xy", "yx"]]
         texts = ["", "", ""]
