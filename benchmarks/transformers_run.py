@@ -21,7 +21,7 @@ from benchmarks.report import Timeline, summarize
 from benchmarks.workloads import PREFILL_LEN, Workload, prefill_prompt
 
 
-class Clock(StoppingCriteria):  # type: ignore[misc]
+class Clock(StoppingCriteria):
     """Notes the time of every step and ends each row at its own length."""
 
     def __init__(self, prompt_len: int, output_lens: list[int]) -> None:
@@ -40,7 +40,9 @@ def load(job: dict[str, Any]) -> Any:
     if job["load_format"] == "dummy":
         torch.manual_seed(job["seed"])
         torch.set_default_dtype(dtype)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job["model_folder"]))
+        config = AutoConfig.from_pretrained(job["model_folder"])
+        auto: Any = AutoModelForCausalLM  # its from_config is untyped
+        model = auto.from_config(config)
         torch.set_default_dtype(torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(job["model_folder"], dtype=dtype)
