@@ -12,8 +12,14 @@ from typing import Any
 import pytest
 import uvloop
 
-from runtime.connection import ClosedError, ConnectError
-from runtime.errors import EngineDeadError, KVExhaustedError, OverloadedError, RequestError
+from runtime.errors import (
+    ClosedError,
+    ConnectError,
+    EngineDeadError,
+    KVExhaustedError,
+    OverloadedError,
+    RequestError,
+)
 from runtime.messages import Abort, ErrorInfo, Finish, Generate, Goodbye, Ping, Refused
 from tests.runtime.fake_engine import MODEL, FakeEngine, accepted, answer, chunk, failing, fake_engine, silent
 from vibe_sgl_lite import AsyncClient, SamplingParams
