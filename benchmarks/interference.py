@@ -1,0 +1,126 @@
+"""What a long prompt does to running streams: gaps between their tokens with and without it.
+
+    python benchmarks/interference.py
+    python benchmarks/interference.py --prompt-len 4000 --model-path ../shared/models/qwen3-0.6b --load-format dummy
+
+A few streams generate. Their gaps are taken for some seconds (`without`), then from the moment when a long prompt is
+sent to its first token (`with`); both in turns, `--rounds` times, the prompt a new one each time. Prints a table and,
+last, one JSON line. The figure to look at is p99 with the prompt over the median without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that `python benchmarks/interference.py` finds the benchmarks package
+
+from benchmarks.options import parse_with_engine_flags, vocab_size_of  # noqa: E402
+from benchmarks.report import percentiles  # noqa: E402
+from benchmarks.workloads import prefill_prompt  # noqa: E402
+from vibe_sgl_lite import LLM, AsyncClient, SamplingParams  # noqa: E402
+
+STREAM_PROMPT_LEN = 64
+SETTLED = 30  # tokens of each stream before anything is taken
+
+
+class Gaps:
+    """Seconds between a stream's chunks, taken while `into` is a list."""
+
+    def __init__(self) -> None:
+        self.into: list[float] | None = None
+        self.chunks: list[int] = []
+
+    async def follow(self, client: AsyncClient, ids: list[int], max_new_tokens: int) -> None:
+        index = len(self.chunks)
+        self.chunks.append(0)
+        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0, ignore_eos=True)
+        last = time.perf_counter()
+        async for _ in client.stream(input_ids=ids, sampling_params=params):
+            now = time.perf_counter()
+            if self.into is not None:
+                self.into.append(now - last)
+            last = now
+            self.chunks[index] += 1
+        raise RuntimeError("a stream ended before the measurement did: take fewer rounds or a shorter prompt")
+
+
+async def measure(address: str, options: argparse.Namespace, vocab_size: int, context: int) -> dict[str, Any]:
+    """Gaps with and without, and the long prompts' times to the first token, in seconds."""
+    alone: list[float] = []
+    beside: list[float] = []
+    ttft: list[float] = []
+    gaps = Gaps()
+    async with AsyncClient(address=address) as client:
+        streams = [
+            asyncio.create_task(
+                gaps.follow(client, prefill_prompt(vocab_size, 100 + n, STREAM_PROMPT_LEN), context - STREAM_PROMPT_LEN)
+            )
+            for n in range(options.streams)
+        ]
+        try:
+            while len(gaps.chunks) < options.streams or min(gaps.chunks) < SETTLED:
+                await asyncio.sleep(0.05)
+            for round_ in range(options.rounds):
+                gaps.into = alone
+                await asyncio.sleep(options.seconds)
+                prompt = prefill_prompt(vocab_size, round_, options.prompt_len)
+                gaps.into = beside
+                began = time.perf_counter()
+                await client.generate(
+                    input_ids=prompt, sampling_params=SamplingParams(max_new_tokens=1, temperature=0, ignore_eos=True)
+                )
+                ttft.append(time.perf_counter() - began)
+                gaps.into = None
+            for stream in streams:
+                if stream.done():
+                    stream.result()
+        finally:
+            for stream in streams:
+                stream.cancel()
+            await asyncio.gather(*streams, return_exceptions=True)
+    return {"without": alone, "with": beside, "ttft": ttft}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog="Every other --flag VALUE goes to the engine, for example --chunked-prefill-size 2048.",
+    )  # fmt: skip
+    parser.add_argument("--streams", type=int, default=8, help="running streams (8)")
+    parser.add_argument("--prompt-len", type=int, default=16_000, help="tokens of the prompt that arrives (16000)")
+    parser.add_argument("--rounds", type=int, default=2, help="how often it arrives (2)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of running streams alone before each (4)")
+    options, settings = parse_with_engine_flags(parser)
+    with LLM(**settings) as llm:
+        context = llm.model.context_length
+        raw = asyncio.run(measure(llm.address, options, vocab_size_of(options.model_path), context))
+    figures = {name: percentiles(raw[name]) | {"count": len(raw[name])} for name in ("without", "with")}
+    median = figures["without"]["p50"]
+    result = {
+        "benchmark": "interference", "model": Path(options.model_path).name, "dtype": options.dtype,
+        "streams": options.streams, "prompt_tokens": options.prompt_len,
+        "gap_ms": {name: f | {"max": round(max(raw[name]) * 1e3, 3)} for name, f in figures.items()},
+        "p99_with_over_p50_without": round(figures["with"]["p99"] / median, 2),
+        "p99_with_over_p99_without": round(figures["with"]["p99"] / figures["without"]["p99"], 2),
+        "ttft_s": [round(seconds, 2) for seconds in raw["ttft"]],
+    }  # fmt: skip
+    print(f"{options.streams} streams, {result['model']} {options.dtype}; a prompt of {options.prompt_len} tokens")
+    print(f"{'gap, ms':<12}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}{'gaps':>10}")
+    for name, f in result["gap_ms"].items():
+        print(f"{name:<12}" + "".join(f"{f[key]:>10}" for key in ("p50", "p90", "p99", "max", "count")))
+    print(
+        f"p99 with / p50 without: {result['p99_with_over_p50_without']}, p99 with / p99 without: "
+        f"{result['p99_with_over_p99_without']}; first token of the long prompt after {result['ttft_s']} s"
+    )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
