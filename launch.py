@@ -23,6 +23,7 @@ READY = (
     "ready {address} model={model} device={device} dtype={dtype} tp={tp} kv_pages={kv_pages} page_size={page_size} "
     "startup={startup:.2f}"
 )
+READY_NODE = "ready node={node} ranks={ranks} startup={startup:.2f}"  # of a node that only hosts ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +56,7 @@ def _serve(pipeline: Pipeline) -> int:
         if signals and pipeline.failure is None:
             return 0
         raise
-    print(READY.format(**facts), flush=True)  # noqa: T201
+    print((READY_NODE if "node" in facts else READY).format(**facts), flush=True)  # noqa: T201
     pipeline.wait()
     return 0 if pipeline.failure is None else _fail(pipeline.failure, 1)
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -18,8 +19,9 @@ import zmq
 from model_worker.compute import choose_compute
 from model_worker.kv_pool import KVPool, choose_num_pages
 from model_worker.model_runner import ModelRunner
-from model_worker.parallel import init_parallel
+from model_worker.parallel import init_parallel, init_parallel_nodes, relay_group
 from model_worker.rank_digest import RankDigest
+from model_worker.relay import BatchRelay
 from model_worker.weights import load_dummy_weights, load_weights
 from qwen3.checkpoint import weight_bytes
 from qwen3.model import Qwen3
@@ -28,10 +30,16 @@ from qwen3.parallel import ParallelState
 from runtime.channels import Receiver, Sender
 from runtime.child import HEARTBEAT_S, Child, PipelineSpec, run_child
 from runtime.messages import ForwardBatch, RankInput, RankReady, Shutdown, StepResult, StopRank
+from runtime.server_args import flag_name, split_host_port
 from runtime.spawn import RANK_PREFIX
 
 RENDEZVOUS_FILE = "rendezvous"  # in the pipeline's private directory
 SHUTDOWN_GRACE_S = 1.0  # for the scheduler's StopRank, which ends all ranks at the same step
+# Settings that nodes may have of their own.
+NODES_OWN = {
+    "model_path", "tokenizer_path", "name", "address", "node_rank", "dist_init_addr", "num_threads", "device", "dtype",
+    "context_length", "log_level", "trace", "profile",
+}  # fmt: skip
 DISPATCH: Mapping[str, DispatchKind] = {"all-reduce": "all_reduce", "all-to-all": "all_to_all"}
 
 log = logging.getLogger(__name__)
@@ -40,25 +48,53 @@ log = logging.getLogger(__name__)
 def main(child: Child) -> None:
     """One rank's life, from its groups to the end of its loop."""
     spec, rank = child.spec, _rank()
+    args = spec.args
     # Bound before the slow part, so that the scheduler can connect and send at any time.
-    inbox: Receiver[RankInput] = Receiver(child.context, spec.endpoints.rank(rank), RankInput)
+    inbox: Receiver[RankInput] | None = None
+    if args.node_rank == 0:
+        inbox = Receiver(child.context, spec.endpoints.rank(rank), RankInput)
     outbox = Sender(child.context, spec.endpoints.results) if rank == 0 else None
 
-    device = torch.device("cpu") if spec.device == "cpu" else torch.device(spec.device, rank)
+    index = rank - args.local_ranks.start
+    device = torch.device("cpu") if spec.device == "cpu" else torch.device(spec.device, index)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    rendezvous = Path(spec.endpoints.directory) / RENDEZVOUS_FILE
-    parallel = init_parallel(rank, spec.args.tp, spec.args.ep, device, rendezvous)
+    parallel, relay = _join(spec, rank, device)
     runner = build_runner(spec, parallel, device, child.heartbeat)
     runner.warm_up()
     if outbox is not None:
         outbox.send(RankReady(kv_pages=runner.pool.num_pages, device=spec.device, dtype=spec.dtype))
     child.ready()
-    digest = RankDigest(parallel.tp, device) if spec.args.debug_rank_digest else None
-    _serve(child, StepRunner(runner, digest), inbox, outbox)
-    inbox.close()
+    steps = StepRunner(runner, RankDigest(parallel.tp, device) if args.debug_rank_digest else None)
+    if inbox is None:
+        assert relay is not None
+        _follow(child, steps, relay)
+    else:
+        _serve(child, steps, inbox, outbox, relay)
+        inbox.close()
     if outbox is not None:
         outbox.close()
+
+
+def _join(spec: PipelineSpec, rank: int, device: torch.device) -> tuple[ParallelState, BatchRelay | None]:
+    """This rank's groups; and, on rank 0 and on other nodes, the way of batches from the one to the others."""
+    args = spec.args
+    if args.dist_init_addr is None:
+        rendezvous = Path(spec.endpoints.directory) / RENDEZVOUS_FILE
+        return init_parallel(rank, args.tp, args.ep, device, rendezvous), None
+    meeting = split_host_port(args.dist_init_addr)
+    parallel = init_parallel_nodes(rank, args.tp, args.ep, device, meeting, _shared_settings(spec))
+    local_size = len(args.local_ranks)
+    group = relay_group(local_size, args.tp)
+    return parallel, BatchRelay(group) if rank == 0 or rank >= local_size else None
+
+
+def _shared_settings(spec: PipelineSpec) -> dict[str, Any]:
+    """What must be the same on all nodes, by the names that a user knows."""
+    args = msgspec.to_builtins(spec.args)
+    shared = {flag_name(name): value for name, value in args.items() if name not in NODES_OWN}
+    resolved = {"--device": spec.device, "--dtype": spec.dtype, "--context-length": spec.context_length}
+    return shared | resolved | {f"config.json: {k}": v for k, v in msgspec.to_builtins(spec.model).items()}
 
 
 def build_runner(
@@ -87,7 +123,7 @@ def build_runner(
         memory_fraction=args.mem_fraction_static,
         max_total_tokens=args.max_total_tokens,
         weight_bytes=weight_bytes(model),
-        ranks_on_machine=parallel.world_size,
+        ranks_on_machine=len(args.local_ranks),
     )
     pool = KVPool(spec.model, parallel.tp.size, num_pages, args.page_size, dtype, device)
     log.info(
@@ -127,8 +163,10 @@ class StepRunner:
         return result
 
 
-def _serve(child: Child, runner: StepRunner, inbox: Receiver[RankInput], outbox: Sender | None) -> None:
-    """Run batches until StopRank. Sleeps in a poll while there is nothing to do.
+def _serve(
+    child: Child, steps: StepRunner, inbox: Receiver[RankInput], outbox: Sender | None, relay: BatchRelay | None
+) -> None:
+    """Run the scheduler's batches until StopRank, and pass them on. Sleeps in a poll while there is nothing to do.
 
     The launcher's Shutdown alone ends the loop a little later: the scheduler gets one too, and its StopRank comes after
     the last batch, so that no rank leaves in the middle of a step.
@@ -143,17 +181,36 @@ def _serve(child: Child, runner: StepRunner, inbox: Receiver[RankInput], outbox:
         if child.control in ready and any(isinstance(command, Shutdown) for command in child.commands()):
             leave_at = time.monotonic() + SHUTDOWN_GRACE_S
         if inbox.socket not in ready:
+            if relay is not None:
+                relay.send(b"")
             continue
-        match inbox.receive(0):
-            case ForwardBatch() as batch:
-                result = runner.run(batch)
-                if outbox is not None:
-                    outbox.send(result)
-            case StopRank():
-                return
-            case None:
-                # The other ranks decoded the same bytes or will fail too; going on would leave ranks that disagree.
-                raise RuntimeError("a batch from the scheduler could not be decoded")
+        message = inbox.receive(0)
+        if message is None:
+            # The other ranks decoded the same bytes or will fail too; going on would leave ranks that disagree.
+            raise RuntimeError("a batch from the scheduler could not be decoded")
+        if relay is not None:
+            relay.send(msgspec.msgpack.encode(message))
+        if isinstance(message, StopRank):
+            return
+        result = steps.run(message)
+        if outbox is not None:
+            outbox.send(result)
+
+
+def _follow(child: Child, steps: StepRunner, relay: BatchRelay) -> None:
+    """On a node without a scheduler: run what rank 0 passes on, until StopRank or this node's launcher's Shutdown."""
+    decoder: msgspec.msgpack.Decoder[RankInput] = msgspec.msgpack.Decoder(RankInput)
+    while True:
+        frame = relay.receive()
+        child.heartbeat()
+        if any(isinstance(command, Shutdown) for command in child.commands()):
+            return
+        if not frame:
+            continue
+        message = decoder.decode(frame)
+        if isinstance(message, StopRank):
+            return
+        steps.run(message)
 
 
 class _Progress:

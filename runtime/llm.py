@@ -9,6 +9,7 @@ from typing import Any
 
 from runtime.client import Client
 from runtime.connection import Connection
+from runtime.errors import ConfigError
 from runtime.pipeline import Pipeline
 from runtime.server_args import make_args
 
@@ -26,7 +27,13 @@ class LLM(Client):
 
     def __init__(self, model_path: str = "embedded", **settings: Any) -> None:
         name = f"llm-{secrets.token_hex(4)}"
-        pipeline = Pipeline(make_args({"name": name, "model_path": model_path, **settings}))
+        args = make_args({"name": name, "model_path": model_path, **settings})
+        if args.node_rank > 0:
+            raise ConfigError(
+                f"--node-rank {args.node_rank} only hosts ranks, which needs launch.py; LLM runs on node 0",
+                field="node_rank",
+            )
+        pipeline = Pipeline(args)
         self._pipeline = pipeline
         weakref.finalize(self, pipeline.request_stop, 0.0).atexit = False  # at exit the pipeline stops itself
 

@@ -46,7 +46,7 @@ class Pipeline:
     ) -> None:
         self.args = args
         self.facts: dict[str, int | float | str] = {}
-        self._children = pipeline_children(args.tp) if children is None else children
+        self._children = pipeline_children(args) if children is None else children
         self._started = started
         self._on_progress = on_progress
         self._spec: PipelineSpec | None = None
@@ -68,7 +68,8 @@ class Pipeline:
     def start(self) -> dict[str, int | float | str]:
         """Start everything and wait until it can serve.
 
-        Returns facts: address, model, device, dtype, tp, kv_pages, page_size, context_length, startup (seconds).
+        Returns facts: address, model, device, dtype, tp, kv_pages, page_size, context_length, startup (seconds); on a
+        node other than the first: node, ranks, startup.
         Raises UserError for what the user can fix before any process runs, StartupError when a child did not come up
         (then nothing is left running).
         """
@@ -89,6 +90,7 @@ class Pipeline:
                 spec_file=spec_file,
                 threads=threads_per_rank(self.args),
                 rank_silence_s=HEARTBEAT_LOST_S + RANK_SILENCE_STEPS * self.args.step_timeout,
+                hosts_only=self.args.node_rank > 0,
                 on_ready=self._note_facts,
                 on_progress=self._on_progress,
             )
@@ -148,6 +150,12 @@ class Pipeline:
         assert self._spec is not None
         assert self._started is not None
         found = {key: value for facts in children.values() for key, value in facts.items()}
+        started = time.monotonic() - self._started
+        if self.args.node_rank > 0:
+            ranks = self.args.local_ranks
+            self.facts = {"node": self.args.node_rank, "ranks": f"{ranks.start}-{ranks.stop - 1}", "startup": started}
+            self._settled.set()
+            return
         self.facts = {
             "address": found.get("address", self._spec.endpoints.api),  # port 0 was read back by who bound it
             "model": self._spec.model_name,
@@ -157,6 +165,6 @@ class Pipeline:
             "kv_pages": found["kv_pages"],
             "page_size": self.args.page_size,
             "context_length": self._spec.context_length,
-            "startup": time.monotonic() - self._started,
+            "startup": started,
         }
         self._settled.set()

@@ -41,6 +41,9 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
     tp: int = 1
     ep: int = 1
     moe_dispatch: str = "all-reduce"
+    nnodes: int = 1
+    node_rank: int = 0
+    dist_init_addr: str | None = None
     name: str = "default"
     address: str | None = None
     context_length: int | None = None
@@ -64,6 +67,13 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
     def __post_init__(self) -> None:
         for field in msgspec.structs.fields(type(self)):
             _check(field.name, field.type, getattr(self, field.name))
+        _check_nodes(self)
+
+    @property
+    def local_ranks(self) -> range:
+        """The ranks of this node: an equal, contiguous part of all `tp` of them."""
+        count = self.tp // self.nnodes
+        return range(self.node_rank * count, (self.node_rank + 1) * count)
 
 
 FLAGS: Mapping[str, Flag] = {
@@ -98,6 +108,20 @@ FLAGS: Mapping[str, Flag] = {
         help="how tokens meet their experts: all-reduce adds up what each rank's experts make of all tokens, "
         "all-to-all sends each token only to the ranks whose experts it chose",
         choices=("all-reduce", "all-to-all"),
+    ),
+    "nnodes": Flag(
+        help="machines that share the ranks, tp / nnodes each; the same command runs on all of them, with its own "
+        "--node-rank. The network between them must be isolated: nothing on it is authenticated",
+        unit="nodes",
+        low=1,
+        high=1024,
+    ),
+    "node_rank": Flag(
+        help="which of the nodes this is: 0 serves clients, the others only host ranks", low=0, high=1023
+    ),
+    "dist_init_addr": Flag(
+        help="HOST:PORT of node 0 where the ranks of all nodes meet, the same on every node",
+        unset="none is needed on one machine",
     ),
     "name": Flag(help="name of this daemon; clients find it under the same name, and several can run side by side"),
     "address": Flag(
@@ -212,6 +236,31 @@ def _check(name: str, kind: Any, value: Any) -> None:
         check_name(value)
     elif name == "address":
         check_address(value)
+    elif name == "dist_init_addr":
+        split_host_port(value)
+
+
+def split_host_port(address: str) -> tuple[str, int]:
+    """("HOST", PORT) of --dist-init-addr; ConfigError when it is not HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise _bad("dist_init_addr", address, "must be HOST:PORT, with node 0's address, like 10.0.0.1:29500")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _check_nodes(args: ServerArgs) -> None:
+    """What the settings of several nodes must agree on; ConfigError."""
+    if args.tp % args.nnodes:
+        possible = ", ".join(str(count) for count in range(1, args.tp + 1) if args.tp % count == 0)
+        raise _bad(
+            "nnodes", args.nnodes, f"does not divide --tp {args.tp}, the ranks of all nodes; possible: {possible}"
+        )
+    if args.node_rank >= args.nnodes:
+        raise _bad("node_rank", args.node_rank, f"must be below --nnodes {args.nnodes}: nodes count from 0")
+    if args.nnodes > 1 and args.dist_init_addr is None:
+        raise _bad("nnodes", args.nnodes, "needs --dist-init-addr HOST:PORT, where the nodes meet: node 0's address")
+    if args.nnodes == 1 and args.dist_init_addr is not None:
+        raise _bad("dist_init_addr", args.dist_init_addr, "is for several nodes: give --nnodes too, or leave it out")
 
 
 def _check_range(name: str, flag: Flag, value: float) -> None:

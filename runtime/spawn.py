@@ -8,7 +8,6 @@ import signal
 import site
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,10 +15,11 @@ import msgspec
 import psutil
 
 from runtime.boot import LIFE_PIPE_ENV
+from runtime.server_args import ServerArgs
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 RANK_PREFIX = "model_worker."
-STACK_DUMP_S = 0.3  # what a child gets to write its stacks before it is killed
+STACK_DUMP_S = 0.3  # what children get to write their stacks before they are killed
 REAP_S = 5.0
 
 
@@ -35,10 +35,13 @@ class ChildSpec(msgspec.Struct, frozen=True):
         return self.name.startswith(RANK_PREFIX)
 
 
-def pipeline_children(ranks: int) -> tuple[ChildSpec, ...]:
-    """The engine's processes. Ranks come first: they take longest to start."""
+def pipeline_children(args: ServerArgs) -> tuple[ChildSpec, ...]:
+    """The engine's processes on this node. Ranks come first: they take longest to start; other nodes have only them."""
+    ranks = tuple(ChildSpec(f"{RANK_PREFIX}{rank}", "model_worker.worker", (str(rank),)) for rank in args.local_ranks)
+    if args.node_rank > 0:
+        return ranks
     return (
-        *(ChildSpec(f"{RANK_PREFIX}{rank}", "model_worker.worker", (str(rank),)) for rank in range(ranks)),
+        *ranks,
         ChildSpec("tokenizer_manager", "tokenizer_manager.process"),
         ChildSpec("scheduler", "scheduler.process"),
         ChildSpec("detokenizer", "detokenizer.process"),
@@ -88,10 +91,9 @@ class ChildProcess:
             return False
 
     def dump_stacks(self) -> None:
-        """Ask for a stack dump on stderr and give it time to be written. A stopped process cannot write one."""
+        """Ask for a stack dump on stderr, which takes up to STACK_DUMP_S. A stopped process cannot write one."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGUSR1)
-            time.sleep(STACK_DUMP_S)
 
     def kill(self) -> None:
         """SIGKILL it and whatever it started (all of it is in its process group)."""

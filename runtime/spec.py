@@ -55,7 +55,7 @@ def threads_per_rank(args: ServerArgs) -> int:
     if args.num_threads is not None:
         return args.num_threads
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, cores // args.tp)
+    return max(1, cores // len(args.local_ranks))
 
 
 def _context_length(args: ServerArgs, model: ModelConfig) -> int:

@@ -3,6 +3,8 @@
     spawn -> wait until all are ready -> serve -> drain -> shut down -> killed and reaped
                any unexpected exit, failure or silence -> every request is told -> killed and reaped
 
+On a node that only hosts ranks there is nobody to drain, and the ranks end it: they exit with 0 when node 0 stops.
+
 Children are spawned by the thread that runs `Watch.run`, which lives as long as they do: PR_SET_PDEATHSIG follows the
 thread that forked, so a caller's thread that ends would take the engine with it.
 """
@@ -28,7 +30,7 @@ from runtime.messages import (
     LauncherMessage,
     Shutdown,
 )
-from runtime.spawn import ChildProcess, ChildSpec
+from runtime.spawn import STACK_DUMP_S, ChildProcess, ChildSpec
 
 POLL_S = 0.05  # an exit is noticed after this long at most, plus SETTLE_S
 SETTLE_S = 0.05  # after the first sign of trouble: let its other signs come in, to name the cause and not a consequence
@@ -70,6 +72,7 @@ class Watch:
     """Runs the children of one pipeline. `run` blocks to the end; `request_stop` may be called from any thread and from
     a signal handler. After `run`, `failure` is None or the cause of death in one line.
 
+    hosts_only: the children are ranks of an engine whose other processes are on another node.
     on_ready: called with each child's facts once all are ready. rank_silence_s: how long a rank may be busy in one
     step without a heartbeat.
     """
@@ -82,6 +85,7 @@ class Watch:
         spec_file: Path,
         threads: int,
         rank_silence_s: float,
+        hosts_only: bool,
         on_ready: Callable[[Mapping[str, Facts]], None],
         on_progress: Callable[[int, int], None],
     ) -> None:
@@ -90,6 +94,7 @@ class Watch:
         self._spec_file = spec_file
         self._threads = threads
         self._rank_silence_s = rank_silence_s
+        self._hosts_only = hosts_only
         self._on_ready = on_ready
         self._on_progress = on_progress
         self._control = ControlLine(control_address)
@@ -160,10 +165,14 @@ class Watch:
             self._turn(POLL_S)
             self._check_exits()
             self._check_heartbeats()
+            if self._hosts_only and all(child.process.exit_code() == 0 for child in self._children.values()):
+                self.request_stop(0.0)
 
     def _drain(self) -> None:
         """No new requests; wait for those that run, then abort the rest."""
         assert self._stop_at is not None
+        if self._hosts_only:
+            return
         draining = self._stop_at > time.monotonic() and self._send(TOKENIZER_MANAGER, Drain())
         while not self._drained and time.monotonic() < self._stop_at:
             self._turn(min(POLL_S, self._stop_at - time.monotonic()))
@@ -236,8 +245,9 @@ class Watch:
 
     def _in_trouble(self) -> bool:
         now = time.monotonic()
+        fine = (None, 0) if self._hosts_only else (None,)
         return any(
-            child.process.exit_code() is not None
+            child.process.exit_code() not in fine
             or (child.failed is not None and now - child.failed_at > FAILED_EXIT_S)
             for child in self._children.values()
         )
@@ -282,6 +292,7 @@ class Watch:
         log.error("%s hangs: %s; dumping its stacks and killing it", name, why)
         for child in suspects:
             child.process.dump_stacks()
+        time.sleep(STACK_DUMP_S)
         if culprit is not None:
             culprit.process.kill()
         raise _Failed(f"{name} hung and was killed: {one_line(why)}")

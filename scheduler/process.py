@@ -91,7 +91,7 @@ class SchedulerProcess:
         self.results: Receiver[RankOutput] = Receiver(context, spec.endpoints.results, RankOutput)
         self.detokenizer = Sender(context, spec.endpoints.detokenizer)
         self.tokenizer_manager = Sender(context, spec.endpoints.tokenizer_manager)
-        self.ranks = [Sender(context, spec.endpoints.rank(rank)) for rank in range(spec.args.tp)]
+        self.ranks = [Sender(context, spec.endpoints.rank(rank)) for rank in spec.args.local_ranks]
         self._encoder = msgspec.msgpack.Encoder()
         self._to_do: deque[SchedulerInput] = deque()  # inputs that are read but not yet acted on
         self._shutdown = False

@@ -1,5 +1,7 @@
 """What the ranks of test_model_parallel.py run. One spawn runs all cases of a world size: starting ranks is slow."""
 
+import hashlib
+import random
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,9 @@ import numpy as np
 import psutil
 import torch
 
-from model_worker.parallel import build_state
+from model_worker.parallel import build_state, relay_group
 from model_worker.rank_digest import RankDigest
+from model_worker.relay import INLINE_BYTES, BatchRelay
 from qwen3.moe import DispatchKind
 from tests.qwen3.harness import DENSE, MOE, PagedRun, Row, load_model, random_tokens
 
@@ -22,6 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 PROMPT = random_tokens(41)
 # Rows of one step, 41 tokens in all: a count that no rank count divides. Then one decode row: fewer tokens than ranks.
 STEPS = [[("a", 30), ("b", 11)], [("a", 10), ("b", 1)], [("a", 1)]]
+FRAME_SIZES = [0, 1, 100, INLINE_BYTES - 1, INLINE_BYTES, INLINE_BYTES + 1, 0, 300_000, 5]
 Variant = tuple[int, DispatchKind]
 
 
@@ -66,3 +70,18 @@ def digest_verdicts(rank: int, world_size: int, root: Path) -> list[str]:
         except RuntimeError as error:
             said.append(str(error))
     return said
+
+
+def relayed(rank: int, world_size: int, root: Path) -> list[str]:
+    """Hex digests of what reaches the ranks other than 0 and 1 of frames of many lengths; rank 1 takes no part."""
+    group = relay_group(2, world_size)
+    if rank == 1:
+        return []
+    relay = BatchRelay(group)
+    frames = [random.Random(size).randbytes(size) for size in FRAME_SIZES]
+    if rank == 0:
+        for frame in frames:
+            relay.send(frame)
+    else:
+        frames = [relay.receive() for _ in frames]
+    return [hashlib.sha256(frame).hexdigest() for frame in frames]

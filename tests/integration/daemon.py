@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -31,9 +31,12 @@ PROCESS_NAMES = {
 
 
 class Daemon:
-    """`with Daemon("--page-size", "4") as daemon: daemon.client()`. Killed at the end if a test has not ended it."""
+    """`with Daemon("--page-size", "4") as daemon: daemon.client()`. Killed at the end if a test has not ended it.
 
-    def __init__(self, *flags: str, name: str | None = None) -> None:
+    under: a command that runs launch.py as its own process, in a network namespace for example.
+    """
+
+    def __init__(self, *flags: str, name: str | None = None, under: Sequence[str] = ()) -> None:
         self.name = name or f"test-{secrets.token_hex(4)}"
         self._folder = tempfile.TemporaryDirectory(prefix="daemon-")
         self._log = Path(self._folder.name) / "stderr"
@@ -41,7 +44,7 @@ class Daemon:
         self._tree: list[psutil.Process] = []
         # One thread: with more, a machine that is busy with the tests themselves makes OpenMP's barriers very slow.
         settings = ["--name", self.name, "--log-level", "warning", "--num-threads", "1"]
-        command = [sys.executable, str(ROOT / "launch.py"), *settings, *flags]
+        command = [*under, sys.executable, str(ROOT / "launch.py"), *settings, *flags]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -53,7 +56,7 @@ class Daemon:
             )
 
     def wait_ready(self) -> dict[str, str]:
-        """The ready line as a dict, with `address`. AssertionError with the log when it does not come."""
+        """The ready line as a dict, with `address` where it serves. AssertionError with the log when none comes."""
         assert self.process.stdout is not None
         readable, _, _ = select.select([self.process.stdout], [], [], READY_S)
         line = self.process.stdout.readline() if readable else ""
@@ -61,7 +64,8 @@ class Daemon:
         words = line.split()
         assert words[:1] == ["ready"], f"no ready line but {line!r}; log:\n{self.log()}"
         self._tree = self.descendants()
-        return {"address": words[1]} | dict(word.split("=", 1) for word in words[2:])
+        address = {} if "=" in words[1] else {"address": words[1]}
+        return address | dict(word.split("=", 1) for word in words[1:] if "=" in word)
 
     @property
     def address(self) -> str:

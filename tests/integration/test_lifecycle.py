@@ -221,7 +221,12 @@ def test_a_broken_model_is_one_line(copy: Path, breaker: object) -> None:
     ("flags", "says"),
     [
         (["--model-path", "/nowhere"], "--model-path /nowhere does not exist"),
-        (["--tp", "3"], "--tp 3 "),
+        (
+            ["--tp", "3"],
+            "--tp 3 does not fit this model: num_attention_heads=8 is not divisible by 3; possible: 1, 2, 4",
+        ),
+        (["--tp", "2", "--ep", "2"], "--ep 2 does not fit --tp 2: Qwen3ForCausalLM has no experts; possible: 1"),
+        (["--tp", "2", "--nnodes", "2"], "--nnodes 2 needs --dist-init-addr"),
         (["--page-sise", "2"], "did you mean --page-size"),
         (["--context-length", "100000000"], "--context-length 100000000 is above the model's"),
         (["--address", "tcp://0.0.0.0:1"], "beyond loopback"),

@@ -74,6 +74,28 @@ def test_a_bad_value_is_refused_with_flag_value_and_limit(field: str, value: Any
     assert says in message
 
 
+@pytest.mark.parametrize(
+    ("values", "field", "says"),
+    [
+        ({"nnodes": 2, "tp": 3}, "nnodes", "--nnodes 2 does not divide --tp 3, the ranks of all nodes; possible: 1, 3"),
+        ({"nnodes": 2, "tp": 2}, "nnodes", "--nnodes 2 needs --dist-init-addr HOST:PORT"),
+        ({"node_rank": 1}, "node_rank", "--node-rank 1 must be below --nnodes 1"),
+        ({"dist_init_addr": "10.0.0.1:1"}, "dist_init_addr", "is for several nodes"),
+        ({"nnodes": 2, "tp": 2, "dist_init_addr": "10.0.0.1"}, "dist_init_addr", "must be HOST:PORT"),
+        ({"nnodes": 2, "tp": 2, "dist_init_addr": "h:70000"}, "dist_init_addr", "must be HOST:PORT"),
+    ],
+)
+def test_nodes_must_agree(values: dict[str, Any], field: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as error:
+        ServerArgs(**values)
+    assert error.value.field == field
+
+
+def test_ranks_of_a_node() -> None:
+    assert ServerArgs(tp=3).local_ranks == range(3)
+    assert ServerArgs(tp=4, nnodes=2, node_rank=1, dist_init_addr="[::1]:29500").local_ranks == range(2, 4)
+
+
 def test_unknown_settings_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"page_sise is not a setting; did you mean page_size\?"):
         make_args({"page_sise": 1})

@@ -72,3 +72,4 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert [threads_per_rank(ServerArgs(tp=tp)) for tp in (1, 2, 3, 16)] == [8, 4, 2, 1]
     assert threads_per_rank(ServerArgs(tp=4, num_threads=5)) == 5
+    assert threads_per_rank(ServerArgs(tp=4, nnodes=2, dist_init_addr="10.0.0.1:1")) == 4

@@ -1,0 +1,22 @@
+"""Frames of every length reach the ranks of other nodes whole and in order, over a real Gloo group."""
+
+from pathlib import Path
+
+import pytest
+
+from model_worker.parallel import interface_towards
+from runtime.errors import ConfigError
+from tests.distributed.spawn import run_ranks
+
+
+def test_frames_arrive_as_sent(tmp_path: Path) -> None:
+    sent, apart, *received = run_ranks("tests.distributed.cases:relayed", 4, tmp_path)
+    assert apart == []
+    assert received == [sent, sent]
+    assert len(set(sent)) == len(sent) - 1  # two empty ones
+
+
+def test_interface_of_a_route() -> None:
+    assert interface_towards("127.0.0.1", 29500) in ("lo", "lo0")
+    with pytest.raises(ConfigError, match=r"no\.such\.host\.invalid:1: there is no route to it"):
+        interface_towards("no.such.host.invalid", 1)
