@@ -50,6 +50,14 @@ def test_offline() -> None:
     assert re.fullmatch(r"usage: Usage\(prompt_tokens=\d+, completion_tokens=\d+, cached_tokens=\d+\)", lines[4])
 
 
+def test_structured() -> None:
+    lines = run("structured.py").splitlines()
+    assert re.fullmatch(r"json_schema -> \{'name': '.{0,12}', 'legs': [0-8]\}", lines[0])
+    assert lines[1] in ("choice -> yes", "choice -> no")
+    assert lines[2].startswith("chat -> '42', after thinking 'Ones: 7 and 5")
+    assert lines[3] == "tools -> get_weather({'city': 'Paris'})"
+
+
 def test_client(daemon: Daemon) -> None:
     out = run("client.py", "--address", daemon.address)
     assert out.startswith("connected to tiny on cpu\n")

@@ -61,7 +61,7 @@ def requests(seed: int, count: int) -> tuple[list[str], list[SamplingParams]]:
 
 
 def test_seeds_alone_batched_and_retracted(client: Client, small: Client) -> None:
-    prompts, params = requests(3, 20)
+    prompts, params = requests(3, 50)
     alone = [client.generate(prompt, p).token_ids for prompt, p in zip(prompts, params, strict=True)]
     assert {len(ids) for ids in alone} == {LENGTH}
     batched = client.generate(prompts, params)
@@ -71,6 +71,15 @@ def test_seeds_alone_batched_and_retracted(client: Client, small: Client) -> Non
     assert int(small.stats()["num_retractions"]) > 0
     one, other = (SamplingParams(seed=seed, max_new_tokens=LENGTH, temperature=1.5, top_k=-1) for seed in (7, 8))
     assert client.generate(prompts[0], one).token_ids != client.generate(prompts[0], other).token_ids
+
+
+def test_seeds_on_two_ranks(client: Client) -> None:
+    prompts, params = requests(4, 30)
+    expected = [out.token_ids for out in client.generate(prompts, params)]
+    with running("--dtype", "float32", "--tp", "2") as daemon, daemon.client() as other:
+        assert [out.token_ids for out in other.generate(prompts, params)] == expected
+        text = other.generate("x", SamplingParams(seed=1, temperature=1.5), regex="[a-z]{5,20}").text
+    assert client.generate("x", SamplingParams(seed=1, temperature=1.5), regex="[a-z]{5,20}").text == text
 
 
 def test_sample_i_is_seed_plus_i(client: Client) -> None:

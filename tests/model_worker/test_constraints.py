@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from model_worker.grammar import Grammar, GrammarLibrary
 from runtime.grammar import make_grammar
 from runtime.sampling_params import ResolvedSampling, SamplingParams, ThinkingRules, resolve
 from runtime.tokenizer import Tokenizer
+from tests.model_worker.sampling_reference import make_sampler, sample
+from tests.model_worker.test_sampler import random_row
 
 FOLDER = Path(vibe_sgl_lite.__file__).parent / "models" / "tiny"
 TOKENIZER = Tokenizer.from_folder(FOLDER)
@@ -228,3 +231,29 @@ def test_a_json_document_can_always_be_finished() -> None:
             assert len(ids) < 80
         value = json.loads(TOKENIZER.decode(ids))
         assert set(value) == {"name", "n"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_masked_rows_draw_as_rows_of_these_tokens_alone(seed: int) -> None:
+    """With every other setting on top: the draw is that of the same logits with -inf in them, others are untouched."""
+    rng = random.Random(seed)
+    rows = [random_row(rng, VOCAB, min_new_tokens=0) for _ in range(12)]
+    constraints = Constraints(VOCAB, slice(0, VOCAB), LIBRARY)
+    allowed_ids: dict[int, list[int]] = {}
+    for place in range(0, len(rows), 2):
+        regex = rng.choice(["a", "[a-z]+", ".*", "[0-9]{2}|yes"])
+        constraints.admit(place, sampling(None, make_grammar(None, regex, None)), [])
+        allowed_ids[place] = sorted(allowed(constraint(None, regex)) or ())
+    slots = np.arange(len(rows))
+    positions = np.array([row.position for row in rows])
+    logits = torch.stack([row.logits for row in rows])
+    masked = make_sampler(rows).sample(logits.clone(), slots, positions, constraints.begin(slots)).token_ids.tolist()
+    for place, ids in allowed_ids.items():
+        assert masked[place] in ids
+    free = make_sampler(rows).sample(logits.clone(), slots, positions).token_ids.tolist()
+    assert masked[1::2] == free[1::2]
+    for place, ids in allowed_ids.items():
+        forbidden = torch.ones(VOCAB, dtype=torch.bool)
+        forbidden[ids] = False
+        row = replace(rows[place], logits=logits[place].masked_fill(forbidden, float("-inf")))
+        assert sample([row]).tolist() == [masked[place]]
