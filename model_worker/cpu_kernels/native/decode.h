@@ -2,17 +2,17 @@
 // FlashAttention (Dao et al., 2022), and long contexts are split among threads and merged as in Flash-Decoding (2023).
 //
 // A range of tokens is read once, all KV heads of a block of tokens before the next block, because in the pool the
-// heads of a token lie side by side: memory is then read in the order in which it lies. While values are added up, which is
-// most of the time, the next block's keys and values are prefetched line by line: bursts would stall, as a core can wait
-// for only some 16 lines at a time. The query heads that share a KV head are computed together.
+// heads of a token lie side by side: memory is then read in the order in which it lies. With every cache line that is
+// used, one of the next block is prefetched; prefetching in bursts would stall, as a core can only wait for some 16 lines
+// at a time. The query heads that share a KV head are computed together.
 #pragma once
 
 #include "elementwise.h"
 
 namespace vsl {
 
-constexpr int kBlockTokens = 16;  // a multiple of kLanes; small, as two blocks' pages should fit the first-level TLB
-constexpr float kNoScore = -1e30f;  // a maximum that is below every score, yet finite: infinities subtract to NaN
+constexpr int kBlockTokens = 16;    // a multiple of kLanes; small, as two blocks' pages should fit the first-level TLB
+constexpr float kNoScore = -1e30f;  // a maximum below every score, yet finite: infinities subtract to NaN
 
 // One request's cached tokens.
 template <class T>
@@ -46,9 +46,10 @@ inline void prefetch(const T* row, int d, int n) {
     for (int i = 0; i < n * (int)sizeof(T); i += 64) __builtin_prefetch((const char*)(row + d) + i, 0, 2);
 }
 
-// sums[g * tokens + i] += query g . key i, lane by lane, for kLanes / G tokens.
+// sums[g * tokens + i] += query g . key i, lane by lane, for kLanes / G tokens. Prefetches the rows at `ahead`.
 template <int G>
-inline void multiply_keys(const float* query, const float* keys, const int64_t* offsets, int head_dim, vf* sums) {
+inline void multiply_keys(const float* query, const float* keys, const int64_t* offsets, const int64_t* ahead,
+                          int head_dim, vf* sums) {
     constexpr int kTokens = kLanes / G;
     for (int d = 0; d < head_dim; d += kLanes) {
         const int n = head_dim - d < kLanes ? head_dim - d : kLanes;
@@ -59,6 +60,7 @@ inline void multiply_keys(const float* query, const float* keys, const int64_t* 
         }
         for (int i = 0; i < kTokens; i++) {
             const float* p = keys + offsets[i] + d;
+            prefetch(keys + ahead[i], d, kLanes);
             const vf k = n == kLanes ? load(p) : load_part(p, n);
             for (int g = 0; g < G; g++) sums[g * kTokens + i] += q[g] * k;
         }
@@ -66,7 +68,8 @@ inline void multiply_keys(const float* query, const float* keys, const int64_t* 
 }
 
 template <int G>
-inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* offsets, int head_dim, vf* sums) {
+inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* offsets, const int64_t* ahead,
+                          int head_dim, vf* sums) {
     constexpr int kTokens = kLanes / G;
 #if defined(VSL_AVX512_BF16)
     for (int d = 0; d < head_dim; d += 32) {
@@ -74,6 +77,7 @@ inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* of
         __m512bh q[G];
         for (int g = 0; g < G; g++) q[g] = (__m512bh)_mm512_maskz_loadu_epi16(mask, query + g * head_dim + d);
         for (int i = 0; i < kTokens; i++) {
+            prefetch(keys + ahead[i], d, 32);
             const __m512bh k = (__m512bh)_mm512_maskz_loadu_epi16(mask, keys + offsets[i] + d);
             for (int g = 0; g < G; g++) {
                 vf& s = sums[g * kTokens + i];
@@ -91,6 +95,7 @@ inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* of
         }
         for (int i = 0; i < kTokens; i++) {
             const bf16* p = keys + offsets[i] + d;
+            if (d % 32 == 0) prefetch(keys + ahead[i], d, 32);
             const vf k = n == kLanes ? load(p) : load_part(p, n);
             for (int g = 0; g < G; g++) sums[g * kTokens + i] += q[g] * k;
         }
@@ -98,17 +103,15 @@ inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* of
 #endif
 }
 
-// sums[g, d ..] = sums[g, d ..] * decay[g] + weights[g] . values, for kVectors vectors of the head dimension. Prefetches
-// the same part of the rows at `ahead`, of keys and of values.
+// sums[g, d ..] = sums[g, d ..] * decay[g] + weights[g] . values, for `vectors` vectors of the head dimension.
 template <class T, int G, int kVectors>
-inline void add_values(const T* keys, const T* values, const int64_t* offsets, const int64_t* ahead, int count,
+inline void add_values(const T* values, const int64_t* offsets, const int64_t* ahead, int count,
                        const float (*weights)[kBlockTokens], const float* decay, float* sums, int head_dim, int d) {
     vf total[G][kVectors];
     for (int g = 0; g < G; g++)
         for (int j = 0; j < kVectors; j++) total[g][j] = load(sums + g * head_dim + d + j * kLanes) * splat(decay[g]);
     for (int i = 0; i < count; i++) {
         const T* row = values + offsets[i] + d;
-        prefetch(keys + ahead[i], d, kVectors * kLanes);
         prefetch(values + ahead[i], d, kVectors * kLanes);
         vf v[kVectors];
         for (int j = 0; j < kVectors; j++) v[j] = load(row + j * kLanes);
@@ -127,7 +130,7 @@ inline void attend_block(const T* query, const T* keys, const T* values, const i
     float scores[G][kBlockTokens], decay[G];
     for (int first = 0; first < count; first += kTokens) {
         vf products[kLanes] = {};
-        multiply_keys<G>(query, keys, offsets + first, head_dim, products);
+        multiply_keys<G>(query, keys, offsets + first, ahead + first, head_dim, products);
         float lanes[kLanes];
         store(lanes, sum_each(products) * splat(scale));
         for (int g = 0; g < G; g++) std::memcpy(scores[g] + first, lanes + g * kTokens, kTokens * sizeof(float));
@@ -150,9 +153,9 @@ inline void attend_block(const T* query, const T* keys, const T* values, const i
     }
     int d = 0;
     for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes)
-        add_values<T, G, 4>(keys, values, offsets, ahead, count, scores, decay, sums, head_dim, d);
+        add_values<T, G, 4>(values, offsets, ahead, count, scores, decay, sums, head_dim, d);
     for (; d + kLanes <= head_dim; d += kLanes)
-        add_values<T, G, 1>(keys, values, offsets, ahead, count, scores, decay, sums, head_dim, d);
+        add_values<T, G, 1>(values, offsets, ahead, count, scores, decay, sums, head_dim, d);
     for (; d < head_dim; d++)
         for (int g = 0; g < G; g++) {
             float s = sums[g * head_dim + d] * decay[g];
