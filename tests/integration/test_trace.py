@@ -1,0 +1,60 @@
+"""A real run, recorded: the replay decides the same, the simulator takes its arrivals, the timeline can be read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.integration.daemon import ROOT, running
+from vibe_sgl_lite import SamplingParams
+
+SAMPLES = 26  # of 25 requests, one of which asks for two
+
+
+def command(*words: str) -> str:
+    """What `python -m WORDS` prints; AssertionError with its stderr when it fails."""
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_recorded_run_is_replayed(tmp_path: Path) -> None:
+    trace, profile = tmp_path / "run.trace", tmp_path / "profile"
+    flags = ["--trace", str(trace), "--profile", str(profile), "--max-total-tokens", "640", "--schedule-policy", "lpm"]
+    greedy = SamplingParams(max_new_tokens=100, temperature=0, ignore_eos=True)
+    with running(*flags) as daemon:
+        with daemon.client() as client:
+            outputs = client.generate([f"Story number {n % 5} of the little dog" for n in range(20)], greedy)
+            outputs += [client.chat([{"role": "user", "content": "Sort: 3 1 2"}], SamplingParams(temperature=0))]
+            client.generate("The cat", SamplingParams(max_new_tokens=60, n=2, seed=3))
+            client.generate("Once", SamplingParams(max_new_tokens=60, stop="a", temperature=0))
+            with client.stream("Another", greedy) as early:
+                next(early)
+            while client.stats()["num_running"]:
+                pass
+            client.flush_cache()
+            outputs += [client.generate("The end", greedy)]
+            stats = client.stats()
+        assert all(output.finish_reason in ("stop", "length") for output in outputs)
+        assert int(stats["num_retractions"]) > 0
+        assert daemon.stop() == 0
+
+    identical, replayed = command("scheduler.replay", str(trace)).splitlines()
+    assert identical.startswith("identical: ")
+    assert f"{stats['steps_total']} steps" in identical
+    for counter in ("completion_tokens_total", "cached_tokens_total", "num_retractions", "evicted_pages_total"):
+        assert f"'{counter}': {stats[counter]}" in replayed
+
+    report = json.loads(
+        command("scheduler.simulate", "--trace", str(trace), "--policies", "fcfs,lpm", "--pages", "40").splitlines()[-1]
+    )
+    assert [policy["requests"] for policy in report["reports"]] == [SAMPLES] * 2
+
+    events = json.loads((profile / "scheduler.trace.json").read_text())
+    steps = [event for event in events if event["name"].startswith("step ")]
+    assert len(steps) == stats["steps_total"]
+    assert all(event["dur"] > 0 for event in steps)
+    lives = {kind: sum(e["ph"] == kind and e["name"] == "request" for e in events) for kind in "be"}
+    assert lives["b"] == lives["e"] == SAMPLES
