@@ -127,8 +127,9 @@ class PagedAttention {
 
     void run_decode(const DecodeItem& item) {
         float* const partials = partials_ + item.partials;
+        const Partial own = Partial::at(partials + item.range * partial_, args_.heads);
         attend_range(args_.query + item.token * args_.query_stride, cache(item.row), item.begin, item.end, args_.heads,
-                     args_.kv_heads, args_.head_dim, scale_, Partial::at(partials + item.range * partial_, args_.heads));
+                     args_.kv_heads, args_.head_dim, scale_, own);
         if (finished_[item.counter].fetch_add(1, std::memory_order_acq_rel) == item.ranges - 1)
             merge_ranges(partials, item.ranges, args_.heads, args_.head_dim, args_.out + item.token * token_size_);
     }

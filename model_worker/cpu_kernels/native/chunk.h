@@ -1,6 +1,6 @@
-// Attention of a chunk of a request's new tokens over its cached ones: blocks of queries against blocks of keys, with the
-// online softmax of FlashAttention (Dao et al., 2022). The lanes are queries (see dot.h): lane r of a block is token
-// r / group, query head r % group of the block's KV head.
+// Attention of a chunk of a request's new tokens over its cached ones: blocks of queries against blocks of keys, with
+// the online softmax of FlashAttention (Dao et al., 2022). The lanes are queries (see dot.h): lane r of a block is
+// token r / group, query head r % group of the block's KV head.
 #pragma once
 
 #include "decode.h"
@@ -8,8 +8,8 @@
 
 namespace vsl {
 
-// Multiples of 32. What they are with AMX is worth 40 % there: packing and the sums' way through the cache cost as much as
-// the products. Without it the products take all the time, and smaller blocks suit smaller caches.
+// Multiples of 32. What they are with AMX is worth 40 % there: packing and the sums' way through the cache cost as much
+// as the products. Without it the products take all the time, and smaller blocks suit smaller caches.
 #if defined(VSL_AMX)
 constexpr int kBlockKeys = 256, kMostBlockQueries = 512;
 #else

@@ -1,10 +1,11 @@
-// Attention of one new token over its request's cached tokens. Scores and sums are fp32; the softmax is the online one of
-// FlashAttention (Dao et al., 2022), and long contexts are split among threads and merged as in Flash-Decoding (2023).
+// Attention of one new token over its request's cached tokens. Scores and sums are fp32; the softmax is the online one
+// of FlashAttention (Dao et al., 2022), and long contexts are split among threads and merged as in Flash-Decoding (Dao
+// et al., 2023).
 //
 // A range of tokens is read once, all KV heads of a block of tokens before the next block, because in the pool the
 // heads of a token lie side by side: memory is then read in the order in which it lies. With every cache line that is
-// used, one of the next block is prefetched; prefetching in bursts would stall, as a core can only wait for some 16 lines
-// at a time. The query heads that share a KV head are computed together.
+// used, one of the next block is prefetched; prefetching in bursts would stall, as a core can only wait for some 16
+// lines at a time. The query heads that share a KV head are computed together.
 #pragma once
 
 #include "elementwise.h"
@@ -125,7 +126,8 @@ inline void add_values(const T* values, const int64_t* offsets, const int64_t* a
 // One block of tokens for G query heads that share a KV head. scale is in units of log 2: weights are powers of two.
 template <class T, int G>
 inline void attend_block(const T* query, const T* keys, const T* values, const int64_t* offsets,
-                         const int64_t* ahead, int count, int head_dim, float scale, float* maximum_out, float* total_out, float* sums) {
+                         const int64_t* ahead, int count, int head_dim, float scale, float* maximum_out,
+                         float* total_out, float* sums) {
     constexpr int kTokens = kLanes / G;
     float scores[G][kBlockTokens], decay[G];
     for (int first = 0; first < count; first += kTokens) {

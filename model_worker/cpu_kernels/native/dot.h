@@ -3,11 +3,12 @@
 //   scores[key, query]  = sum over d   of  keys[key, d]    x queries[d, query]
 //   sums[d, query]     += sum over key of  values[d, key]  x weights[key, query]
 //
-// So both are  c[i, lane] (+)= sum over k of a(i, k) x b[k, lane],  where b and c come in panels of kLanes queries. No
-// horizontal sum is needed, the softmax over keys runs lane by lane, and keys are used in the order in which they lie.
+// So both are  c[i, lane] (+)= sum over k of a(i, k) x b[k, lane],  where b and c come in panels of kLanes queries.
+// No horizontal sum is needed, the softmax over keys runs lane by lane, and keys are used in the order in which they
+// lie.
 //
-// A "unit" is 32 bits: one float (FloatDot), or two bfloat16 of adjacent k (PairDot), which AVX512-BF16 and AMX multiply
-// and add at once. AMX multiplies tiles of 16 x 16 units.
+// A "unit" is 32 bits: one float (FloatDot), or two bfloat16 of adjacent k (PairDot), which AVX512-BF16 and AMX
+// multiply and add at once. AMX multiplies tiles of 16 x 16 units.
 #pragma once
 
 #include "simd.h"

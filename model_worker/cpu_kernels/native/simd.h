@@ -148,7 +148,8 @@ inline float maximum(vf v) {
 // 2^fraction is a polynomial of degree 5, fitted for the least relative error on its interval.
 inline vf exp2(vf x) {
 #if defined(VSL_AVX512)
-    const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x); 0 for -inf
+    // x - floor(x); 0 for -inf
+    const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     const vf p = ((((0.0018775766f * f + 0.0089893406f) * f + 0.0558263175f) * f + 0.2401536107f) * f + 0.6931530833f) *
                      f + 0.99999994f;
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p x 2^floor(x)
