@@ -149,7 +149,7 @@ def test_retraction_changes_nothing(right: Tokens) -> None:
 BIG_VARIANTS = {
     "page 1, chunk 16, no overlap": VARIANTS["page 1, chunk 16, no overlap"],
     "page 64, chunk 64, no cache": VARIANTS["page 64, chunk 64, no cache"],
-    "a pool for a few": ["--page-size", "16", "--max-total-tokens", "400"],
+    "a pool for a few": ["--page-size", "4", "--max-total-tokens", "300"],
 }
 
 
@@ -176,5 +176,5 @@ def test_the_same_on_a_model_of_real_size() -> None:
         size = [] if "--max-total-tokens" in flags else ["--max-total-tokens", "8192"]
         with running(*model, *FLOAT32, *flags, *size) as daemon, daemon.client() as client:
             assert generate(client) == cold, name
-            if size == []:
+            if not size:
                 assert int(client.stats()["num_retractions"]) > 0
