@@ -106,15 +106,18 @@ class StepMask:
 
     rows: list[int]
     vocab: slice
-    allowed: "Future[BoolArray]"
+    forbidden: "Future[BoolArray]"
     constraints: list[SlotConstraint]
     failed: list[int] = field(default_factory=list)
 
     def apply(self, logits: Tensor) -> None:
         """logits [sampling rows, local vocabulary]: -inf where a token is not allowed, in place. Waits for the mask."""
-        allowed = torch.from_numpy(self.allowed.result()[:, self.vocab]).to(logits.device)
-        rows = torch.tensor(self.rows, device=logits.device)
-        logits[rows] = logits[rows].masked_fill_(~allowed, float("-inf"))
+        forbidden = torch.from_numpy(self.forbidden.result()[:, self.vocab]).to(logits.device)
+        if len(self.rows) == len(logits):
+            logits.masked_fill_(forbidden, float("-inf"))
+        else:
+            rows = torch.tensor(self.rows, device=logits.device)
+            logits[rows] = logits[rows].masked_fill_(forbidden, float("-inf"))
         self.failed = [
             row
             for row, slot in zip(self.rows, self.constraints, strict=True)
@@ -161,7 +164,7 @@ class Constraints:
             self._thread = ThreadPoolExecutor(1, "masks")
         constraints = [constraint for _, constraint in masked]
         return StepMask(
-            [row for row, _ in masked], self._vocab, self._thread.submit(self._allowed, constraints), constraints
+            [row for row, _ in masked], self._vocab, self._thread.submit(self._forbidden, constraints), constraints
         )
 
     def accept(self, slots: npt.NDArray[np.int64], token_ids: Sequence[int]) -> None:
@@ -173,9 +176,9 @@ class Constraints:
             if constraint is not None:
                 constraint.accept(token)
 
-    def _allowed(self, constraints: Sequence[SlotConstraint]) -> BoolArray:
+    def _forbidden(self, constraints: Sequence[SlotConstraint]) -> BoolArray:
         """[rows, vocabulary]; in the thread."""
         allowed = np.zeros((len(constraints), self._vocab_size), dtype=np.bool_)
         for row, constraint in enumerate(constraints):
             constraint.fill(allowed[row])
-        return allowed
+        return np.logical_not(allowed, out=allowed)
