@@ -14,8 +14,8 @@ args = parser.parse_args()
 # LLM spawns the engine's processes and stops them at the end of the block. Its keywords are launch.py's flags.
 with LLM(model_path=args.model_path, log_level="warning") as llm:
     # A list of prompts gives a list of outputs, in the same order; the engine runs them together, batched.
-    prompts = ["Once upon a time", "The little dog", "In the garden"]
-    params = SamplingParams(max_new_tokens=24, temperature=0)
+    prompts = ["Once upon a time", "Once upon a time there was a bear", "Once there was a little fox"]
+    params = SamplingParams(max_new_tokens=40, temperature=0)
     for prompt, out in zip(prompts, llm.generate(prompts, params), strict=True):
         print(f"{prompt!r} -> {out.text!r} ({out.finish_reason})")
 

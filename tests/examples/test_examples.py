@@ -43,10 +43,11 @@ def test_offline() -> None:
     lines = run("offline.py").splitlines()
     assert [line.split(" -> ")[0] for line in lines[:4]] == [
         "'Once upon a time'",
-        "'The little dog'",
-        "'In the garden'",
+        "'Once upon a time there was a bear'",
+        "'Once there was a little fox'",
         "chat",
     ]
+    assert lines[3] == "chat -> '42'"
     assert re.fullmatch(r"usage: Usage\(prompt_tokens=\d+, completion_tokens=\d+, cached_tokens=\d+\)", lines[4])
 
 
