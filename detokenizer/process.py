@@ -7,12 +7,14 @@ matches back to the scheduler.
 from __future__ import annotations
 
 import logging
+import time
 
 import zmq
 
 from detokenizer.core import Detokenizer
 from runtime.channels import Receiver, Sender
 from runtime.child import HEARTBEAT_S, Child, run_child
+from runtime.chrome_trace import DETOKENIZER, ChromeTrace
 from runtime.messages import DetokenizerInput, OpenText, Shutdown
 from runtime.tokenizer import Tokenizer
 
@@ -27,6 +29,8 @@ def main(child: Child) -> None:
     tokenizer_manager = Sender(child.context, endpoints.tokenizer_manager)
     scheduler = Sender(child.context, endpoints.scheduler)
     detokenizer = Detokenizer(Tokenizer.from_folder(child.spec.tokenizer_folder))
+    profile = child.spec.args.profile
+    trace = ChromeTrace(profile, "detokenizer", (DETOKENIZER,)) if profile is not None else None
     poller = zmq.Poller()
     poller.register(receiver.socket, zmq.POLLIN)
     poller.register(child.control, zmq.POLLIN)
@@ -40,11 +44,17 @@ def main(child: Child) -> None:
             if isinstance(message, OpenText):
                 detokenizer.open(message)
                 continue
+            began = time.monotonic()
             batch, matches = detokenizer.step(message)
             if batch.chunks:
                 tokenizer_manager.send(batch)
             for match in matches:
                 scheduler.send(match)
+            if trace is not None:
+                args = {"outputs": len(message.outputs), "stop_strings": len(matches)}
+                trace.span(DETOKENIZER, "step", began, time.monotonic() - began, args)
+    if trace is not None:
+        trace.close()
     log.info("leaving: %d samples open, %d late outputs dropped", detokenizer.num_samples, detokenizer.late)
     for channel in (receiver, tokenizer_manager, scheduler):
         channel.close()

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ import zmq
 
 from runtime.channels import Receiver, new_socket
 from runtime.child import Child, run_child
+from runtime.chrome_trace import TOKENIZER_MANAGER, ChromeTrace
 from runtime.messages import AbortAll, Drain, SchedulerInput, Shutdown, TokenizerInput
 from runtime.tokenizer import Tokenizer
 from tokenizer_manager.manager import TokenizerManager
@@ -79,6 +81,8 @@ class Service:
         self._manager = TokenizerManager(
             spec, tokenizer, self._sessions, self._in_thread, self._scheduler.send, loop.time
         )
+        profile = spec.args.profile
+        self._trace = ChromeTrace(profile, "tokenizer_manager", (TOKENIZER_MANAGER,)) if profile is not None else None
         self._ended: asyncio.Future[None] = loop.create_future()
         self._round_due = False
         self._read_up_to = loop.time()  # when there was last nothing from clients left to read
@@ -103,6 +107,8 @@ class Service:
                 self._loop.remove_reader(socket.FD)
         await self._say_goodbye()
         self._executor.shutdown(wait=False, cancel_futures=True)
+        if self._trace is not None:
+            self._trace.close()
         self._clients.close()
         self._inbound.close()
         self._scheduler.socket.close()
@@ -162,12 +168,22 @@ class Service:
                     return
 
     def _read_engine(self) -> None:
-        for message in self._inbound.drain(FRAMES_AT_ONCE):
+        began, messages = time.monotonic(), self._inbound.drain(FRAMES_AT_ONCE)
+        for message in messages:
             self._manager.on_engine(message)
+        self._span("to clients", began, messages=len(messages))
 
     def _read_clients(self) -> None:
+        began, count = time.monotonic(), 0
         for identity, frame in self._clients.receive(FRAMES_AT_ONCE):
             self._manager.on_frame(identity, frame)
+            count += 1
+        self._span("from clients", began, frames=count)
+
+    def _span(self, name: str, began: float, **counts: int) -> None:
+        """For --profile."""
+        if self._trace is not None:
+            self._trace.span(TOKENIZER_MANAGER, name, began, time.monotonic() - began, counts)
 
     def _in_thread(self, work: Callable[[], Prepared], done: Callable[[Future[Prepared]], None]) -> None:
         def finish(future: Future[Prepared]) -> None:
@@ -178,7 +194,14 @@ class Service:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process is leaving
                 self._loop.call_soon_threadsafe(finish, future)
 
-        self._executor.submit(work).add_done_callback(tell)
+        def timed() -> Prepared:
+            began = time.monotonic()
+            try:
+                return work()
+            finally:
+                self._span("prepare a prompt", began)
+
+        self._executor.submit(timed if self._trace is not None else work).add_done_callback(tell)
 
     async def _say_goodbye(self) -> None:
         self._manager.say_goodbye()

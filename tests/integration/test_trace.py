@@ -52,8 +52,14 @@ def test_a_recorded_run_is_replayed(tmp_path: Path) -> None:
     )
     assert [policy["requests"] for policy in report["reports"]] == [SAMPLES] * 2
 
-    events = json.loads((profile / "scheduler.trace.json").read_text())
-    steps = [event for event in events if event["name"].startswith("step ")]
+    merged = Path(command("runtime.chrome_trace", str(profile)).strip())
+    events = json.loads(merged.read_text())
+    tracks = {event["args"]["name"]: event["pid"] for event in events if event["name"] == "process_name"}
+    assert set(tracks) == {"scheduler", "model_worker", "requests", "detokenizer", "tokenizer_manager"}
+    assert {event["pid"] for event in events if event["ph"] == "X"} == set(tracks.values()) - {tracks["requests"]}
+    times = [event["ts"] for event in events if event["ph"] == "X"]
+    assert max(times) - min(times) < 120e6, "all tracks have the same clock"
+    steps = [event for event in events if event["pid"] == tracks["model_worker"] and event["ph"] == "X"]
     assert len(steps) == stats["steps_total"]
     assert all(event["dur"] > 0 for event in steps)
     lives = {kind: sum(e["ph"] == kind and e["name"] == "request" for e in events) for kind in "be"}
