@@ -59,6 +59,8 @@ def main(child: Child) -> None:
     device = torch.device("cpu") if spec.device == "cpu" else torch.device(spec.device, index)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # cuDNN's attention makes a plan for every new shape, tens of milliseconds at each step of a growing context.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     parallel, relay = _join(spec, rank, device)
     runner = build_runner(spec, parallel, device, child.heartbeat)
     runner.warm_up()
