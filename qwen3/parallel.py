@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 has a new name for it, and warns of the old one, on which earlier versions depend.
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class Group:
@@ -49,7 +52,7 @@ class Group:
         if self.size == 1:
             return x
         gathered = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=self.process_group)
+        _all_gather_into(gathered, x.contiguous(), group=self.process_group)
         return gathered
 
     def all_to_all(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
