@@ -48,25 +48,29 @@ class Gaps:
                 self.into.append(now - last)
             last = now
             self.chunks[index] += 1
-        raise RuntimeError("a stream ended before the measurement did: take fewer rounds or a shorter prompt")
+        raise RuntimeError("a stream ended before the measurement did: make --stream-len larger, or take fewer rounds")
 
 
-async def measure(address: str, options: argparse.Namespace, vocab_size: int, context: int) -> dict[str, Any]:
+def check(streams: list[asyncio.Task[None]]) -> None:
+    """Raises what ended a stream; none ends by itself."""
+    for stream in streams:
+        if stream.done():
+            stream.result()
+
+
+async def measure(address: str, options: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
     """Gaps with and without, and the long prompts' times to the first token, in seconds."""
     alone: list[float] = []
     beside: list[float] = []
     ttft: list[float] = []
     gaps = Gaps()
     async with AsyncClient(address=address) as client:
-        streams = [
-            asyncio.create_task(
-                gaps.follow(client, prefill_prompt(vocab_size, 100 + n, STREAM_PROMPT_LEN), context - STREAM_PROMPT_LEN)
-            )
-            for n in range(options.streams)
-        ]
+        prompts = [prefill_prompt(vocab_size, 100 + n, STREAM_PROMPT_LEN) for n in range(options.streams)]
+        streams = [asyncio.create_task(gaps.follow(client, ids, options.stream_len)) for ids in prompts]
         try:
             while len(gaps.chunks) < options.streams or min(gaps.chunks) < SETTLED:
                 await asyncio.sleep(0.05)
+                check(streams)
             for round_ in range(options.rounds):
                 gaps.into = alone
                 await asyncio.sleep(options.seconds)
@@ -78,9 +82,7 @@ async def measure(address: str, options: argparse.Namespace, vocab_size: int, co
                 )
                 ttft.append(time.perf_counter() - began)
                 gaps.into = None
-            for stream in streams:
-                if stream.done():
-                    stream.result()
+                check(streams)
         finally:
             for stream in streams:
                 stream.cancel()
@@ -94,13 +96,13 @@ def main() -> None:
         epilog="Every other --flag VALUE goes to the engine, for example --chunked-prefill-size 2048.",
     )  # fmt: skip
     parser.add_argument("--streams", type=int, default=8, help="running streams (8)")
+    parser.add_argument("--stream-len", type=int, default=8000, help="tokens after which a stream would end (8000)")
     parser.add_argument("--prompt-len", type=int, default=16_000, help="tokens of the prompt that arrives (16000)")
     parser.add_argument("--rounds", type=int, default=2, help="how often it arrives (2)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of running streams alone before each (4)")
     options, settings = parse_with_engine_flags(parser)
     with LLM(**settings) as llm:
-        context = llm.model.context_length
-        raw = asyncio.run(measure(llm.address, options, vocab_size_of(options.model_path), context))
+        raw = asyncio.run(measure(llm.address, options, vocab_size_of(options.model_path)))
     figures = {name: percentiles(raw[name]) | {"count": len(raw[name])} for name in ("without", "with")}
     median = figures["without"]["p50"]
     result = {
