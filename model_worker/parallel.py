@@ -53,8 +53,18 @@ def init_parallel_nodes(
     the same on all nodes; ConfigError, on every rank that learns of it and on rank 0, names the first that is not.
     """
     host, port = meeting
-    use_interface(interface_towards(host, port))
-    store = TCPStore(host, port, tp_size, is_master=rank == 0, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False)
+    name, own_address = interface_towards(host, port)
+    use_interface(name)
+    listening = _listen(own_address, host, port) if rank == 0 else None
+    store = TCPStore(
+        host,
+        port,
+        tp_size,
+        is_master=rank == 0,
+        timeout=COLLECTIVE_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=listening,
+    )
     compare_settings(store, rank, tp_size, settings)
     _init_group(store, rank, tp_size, device)
     return build_state(rank, tp_size, ep_size)
@@ -92,19 +102,36 @@ def _difference(name: str, rank: int, ours: object, theirs: object) -> str:
     )
 
 
-def interface_towards(host: str, port: int) -> str:
-    """Name of the network interface whose address the route to `host` uses. Raises ConfigError when there is none."""
+def interface_towards(host: str, port: int) -> tuple[str, str]:
+    """Name of the network interface that the route to `host` uses, and its address. ConfigError when there is none."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(address)  # of a datagram socket: asks the routing table and sends nothing
-            own = probe.getsockname()[0]
+            own = str(probe.getsockname()[0])
     except OSError as error:
         raise ConfigError(f"--dist-init-addr {host}:{port}: there is no route to it: {error}") from error
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address.split("%")[0] == own for entry in addresses):
-            return name
+            return name, own
     raise ConfigError(f"--dist-init-addr {host}:{port}: no network interface has the address {own} that leads there")
+
+
+def _listen(own_address: str, host: str, port: int) -> int:
+    """A listening socket for the store, on the one address that the nodes use: by itself it would take all of them.
+
+    Returns the descriptor, which the store takes over. Raises ConfigError when the port is taken, or the host is not
+    this machine.
+    """
+    family = socket.AF_INET6 if ":" in own_address else socket.AF_INET
+    try:
+        return socket.create_server((own_address, port), family=family).detach()
+    except OSError as error:
+        raise ConfigError(
+            f"--dist-init-addr {host}:{port}: node 0 cannot listen there ({os.strerror(error.errno or 0)}): give node 0's "
+            "own address and a free port",
+            field="dist_init_addr",
+        ) from error
 
 
 def use_interface(name: str) -> None:

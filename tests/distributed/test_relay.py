@@ -17,6 +17,8 @@ def test_frames_arrive_as_sent(tmp_path: Path) -> None:
 
 
 def test_interface_of_a_route() -> None:
-    assert interface_towards("127.0.0.1", 29500) in ("lo", "lo0")
+    name, address = interface_towards("127.0.0.1", 29500)
+    assert name in ("lo", "lo0")
+    assert address == "127.0.0.1"
     with pytest.raises(ConfigError, match=r"no\.such\.host\.invalid:1: there is no route to it"):
         interface_towards("no.such.host.invalid", 1)

@@ -10,8 +10,10 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.integration.daemon import ROOT, Daemon, running
@@ -40,6 +42,21 @@ def single_rank_tokens(*flags: str) -> list[list[int]]:
         return [output.token_ids for output in client.generate(PROMPTS, GREEDY)]
 
 
+def listening(daemon: Daemon) -> list[IPv4Address | IPv6Address]:
+    """Addresses of every TCP socket that its processes listen on."""
+    sockets = [socket for process in daemon.descendants() for socket in process.net_connections("tcp")]
+    return [ip_address(socket.laddr.ip) for socket in sockets if socket.status == psutil.CONN_LISTEN]
+
+
+def test_a_port_that_is_taken_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        meeting = f"127.0.0.1:{taken.getsockname()[1]}"
+        with Daemon("--tp", "2", *node_flags(2, 0, meeting)) as daemon:
+            assert daemon.wait_exit(60) == 1
+            says = f"error: model_worker.0: --dist-init-addr {meeting}: node 0 cannot listen there (Address already in"
+            assert daemon.log().splitlines()[-1].startswith(says)
+
+
 def test_two_nodes_on_one_machine() -> None:
     model = ["--model-path", MOE]
     expected = single_rank_tokens(*model)
@@ -51,6 +68,7 @@ def test_two_nodes_on_one_machine() -> None:
         assert (facts["node"], facts["ranks"]) == ("1", "1-1")
         assert set(second.children()) == {"model_worker.1"}
         assert set(first.children()) == {"model_worker.0", "tokenizer_manager", "scheduler", "detokenizer"}
+        assert all(address.is_loopback for daemon in (first, second) for address in listening(daemon))
         with first.client() as client:
             time.sleep(1.5)  # idle for a few empty frames
             assert [output.token_ids for output in client.generate(PROMPTS, GREEDY)] == expected
