@@ -127,9 +127,10 @@ def _listen(own_address: str, host: str, port: int) -> int:
     try:
         return socket.create_server((own_address, port), family=family).detach()
     except OSError as error:
+        why = os.strerror(error.errno or 0)
         raise ConfigError(
-            f"--dist-init-addr {host}:{port}: node 0 cannot listen there ({os.strerror(error.errno or 0)}): give node 0's "
-            "own address and a free port",
+            f"--dist-init-addr {host}:{port}: node 0 cannot listen there ({why}): give node 0's own address and a free "
+            "port",
             field="dist_init_addr",
         ) from error
 
