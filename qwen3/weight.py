@@ -6,6 +6,9 @@ weights, and as much at 512. In fp32, 16 rows take half the time, and no row's r
 are.
 """
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,20 +28,49 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def pack(matrix: Tensor) -> Tensor:
-    """[out, in] -> the same in oneDNN's layout, which only `multiply_packed` reads."""
+    """[out, in] -> the same in oneDNN's layout, which only its own operations read."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, PACKING_ROWS)
     return packed
 
 
-def multiply_packed(x: Tensor, packed: Tensor) -> Tensor:
-    """[rows, in] -> [rows, out].
+class Matrix(Protocol):
+    """An [out, in] matrix in some format."""
 
-    In fp32 a row's sums are in the same order for any number of rows but one, so one row is computed as two.
-    """
-    if x.shape[0] == 1 and x.dtype == torch.float32:
-        return multiply_packed(x.repeat(2, 1), packed)[:1]
-    output: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
-    return output
+    def multiply(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out], in x's dtype."""
+        ...
+
+
+MatrixFormat = Callable[[Tensor], Matrix]  # makes one of a plain matrix, which the caller then drops
+
+
+class PlainMatrix:
+    """As it comes."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.tensor = matrix
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.tensor)
+
+
+class PackedMatrix:
+    """In oneDNN's layout."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._packed = pack(matrix)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """In fp32 a row's sums are in the same order for any number of rows but one, so one row is computed as two."""
+        if x.shape[0] == 1 and x.dtype == torch.float32:
+            return self.multiply(x.repeat(2, 1))[:1]
+        output: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, None, "none", [], "")
+        return output
+
+
+def fastest_format(dtype: torch.dtype, device: torch.device) -> MatrixFormat:
+    """The fastest one that keeps all bits of a matrix."""
+    return PackedMatrix if can_pack(dtype, device) else PlainMatrix
 
 
 class Weight:
@@ -72,17 +104,28 @@ class MatrixWeight(Weight):
 
     def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__((out_features, in_features), dtype, device)
-        self._packed = can_pack(dtype, device)
+        self._format = fastest_format(dtype, device)
+        self._matrix: Matrix | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The plain tensor; only after `install` and where that keeps it."""
+        assert isinstance(self._matrix, PlainMatrix), "no plain matrix is kept"
+        return self._matrix.tensor
+
+    def keep_as(self, matrix_format: MatrixFormat) -> None:
+        """Choose what `install` makes of the matrix."""
+        assert self._matrix is None
+        self._format = matrix_format
 
     def install(self, tensor: Tensor) -> None:
         self._check(tensor)
-        self._tensor = pack(tensor) if self._packed else tensor
+        self._matrix = self._format(tensor)
 
     def multiply(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""
-        if self._packed:
-            return multiply_packed(x, self.tensor)
-        return F.linear(x, self.tensor)
+        assert self._matrix is not None, "weight used before it was loaded"
+        return self._matrix.multiply(x)
 
 
 class ExpertWeight(Weight):
@@ -92,15 +135,19 @@ class ExpertWeight(Weight):
         self, experts: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__((experts, out_features, in_features), dtype, device)
-        self._packed = can_pack(dtype, device)
-        self._matrices: list[Tensor] = []
+        self._format = fastest_format(dtype, device)
+        self._matrices: list[Matrix] = []
+
+    def keep_as(self, matrix_format: MatrixFormat) -> None:
+        """Choose what `install` makes of each expert's matrix."""
+        assert not self._matrices
+        self._format = matrix_format
 
     def install(self, tensor: Tensor) -> None:
         self._check(tensor)
-        if self._packed:
-            self._matrices = [pack(matrix) for matrix in tensor]
-        else:
-            self._tensor = tensor
+        self._matrices = [self._format(matrix) for matrix in tensor]
+        if self._format is PlainMatrix:
+            self._tensor = tensor  # which the matrices are views of
 
     def multiply_grouped(self, x: Tensor, counts: Tensor) -> Tensor:
         """Rows sorted by expert, `counts` [experts] int64 of them for each: [rows, in] -> [rows, out].
@@ -116,10 +163,7 @@ class ExpertWeight(Weight):
         for expert, count in enumerate(counts.tolist()):
             if count == 0:
                 continue
-            rows = x[start : start + count]
-            if self._packed:
-                output[start : start + count] = multiply_packed(rows, self._matrices[expert])
-            else:
-                torch.mm(rows, self.tensor[expert].T, out=output[start : start + count])
+            rows = slice(start, start + count)
+            output[rows] = self._matrices[expert].multiply(x[rows])
             start += count
         return output
