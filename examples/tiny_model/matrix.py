@@ -1,6 +1,7 @@
 """One model, many engine settings: are the greedy answers the same? A table, and last one JSON line.
 
     python -m examples.tiny_model.matrix --model vibe_sgl_lite/models/tiny --dtype float32 --dtype bfloat16
+    python -m examples.tiny_model.matrix --model examples/tiny_model/moe --parallel
 
 Every variant answers the same held-out prompts, all behind one story that they share. The first one, with a cold cache,
 is what the others are compared with. In float32 all answers should be identical; in bfloat16 sums are rounded
@@ -28,14 +29,31 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch 64": {"max_running_requests": 64},
     "batch 1": {"max_running_requests": 1},
 }
+PARALLEL_VARIANTS: dict[str, dict[str, Any]] = {
+    "tp 1": {},
+    "tp 2": {"tp": 2},
+    "tp 4": {"tp": 4},
+    "tp 2, ep 2": {"tp": 2, "ep": 2},
+    "tp 4, ep 4": {"tp": 4, "ep": 4},
+    "tp 4, ep 2": {"tp": 4, "ep": 2},
+    "tp 4, ep 2, all-to-all": {"tp": 4, "ep": 2, "moe_dispatch": "all-to-all"},
+}
 
 
-def run(model: Path, dtype: str, prompts: Sequence[ClosedPrompt], thinking: bool) -> dict[str, dict[str, float]]:
+def parallel_variants(model: Path) -> dict[str, dict[str, Any]]:
+    """Those that the model can run: expert parallelism needs experts."""
+    has_experts = "num_experts" in json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return {name: options for name, options in PARALLEL_VARIANTS.items() if has_experts or "ep" not in options}
+
+
+def run(
+    model: Path, dtype: str, prompts: Sequence[ClosedPrompt], thinking: bool, variants: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, float]]:
     """Share of identical and of right answers, 0 to 1, of every variant."""
     conversations = [prompt.messages for prompt in prompts]
     first: list[str] = []
     figures: dict[str, dict[str, float]] = {}
-    for name, options in VARIANTS.items():
+    for name, options in variants.items():
         backend = EngineBackend(model, dtype, options)
         try:
             for cache in ("cold", "warm") if not first else ("cold",):
@@ -61,12 +79,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append", help="may be repeated (float32)")
     parser.add_argument("--prompts", type=int, default=1000, help="number of prompts (default 1000)")
     parser.add_argument("--thinking", action="store_true", help="let the model think before it answers")
+    parser.add_argument("--parallel", action="store_true", help="vary tensor and expert parallelism instead")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default 0)")
     arguments = parser.parse_args()
     prompts = with_shared_prefix(closed_answer_prompts(arguments.prompts, arguments.seed), 1, arguments.seed)
+    variants = parallel_variants(arguments.model) if arguments.parallel else VARIANTS
     report: dict[str, Any] = {"model": str(arguments.model), "prompts": arguments.prompts, "figures": {}}
     for dtype in arguments.dtype or ["float32"]:
-        report["figures"][dtype] = run(arguments.model, dtype, prompts, arguments.thinking)
+        report["figures"][dtype] = run(arguments.model, dtype, prompts, arguments.thinking, variants)
     print("| variant | " + " | ".join(f"{dtype}: identical | right" for dtype in report["figures"]) + " |")
     print("|---" * (1 + 2 * len(report["figures"])) + "|")
     for title in next(iter(report["figures"].values())):
