@@ -5,7 +5,8 @@
 
 A few streams generate. Their gaps are taken for some seconds (`without`), then from the moment when a long prompt is
 sent to its first token (`with`); both in turns, `--rounds` times, the prompt a new one each time. Prints a table and,
-last, one JSON line. The figure to look at is p99 with the prompt over the median without it.
+last, one JSON line. The figure to look at is p99 with the prompt over the median without it. On a busy machine gaps
+tell little: look at the CPU time of a rank's mean step then.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/interference.py` finds the benchmarks package
@@ -58,6 +61,27 @@ def check(streams: list[asyncio.Task[None]]) -> None:
             stream.result()
 
 
+class RankWork:
+    """CPU seconds of rank 0 and steps, summed over spans of time."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        children = psutil.Process().children(recursive=True)
+        self._rank = next(child for child in children if "model_worker.worker" in child.cmdline())
+        self._client = client
+        self.cpu_s = 0.0
+        self.steps = 0
+
+    async def add(self, sign: int) -> None:
+        """-1 where a span begins, 1 where it ends."""
+        times = self._rank.cpu_times()
+        self.cpu_s += sign * (times.user + times.system)
+        self.steps += sign * int((await self._client.stats())["steps_total"])
+
+    @property
+    def step_ms(self) -> float:
+        return round(self.cpu_s / self.steps * 1e3, 3)
+
+
 async def measure(address: str, options: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
     """Gaps with and without, and the long prompts' times to the first token, in seconds."""
     alone: list[float] = []
@@ -65,6 +89,7 @@ async def measure(address: str, options: argparse.Namespace, vocab_size: int) ->
     ttft: list[float] = []
     gaps = Gaps()
     async with AsyncClient(address=address) as client:
+        work_alone, work_beside = RankWork(client), RankWork(client)
         prompts = [prefill_prompt(vocab_size, 100 + n, STREAM_PROMPT_LEN) for n in range(options.streams)]
         streams = [asyncio.create_task(gaps.follow(client, ids, options.stream_len)) for ids in prompts]
         try:
@@ -73,21 +98,26 @@ async def measure(address: str, options: argparse.Namespace, vocab_size: int) ->
                 check(streams)
             for round_ in range(options.rounds):
                 gaps.into = alone
+                await work_alone.add(-1)
                 await asyncio.sleep(options.seconds)
+                await work_alone.add(1)
                 prompt = prefill_prompt(vocab_size, round_, options.prompt_len)
                 gaps.into = beside
+                await work_beside.add(-1)
                 began = time.perf_counter()
                 await client.generate(
                     input_ids=prompt, sampling_params=SamplingParams(max_new_tokens=1, temperature=0, ignore_eos=True)
                 )
                 ttft.append(time.perf_counter() - began)
+                await work_beside.add(1)
                 gaps.into = None
                 check(streams)
         finally:
             for stream in streams:
                 stream.cancel()
             await asyncio.gather(*streams, return_exceptions=True)
-    return {"without": alone, "with": beside, "ttft": ttft}
+    cpu = {"without": work_alone.step_ms, "with": work_beside.step_ms}
+    return {"without": alone, "with": beside, "ttft": ttft, "cpu": cpu}
 
 
 def main() -> None:
@@ -111,12 +141,16 @@ def main() -> None:
         "gap_ms": {name: f | {"max": round(max(raw[name]) * 1e3, 3)} for name, f in figures.items()},
         "p99_with_over_p50_without": round(figures["with"]["p99"] / median, 2),
         "p99_with_over_p99_without": round(figures["with"]["p99"] / figures["without"]["p99"], 2),
+        "cpu_ms_per_step": raw["cpu"],
         "ttft_s": [round(seconds, 2) for seconds in raw["ttft"]],
     }  # fmt: skip
     print(f"{options.streams} streams, {result['model']} {options.dtype}; a prompt of {options.prompt_len} tokens")
     print(f"{'gap, ms':<12}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}{'gaps':>10}")
     for name, f in result["gap_ms"].items():
         print(f"{name:<12}" + "".join(f"{f[key]:>10}" for key in ("p50", "p90", "p99", "max", "count")))
+    cpu = raw["cpu"]
+    ratio = round(cpu["with"] / cpu["without"], 2)
+    print(f"CPU time of a rank's mean step: {cpu['without']} ms without, {cpu['with']} ms with, {ratio} times")
     print(
         f"p99 with / p50 without: {result['p99_with_over_p50_without']}, p99 with / p99 without: "
         f"{result['p99_with_over_p99_without']}; first token of the long prompt after {result['ttft_s']} s"

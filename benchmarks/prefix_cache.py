@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))  # so that `python benchmarks/prefix_cache.py` fin
 
 from benchmarks.options import parse_with_engine_flags, vocab_size_of  # noqa: E402
 from benchmarks.workloads import prefill_prompt  # noqa: E402
+from scheduler.cost import Work  # noqa: E402
 from scheduler.replay import replay  # noqa: E402
 from scheduler.simulator import Simulation, StepCost  # noqa: E402
 from scheduler.trace import read_trace  # noqa: E402
@@ -88,8 +89,8 @@ def measure_policy(policy: str, settings: dict[str, Any], vocab_size: int, trace
         seconds = asyncio.run(run_groups(llm.address, vocab_size))
         stats = llm.stats()
     _, core = replay(trace)  # raises when a decision differs
-    base = core.cost.seconds(0, 0)
-    cost = StepCost(base, core.cost.seconds(1, 0) - base, core.cost.seconds(0, 1) - base)
+    added = core.cost.added
+    cost = StepCost(core.cost.seconds(Work(0, 0, 0)), added(Work(1, 0, 0)), added(Work(0, 1, 0)), added(Work(0, 0, 1)))
     report = Simulation(read_trace(trace)[0], cost).run(from_trace(trace))
     return {
         "measured": round(int(stats["cached_tokens_total"]) / int(stats["prompt_tokens_total"]), 4),

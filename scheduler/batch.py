@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from runtime.messages import ForwardBatch, NewSlot
+from scheduler.cost import Work
 from scheduler.request import Request
 
 
@@ -26,16 +27,14 @@ class Chunk(msgspec.Struct, frozen=True):
 class Step(msgspec.Struct):
     """A step in flight. Row order: `decode`, one token each, then `chunks`.
 
-    context: sum over the tokens of all rows of the tokens each attends to. estimate_s: what it should take; 0 when
-    nothing has been measured yet.
+    estimate_s: what it should take; 0 when nothing has been measured yet.
     """
 
     number: int
     decode: list[Request]
     chunks: list[Chunk]
     sent_at: float
-    tokens: int
-    context: int
+    work: Work
     estimate_s: float
 
     @property

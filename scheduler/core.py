@@ -108,7 +108,7 @@ class Scheduler:
         """Apply the result of the oldest step in flight."""
         step = self.state.in_flight.popleft()
         assert result.step == step.number, f"result of step {result.step}, {step.number} was due"
-        self.cost.observe(step.tokens, step.context, result.total_s)
+        self.cost.observe(step.work, result.total_s)
         return self._results.apply(step, result)
 
     @property

@@ -1,11 +1,18 @@
 """What a step costs, learned from the steps measured so far.
 
-    seconds = base + a * tokens + b * context
+    seconds = base + a * tokens + b * context + c * reads
 
-`tokens` counts the tokens of all rows, `context` sums the number of tokens each of them attends to. The three numbers
-are fitted with every result: least squares of the relative error, old steps fading out, no number negative. The normal
-equations are solved by coordinate descent from the last solution, which begins with a guess: what the steps so far
-cannot tell apart (a constant number of decode rows from the cost of an empty step) keeps the guess's proportions.
+`tokens` counts the tokens of all rows, `context` sums the number of tokens each of them attends to. `reads` sums the
+lengths of the rows' contexts: a row's KV is read once, whether one token attends to it or a chunk of many, and for a
+small chunk after a long context that is nearly all of the cost.
+
+The four numbers are fitted with every result: least squares of the relative error, old steps fading out, no number
+negative. Steps with and without chunks fade apart, each by newer ones of its own kind: during a long prompt no step
+without a chunk is seen, and if the others' memory faded, what was left would no longer say what decoding alone costs,
+which is what chunks are measured by.
+
+The normal equations are solved by coordinate descent from the last solution, which begins with a guess: what the steps
+so far cannot tell apart (so many decode rows from the cost of an empty step) keeps the guess's proportions.
 
 Depends on nothing but its inputs, so that a replayed trace makes the same decisions.
 """
@@ -13,10 +20,33 @@ Depends on nothing but its inputs, so that a replayed trace makes the same decis
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 FADE = 0.99  # weight of the past at each new step
 SWEEPS = 4
 CONTEXT_SHARE = 1 / 4000  # guess: attending to 4000 tokens costs as much as all else of a token
+READ_SHARE = 1 / 4000  # guess: and so does reading the KV of as many
+
+
+class Work(NamedTuple):
+    """What a step or a part of it does; see the module."""
+
+    tokens: int
+    context: int
+    reads: int
+
+    def __add__(self, other: Work) -> Work:  # type: ignore[override]
+        return Work(self.tokens + other.tokens, self.context + other.context, self.reads + other.reads)
+
+
+def decode_work(rows: int, context: int) -> Work:
+    """Rows of one token each; `context` sums what they attend to."""
+    return Work(rows, context, context)
+
+
+def chunk_work(start: int, count: int) -> Work:
+    """`count` tokens that follow `start` computed ones, in one row."""
+    return Work(count, count * start + count * (count + 1) // 2, start + count)
 
 
 class CostModel:
@@ -24,39 +54,44 @@ class CostModel:
 
     def __init__(self, base_tokens: float) -> None:
         self.measured = False
-        self._theta = [base_tokens, 1.0, CONTEXT_SHARE]
-        self._left = [[0.0] * 3 for _ in range(3)]
-        self._right = [0.0] * 3
+        self._theta = [base_tokens, 1.0, CONTEXT_SHARE, READ_SHARE]
+        # normal equations, a row a number and the right side in its last column: of steps without chunks, and with
+        self._seen = tuple([[0.0] * 5 for _ in range(4)] for _ in range(2))
         self._stale = False
 
-    def observe(self, tokens: int, context: int, seconds: float) -> None:
+    def observe(self, work: Work, seconds: float) -> None:
         """A step of that size took so long. Steps that were not timed (0 seconds) are ignored."""
-        if seconds <= 0.0 or tokens <= 0:
+        if seconds <= 0.0 or work.tokens <= 0:
             return
         if not self.measured:
-            scale = seconds / self.seconds(tokens, context)
+            scale = seconds / self.seconds(work)
             self._theta = [value * scale for value in self._theta]
             self.measured = True
-        row = (1.0 / seconds, tokens / seconds, context / seconds)
-        for i, x in enumerate(row):
-            left = self._left[i]
-            left[0] = FADE * left[0] + x * row[0]
-            left[1] = FADE * left[1] + x * row[1]
-            left[2] = FADE * left[2] + x * row[2]
-            self._right[i] = FADE * self._right[i] + x
+        row = (1.0 / seconds, work.tokens / seconds, work.context / seconds, work.reads / seconds)
+        for x, equation in zip(row, self._seen[work.context > work.reads], strict=True):
+            equation[0] = FADE * equation[0] + x * row[0]
+            equation[1] = FADE * equation[1] + x * row[1]
+            equation[2] = FADE * equation[2] + x * row[2]
+            equation[3] = FADE * equation[3] + x * row[3]
+            equation[4] = FADE * equation[4] + x
         self._stale = True
 
-    def seconds(self, tokens: int, context: int) -> float:
+    def seconds(self, work: Work) -> float:
         """The estimate; in units of one token's work before anything was measured."""
-        base, per_token, per_context = self._solution()
-        return base + per_token * tokens + per_context * context
+        base, per_token, per_context, per_read = self._solution()
+        return base + per_token * work.tokens + per_context * work.context + per_read * work.reads
+
+    def added(self, work: Work) -> float:
+        """What a step's estimate grows by with this work."""
+        return self.seconds(work) - self._solution()[0]
 
     def tokens_within(self, budget: float, context: int) -> int:
         """How many tokens of one sequence with `context` computed tokens cost at most `budget` on top of a step."""
-        _, per_token, per_context = self._solution()
+        _, per_token, per_context, per_read = self._solution()
+        budget -= per_read * context
         if budget <= 0.0:
             return 0
-        linear, square = per_token + per_context * context, per_context / 2
+        linear, square = per_token + per_read + per_context * context, per_context / 2
         if square <= 0.0:
             return int(budget / linear) if linear > 0.0 else 2**31
         # square * n^2 + linear * n = budget, in the form that does not cancel when square is small
@@ -64,15 +99,13 @@ class CostModel:
 
     def _solution(self) -> list[float]:
         if self._stale:
-            theta, left, right = self._theta, self._left, self._right
+            theta = self._theta
+            equations = [
+                [one + other for one, other in zip(*pair, strict=True)] for pair in zip(*self._seen, strict=True)
+            ]
             for _ in range(SWEEPS):
-                for i in range(3):
-                    rest = left[i][0] * theta[0] + left[i][1] * theta[1] + left[i][2] * theta[2]
-                    theta[i] = max(0.0, theta[i] + (right[i] - rest) / left[i][i])
+                for i, row in enumerate(equations):
+                    rest = row[0] * theta[0] + row[1] * theta[1] + row[2] * theta[2] + row[3] * theta[3]
+                    theta[i] = max(0.0, theta[i] + (row[4] - rest) / row[i])
             self._stale = False
         return self._theta
-
-
-def chunk_context(start: int, count: int) -> int:
-    """Tokens attended to by `count` tokens that follow `start` computed ones."""
-    return count * start + count * (count + 1) // 2

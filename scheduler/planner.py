@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from scheduler.admission import NewTokenRatio
 from scheduler.batch import Chunk, Step
-from scheduler.cost import CostModel, chunk_context
+from scheduler.cost import CostModel, chunk_work, decode_work
 from scheduler.policies import SchedulePolicy
 from scheduler.request import NO_SLOT, Request
 from scheduler.state import SchedulerState
@@ -47,11 +47,12 @@ class StepPlanner:
         self._retracted = False
         stalled = self._secure_decode_pages()
         decode, context = self._decode_rows(stalled)
+        work = decode_work(len(decode), context)
         self._chunks = []
         self._tokens_left = state.config.chunked_prefill_size
         self._cost_left = math.inf
         if decode:
-            self._cost_left = (STEP_STRETCH - 1) * self._cost.seconds(len(decode), context)
+            self._cost_left = (STEP_STRETCH - 1) * self._cost.seconds(work)
         if state.prefilling:
             self._continue_prefill(blocked=not decode and not state.in_flight)
         if state.waiting and not self._retracted and not stalled:
@@ -60,10 +61,10 @@ class StepPlanner:
             assert state.in_flight or not state.requests, "requests are there, nothing is in flight, and nothing runs"
             return None
 
-        tokens = len(decode) + sum(chunk.count for chunk in self._chunks)
-        context += sum(chunk_context(chunk.end - chunk.count, chunk.count) for chunk in self._chunks)
-        estimate = self._cost.seconds(tokens, context) if self._cost.measured else 0.0
-        step = Step(state.next_step, decode, self._chunks, now, tokens, context, estimate)
+        for chunk in self._chunks:
+            work += chunk_work(chunk.end - chunk.count, chunk.count)
+        estimate = self._cost.seconds(work) if self._cost.measured else 0.0
+        step = Step(state.next_step, decode, self._chunks, now, work, estimate)
         state.next_step += 1
         state.in_flight.append(step)
         if decode:
@@ -159,7 +160,7 @@ class StepPlanner:
         samples = end == request.prefill_end
         self._chunks.append(Chunk(request, count, end, samples))
         self._tokens_left -= count
-        self._cost_left -= self._cost.seconds(count, chunk_context(start, count)) - self._cost.seconds(0, 0)
+        self._cost_left -= self._cost.added(chunk_work(start, count))
         if samples:
             del state.prefilling[request.uid]
             place = state.ending if end >= request.kv_limit else state.decoding

@@ -202,7 +202,7 @@ class SchedulerProcess:
         if running_s > allowed_s:
             self._hung = True
             self.child.failed(
-                f"step {step.number} ({step.num_rows} rows, {step.tokens} tokens) has no result after "
+                f"step {step.number} ({step.num_rows} rows, {step.work.tokens} tokens) has no result after "
                 f"{running_s:.1f} s; {allowed_s:.1f} s were allowed (--step-timeout)",
                 culprit="model_worker.0",
             )

@@ -18,6 +18,7 @@ import msgspec
 from runtime.messages import StepResult
 from scheduler.config import SchedulerConfig
 from scheduler.core import Scheduler
+from scheduler.cost import Work
 from scheduler.workloads import FILLER, Arrival
 
 END = 1
@@ -26,11 +27,12 @@ _SMALLEST_S = 1e-6
 
 
 class StepCost(msgspec.Struct, frozen=True):
-    """Seconds of a step = base_s + token_s * tokens + context_s * (sum of the tokens that each token attends to)."""
+    """Seconds of a step = base_s + token_s * tokens + context_s * context + read_s * reads; see scheduler/cost.py."""
 
     base_s: float
     token_s: float
     context_s: float
+    read_s: float = 0.0
 
     @classmethod
     def calibrated(cls, figures: dict[str, Any], decode_rows: int) -> StepCost:
@@ -48,8 +50,9 @@ class StepCost(msgspec.Struct, frozen=True):
         step_s = decode_rows / rates[1]
         return cls(base_s=max(0.0, step_s - decode_rows * token_s), token_s=token_s, context_s=token_s / 4000)
 
-    def seconds(self, tokens: int, context: int) -> float:
-        return self.base_s + self.token_s * tokens + self.context_s * context
+    def seconds(self, work: Work) -> float:
+        linear = self.token_s * work.tokens + self.context_s * work.context + self.read_s * work.reads
+        return self.base_s + linear
 
 
 class Histogram:
@@ -156,7 +159,7 @@ class Simulation:
             for chunk in step.chunks:
                 last = chunk.end + 1 >= ends_at.get(chunk.request.uid, 0)
                 ids.append(-1 if not chunk.samples else END if last else FILLER)
-            seconds = self._cost.seconds(step.tokens, step.context)
+            seconds = self._cost.seconds(step.work)
             self._rank_free_at = max(self.now, self._rank_free_at) + seconds
             self._results.append(
                 (self._rank_free_at, StepResult(step.number, ids.tobytes(), forward_s=seconds, total_s=seconds))

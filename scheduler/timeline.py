@@ -76,8 +76,8 @@ class Timeline:
             {
                 "decode_rows": len(step.decode),
                 "prefill_rows": len(step.chunks),
-                "tokens": step.tokens,
-                "context": step.context,
+                "tokens": step.work.tokens,
+                "context": step.work.context,
                 "forward_ms": round(result.forward_s * 1e3, 3),
                 "rank_ms": round(result.total_s * 1e3, 3),
                 "estimate_ms": round(step.estimate_s * 1e3, 3),

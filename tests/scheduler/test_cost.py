@@ -7,28 +7,35 @@ import random
 import pytest
 
 from runtime.messages import StepResult
-from scheduler.cost import CostModel, chunk_context
+from scheduler.cost import CostModel, Work, chunk_work, decode_work
 from tests.scheduler.harness import Harness, config, request
 
 
-def test_it_learns_the_three_numbers() -> None:
-    base, token, context = 0.05, 0.003, 1e-6
+def test_it_learns_what_work_costs() -> None:
+    base, token, context, read = 0.05, 0.003, 1e-6, 2e-5
     rng = random.Random(0)
     cost = CostModel(16.0)
+
+    def truth(work: Work) -> float:
+        return base + token * work.tokens + context * work.context + read * work.reads
+
     for _ in range(400):
-        tokens = rng.choice([1, 8, 64, 512])
-        total = tokens * rng.randrange(1, 4000)
-        cost.observe(tokens, total, (base + token * tokens + context * total) * rng.uniform(0.95, 1.05))
-    for tokens, total in ((1, 100), (16, 16_000), (512, 512 * 3000)):
-        assert cost.seconds(tokens, total) == pytest.approx(base + token * tokens + context * total, rel=0.08)
+        work = decode_work(8, 8 * rng.randrange(1, 4000))
+        if rng.random() < 0.5:
+            work += chunk_work(rng.randrange(4000), rng.choice([1, 8, 64, 512]))
+        cost.seconds(work)  # as for every step: the fit moves a little each time
+        cost.observe(work, truth(work) * rng.uniform(0.95, 1.05))
+    for work in (decode_work(1, 100), decode_work(16, 16_000), chunk_work(3000, 512), chunk_work(3000, 8)):
+        assert cost.seconds(work) == pytest.approx(truth(work), rel=0.1)
 
 
 def test_it_forgets_what_steps_used_to_cost() -> None:
     cost = CostModel(16.0)
     for seconds in (0.5, 0.01):
         for step in range(500):
-            cost.observe(8, 800 + step, seconds)
-    assert cost.seconds(8, 1000) == pytest.approx(0.01, rel=0.15)
+            cost.seconds(decode_work(8, 800 + step))
+            cost.observe(decode_work(8, 800 + step), seconds)
+    assert cost.seconds(decode_work(8, 1000)) == pytest.approx(0.01, rel=0.15)
 
 
 @pytest.mark.parametrize("context", [0, 100, 30_000])
@@ -36,10 +43,51 @@ def test_tokens_within_a_budget(context: int) -> None:
     cost = CostModel(16.0)
     for budget in (0.5, 10, 1000):
         count = cost.tokens_within(budget, context)
-        spent = cost.seconds(count, chunk_context(context, count)) - cost.seconds(0, 0)
-        one_more = cost.seconds(count + 1, chunk_context(context, count + 1)) - cost.seconds(0, 0)
+        spent = cost.added(chunk_work(context, count)) if count else 0.0
+        one_more = cost.added(chunk_work(context, count + 1))
         assert spent <= budget * 1.01
         assert one_more >= budget * 0.99
+
+
+def test_a_long_prompt_does_not_wash_out_what_decoding_costs() -> None:
+    """A thousand noisy steps with chunks of the size that the budget allows: the budget must not drift."""
+    base, token, context, read = 0.003, 1e-4, 2e-8, 7e-7
+    rng = random.Random(2)
+    cost = CostModel(16.0)
+
+    def run(work: Work) -> None:
+        true = base + token * work.tokens + context * work.context + read * work.reads
+        cost.observe(work, true * rng.lognormvariate(0.0, 0.4))
+
+    for _ in range(100):
+        before = cost.seconds(decode_work(8, 4000))
+        run(decode_work(8, 4000))
+    start = 0
+    for _ in range(1000):
+        budget = 2.5 * cost.seconds(decode_work(8, 4000))
+        count = max(8, cost.tokens_within(budget, start))
+        run(decode_work(8, 4000) + chunk_work(start, count))
+        start = (start + count) % 16_000
+    assert cost.seconds(decode_work(8, 4000)) == pytest.approx(before, rel=0.2)
+
+
+def test_a_chunk_after_a_long_context_is_known_to_cost_its_reading() -> None:
+    """Costs of an attention kernel that reads the KV of a chunk once: twice the tokens cost little more."""
+    base, token, context, read = 1.0, 0.1, 2e-5, 5e-4
+    rng = random.Random(1)
+    cost = CostModel(16.0)
+    for step in range(300):
+        work = decode_work(8, 8000 + 8 * step)
+        if step > 50:
+            work += chunk_work(40 * step, rng.choice([8, 12, 16]))
+        cost.seconds(work)
+        seconds = base + token * work.tokens + context * work.context + read * work.reads
+        cost.observe(work, seconds * rng.uniform(0.9, 1.1))
+    few, many = cost.added(chunk_work(12_000, 8)), cost.added(chunk_work(12_000, 32))
+    true_few = token * 8 + context * 8 * 12_000 + read * 12_000
+    true_many = token * 32 + context * 32 * 12_000 + read * 12_000
+    assert few == pytest.approx(true_few, rel=0.15)
+    assert many == pytest.approx(true_many, rel=0.25)
 
 
 def test_chunks_shrink_beside_running_rows_and_with_their_context() -> None:
@@ -52,10 +100,10 @@ def test_chunks_shrink_beside_running_rows_and_with_their_context() -> None:
         assert batch is not None
         planned = h.scheduler.newest_step
         assert planned is not None
-        seconds = base + token * planned.tokens + context * planned.context
+        seconds = base + token * planned.work.tokens + context * planned.work.context
         result = h.rank.run(batch)
         h._take(h.scheduler.complete(StepResult(result.step, result.token_ids, total_s=seconds), h.now))
-        return planned.tokens - len(planned.decode), seconds
+        return planned.work.tokens - len(planned.decode), seconds
 
     for uid in range(4):
         h.add(request(uid, [uid] * 20, max_new_tokens=400))
