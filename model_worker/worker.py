@@ -20,6 +20,7 @@ from model_worker.compute import choose_compute
 from model_worker.kv_pool import KVPool, choose_num_pages
 from model_worker.model_runner import ModelRunner
 from model_worker.parallel import init_parallel, init_parallel_nodes, relay_group
+from model_worker.quantization import quantize
 from model_worker.rank_digest import RankDigest
 from model_worker.relay import BatchRelay
 from model_worker.weights import load_dummy_weights, load_weights
@@ -110,6 +111,7 @@ def build_runner(
     dtype: torch.dtype = getattr(torch, spec.dtype)
     compute = choose_compute(dtype, device, spec.model.head_dim)
     model = Qwen3(spec.model, parallel, dtype, device, compute.operations, DISPATCH[args.moe_dispatch])
+    quantize(model, args.quantization)
     progress = _Progress(heartbeat, visible=parallel.rank == 0 and sys.stderr.isatty())
     started = time.monotonic()
     if args.load_format == "dummy":
