@@ -76,6 +76,39 @@ def test_no_room_names_the_flag(
 def test_pool_memory_is_committed_only_when_written(config: ModelConfig) -> None:
     process = psutil.Process()
     before = process.memory_info().rss
-    pool = KVPool(config, 1, num_pages=16_000, page_size=16, dtype=torch.float32, device=CPU)
-    assert pool.data.nbytes > 200 << 20
+    pool = KVPool(config, 1, num_pages=48_000, page_size=16, dtype=torch.float32, device=CPU)
+    assert pool.data.nbytes > 700 << 20
+    assert process.memory_info().rss - before < 10 << 20
+    pool.data[:, :, :100] = 1.0  # in 8 places, which take one or two huge pages each
     assert process.memory_info().rss - before < 50 << 20
+    assert pool.data[3, 1, 99].eq(1).all()
+    assert pool.data[3, 1, 100].eq(0).all()
+
+
+def test_pool_memory_is_given_back(config: ModelConfig) -> None:
+    process = psutil.Process()
+    pool = KVPool(config, 1, num_pages=12_000, page_size=16, dtype=torch.bfloat16, device=CPU)
+    pool.data.fill_(1.0)
+    keys = pool.keys(0)
+    full = process.memory_info().rss
+    size = pool.data.nbytes
+    del pool
+    assert keys[-1].eq(1).all()  # a view keeps it
+    del keys
+    assert process.memory_info().rss < full - size * 0.9
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="Linux with huge pages")
+def test_pool_asks_for_huge_pages(config: ModelConfig) -> None:
+    pool = KVPool(config, 1, num_pages=4_000, page_size=16, dtype=torch.float32, device=CPU)
+    address = pool.data.data_ptr()
+    flags = ""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first:
+            start, end = (int(number, 16) for number in first.split("-"))
+            inside = start <= address < end
+        elif inside and first == "VmFlags:":
+            flags = rest
+    assert "hg" in flags.split()
