@@ -7,16 +7,23 @@ GROUP_SIZE = 32
 OUTPUT_MULTIPLE = 16  # torch's kernel takes outputs in multiples of it
 LEVELS = 16
 MIDDLE = 8  # the kernel's value of code c is (c - 8) x scale + offset
-REFITS = 2
+REFITS = 1
+CHUNK = 256  # rows quantised at a time, so that what is in between stays in the cache; the kernel packs 64 together
 
 
 class Int4Matrix:
     """[out, in], in % GROUP_SIZE == 0 and out % OUTPUT_MULTIPLE == 0, in the layout of torch's own kernel."""
 
     def __init__(self, matrix: Tensor) -> None:
-        codes, scales, offsets = quantize_groups(matrix)
-        self._packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        self._scales = torch.stack((scales.T, offsets.T), dim=-1).contiguous()
+        out_features, in_features = matrix.shape
+        self._packed = torch.empty((out_features, in_features // 2), dtype=torch.uint8)
+        self._scales = torch.empty((in_features // GROUP_SIZE, out_features, 2), dtype=matrix.dtype)
+        for start in range(0, out_features, CHUNK):
+            rows = slice(start, start + CHUNK)
+            codes, scales, offsets = quantize_groups(matrix[rows])
+            self._packed[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            self._scales[:, rows, 0] = scales.T
+            self._scales[:, rows, 1] = offsets.T
 
     def multiply(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out], in x's dtype."""
@@ -32,7 +39,7 @@ def quantize_groups(matrix: Tensor, group: int = GROUP_SIZE) -> tuple[Tensor, Te
     """
     out_features, in_features = matrix.shape
     values = matrix.to(torch.float32).view(out_features, in_features // group, group)
-    low, high = values.aminmax(dim=2, keepdim=True)
+    low, high = values.amin(2, keepdim=True), values.amax(2, keepdim=True)
     scales = (high - low) / (LEVELS - 1)
     offsets = low + MIDDLE * scales
     for _ in range(REFITS):
@@ -40,7 +47,7 @@ def quantize_groups(matrix: Tensor, group: int = GROUP_SIZE) -> tuple[Tensor, Te
         mean_code, mean = codes.mean(2, keepdim=True), values.mean(2, keepdim=True)
         spread = codes - mean_code
         variance = spread.square().sum(2, keepdim=True)
-        fitted = (spread * values).sum(2, keepdim=True) / variance
+        fitted = spread.mul_(values).sum(2, keepdim=True) / variance
         scales = torch.where(variance > 0, fitted, scales)
         offsets = mean - mean_code * scales
     scales, offsets = scales.to(matrix.dtype), offsets.to(matrix.dtype)
