@@ -121,7 +121,7 @@ def test_other_settings_change_nothing(variant: str, right: Tokens) -> None:
             assert client.stats()["cached_tokens_total"] == 0
         else:
             assert int(client.stats()["cached_tokens_total"]) > 64 * 100, "they share the story"
-            assert everything(client) == right
+            assert ids(answers(client)) == right.answers
 
 
 def test_retraction_changes_nothing(right: Tokens) -> None:
