@@ -241,9 +241,13 @@ def test_nonsense_on_the_control_line_changes_nothing(model: Path, run_base: Pat
 
 def test_ctrl_c_in_a_caller_without_a_handler(model: Path, run_base: Path) -> None:
     engine = pipeline(model, scheduler="never_ready")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     threading.Timer(1.0, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        engine.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engine.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert processes() == {}
     assert list(run_base.iterdir()) == []
 
