@@ -4,9 +4,11 @@
     python benchmarks/interference.py --prompt-len 4000 --model-path ../shared/models/qwen3-0.6b --load-format dummy
 
 A few streams generate. Their gaps are taken for some seconds (`without`), then from the moment when a long prompt is
-sent to its first token (`with`); both in turns, `--rounds` times, the prompt a new one each time. Prints a table and,
-last, one JSON line. The figure to look at is p99 with the prompt over the median without it. On a busy machine gaps
-tell little: look at the CPU time of a rank's mean step then.
+sent to its first token (`with`), `--rounds` times, the prompt a new one each time, and at the end without once more.
+Prints a table and, last, one JSON line.
+
+The figures to look at are p99 with over p99 without, and both medians. On a busy machine, where waiting for a core is
+most of a gap, the CPU time of a rank's mean step says more.
 """
 
 from __future__ import annotations
@@ -96,11 +98,13 @@ async def measure(address: str, options: argparse.Namespace, vocab_size: int) ->
             while len(gaps.chunks) < options.streams or min(gaps.chunks) < SETTLED:
                 await asyncio.sleep(0.05)
                 check(streams)
-            for round_ in range(options.rounds):
+            for round_ in range(options.rounds + 1):  # the streams' contexts grow: alone before and after each prompt
                 gaps.into = alone
                 await work_alone.add(-1)
                 await asyncio.sleep(options.seconds)
                 await work_alone.add(1)
+                if round_ == options.rounds:
+                    break
                 prompt = prefill_prompt(vocab_size, round_, options.prompt_len)
                 gaps.into = beside
                 await work_beside.add(-1)
@@ -110,7 +114,6 @@ async def measure(address: str, options: argparse.Namespace, vocab_size: int) ->
                 )
                 ttft.append(time.perf_counter() - began)
                 await work_beside.add(1)
-                gaps.into = None
                 check(streams)
         finally:
             for stream in streams:
@@ -129,7 +132,9 @@ def main() -> None:
     parser.add_argument("--stream-len", type=int, default=8000, help="tokens after which a stream would end (8000)")
     parser.add_argument("--prompt-len", type=int, default=16_000, help="tokens of the prompt that arrives (16000)")
     parser.add_argument("--rounds", type=int, default=2, help="how often it arrives (2)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of running streams alone before each (4)")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="of running streams alone, before each and at the end (4)"
+    )
     options, settings = parse_with_engine_flags(parser)
     with LLM(**settings) as llm:
         raw = asyncio.run(measure(llm.address, options, vocab_size_of(options.model_path)))
