@@ -194,7 +194,8 @@ FLAGS: Mapping[str, Flag] = {
         unset="no trace",
     ),
     "profile": Flag(
-        help="folder to write a timeline of steps and requests to, for ui.perfetto.dev", unset="no timeline"
+        help="folder to write timelines of steps and requests to, a file a process, for ui.perfetto.dev",
+        unset="no timeline",
     ),
     "debug_rank_digest": Flag(
         help="compare every step's batch and sampled tokens over all ranks; a difference ends the engine and names "
