@@ -67,8 +67,10 @@ def run_launch(*flags: str) -> tuple[int, str, str, float]:
 
 
 def test_ready_serve_stop(model: list[str]) -> None:
+    begun = time.monotonic()
     with Daemon(*model) as daemon:
         facts = daemon.wait_ready()
+        assert 0.0 < float(facts["startup"]) <= time.monotonic() - begun + 0.1
         assert READY_LINE.fullmatch(daemon.ready_line)
         assert facts["address"] == daemon.address
         assert set(daemon.children()) == {"model_worker.0", "tokenizer_manager", "scheduler", "detokenizer"}
