@@ -74,7 +74,7 @@ def test_seeds_alone_batched_and_retracted(client: Client, small: Client) -> Non
 
 
 def test_seeds_on_two_ranks(client: Client) -> None:
-    prompts, params = requests(4, 30)
+    prompts, params = requests(3, 50)
     expected = [out.token_ids for out in client.generate(prompts, params)]
     with running("--dtype", "float32", "--tp", "2") as daemon, daemon.client() as other:
         assert [out.token_ids for out in other.generate(prompts, params)] == expected
