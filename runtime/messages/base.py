@@ -1,0 +1,24 @@
+"""What every message is made of: the tagged base, and ids as packed int32 bytes."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+import msgspec
+
+
+def pack_ids(ids: Iterable[int]) -> bytes:
+    """Token ids, page ids, slots ... as int32 bytes."""
+    return array("i", ids).tobytes()
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    """The inverse of `pack_ids`. Raises ValueError when the length is no multiple of 4."""
+    ids = array("i")
+    ids.frombytes(data)
+    return ids.tolist()
+
+
+class Message(msgspec.Struct, array_like=True, tag=True, frozen=True):
+    """Base of every message: the first array element is the class name."""

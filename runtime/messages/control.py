@@ -1,0 +1,54 @@
+"""Launcher <-> children: ready, heartbeats, failures, draining and the end."""
+
+from __future__ import annotations
+
+from runtime.messages.base import Message
+from runtime.messages.parts import ErrorInfo
+
+
+class ChildReady(Message, frozen=True):
+    """A child can do its work. `facts`: what it found at run time (the scheduler tells kv_pages, device, dtype)."""
+
+    name: str
+    facts: dict[str, int | float | str]
+
+
+class Heartbeat(Message, frozen=True):
+    """From the child's work loop, at least every second."""
+
+    name: str
+
+
+class ChildFailed(Message, frozen=True):
+    """A child is about to exit non-zero, or names another process as hung (`culprit`). `user`: the user can fix it."""
+
+    name: str
+    message: str
+    user: bool = False
+    culprit: str | None = None
+
+
+class Drained(Message, frozen=True):
+    """Tokenizer manager: after `Drain`, no request is left."""
+
+    name: str
+
+
+ChildMessage = ChildReady | Heartbeat | ChildFailed | Drained
+
+
+class Drain(Message, frozen=True):
+    """To the tokenizer manager: refuse new requests, answer `Drained` when none is left."""
+
+
+class AbortAll(Message, frozen=True):
+    """To the tokenizer manager: end every request with this error (None: as aborted), then answer `Drained`."""
+
+    error: ErrorInfo | None = None
+
+
+class Shutdown(Message, frozen=True):
+    """To every child: leave the work loop and exit 0."""
+
+
+LauncherMessage = Drain | AbortAll | Shutdown

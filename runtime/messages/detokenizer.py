@@ -1,0 +1,70 @@
+"""Scheduler -> detokenizer: new tokens. Detokenizer -> tokenizer manager: their text, encoded for the clients."""
+
+from __future__ import annotations
+
+import msgspec
+
+from runtime.chat_format import TextFormat
+from runtime.messages.base import Message
+from runtime.messages.parts import Finish, TokenLogprob, Usage
+from runtime.messages.scheduler import RequestRejected, SchedulerReply
+
+
+class OpenText(Message, frozen=True):
+    """Scheduler -> detokenizer: text options of a sample, sent once before its first output. `uid` is the sample's.
+
+    cached_tokens: of the prompt, from the radix cache; for the usage of a sample that a stop string ends. A later
+    `TokenOutput.usage` overrides it.
+    """
+
+    uid: int
+    rid: str
+    index: int
+    prompt_tokens: int
+    stop: tuple[str, ...]
+    include_stop: bool
+    skip_special_tokens: bool
+    cached_tokens: int = 0
+    text_format: TextFormat | None = None
+
+
+class TokenOutput(msgspec.Struct, array_like=True, frozen=True):
+    """New tokens of one sample in a step. `first`: index of the first of them among its generated tokens."""
+
+    uid: int
+    first: int
+    token_ids: bytes
+    finish: Finish | None = None
+    usage: Usage | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+
+class StepOutput(Message, frozen=True):
+    """Scheduler -> detokenizer: what one step brought. A sample never opened (rejected before) is not in here."""
+
+    outputs: list[TokenOutput]
+
+
+DetokenizerInput = OpenText | StepOutput
+
+
+class RoutedChunk(msgspec.Struct, array_like=True, frozen=True):
+    """One encoded `Chunk` on its way to a client, routed by uid; the tokenizer manager does not decode `payload`.
+
+    num_tokens: generated tokens of the sample up to the end of this chunk, so that the tokenizer manager can end it.
+    """
+
+    uid: int
+    terminal: bool
+    payload: bytes
+    num_tokens: int = 0
+
+
+class ChunkBatch(Message, frozen=True):
+    """Detokenizer -> tokenizer manager."""
+
+    chunks: list[RoutedChunk]
+
+
+TokenizerInput = ChunkBatch | RequestRejected | SchedulerReply

@@ -1,0 +1,104 @@
+"""Scheduler <-> model workers: one step to every rank, and what came of it from rank 0."""
+
+from __future__ import annotations
+
+import msgspec
+
+from runtime.messages.base import Message
+from runtime.messages.parts import TokenLogprob
+from runtime.sampling_params import ResolvedSampling
+
+
+class NewSlot(msgspec.Struct, array_like=True, frozen=True):
+    """A row newly admitted to a slot. The ranks forget whatever the slot held before.
+
+    token_ids: int32 bytes of the prompt and, on resumption, of the generated tokens after `num_prompt_tokens`.
+    num_computed: tokens whose KV is already in `pages` (radix cache hit), less than the number of token_ids.
+    pages: int32 bytes, the slot's page table so far: page_table[slot, 0:len].
+    sample_index: which of the request's n samples; its seed is already sampling.seed + sample_index.
+    """
+
+    slot: int
+    uid: int
+    token_ids: bytes
+    num_prompt_tokens: int
+    num_computed: int
+    pages: bytes
+    sampling: ResolvedSampling
+    sample_index: int = 0
+
+
+class ForwardBatch(Message, frozen=True):
+    """One step: an ordered batch of rows, and what changed since the last step. Every rank gets the same bytes.
+
+    A rank applies, in this order: `released`, `new`, page updates, then runs the rows.
+    released: int32 slots that are free again.
+    page_slots, page_index, page_ids: int32 each, same length: page_table[page_slots[i], page_index[i]] = page_ids[i]
+        (new pages at the end of a slot's table, and pages replaced by a shared duplicate).
+    row_slots, row_tokens: int32 each: row i runs the next row_tokens[i] tokens of slot row_slots[i]. None means:
+        the same rows as in the last step (the common case of pure decode).
+    A row *samples* when after it every known token of its slot is computed; the sampled token is appended to the slot's
+    tokens by the ranks themselves, so that step N+1 may be sent before the result of step N is back.
+    want_logprobs etc. are read from each slot's sampling parameters.
+    """
+
+    step: int
+    released: bytes = b""
+    new: list[NewSlot] = msgspec.field(default_factory=list)
+    page_slots: bytes = b""
+    page_index: bytes = b""
+    page_ids: bytes = b""
+    row_slots: bytes | None = None
+    row_tokens: bytes | None = None
+
+
+class StopRank(Message, frozen=True):
+    """Scheduler -> rank: leave the loop and exit 0."""
+
+
+RankInput = ForwardBatch | StopRank
+
+
+class FailedRow(msgspec.Struct, array_like=True, frozen=True):
+    """Row `row` of the step has NaN or inf in its final hidden states."""
+
+    row: int
+    code: str = "numerical_error"
+
+
+class RowLogprobs(msgspec.Struct, array_like=True, frozen=True):
+    """Asked-for logprobs of row `row`: of its sampled token (None when the row did not sample), and of the prompt
+    positions that this step computed (prompt_first: position of the first of them)."""
+
+    row: int
+    sampled: TokenLogprob | None = None
+    prompt_first: int = 0
+    prompt: tuple[TokenLogprob, ...] = ()
+
+
+class StepResult(Message, frozen=True):
+    """Rank 0 -> scheduler. token_ids: int32 bytes, one a row, -1 for a row that did not sample.
+
+    forward_s, total_s: seconds of the forward and of the whole step on rank 0.
+    """
+
+    step: int
+    token_ids: bytes
+    failed: list[FailedRow] = msgspec.field(default_factory=list)
+    logprobs: list[RowLogprobs] = msgspec.field(default_factory=list)
+    forward_s: float = 0.0
+    total_s: float = 0.0
+
+
+class RankReady(Message, frozen=True):
+    """Rank 0 -> scheduler, once, after the weights are loaded and the KV pool stands on all ranks.
+
+    kv_pages: usable pages, ids 0..kv_pages-1; the padding page is not among them.
+    """
+
+    kv_pages: int
+    device: str
+    dtype: str
+
+
+RankOutput = RankReady | StepResult

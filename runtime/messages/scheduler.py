@@ -1,0 +1,60 @@
+"""Into the scheduler, from the tokenizer manager and the detokenizer; and its answers to the former."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from runtime.chat_format import TextFormat
+from runtime.messages.base import Message
+from runtime.messages.parts import ErrorInfo
+from runtime.sampling_params import ResolvedSampling
+
+
+class AddRequest(Message, frozen=True):
+    """A tokenized request. token_ids: int32 bytes. cache_salt: the radix namespace, "" is the shared one.
+
+    text_format: for the detokenizer; None leaves the text as it is.
+    """
+
+    uid: int
+    rid: str
+    token_ids: bytes
+    sampling: ResolvedSampling
+    priority: int = 0
+    cache_salt: str = ""
+    text_format: TextFormat | None = None
+
+
+class AbortRequest(Message, frozen=True):
+    """From the tokenizer manager: the client wants it ended, or is gone. Every sample of the request ends."""
+
+    uid: int
+
+
+class StopMatched(Message, frozen=True):
+    """From the detokenizer: a stop string was found, it has sent the terminal event itself. `uid` is the sample's."""
+
+    uid: int
+
+
+class SchedulerQuery(Message, frozen=True):
+    qid: int
+    what: Literal["stats", "flush_cache"]
+
+
+SchedulerInput = AddRequest | AbortRequest | StopMatched | SchedulerQuery
+
+
+class RequestRejected(Message, frozen=True):
+    """Scheduler -> tokenizer manager: refused at arrival (overloaded, kv_exhausted). Ends all its samples."""
+
+    uid: int
+    error: ErrorInfo
+
+
+class SchedulerReply(Message, frozen=True):
+    """Answer to a `SchedulerQuery`."""
+
+    qid: int
+    values: dict[str, int | float | str | bool]
+    error: ErrorInfo | None = None
