@@ -1,6 +1,7 @@
 """Attention over the paged pool in plain torch: the reference that every faster backend is tested against.
 
-Runs on any device. Gathers one request's context at a time, so its extra memory is that of the longest request.
+Runs on any device, over a pool of the model's dtype or of int8. Gathers one request's context at a time, so its extra
+memory is that of the longest request.
 Legend: G query heads a KV head, N new tokens of a row, C its context, D head dim.
 """
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_worker.attention_metadata import AttentionMetadata
+from model_worker.kv_int8 import dequantize, quantize
 from model_worker.kv_pool import KVPool
 from qwen3.norm import RMSNorm
 from qwen3.rope import RopeAngles
@@ -29,19 +31,20 @@ class TorchAttention:
         angles: RopeAngles,
         metadata: AttentionMetadata,
     ) -> Tensor:
-        kv_heads, head_dim = self.pool.data.shape[-2:]
+        kv_heads, head_dim = self.pool.kv_heads, self.pool.head_dim
         packed = qkv.view(qkv.shape[0], -1, head_dim)
         query, key, value = packed[:, : -2 * kv_heads], packed[:, -2 * kv_heads : -kv_heads], packed[:, -kv_heads:]
         query, key = angles.rotate(_norm(query, query_norm)), angles.rotate(_norm(key, key_norm))
-        keys, values = self.pool.keys(layer), self.pool.values(layer)
-        keys.flatten(0, 1).index_copy_(0, metadata.cache_slots, key)
-        values.flatten(0, 1).index_copy_(0, metadata.cache_slots, value)
+        keys, key_scales = self.pool.keys(layer), self.pool.key_scales(layer)
+        values, value_scales = self.pool.values(layer), self.pool.value_scales(layer)
+        _store(key, metadata.cache_slots, keys, key_scales)
+        _store(value, metadata.cache_slots, values, value_scales)
         output = query.new_empty((query.shape[0], query.shape[1] * query.shape[2]))
         starts = metadata.host_query_start.tolist()
         for row, context in enumerate(metadata.host_context_lengths.tolist()):
             pages = metadata.page_table[row, : -(-context // self.pool.page_size)]
-            row_keys = keys.index_select(0, pages).flatten(0, 1)[:context]
-            row_values = values.index_select(0, pages).flatten(0, 1)[:context]
+            row_keys = _gather(pages, keys, key_scales, query.dtype)[:context]
+            row_values = _gather(pages, values, value_scales, query.dtype)[:context]
             tokens = slice(starts[row], starts[row + 1])
             output[tokens] = _attend(query[tokens], row_keys, row_values)
         return output
@@ -49,6 +52,23 @@ class TorchAttention:
 
 def _norm(x: Tensor, norm: RMSNorm) -> Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight.tensor, norm.eps)
+
+
+def _store(x: Tensor, slots: Tensor, elements: Tensor, scales: Tensor | None) -> None:
+    """x: [T, kv heads, D] into the pool's elements, [page, token, kv head, D], and scales, [page, kv head, token]."""
+    if scales is None:
+        elements.flatten(0, 1).index_copy_(0, slots, x)
+        return
+    page, place = slots // elements.shape[1], slots % elements.shape[1]
+    elements[page, place], scales[page, :, place] = quantize(x)
+
+
+def _gather(pages: Tensor, elements: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What lies in `pages`, in their order, in dtype: [page x token, kv heads, D]."""
+    rows = elements.index_select(0, pages).flatten(0, 1)
+    if scales is None:
+        return rows
+    return dequantize(rows, scales.index_select(0, pages).transpose(1, 2).flatten(0, 1), dtype)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The paged KV cache of one rank: one tensor, sized from free memory, and one extra page for padding.
 
 The scheduler hands out pages 0 .. num_pages - 1 and never touches the tensor. Page `num_pages` is the padding page:
-whatever is written there is never read as anyone's context.
+whatever is written there is never read as anyone's context. Elements are of the model's dtype, or int8 with scales
+(kv_int8.py).
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from model_worker.kv_int8 import HEAD_DIM_MULTIPLE, SCALE_BYTES
 from qwen3.parallel import Group
 from runtime.errors import ConfigError
 from runtime.model_config import ModelConfig
@@ -22,7 +24,7 @@ CPU_LIMIT_BYTES = 4 << 30
 
 
 class KVPool:
-    """`data`: [layer, K/V, page, token, kv head, head dim], this rank's KV heads.
+    """`data`: [layer, K/V, page, token, kv head, head dim], this rank's KV heads; in int8 [layer, K/V, page, bytes].
 
     On CPU the memory is only reserved here and committed by the operating system as it is first written, on Linux in
     huge pages (of 2 MiB on x86) where it has them: attention reads all over the pool, and spends less on translating
@@ -37,24 +39,54 @@ class KVPool:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        int8: bool = False,
     ) -> None:
+        """dtype: the model's, which is also that of the elements unless `int8`."""
         self.num_pages = num_pages
         self.page_size = page_size
         self.padding_page = num_pages
-        heads = config.local_kv_heads(tp_size)
-        shape = (config.num_hidden_layers, 2, num_pages + 1, page_size, heads, config.head_dim)
+        self.num_layers = config.num_hidden_layers
+        self.kv_heads = config.local_kv_heads(tp_size)
+        self.head_dim = config.head_dim
+        self.int8 = int8
+        page_shape: tuple[int, ...] = (page_size, self.kv_heads, self.head_dim)
+        if int8:
+            assert self.head_dim % HEAD_DIM_MULTIPLE == 0
+            dtype, page_shape = torch.int8, (page_size * self.kv_heads * (self.head_dim + SCALE_BYTES),)
+        shape = (self.num_layers, 2, num_pages + 1, *page_shape)
         if device.type == "cpu" and sys.platform == "linux":
             self.data = _reserve(shape, dtype)
         else:
             self.data = torch.empty(shape, dtype=dtype, device=device)
 
     def keys(self, layer: int) -> Tensor:
-        """[page, token, kv head, head dim], a view."""
-        return self.data[layer, 0]
+        """[page, token, kv head, head dim], a view; codes in int8."""
+        return self._elements(self.data[layer, 0])
 
     def values(self, layer: int) -> Tensor:
-        """[page, token, kv head, head dim], a view."""
-        return self.data[layer, 1]
+        """[page, token, kv head, head dim], a view; codes in int8."""
+        return self._elements(self.data[layer, 1])
+
+    def key_scales(self, layer: int) -> Tensor | None:
+        """[page, kv head, token] fp32, a view; None where elements are of the model's dtype."""
+        return self._scales(self.data[layer, 0])
+
+    def value_scales(self, layer: int) -> Tensor | None:
+        """[page, kv head, token] fp32, a view; None where elements are of the model's dtype."""
+        return self._scales(self.data[layer, 1])
+
+    def _elements(self, pages: Tensor) -> Tensor:
+        if not self.int8:
+            return pages
+        codes = pages[:, : self.page_size * self.kv_heads * self.head_dim]
+        return codes.view(-1, self.page_size, self.kv_heads, self.head_dim)
+
+    def _scales(self, pages: Tensor) -> Tensor | None:
+        if not self.int8:
+            return None
+        scales = pages.view(torch.float32)[:, -self.page_size * self.kv_heads :]
+        return scales.view(-1, self.kv_heads, self.page_size)
 
 
 def _reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -63,6 +95,13 @@ def _reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     with contextlib.suppress(OSError):  # a kernel built without huge pages; everything works, a little slower
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def bytes_per_token(config: ModelConfig, tp_size: int, dtype: torch.dtype, *, int8: bool) -> int:
+    """What one token takes on one rank, keys and values of all layers together."""
+    if int8:
+        return config.kv_bytes_per_token(tp_size, torch.int8.itemsize, SCALE_BYTES)
+    return config.kv_bytes_per_token(tp_size, dtype.itemsize)
 
 
 def choose_num_pages(
@@ -76,6 +115,7 @@ def choose_num_pages(
     max_total_tokens: int | None,
     weight_bytes: int,
     ranks_on_machine: int,
+    int8: bool = False,
 ) -> int:
     """Usable pages, the same on every rank; all ranks call it together, after their weights are loaded.
 
@@ -85,7 +125,7 @@ def choose_num_pages(
 
     Raises ConfigError, on all ranks, when not even one page fits.
     """
-    page_bytes = page_size * config.kv_bytes_per_token(world.size, dtype.itemsize)
+    page_bytes = page_size * bytes_per_token(config, world.size, dtype, int8=int8)
     if max_total_tokens is not None:
         pages = max_total_tokens // page_size
     else:

@@ -93,9 +93,13 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """KV heads that one of `tp_size` ranks holds: its share, or one replicated head when there are fewer heads."""
         return max(1, self.num_key_value_heads // tp_size)
 
-    def kv_bytes_per_token(self, tp_size: int, element_bytes: int) -> int:
-        """Bytes of KV cache one token takes on one rank, keys and values of all layers together."""
-        return 2 * self.num_hidden_layers * self.local_kv_heads(tp_size) * self.head_dim * element_bytes
+    def kv_bytes_per_token(self, tp_size: int, element_bytes: int, scale_bytes: int = 0) -> int:
+        """Bytes of KV cache one token takes on one rank, keys and values of all layers together.
+
+        scale_bytes: what each head's key, and each head's value, takes beside its elements.
+        """
+        head_bytes = self.head_dim * element_bytes + scale_bytes
+        return 2 * self.num_hidden_layers * self.local_kv_heads(tp_size) * head_bytes
 
 
 def check_parallel_degrees(config: ModelConfig, tp_size: int, ep_size: int) -> None:

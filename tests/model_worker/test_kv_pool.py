@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model_worker import kv_pool
-from model_worker.kv_pool import CPU_LIMIT_BYTES, KVPool, choose_num_pages
+from model_worker.kv_pool import CPU_LIMIT_BYTES, KVPool, bytes_per_token, choose_num_pages
 from qwen3.parallel import Group
 from runtime.errors import ConfigError
 from runtime.model_config import ModelConfig
@@ -22,7 +22,13 @@ def config(tmp_path: Path) -> ModelConfig:
 
 
 def pages(
-    config: ModelConfig, *, fraction: float = 0.5, tokens: int | None = None, ranks: int = 1, weights: int = 0
+    config: ModelConfig,
+    *,
+    fraction: float = 0.5,
+    tokens: int | None = None,
+    ranks: int = 1,
+    weights: int = 0,
+    int8: bool = False,
 ) -> int:
     return choose_num_pages(
         config,
@@ -34,6 +40,7 @@ def pages(
         max_total_tokens=tokens,
         weight_bytes=weights,
         ranks_on_machine=ranks,
+        int8=int8,
     )
 
 
@@ -47,6 +54,39 @@ def test_layout_and_padding_page(config: ModelConfig) -> None:
     assert (pool.data[2, 0, 3, 1] == 1).all()
     assert (pool.data[2, 1, 3, 2] == 2).all()
     assert pool.data.sum() == 2 * 16 + 2 * 2 * 16
+
+
+@pytest.mark.parametrize(("tp_size", "heads"), [(1, 2), (2, 1), (4, 1)])
+def test_int8_layout(config: ModelConfig, tp_size: int, heads: int) -> None:
+    """A page is one piece: codes and scales fill it, and neither reaches into another page."""
+    pool = KVPool(config, tp_size, num_pages=10, page_size=4, dtype=torch.bfloat16, device=CPU, int8=True)
+    assert pool.data.shape == (4, 2, 11, 4 * heads * (16 + 4))
+    assert pool.data[0, 0].nbytes == 11 * 4 * bytes_per_token(config, tp_size, torch.bfloat16, int8=True) // 8
+    pool.data.zero_()
+    for part, elements, scales in (
+        (0, pool.keys(2), pool.key_scales(2)),
+        (1, pool.values(2), pool.value_scales(2)),
+    ):
+        assert scales is not None
+        assert (elements.dtype, elements.shape) == (torch.int8, (11, 4, heads, 16))
+        assert (scales.dtype, scales.shape) == (torch.float32, (11, heads, 4))
+        elements[3].fill_(1)
+        assert scales.eq(0).all()
+        scales[3].fill_(1.5)
+        assert elements[3].eq(1).all()
+        assert (pool.data[2, part, 3] != 0).sum() == 4 * heads * (16 + 2), "two bytes of 1.5 are zero"
+        assert (pool.data[2, part, [2, 4]] == 0).all()
+        pool.data[2, part, 3].zero_()
+        assert scales.eq(0).all()
+    assert not pool.data.any()
+    assert KVPool(config, 1, 10, 4, torch.float32, CPU).key_scales(0) is None
+
+
+def test_int8_makes_the_pool_larger(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 elements of 4 bytes, in fp32 here, against 16 of 1 and a scale of 4."""
+    monkeypatch.setattr(kv_pool, "free_bytes", lambda device: 1 << 50)
+    assert pages(config, int8=True) + 1 == (pages(config) + 1) * 64 // 20
+    assert pages(config, int8=True, tokens=1000) == 62
 
 
 def test_asked_for_tokens_decide_alone(config: ModelConfig) -> None:

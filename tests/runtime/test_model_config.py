@@ -101,6 +101,7 @@ def test_kv_bytes(tmp_path: Path) -> None:
     config = read(tmp_path, DENSE)
     assert config.kv_bytes_per_token(tp_size=1, element_bytes=2) == 2 * 4 * 2 * 16 * 2
     assert config.kv_bytes_per_token(tp_size=8, element_bytes=2) == 2 * 4 * 1 * 16 * 2
+    assert config.kv_bytes_per_token(tp_size=1, element_bytes=1, scale_bytes=4) == 2 * 4 * 2 * (16 + 4)
 
 
 @pytest.mark.parametrize(
