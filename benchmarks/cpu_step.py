@@ -1,11 +1,12 @@
-"""Where one rank's step goes on a CPU: linears, attention, element-wise operations, head, sampler and Python.
+"""Where one rank's step goes on a CPU: linears, attention, element-wise operations, head, sampling and Python.
 
     OMP_NUM_THREADS=2 python benchmarks/cpu_step.py --model-path ../shared/models/qwen3-0.6b
     python benchmarks/cpu_step.py --decode 16x192 --prefill 512 --steps 40
 
-Runs the model runner alone, without the pipeline, on dummy weights. Every call and every gap between two calls is
-timed in every step; a part's time is the sum of each call's best over the steps, so that what other processes do to a
-shared machine mostly drops out. `whole` is the best complete step as it was. Prints a table and, last, one JSON line.
+Runs the model runner alone, without the pipeline, on dummy weights. The parts are those of `--profile`
+(model_worker/step_timer.py), `other` being Python between them. A part's time is the sum of each call's best over the
+steps, so that what other processes do to a shared machine mostly drops out. `whole` is the best complete step as it
+was. Prints a table and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ from benchmarks.machine import measure  # noqa: E402
 from model_worker.compute import choose_compute, torch_compute  # noqa: E402
 from model_worker.kv_pool import KVPool  # noqa: E402
 from model_worker.model_runner import ModelRunner  # noqa: E402
+from model_worker.step_timer import OTHER, StepTimer, time_parts  # noqa: E402
 from model_worker.weights import load_dummy_weights  # noqa: E402
 from qwen3.checkpoint import weight_bytes  # noqa: E402
-from qwen3.mlp import MLP  # noqa: E402
 from qwen3.model import Qwen3  # noqa: E402
 from qwen3.parallel import ParallelState  # noqa: E402
 from runtime.messages import ForwardBatch, NewSlot, pack_ids  # noqa: E402
@@ -39,86 +39,51 @@ from runtime.model_config import ModelConfig  # noqa: E402
 from runtime.sampling_params import SamplingParams, resolve  # noqa: E402
 
 PAGE = 16
-PARTS = ("qkv", "o", "gate_up", "down", "head", "attention", "norm", "silu", "sampler", "python")
 
 
 class Recorder:
-    """Times named calls and the gaps between them, step by step. The steps of one measurement must be alike."""
+    """The stretches of time of every step of one measurement; its steps must be alike."""
 
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.steps: list[list[float]] = []
-        self._times: list[float] = []
-        self._names: list[str] = []
-
-    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = call(*args, **kwargs)
-            end = time.perf_counter()
-            self._names.append(name)
-            self._times += (start, end)
-            return result
-
-        return run
+    def __init__(self, timer: StepTimer) -> None:
+        self.parts = [*timer.names[1:], OTHER]
+        self._timer = timer
+        self._owners: list[int] = []
+        self._steps: list[Any] = []
 
     def step(self, call: Callable[[], Any]) -> None:
-        self._times, self._names = [time.perf_counter()], []
+        self._timer.take_segments()
         call()
-        self._times.append(time.perf_counter())
-        assert not self.steps or self.names == self._names, "steps differ"
-        self.names = self._names
-        self.steps.append(self._times)
+        owners, seconds = self._timer.take_segments()
+        assert not self._steps or self._owners == owners.tolist(), "steps differ"
+        self._owners = owners.tolist()
+        self._steps.append(seconds)
 
     def result(self) -> dict[str, float]:
         """Milliseconds of each part, their sum, and of the best whole step; forgets the steps."""
-        times = np.array(self.steps) * 1e3
-        self.steps = []
-        best = np.diff(times, axis=1).min(0)  # gap, call, gap, call, ..., gap
-        parts = {part: sum(t for n, t in zip(self.names, best[1::2], strict=True) if n == part) for part in PARTS}
-        parts["python"] = best[0::2].sum()
-        return {k: round(float(v), 3) for k, v in parts.items()} | {
+        seconds = np.array(self._steps)
+        self._steps = []
+        best = np.bincount(self._owners, weights=seconds.min(0), minlength=len(self._timer.names)) * 1e3
+        parts = dict(zip(self._timer.names, best, strict=True))
+        return {part: round(float(parts[part]), 3) for part in self.parts} | {
             "sum": round(float(best.sum()), 2),
-            "whole": round(float((times[:, -1] - times[:, 0]).min()), 2),
+            "whole": round(float(seconds.sum(1).min()) * 1e3, 2),
         }
-
-
-class TimedAttention:
-    """An attention backend whose calls are timed."""
-
-    def __init__(self, recorder: Recorder, inner: Any) -> None:
-        self.forward = recorder.timed("attention", inner.forward)
-
-
-class TimedOperations:
-    """Layer operations whose calls are timed."""
-
-    def __init__(self, recorder: Recorder, inner: Any) -> None:
-        self.add_rms_norm = recorder.timed("norm", inner.add_rms_norm)
-        self.silu_multiply = recorder.timed("silu", inner.silu_multiply)
 
 
 def build(
     folder: Path, dtype: torch.dtype, pages: int, slots: int, context: int, *, plain: bool
 ) -> tuple[ModelRunner, Recorder]:
-    config, device, recorder = ModelConfig.from_folder(folder), torch.device("cpu"), Recorder()
+    config, device = ModelConfig.from_folder(folder), torch.device("cpu")
     compute = torch_compute() if plain else choose_compute(dtype, device, config.head_dim)
-    model = Qwen3(config, ParallelState(), dtype, device, TimedOperations(recorder, compute.operations))
+    model = Qwen3(config, ParallelState(), dtype, device, compute.operations)
     load_dummy_weights(model, 0)
     print(f"{compute.name}, {weight_bytes(model) / 1e9:.2f} GB of weights, {torch.get_num_threads()} threads")
-    for layer in model.layers:
-        assert isinstance(layer.feed_forward, MLP), "dense models only"
-        layer.attention.qkv = recorder.timed("qkv", layer.attention.qkv)  # type: ignore[assignment]
-        layer.attention.output = recorder.timed("o", layer.attention.output)  # type: ignore[assignment]
-        layer.feed_forward.gate_up = recorder.timed("gate_up", layer.feed_forward.gate_up)  # type: ignore[assignment]
-        layer.feed_forward.down = recorder.timed("down", layer.feed_forward.down)  # type: ignore[assignment]
-    model.head = recorder.timed("head", model.head)  # type: ignore[assignment]
     pool = KVPool(config, 1, pages, PAGE, dtype, device)
     pool.data.copy_(torch.randn(pool.data.shape[-4:], dtype=torch.float32).to(dtype))  # real pages, not the zero page
-    attention = TimedAttention(recorder, compute.attention(pool))
-    runner = ModelRunner(model, pool, attention, max_slots=slots, context_length=context)
-    runner.sampler.sample = recorder.timed("sampler", runner.sampler.sample)  # type: ignore[method-assign]
-    return runner, recorder
+    runner = ModelRunner(model, pool, compute.attention(pool), max_slots=slots, context_length=context)
+    timer = StepTimer()
+    time_parts(runner, timer)
+    return runner, Recorder(timer)
 
 
 def admit(runner: ModelRunner, slot: int, first_page: int, length: int, computed: int, room: int) -> NewSlot:
@@ -151,7 +116,6 @@ def prefill(runner: ModelRunner, recorder: Recorder, length: int, steps: int) ->
         message = ForwardBatch(step, released=slot, new=new, row_slots=slot, row_tokens=pack_ids([length]))
         if step == 0:
             runner.run(message)
-            recorder.steps = []
         else:
             recorder.step(lambda message=message: runner.run(message))  # type: ignore[misc]
     return recorder.result()
@@ -177,16 +141,16 @@ def main() -> None:
     runner, recorder = build(
         Path(options.model_path), getattr(torch, options.dtype), pages, slots, longest, plain=options.plain_torch
     )
-    print(f"{'ms':>16}" + "".join(f"{part:>10}" for part in (*PARTS, "sum", "whole")))
+    print(f"{'ms':>14}" + "".join(f"{part:>10}" for part in (*recorder.parts, "sum", "whole")))
     with torch.inference_mode():
         for batch, context in shapes:
             name = f"decode {batch}x{context}"
             result[name] = decode(runner, recorder, batch, context, options.steps + 1)
-            print(f"{name:>16}" + "".join(f"{value:>10.2f}" for value in result[name].values()), flush=True)
+            print(f"{name:>14}" + "".join(f"{value:>10.2f}" for value in result[name].values()), flush=True)
         for length in options.prefill:
             name = f"prefill {length}"
             result[name] = prefill(runner, recorder, length, max(3, options.steps // 6))
-            print(f"{name:>16}" + "".join(f"{value:>10.2f}" for value in result[name].values()), flush=True)
+            print(f"{name:>14}" + "".join(f"{value:>10.2f}" for value in result[name].values()), flush=True)
     print(json.dumps(result))
 
 

@@ -56,7 +56,7 @@ class ModelRunner:
     def run(self, batch: ForwardBatch) -> StepResult:
         """Apply what changed, run the rows, sample those that are at their end, and tell what came of each row."""
         started = time.perf_counter()
-        self._apply(batch)
+        self.apply(batch)
         step = self.slots.prepare()
         if len(step.slots) == 0:
             return StepResult(step=batch.step, token_ids=b"", total_s=time.perf_counter() - started)
@@ -107,7 +107,8 @@ class ModelRunner:
         self.run(ForwardBatch(1, row_slots=slot, row_tokens=pack_ids([1])))
         self.run(ForwardBatch(2, released=slot, row_slots=b"", row_tokens=b""))
 
-    def _apply(self, batch: ForwardBatch) -> None:
+    def apply(self, batch: ForwardBatch) -> None:
+        """Take over what the batch changes; the first thing that `run` does."""
         self.slots.apply(batch)
         for slot in unpack(batch.released).tolist():
             self.sampler.release(slot)

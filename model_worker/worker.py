@@ -23,6 +23,7 @@ from model_worker.parallel import init_parallel, init_parallel_nodes, relay_grou
 from model_worker.quantization import quantize
 from model_worker.rank_digest import RankDigest
 from model_worker.relay import BatchRelay
+from model_worker.step_timer import StepTimer, time_collectives, time_parts
 from model_worker.weights import load_dummy_weights, load_weights
 from qwen3.checkpoint import weight_bytes
 from qwen3.model import Qwen3
@@ -30,7 +31,7 @@ from qwen3.moe import DispatchKind
 from qwen3.parallel import ParallelState
 from runtime.channels import Receiver, Sender
 from runtime.child import HEARTBEAT_S, Child, PipelineSpec, run_child
-from runtime.messages import ForwardBatch, RankInput, RankReady, Shutdown, StepResult, StopRank
+from runtime.messages import ForwardBatch, RankInput, RankReady, Shutdown, StepResult, StepTimes, StopRank
 from runtime.server_args import flag_name, split_host_port
 from runtime.spawn import RANK_PREFIX
 
@@ -63,12 +64,17 @@ def main(child: Child) -> None:
         # cuDNN's attention makes a plan for every new shape, tens of milliseconds at each step of a growing context.
         torch.backends.cuda.enable_cudnn_sdp(False)
     parallel, relay = _join(spec, rank, device)
+    timer = StepTimer() if args.profile is not None and rank == 0 else None
+    if timer is not None:
+        parallel = time_collectives(parallel, timer)
     runner = build_runner(spec, parallel, device, child.heartbeat)
     runner.warm_up()
+    if timer is not None:
+        time_parts(runner, timer)
     if outbox is not None:
         outbox.send(RankReady(kv_pages=runner.pool.num_pages, device=spec.device, dtype=spec.dtype))
     child.ready()
-    steps = StepRunner(runner, RankDigest(parallel.tp, device) if args.debug_rank_digest else None)
+    steps = StepRunner(runner, RankDigest(parallel.tp, device) if args.debug_rank_digest else None, timer)
     if inbox is None:
         assert relay is not None
         _follow(child, steps, relay)
@@ -151,14 +157,22 @@ def build_runner(
 
 
 class StepRunner:
-    """Runs steps and, with a digest, makes sure that all ranks do the same."""
+    """Runs steps; with a digest, makes sure that all ranks do the same; with a timer, tells where the time went."""
 
-    def __init__(self, runner: ModelRunner, digest: RankDigest | None) -> None:
+    def __init__(self, runner: ModelRunner, digest: RankDigest | None, timer: StepTimer | None) -> None:
+        self.timer = timer
         self._runner = runner
         self._digest = digest
 
     def run(self, batch: ForwardBatch) -> StepResult:
         """Raises RuntimeError when the ranks disagree: before the step about its batch, after it about its tokens."""
+        if self.timer is None:
+            return self._run(batch)
+        between, began = self.timer.take(), self.timer.began
+        result = self._run(batch)
+        return msgspec.structs.replace(result, times=StepTimes(began, between, self.timer.take()))
+
+    def _run(self, batch: ForwardBatch) -> StepResult:
         if self._digest is None:
             return self._runner.run(batch)
         self._digest.check(batch.step, "batch", msgspec.msgpack.encode(batch))
@@ -178,6 +192,16 @@ def _serve(
     poller = zmq.Poller()
     poller.register(inbox.socket, zmq.POLLIN)
     poller.register(child.control, zmq.POLLIN)
+    if steps.timer is not None:
+        parts = (
+            (outbox, "send", "send"),
+            (poller, "poll", "idle"),
+            (inbox, "receive", "unpack"),
+            (relay, "send", "relay"),
+        )
+        for owner, call, part in parts:
+            if owner is not None:
+                steps.timer.attach(owner, call, part)
     leave_at = math.inf
     while time.monotonic() < leave_at:
         ready = dict(poller.poll(int(HEARTBEAT_S * 1000)))

@@ -75,6 +75,7 @@ from runtime.messages.ranks import (
     RankReady,
     RowLogprobs,
     StepResult,
+    StepTimes,
     StopRank,
 )
 from runtime.messages.scheduler import (
@@ -136,6 +137,7 @@ __all__ = [
     "Shutdown",
     "StepOutput",
     "StepResult",
+    "StepTimes",
     "StopMatched",
     "StopRank",
     "TokenLogprob",

@@ -76,10 +76,23 @@ class RowLogprobs(msgspec.Struct, array_like=True, frozen=True):
     prompt: tuple[TokenLogprob, ...] = ()
 
 
+class StepTimes(msgspec.Struct, array_like=True, frozen=True):
+    """Where rank 0's time went, by part (model_worker/step_timer.py), in seconds.
+
+    began: of `time.monotonic`, when it had the batch. between: from the end of the last step until then, in the order
+    of that time. step: from then on until the result was there; the parts follow each other in about this order, but a
+    part's calls are added up.
+    """
+
+    began: float
+    between: dict[str, float]
+    step: dict[str, float]
+
+
 class StepResult(Message, frozen=True):
     """Rank 0 -> scheduler. token_ids: int32 bytes, one a row, -1 for a row that did not sample.
 
-    forward_s, total_s: seconds of the forward and of the whole step on rank 0.
+    forward_s, total_s: seconds of the forward and of the whole step on rank 0. times: only with --profile.
     """
 
     step: int
@@ -88,6 +101,7 @@ class StepResult(Message, frozen=True):
     logprobs: list[RowLogprobs] = msgspec.field(default_factory=list)
     forward_s: float = 0.0
     total_s: float = 0.0
+    times: StepTimes | None = None
 
 
 class RankReady(Message, frozen=True):

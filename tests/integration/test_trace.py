@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.integration.daemon import ROOT, running
 from vibe_sgl_lite import SamplingParams
@@ -18,6 +19,27 @@ def command(*words: str) -> str:
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def check_steps(track: list[dict[str, Any]], count: int) -> None:
+    """Every step has its parts within it, together no longer than it; waiting and sending lie between the steps."""
+    spans = sorted((event for event in track if event["ph"] == "X"), key=lambda event: (event["ts"], -event["dur"]))
+    steps = [span for span in spans if span["name"].startswith("step ")]
+    assert len(steps) == count
+    rounding = 0.3  # microseconds; times are written to a tenth
+    inside = 0
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
+        begin, end = step["ts"], step["ts"] + step["dur"]
+        parts = [span for span in spans if begin <= span["ts"] < end and span is not step]
+        assert {"apply", "prepare", "embedding", "qkv", "attention", "norm", "head"} <= {part["name"] for part in parts}
+        assert all(part["ts"] + part["dur"] <= end + rounding for part in parts)
+        assert 0 < sum(part["dur"] for part in parts) <= step["dur"] + rounding
+        assert following is None or end <= following["ts"] + rounding
+        inside += len(parts)
+    between = [span for span in spans if span["name"] in ("idle", "send", "unpack", "relay")]
+    assert inside + len(between) + len(steps) == len(spans)
+    means = [event for event in track if event["name"].startswith("mean of ")]
+    assert sum(int(event["name"].split()[2]) for event in means) == count
 
 
 def test_a_recorded_run_is_replayed(tmp_path: Path) -> None:
@@ -59,8 +81,6 @@ def test_a_recorded_run_is_replayed(tmp_path: Path) -> None:
     assert {event["pid"] for event in events if event["ph"] == "X"} == set(tracks.values()) - {tracks["requests"]}
     times = [event["ts"] for event in events if event["ph"] == "X"]
     assert max(times) - min(times) < 120e6, "all tracks have the same clock"
-    steps = [event for event in events if event["pid"] == tracks["model_worker"] and event["ph"] == "X"]
-    assert len(steps) == stats["steps_total"]
-    assert all(event["dur"] > 0 for event in steps)
+    check_steps([event for event in events if event["pid"] == tracks["model_worker"]], int(stats["steps_total"]))
     lives = {kind: sum(e["ph"] == kind and e["name"] == "request" for e in events) for kind in "be"}
     assert lives["b"] == lives["e"] == SAMPLES

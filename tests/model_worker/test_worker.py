@@ -72,6 +72,7 @@ class Launcher:
             for rank in range(settings.tp)
         ]
         self.senders = [Sender(self.context, self.endpoints.rank(rank)) for rank in range(settings.tp)]
+        self.step_results: list[StepResult] = []
 
     def control_messages(self, until: int) -> list[ChildMessage]:
         """Messages but heartbeats, at least `until` of them."""
@@ -86,6 +87,7 @@ class Launcher:
             sender.send(batch)
         result = self.results.receive(LIMIT_S)
         assert isinstance(result, StepResult)
+        self.step_results.append(result)
         return result
 
     def exit_codes(self) -> list[int]:
@@ -166,6 +168,38 @@ def test_two_steps_may_be_in_flight(tmp_path: Path) -> None:
         results = [launcher.results.receive(LIMIT_S) for _ in range(8)]
         tokens = [unpack_ids(result.token_ids)[0] for result in results if isinstance(result, StepResult)]
         assert tokens == expected_tokens(reference, prompt, 8)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_profile_tells_the_parts_of_every_step(tmp_path: Path, tp: int) -> None:
+    reference = make_checkpoint(tmp_path, DENSE)
+    prompt = random_tokens(13)
+    with launched(tmp_path, tp=tp, profile=str(tmp_path / "unused")) as launcher:
+        assert isinstance(launcher.results.receive(LIMIT_S), RankReady)
+        began = time.monotonic()
+        assert generate(launcher, prompt, 9) == expected_tokens(reference, prompt, 9)
+        ended = time.monotonic()
+        times = [result.times for result in launcher.step_results if result.times is not None]
+        assert len(times) == len(launcher.step_results) == 10
+        assert all({"idle", "unpack"} <= {*part.between} for part in times)
+        assert ["send" in part.between for part in times] == [False] + [True] * 9
+        assert all(("collectives" in part.step) == (tp > 1) for part in times)
+        last = 0.0
+        for part, result in zip(times, launcher.step_results, strict=True):
+            assert part.began >= last
+            assert sum(part.step.values()) >= result.total_s
+            last = part.began + sum(part.step.values())
+            if part is not times[0]:
+                assert began < part.began < last < ended
+                assert part.began - sum(part.between.values()) >= began
+
+
+def test_without_a_profile_nothing_is_timed(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, DENSE)
+    with launched(tmp_path) as launcher:
+        assert isinstance(launcher.results.receive(LIMIT_S), RankReady)
+        generate(launcher, random_tokens(13), 3)
+        assert [result.times for result in launcher.step_results] == [None] * 4
 
 
 def test_a_broken_checkpoint_is_told_and_the_rank_leaves(tmp_path: Path) -> None:

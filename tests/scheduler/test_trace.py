@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 from pathlib import Path
 
 import pytest
 
+from runtime.chrome_trace import WORKERS
 from runtime.errors import ConfigError
+from runtime.messages import StepResult, StepTimes, pack_ids
+from scheduler.core import Scheduler
+from scheduler.observer import ObservedScheduler
 from scheduler.planner import StepPlanner
 from scheduler.policies import POLICIES
 from scheduler.replay import ReplayError, replay
@@ -95,3 +100,43 @@ def test_the_timeline_adds_up(tmp_path: Path) -> None:
     ended = sorted(e["id"] for e in events if e["ph"] == "e" and e["name"] == "request")
     assert begun == ended
     assert len(begun) == len(set(begun))
+
+
+def test_the_parts_of_a_step_lie_in_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A rank's own times place its step; its parts follow each other in it, and what came before ends where it begins.
+
+    Timeline and rank have one clock here: 50 ms a step, 8 of them in no part, and 20 ms from one step to the next.
+    """
+    settings = config(num_pages=64, chunked_prefill_size=512)
+    now = 0.0
+    timeline = Timeline(tmp_path, lambda: now)
+    core = ObservedScheduler(Scheduler(settings), [timeline])
+    core.add(request(1, range(40), max_new_tokens=4), now)
+    steps = 0
+    while (batch := core.schedule(now)) is not None:
+        began = now + 0.02
+        now = began + 0.05
+        step = core.oldest_step
+        assert step is not None
+        tokens = pack_ids([7] * step.num_rows)
+        times = StepTimes(began, {"idle": 0.015, "other": 0.005}, {"apply": 0.002, "attention": 0.04, "other": 0.008})
+        core.complete(StepResult(batch.step, tokens, total_s=0.05, times=times), now)
+        steps += 1
+    with caplog.at_level(logging.INFO):
+        core.close()
+    assert steps == 4
+    spans = [e for e in json.loads((tmp_path / FILE_NAME).read_text()) if e["ph"] == "X" and e["pid"] == WORKERS]
+    assert [e["name"].split()[0] for e in spans] == ["step", "idle", "apply", "attention"] * steps
+    for number in range(steps):
+        step_span, idle, apply, attention = (
+            (round(e["ts"] / 1e3, 3), round((e["ts"] + e["dur"]) / 1e3, 3)) for e in spans[4 * number : 4 * number + 4]
+        )
+        start = 20.0 + 70 * number
+        assert step_span == (start, start + 50)
+        assert idle == (start - 20, start - 5)
+        assert apply == (start, start + 2)
+        assert attention == (start + 2, start + 42)
+    means = {e["name"]: e["args"] for e in json.loads((tmp_path / FILE_NAME).read_text()) if "mean" in e["name"]}
+    parts = {"whole step": 50, "apply": 2, "attention": 40, "other": 8, "idle": 15}
+    assert means == {"mean of 3 decode steps, ms": parts, "mean of 1 steps with prompts, ms": parts}
+    assert "mean of 3 decode steps, ms: whole step 50.0, apply 2.0, attention 40.0" in caplog.text
