@@ -17,7 +17,7 @@ from model_worker.constraints import Constraints, StepMask
 from model_worker.grammar import GrammarLibrary
 from model_worker.kv_pool import KVPool
 from model_worker.prompt_logprobs import PromptLogprobs, PromptScores
-from model_worker.sampler import SampleOutput, Sampler
+from model_worker.sampler import ArgmaxFunction, SampleOutput, Sampler
 from qwen3.attention_backend import AttentionBackend
 from qwen3.model import Qwen3
 from runtime.errors import EngineError
@@ -39,13 +39,14 @@ class ModelRunner:
         max_slots: int,
         context_length: int,
         tokenizer_file: Path | None = None,
+        argmax: ArgmaxFunction | None = None,
     ) -> None:
-        """tokenizer_file: tokenizer.json, for grammars; without it no request may have one."""
+        """tokenizer_file: tokenizer.json, for grammars; without it no request may have one. argmax: see `Sampler`."""
         self.model = model
         self.pool = pool
         self.backend = backend
         self.slots = SlotStates(max_slots, context_length, pool.page_size, pool.padding_page, model.device)
-        self.sampler = Sampler(model.config.vocab_size, model.parallel.tp, self.slots.tokens)
+        self.sampler = Sampler(model.config.vocab_size, model.parallel.tp, self.slots.tokens, argmax)
         library = None
         if tokenizer_file is not None:
             library = GrammarLibrary(tokenizer_file, model.config.vocab_size, model.config.eos_token_ids)

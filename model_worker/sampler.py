@@ -5,11 +5,12 @@ logits go to the lowest id everywhere: in the greedy argmax, in who is among the
 equals stay. The draw is Gumbel-max: argmax of logit / temperature + noise(seed, position, token id), see noise.py. So
 a row's token depends on its own logits, parameters, seed and position, and on nothing else.
 
-Rows share one pass: one read of the logits finds every row's best blocks; greedy rows need no more, filtered rows are
-decided on a few sorted candidates, and only a row whose cut lies beyond them (or that has no filter) goes over its
-vocabulary again. Ranks exchange candidates, histograms and winners, never the vocabulary.
+Greedy rows are one pass for their maximum. For filtered rows, one read of the logits finds every row's best blocks;
+they are decided on a few sorted candidates, and only a row whose cut lies beyond them (or that has no filter) goes over
+its vocabulary again. Ranks exchange candidates, histograms and winners, never the vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from model_worker.constraints import StepMask
 from model_worker.noise import counters, gumbel, row_keys
 from model_worker.sampling_adjust import LogitAdjuster
-from model_worker.sampling_candidates import BlockMaxima, RowSet, argmax, top_over_ranks, unpack
+from model_worker.sampling_candidates import BlockMaxima, RowSet, argmax, argmax_column, pack, top_over_ranks, unpack
 from model_worker.sampling_logprobs import Logprobs, token_logprobs
 from model_worker.sampling_nucleus import (
     MAX_VOCAB,
@@ -32,6 +33,10 @@ from model_worker.sampling_nucleus import (
 from model_worker.sampling_slots import FilterPlan, SamplingPlan, SlotSampling
 from qwen3.parallel import Group, shard
 from runtime.sampling_params import ResolvedSampling
+
+# [n, m] float32 or bfloat16, contiguous -> int64 [n], the column of each row's maximum, the lowest one of equals; in
+# range also where there is a NaN.
+ArgmaxFunction = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,15 @@ class Sampler:
     vocab_size: of the whole vocabulary, 262,144 at most. group: the ranks that share it in equal ranges.
     tokens: [max_slots, context_len] int32, the sequences of the slots; read, never written. When `sample` runs,
         tokens[slot, :position] must hold all tokens before the one to draw (only penalties read it).
+    argmax: a faster one where the logits' device has it.
     """
 
-    def __init__(self, vocab_size: int, group: Group, tokens: Tensor) -> None:
+    def __init__(self, vocab_size: int, group: Group, tokens: Tensor, argmax: ArgmaxFunction | None = None) -> None:
         assert vocab_size <= MAX_VOCAB, f"a vocabulary of {vocab_size} is above {MAX_VOCAB}"
         self.vocab = shard(vocab_size, group)
         self.group = group
-        self.slots = SlotSampling(vocab_size, self.vocab, tokens.device)
+        self.slots = SlotSampling(tokens.shape[0], vocab_size, self.vocab, tokens.device)
+        self._argmax = argmax or argmax_column
         self._adjuster = LogitAdjuster(tokens, self.vocab)
         self._ids = torch.arange(self.vocab.start, self.vocab.stop, device=tokens.device)
         self._counters = counters(self._ids)
@@ -103,26 +110,29 @@ class Sampler:
 
     def _draw(self, logits: Tensor, plan: SamplingPlan, positions: Tensor) -> Tensor:
         """int64 [rows], from the adjusted logits."""
-        token_ids = torch.empty_like(positions)
-        maxima = BlockMaxima(logits, self.vocab.start) if plan.greedy is not None or plan.filtered is not None else None
-        if plan.greedy is not None:
-            assert maxima is not None
-            best = top_over_ranks(maxima.top(plan.greedy, 1), self.group)
-            token_ids[plan.greedy] = unpack(best)[1][:, 0]
         if plan.all_greedy:
-            return token_ids
+            return self._draw_greedily(logits)
+        token_ids = torch.empty_like(positions)
+        if plan.greedy is not None:
+            token_ids[plan.greedy] = self._draw_greedily(logits[plan.greedy])
         keys = row_keys(plan.seeds, positions)
         if plan.unfiltered is not None:
             token_ids[plan.unfiltered] = self._draw_widely(RowSet(logits, plan.unfiltered), plan, keys)
         if plan.filtered is not None:
-            assert maxima is not None
-            token_ids[plan.filtered.rows] = self._draw_filtered(logits, maxima, plan.filtered, plan, keys)
+            token_ids[plan.filtered.rows] = self._draw_filtered(logits, plan.filtered, plan, keys)
         return token_ids
 
-    def _draw_filtered(
-        self, logits: Tensor, maxima: BlockMaxima, filters: FilterPlan, plan: SamplingPlan, keys: Tensor
-    ) -> Tensor:
+    def _draw_greedily(self, logits: Tensor) -> Tensor:
+        """int64 [n], of all rows of `logits`."""
+        column = self._argmax(logits)
+        if self.group.size == 1:
+            return column
+        best = logits.gather(1, column[:, None]).to(torch.float32)
+        return unpack(self.group.all_reduce_max(pack(best, self._ids[column, None])))[1][:, 0]
+
+    def _draw_filtered(self, logits: Tensor, filters: FilterPlan, plan: SamplingPlan, keys: Tensor) -> Tensor:
         """int64 [n], of the rows of `filters`."""
+        maxima = BlockMaxima(logits, self.vocab.start)
         values, ids = unpack(top_over_ranks(maxima.top(filters.rows, filters.candidates), self.group))
         best, inverse = values[:, 0].contiguous(), plan.inverse_temperature[filters.rows]
         rows = RowSet(logits, filters.rows)

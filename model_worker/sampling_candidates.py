@@ -117,6 +117,11 @@ def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.gather(1, column)[:, 0], column[:, 0]
 
 
+def argmax_column(x: Tensor) -> Tensor:
+    """[n, m] -> int64 [n], the column of each row's maximum, the lowest one of equals. An `ArgmaxFunction`."""
+    return argmax(x)[1]
+
+
 def top_over_ranks(local: Tensor, group: Group) -> Tensor:
     """Each rank's keys [n, k], best first -> the k best of all ranks, the same on every rank."""
     if group.size == 1:

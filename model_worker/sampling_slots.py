@@ -4,8 +4,10 @@ What a row needs is decided on the host from the host's own copies, so planning 
 holds as long as the rows and their parameters stay the same (the common case of pure decode).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -89,7 +91,6 @@ class SamplingPlan:
     logprob_rows: host indices of rows that asked for logprobs; top_counts: how many alternatives each of them wants.
     """
 
-    num_rows: int
     greedy: Tensor | None
     unfiltered: Tensor | None
     filtered: FilterPlan | None
@@ -106,113 +107,154 @@ class SamplingPlan:
         return self.unfiltered is None and self.filtered is None
 
 
-@dataclass(frozen=True)
-class _Slot:
-    sampling: ResolvedSampling
-    num_prompt_tokens: int
+# A slot's parameters, one record each, so that a plan takes its rows' columns and never goes over rows in Python.
+_RECORD = np.dtype(
+    [
+        ("occupied", np.bool_),
+        ("num_prompt_tokens", np.int64),
+        ("seed", np.int64),  # its 64 bits
+        ("greedy", np.bool_),
+        ("filtered", np.bool_),
+        ("inverse_temperature", np.float64),
+        ("top_k", np.int64),  # the vocabulary size when off
+        ("top_p", np.float64),
+        ("max_distance", np.float64),
+        ("penalised", np.bool_),
+        ("repetition", np.float32),
+        ("frequency", np.float32),
+        ("presence", np.float32),
+        ("biased", np.bool_),
+        ("held_back", np.bool_),
+        ("logprobs", np.bool_),
+        ("top_logprobs", np.int64),
+    ],
+    align=True,
+)
+Records = npt.NDArray[np.void]
 
 
 class SlotSampling:
     """What each occupied slot samples with. `vocab`: this rank's range of a vocabulary of `vocab_size` ids."""
 
-    def __init__(self, vocab_size: int, vocab: slice, device: torch.device) -> None:
+    def __init__(self, max_slots: int, vocab_size: int, vocab: slice, device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.vocab = vocab
         self.device = device
-        self._slots: dict[int, _Slot] = {}
+        self._records = np.zeros(max_slots, dtype=_RECORD)
+        self._single: dict[int, ResolvedSampling] = {}  # of slots where single logits are changed
         self._cached: tuple[bytes, SamplingPlan] | None = None
 
     def admit(self, slot: int, sampling: ResolvedSampling, num_prompt_tokens: int) -> None:
         """Forget what the slot held and take these parameters; sampling.seed is the sample's own (64 bits)."""
-        self._slots[slot] = _Slot(sampling, num_prompt_tokens)
+        self.release(slot)
         self._cached = None
+        p = sampling
+        top_k = p.top_k if 0 < p.top_k < self.vocab_size else self.vocab_size
+        biased = bool(p.logit_bias)
+        held_back = p.min_new_tokens > 0 and bool(p.end_token_ids or p.stop_token_ids)
+        self._records[slot] = (
+            True,
+            num_prompt_tokens,
+            p.seed - (1 << 64) if p.seed >= 1 << 63 else p.seed,
+            p.greedy,
+            not p.greedy and (top_k < self.vocab_size or p.top_p < 1.0 or p.min_p > 0.0),
+            1.0 if p.greedy else 1.0 / p.temperature,
+            top_k,
+            min(p.top_p, 1.0),
+            -math.log(p.min_p) if p.min_p > 0.0 else math.inf,
+            p.repetition_penalty != 1.0 or p.frequency_penalty != 0.0 or p.presence_penalty != 0.0,
+            p.repetition_penalty,
+            p.frequency_penalty,
+            p.presence_penalty,
+            biased,
+            held_back,
+            p.logprobs,
+            p.top_logprobs,
+        )
+        if biased or held_back:
+            self._single[slot] = sampling
 
     def release(self, slot: int) -> None:
         """The slot is free; releasing a free one is no error."""
-        self._slots.pop(slot, None)
+        self._records[slot]["occupied"] = False
+        self._single.pop(slot, None)
 
     def plan(self, slots: npt.NDArray[np.int64]) -> SamplingPlan:
         """The plan for these rows' slots, in order. Every slot must be occupied. The last plan is kept."""
         key = slots.tobytes()
         if self._cached is None or self._cached[0] != key:
-            self._cached = (key, self._make_plan(slots.tolist()))
+            self._cached = (key, self._make_plan(slots))
         return self._cached[1]
 
-    def _make_plan(self, slots: Sequence[int]) -> SamplingPlan:
-        states = [self._slots[slot] for slot in slots]
-        params = [state.sampling for state in states]
-        greedy = [i for i, p in enumerate(params) if p.greedy]
-        filtered = [i for i, p in enumerate(params) if not p.greedy and self._filters(p)]
-        unfiltered = [i for i, p in enumerate(params) if not p.greedy and not self._filters(p)]
-        logprob_rows = [i for i, p in enumerate(params) if p.logprobs]
+    def _make_plan(self, slots: npt.NDArray[np.int64]) -> SamplingPlan:
+        records = self._records[slots]
+        assert records["occupied"].all(), "a row of a free slot"
+        greedy, filtered = records["greedy"], records["filtered"]
+        logprob_rows = np.flatnonzero(records["logprobs"])
         return SamplingPlan(
-            num_rows=len(slots),
-            greedy=self._ints(greedy) if greedy else None,
-            unfiltered=self._ints(unfiltered) if unfiltered else None,
-            filtered=self._plan_filters(filtered, params) if filtered else None,
-            penalties=self._plan_penalties(slots, states),
-            bias=self._plan_bias(params),
-            held_back=self._plan_held_back(states),
-            inverse_temperature=self._doubles([1.0 if p.greedy else 1.0 / p.temperature for p in params]),
-            seeds=self._ints([p.seed - (1 << 64) if p.seed >= 1 << 63 else p.seed for p in params]),
-            logprob_rows=logprob_rows,
-            top_counts=[params[i].top_logprobs for i in logprob_rows],
+            greedy=self._rows(greedy),
+            unfiltered=self._rows(~(greedy | filtered)),
+            filtered=self._plan_filters(records) if filtered.any() else None,
+            penalties=self._plan_penalties(slots, records) if records["penalised"].any() else None,
+            bias=self._plan_bias(slots, records) if records["biased"].any() else None,
+            held_back=self._plan_held_back(slots, records) if records["held_back"].any() else None,
+            inverse_temperature=self._column(records, "inverse_temperature"),
+            seeds=self._column(records, "seed"),
+            logprob_rows=logprob_rows.tolist(),
+            top_counts=records["top_logprobs"][logprob_rows].tolist(),
         )
 
-    def _filters(self, p: ResolvedSampling) -> bool:
-        return 0 < p.top_k < self.vocab_size or p.top_p < 1.0 or p.min_p > 0.0
-
-    def _plan_filters(self, rows: list[int], params: list[ResolvedSampling]) -> FilterPlan:
-        chosen = [params[i] for i in rows]
-        top_k = [p.top_k if 0 < p.top_k < self.vocab_size else self.vocab_size for p in chosen]
-        wanted = max(k if k <= MAX_CANDIDATES else USUAL_CANDIDATES for k in top_k)
+    def _plan_filters(self, records: Records) -> FilterPlan:
+        rows = np.flatnonzero(records["filtered"])
+        chosen = records[rows]
+        top_k = chosen["top_k"]
+        wanted = int(np.where(top_k <= MAX_CANDIDATES, top_k, USUAL_CANDIDATES).max())
         candidates = min(wanted, self.vocab_size)
         return FilterPlan(
-            rows=self._ints(rows),
-            top_k=self._ints(top_k),
-            top_p=self._doubles([min(p.top_p, 1.0) for p in chosen]),
-            max_distance=self._doubles([-float(np.log(p.min_p)) if p.min_p > 0.0 else float("inf") for p in chosen]),
-            needs_total=self._ints([i for i, p in enumerate(chosen) if p.top_p < 1.0 and top_k[i] == self.vocab_size]),
+            rows=self._device(rows),
+            top_k=self._column(chosen, "top_k"),
+            top_p=self._column(chosen, "top_p"),
+            max_distance=self._column(chosen, "max_distance"),
+            needs_total=self._device(np.flatnonzero((chosen["top_p"] < 1.0) & (top_k == self.vocab_size))),
             candidates=candidates,
-            may_be_undecided=max(top_k) > candidates,
+            may_be_undecided=int(top_k.max()) > candidates,
         )
 
-    def _plan_penalties(self, slots: Sequence[int], states: list[_Slot]) -> PenaltyPlan | None:
-        rows = [i for i, state in enumerate(states) if _penalised(state.sampling)]
-        if not rows:
-            return None
-        chosen = [states[i].sampling for i in rows]
-        prompt_lens = [states[i].num_prompt_tokens for i in rows]
+    def _plan_penalties(self, slots: npt.NDArray[np.int64], records: Records) -> PenaltyPlan:
+        rows = np.flatnonzero(records["penalised"])
+        chosen = records[rows]
         return PenaltyPlan(
-            rows=self._ints(rows),
-            slots=self._ints([slots[i] for i in rows]),
-            prompt_lens=self._ints(prompt_lens),
-            repetition=self._floats([p.repetition_penalty for p in chosen]),
-            frequency=self._floats([p.frequency_penalty for p in chosen]),
-            presence=self._floats([p.presence_penalty for p in chosen]),
-            host_rows=np.array(rows, np.int64),
-            host_prompt_lens=np.array(prompt_lens, np.int64),
-            over_prompt=any(p.repetition_penalty != 1.0 for p in chosen),
+            rows=self._device(rows),
+            slots=self._device(slots[rows]),
+            prompt_lens=self._column(chosen, "num_prompt_tokens"),
+            repetition=self._column(chosen, "repetition"),
+            frequency=self._column(chosen, "frequency"),
+            presence=self._column(chosen, "presence"),
+            host_rows=rows,
+            host_prompt_lens=chosen["num_prompt_tokens"].copy(),
+            over_prompt=bool((chosen["repetition"] != 1.0).any()),
         )
 
-    def _plan_bias(self, params: list[ResolvedSampling]) -> EntryPlan | None:
-        entries = [(i, token, bias) for i, p in enumerate(params) for token, bias in p.logit_bias.items()]
-        here = [entry for entry in entries if self._is_here(entry[1])]
-        if not entries:
-            return None
-        return EntryPlan(self._ints([e[0] for e in here]), self._columns(here), self._floats([e[2] for e in here]))
-
-    def _plan_held_back(self, states: list[_Slot]) -> EntryPlan | None:
+    def _plan_bias(self, slots: npt.NDArray[np.int64], records: Records) -> EntryPlan:
         entries = [
-            (i, token, state.num_prompt_tokens + state.sampling.min_new_tokens)
-            for i, state in enumerate(states)
-            if state.sampling.min_new_tokens > 0
-            for token in {*state.sampling.end_token_ids, *state.sampling.stop_token_ids}
+            (row, token, bias)
+            for row in np.flatnonzero(records["biased"]).tolist()
+            for token, bias in self._single[int(slots[row])].logit_bias.items()
         ]
         here = [entry for entry in entries if self._is_here(entry[1])]
-        if not entries:
-            return None
-        return EntryPlan(self._ints([e[0] for e in here]), self._columns(here), self._ints([e[2] for e in here]))
+        values = torch.tensor([entry[2] for entry in here], dtype=torch.float32, device=self.device)
+        return EntryPlan(self._ints([entry[0] for entry in here]), self._columns(here), values)
+
+    def _plan_held_back(self, slots: npt.NDArray[np.int64], records: Records) -> EntryPlan:
+        entries = []
+        for row in np.flatnonzero(records["held_back"]).tolist():
+            p = self._single[int(slots[row])]
+            first = int(records[row]["num_prompt_tokens"]) + p.min_new_tokens
+            entries += [(row, token, first) for token in {*p.end_token_ids, *p.stop_token_ids}]
+        here = [entry for entry in entries if self._is_here(entry[1])]
+        return EntryPlan(
+            self._ints([entry[0] for entry in here]), self._columns(here), self._ints([entry[2] for entry in here])
+        )
 
     def _is_here(self, token_id: int) -> bool:
         return bool(self.vocab.start <= token_id < self.vocab.stop)
@@ -223,12 +265,13 @@ class SlotSampling:
     def _ints(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
-    def _floats(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
+    def _rows(self, which: npt.NDArray[np.bool_]) -> Tensor | None:
+        """Indices of the rows that are marked; None when there are none."""
+        rows = np.flatnonzero(which)
+        return self._device(rows) if len(rows) else None
 
-    def _doubles(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self.device)
+    def _column(self, records: Records, name: str) -> Tensor:
+        return self._device(records[name].copy())
 
-
-def _penalised(p: ResolvedSampling) -> bool:
-    return p.repetition_penalty != 1.0 or p.frequency_penalty != 0.0 or p.presence_penalty != 0.0
+    def _device(self, array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.device)

@@ -19,6 +19,7 @@ import zmq
 from model_worker.compute import choose_compute
 from model_worker.kv_pool import KVPool, choose_num_pages
 from model_worker.model_runner import ModelRunner
+from model_worker.operations_kernels import KernelOperations
 from model_worker.parallel import init_parallel, init_parallel_nodes, relay_group
 from model_worker.quantization import quantize
 from model_worker.rank_digest import RankDigest
@@ -153,6 +154,7 @@ def build_runner(
         max_slots=args.max_running_requests,
         context_length=spec.context_length,
         tokenizer_file=Path(spec.tokenizer_folder) / "tokenizer.json",
+        argmax=compute.operations.kernels.argmax if isinstance(compute.operations, KernelOperations) else None,
     )
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model_worker.sampler import Sampler
+from model_worker.sampler import ArgmaxFunction, Sampler
 from qwen3.parallel import Group
 from runtime.sampling_params import DEFAULTS, ResolvedSampling
 
@@ -106,19 +106,19 @@ class Row:
         return draw(x, self.params, self.position)
 
 
-def make_sampler(rows: Sequence[Row], group: Group | None = None) -> Sampler:
+def make_sampler(rows: Sequence[Row], group: Group | None = None, argmax: ArgmaxFunction | None = None) -> Sampler:
     """A sampler with row i in slot i."""
     tokens = torch.zeros((len(rows), max(row.position for row in rows) + 1), dtype=torch.int32)
-    sampler = Sampler(len(rows[0].logits), group or Group(), tokens)
+    sampler = Sampler(len(rows[0].logits), group or Group(), tokens, argmax)
     for slot, row in enumerate(rows):
         tokens[slot, : row.position] = torch.tensor([*row.prompt, *row.generated], dtype=torch.int32)
         sampler.admit(slot, row.params, len(row.prompt))
     return sampler
 
 
-def sample(rows: Sequence[Row], group: Group | None = None) -> Tensor:
+def sample(rows: Sequence[Row], group: Group | None = None, argmax: ArgmaxFunction | None = None) -> Tensor:
     """Draw for all rows in one batch; with a group, from this rank's columns of the logits."""
-    sampler = make_sampler(rows, group)
+    sampler = make_sampler(rows, group, argmax)
     logits = torch.stack([row.logits for row in rows])[:, sampler.vocab].contiguous()
     positions = np.array([row.position for row in rows], np.int64)
     return sampler.sample(logits, np.arange(len(rows)), positions).token_ids

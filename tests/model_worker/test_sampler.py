@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from model_worker.cpu_kernels import load
 from model_worker.sampler import Sampler
 from qwen3.parallel import Group
 from tests.model_worker.sampling_reference import Row, on_ranks, params, sample
@@ -73,6 +74,37 @@ def test_greedy_equals_argmax(dtype: torch.dtype) -> None:
     logits = torch.randn(64, 10_007).to(dtype)
     rows = [Row(x, params(temperature=0.0)) for x in logits]
     assert torch.equal(sample(rows), logits.argmax(1))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_greedy_rows_take_the_kernel_argmax(size: int) -> None:
+    """Alone and beside others, on any ranks: the reference's token, ties to the lowest id."""
+    rows = random_rows(71, 60, 1000) + random_rows(72, 20, 1000, temperature=0.0)
+    ties = [Row(torch.randn(1000).mul(2).round(), params(temperature=0.0)) for _ in range(40)]
+    equal = [Row(torch.full((1000,), x), params(temperature=0.0)) for x in (0.0, -0.0, float("-inf"))]
+
+    def on_rank(group: Group) -> tuple[list[int], list[int], int]:
+        kernels = load()
+        assert kernels is not None, "the tests need a compiler"
+        shapes = []
+
+        def counted(logits: torch.Tensor) -> torch.Tensor:
+            shapes.append(logits.shape)
+            return kernels.argmax(logits)
+
+        mixed = sample([*rows, *ties], group, counted).tolist()
+        greedy = sample([*ties, *equal], group, counted).tolist()
+        wrong = [torch.full((1000,), float("nan")), torch.zeros(1000).index_fill_(0, torch.tensor([900]), float("nan"))]
+        for token in sample([Row(x, params(temperature=0.0)) for x in wrong], group, counted).tolist():
+            assert 0 <= token < 1000
+        return mixed, greedy, len(shapes)
+
+    for found in on_ranks(size, on_rank) if size > 1 else [on_rank(Group())]:
+        assert found == (
+            [row.expected() for row in (*rows, *ties)],
+            [row.expected() for row in (*ties, *equal)],
+            3,
+        )
 
 
 def test_top_k_of_one_is_greedy() -> None:

@@ -49,7 +49,7 @@ def kept(logits: Tensor, rows: list[ResolvedSampling], *, search: bool, group: G
     group = group or Group()
     vocab_size = logits.shape[1]
     vocab = shard(vocab_size, group)
-    slots = SlotSampling(vocab_size, vocab, logits.device)
+    slots = SlotSampling(len(rows), vocab_size, vocab, logits.device)
     for slot, p in enumerate(rows):
         slots.admit(slot, p, 0)
     plan = slots.plan(np.arange(len(rows)))

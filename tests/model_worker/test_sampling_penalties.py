@@ -23,7 +23,7 @@ VOCAB = 200
 
 def adjust(rows: list[Row], vocab: slice = slice(0, VOCAB)) -> Tensor:
     tokens = torch.zeros((len(rows), 64), dtype=torch.int32)
-    slots = SlotSampling(VOCAB, vocab, torch.device("cpu"))
+    slots = SlotSampling(len(rows), VOCAB, vocab, torch.device("cpu"))
     for slot, row in enumerate(rows):
         tokens[slot, : row.position] = torch.tensor([*row.prompt, *row.generated], dtype=torch.int32)
         slots.admit(slot, row.params, len(row.prompt))
@@ -113,7 +113,7 @@ def test_more_rows_than_one_count_table() -> None:
 
 def test_plain_rows_cost_no_copy_and_change_nothing() -> None:
     plan_of: list[ResolvedSampling] = [params(), params(temperature=0.0)]
-    slots = SlotSampling(VOCAB, slice(0, VOCAB), torch.device("cpu"))
+    slots = SlotSampling(2, VOCAB, slice(0, VOCAB), torch.device("cpu"))
     for slot, p in enumerate(plan_of):
         slots.admit(slot, p, 1)
     logits, positions = torch.randn(2, VOCAB).bfloat16(), np.array([1, 1])
