@@ -163,6 +163,34 @@ def test_long_contexts_are_split_and_merged(kernels: CpuKernels, dtype: torch.dt
         check(kernels, case, split_tokens=split)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("page_size", [4, 16, 64])
+@pytest.mark.parametrize("new", [2, 5, 40, 300])
+def test_chunks_of_long_contexts(kernels: CpuKernels, dtype: torch.dtype, page_size: int, new: int) -> None:
+    """In bf16 the context is split and merged, and KV heads are worked on together, here four and a fifth."""
+    case = make_case([1700, 1100, 40], [new, 1, 9], heads=10, kv_heads=5, head_dim=32, page_size=page_size, dtype=dtype)
+    check(kernels, case)
+    check(kernels, case, split_tokens=128)
+
+
+def test_fp32_chunks_do_not_depend_on_the_batch(kernels: CpuKernels) -> None:
+    new = [3, 20, 1, 150]
+    case = make_case([700, 90, 333, 1400], new, heads=4, kv_heads=2, head_dim=64, page_size=16, dtype=torch.float32)
+    together = case.run(kernels, split_tokens=128)
+    for row, count in enumerate(new):
+        begin = int(case.query_start[row])
+        alone = kernels.paged_attention(
+            case.query[begin : begin + count],
+            case.cache,
+            torch.tensor([0, count], dtype=torch.int32),
+            case.context_lengths[row : row + 1],
+            case.page_table[row : row + 1],
+            scale=case.scale,
+            split_tokens=128,
+        )
+        assert torch.equal(alone, together[begin : begin + count])
+
+
 def test_fixed_ranges_make_a_row_independent_of_its_batch(kernels: CpuKernels) -> None:
     case = make_case([700, 90, 333], [1, 1, 1], heads=4, kv_heads=2, head_dim=64, page_size=16, dtype=torch.bfloat16)
     together = case.run(kernels, split_tokens=128)

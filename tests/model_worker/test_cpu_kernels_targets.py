@@ -41,6 +41,13 @@ def test_head_dims(kernels: CpuKernels, dtype: torch.dtype, head_dim: int) -> No
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_chunks_of_long_contexts(kernels: CpuKernels, dtype: torch.dtype, page_size: int) -> None:
+    attention.test_chunks_of_long_contexts(kernels, dtype, page_size, 40)
+    attention.test_fp32_chunks_do_not_depend_on_the_batch(kernels)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_elementwise(kernels: CpuKernels, dtype: torch.dtype) -> None:
     elementwise.test_rms_norm(kernels, dtype, 3, 100)
     elementwise.test_add_rms_norm(kernels, dtype, 7, 1024)

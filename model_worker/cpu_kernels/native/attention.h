@@ -33,15 +33,22 @@ struct DecodeItem {
     int counter;          // which of finished_ counts the token's ranges
 };
 
-// A block of a row's query tokens, for one KV head.
+// A block of a row's query tokens, for some KV heads and one of the ranges of the context.
 struct ChunkItem {
-    int token, tokens, row, kv_head;
+    int token, tokens, row;
+    int kv_head, kv_heads;
     int64_t first_context;
+    int range, ranges;
+    int64_t begin, end;  // positions
+    size_t partials;     // where those of the block's first token begin, in floats
+    int counter, items;  // which of finished_ counts the block's items, and how many there are
 };
 
 constexpr int64_t kLeastSplit = 64;    // tokens; shorter ranges cost more in merging than they win
+constexpr int64_t kLeastChunkSplit = 512;  // the same of a chunk
 constexpr int kLeastChunkTokens = 4;   // fewer new tokens run one by one
 constexpr int kLeastBlockQueries = 64; // lanes of a chunk's block; smaller ones read keys too often
+constexpr int kLeastRowBytes = 256;    // that a chunk reads of each token: KV heads of less are worked on together
 
 template <class T>
 class PagedAttention {
@@ -83,14 +90,14 @@ class PagedAttention {
             else if (num_new(row) < kLeastChunkTokens)
                 floats += plan_decodes(row, split, floats);
             else
-                plan_chunks(row);
+                floats += plan_chunks(row, floats);
         }
         // The most work first, so that what is left at the end is small.
         std::sort(chunks_.begin(), chunks_.end(), [](const ChunkItem& a, const ChunkItem& b) {
-            return a.tokens * (a.first_context + a.tokens) > b.tokens * (b.first_context + b.tokens);
+            return a.tokens * a.kv_heads * (a.end - a.begin) > b.tokens * b.kv_heads * (b.end - b.begin);
         });
         partials_ = (float*)context_.shared.reserve(floats * sizeof(float));
-        finished_ = std::vector<std::atomic<int>>(args_.rows * kLeastChunkTokens);
+        finished_ = std::vector<std::atomic<int>>(counters_);
     }
 
     int64_t num_new(int row) const { return args_.query_start[row + 1] - args_.query_start[row]; }
@@ -104,21 +111,42 @@ class PagedAttention {
             const int ranges = (int)((length + split - 1) / split);
             for (int r = 0; r < ranges; r++)
                 decodes_.push_back({(int)(args_.query_start[row] + i), row, r, ranges, r * split,
-                                    std::min(length, (r + 1) * split), floats, (int)(row * kLeastChunkTokens + i)});
+                                    std::min(length, (r + 1) * split), floats, counters_});
+            counters_++;
             floats += ranges * partial_;
         }
         return floats - before;
     }
 
-    void plan_chunks(int row) {
-        const int64_t n = num_new(row), lanes = n * group_ * args_.kv_heads / (4 * context_.threads);
-        const int64_t block_lanes =
-            std::min<int64_t>(kMostBlockQueries, std::max<int64_t>(kLeastBlockQueries, (lanes + 31) / 32 * 32));
-        const int64_t block = std::max<int64_t>(1, block_lanes / group_);
-        for (int64_t i = 0; i < n; i += block)
-            for (int kv = 0; kv < args_.kv_heads; kv++)
-                chunks_.push_back({(int)(args_.query_start[row] + i), (int)std::min(block, n - i), row, kv,
-                                   args_.context_lengths[row] - n + i + 1});
+    // Without fixed ranges a context is split, until there is enough for all threads. With them it is not, as a range's
+    // partial sums would move with the number of tokens; blocks get smaller instead.
+    size_t plan_chunks(int row, size_t floats) {
+        const size_t before = floats;
+        const bool split = args_.split_tokens <= 0;
+        const int parts = context_.threads == 1 ? 1 : 4 * context_.threads;
+        const int64_t n = num_new(row), head_bytes = args_.head_dim * (int64_t)sizeof(T);
+        const int together =
+            split ? (int)std::min<int64_t>(args_.kv_heads, std::max<int64_t>(1, kLeastRowBytes / head_bytes)) : 1;
+        const int head_groups = (args_.kv_heads + together - 1) / together;
+        int64_t most = kMostBlockQueries;
+        if (!split) most = std::min(most, std::max<int64_t>(kLeastBlockQueries, n * group_ * args_.kv_heads / parts));
+        const int64_t blocks = (n * group_ + most - 1) / most, block = (n + blocks - 1) / blocks;
+        for (int64_t i = 0; i < n; i += block) {
+            const int tokens = (int)std::min(block, n - i);
+            const int64_t first_context = args_.context_lengths[row] - n + i + 1, end = first_context + tokens - 1;
+            const int64_t wanted = split ? (parts + blocks * head_groups - 1) / (blocks * head_groups) : 1;
+            const int64_t length = std::max(kLeastChunkSplit, (end / wanted + kBlockKeys) / kBlockKeys * kBlockKeys);
+            const int ranges = split ? (int)((end + length - 1) / length) : 1;
+            for (int r = 0; r < ranges; r++)
+                for (int kv = 0; kv < args_.kv_heads; kv += together)
+                    chunks_.push_back({(int)(args_.query_start[row] + i), tokens, row, kv,
+                                       std::min(together, args_.kv_heads - kv), first_context, r, ranges, r * length,
+                                       ranges == 1 ? end : std::min(end, (r + 1) * length), floats, counters_,
+                                       ranges * head_groups});
+            counters_++;
+            if (ranges > 1) floats += tokens * ranges * partial_;
+        }
+        return floats - before;
     }
 
     CacheView<T> cache(int row) const {
@@ -135,19 +163,35 @@ class PagedAttention {
     }
 
     void run_chunk(const ChunkItem& item, Scratch& scratch) {
-        const int64_t head = (int64_t)item.kv_head * group_ * args_.head_dim;
-        const Chunk<T> chunk{args_.query + item.token * args_.query_stride + head,
+        const int64_t head = (int64_t)item.kv_head * group_, first = head * args_.head_dim;
+        float* const partials = partials_ + item.partials;
+        Partial partial{};
+        if (item.ranges > 1) {
+            partial = Partial::at(partials + item.range * partial_, args_.heads);
+            partial.maximum += head, partial.total += head, partial.values += first;
+        }
+        const Chunk<T> chunk{args_.query + item.token * args_.query_stride + first,
                              args_.query_stride,
                              cache(item.row),
                              item.kv_head,
+                             item.kv_heads,
                              group_,
                              args_.head_dim,
                              item.tokens,
                              item.first_context,
+                             item.begin,
+                             item.end,
                              scale_,
-                             args_.out + item.token * token_size_ + head,
-                             token_size_};
+                             args_.out + item.token * token_size_ + first,
+                             token_size_,
+                             partial,
+                             (int64_t)(item.ranges * partial_)};
         attend_chunk(chunk, scratch, context_.amx);
+        if (item.ranges == 1) return;
+        if (finished_[item.counter].fetch_add(1, std::memory_order_acq_rel) == item.items - 1)
+            for (int i = 0; i < item.tokens; i++)
+                merge_ranges(partials + i * item.ranges * partial_, item.ranges, args_.heads, args_.head_dim,
+                             args_.out + (item.token + i) * token_size_);
     }
 
     Context& context_;
@@ -158,7 +202,8 @@ class PagedAttention {
     const size_t partial_;  // floats of one range's partial result
     std::vector<DecodeItem> decodes_;
     std::vector<ChunkItem> chunks_;
-    std::vector<std::atomic<int>> finished_;  // ranges that are done, a token
+    int counters_ = 0;
+    std::vector<std::atomic<int>> finished_;  // items that are done, of a token or of a block of them
     float* partials_ = nullptr;
 };
 

@@ -19,18 +19,23 @@ constexpr int kDepthMultiple = 32;      // what head_dim is padded to: AMX tiles
 
 template <class T>
 struct Chunk {
-    const T* query;  // of the block's first token and the KV head's first query head, [tokens, heads, head_dim]
+    const T* query;  // of the block's first token and the first KV head's first query head, [tokens, heads, head_dim]
     int64_t query_stride;
     CacheView<T> cache;
-    int kv_head, group, head_dim;
+    int kv_head, kv_heads;  // the first one, and how many are worked on together
+    int group, head_dim;
     int tokens;             // in this block
     int64_t first_context;  // cached tokens that the block's first token sees, itself included; the next sees one more
+    int64_t begin, end;     // positions of the cached tokens to work on; begin is a multiple of kBlockKeys
     float scale;            // positive, in units of log 2
-    T* out;                 // of the block's first token and the KV head's first query head
+    T* out;                 // as query; not written when there is a partial result
     int64_t out_stride;
+    Partial partial;  // of the block's first token and the first KV head's first query head; null: there is but one range
+    int64_t partial_stride;
 };
 
-// Packs the data of one chunk for Dot, multiplies, and keeps the running softmax.
+// Packs the data of one chunk for Dot, multiplies, and keeps the running softmax. KV heads that lie side by side are
+// worked on together, so that memory is read in the order in which it lies.
 template <class T, class Dot>
 class ChunkAttention {
    public:
@@ -39,69 +44,103 @@ class ChunkAttention {
     ChunkAttention(const Chunk<T>& chunk, Scratch& scratch, bool tiles)
         : chunk_(chunk),
           tiles_(tiles),
+          keys_in_place_(tiles && chunk.cache.layout.page_size % 16 == 0 && chunk.head_dim % 32 == 0),
           lanes_(chunk.tokens * chunk.group),
           panels_((lanes_ + kLanes - 1) / kLanes),
           padded_dim_((chunk.head_dim + kDepthMultiple - 1) / kDepthMultiple * kDepthMultiple),
           depth_(padded_dim_ / Dot::kDepth) {
-        float* memory = static_cast<float*>(scratch.reserve(floats(panels_) * sizeof(float)));
+        const size_t panels = (size_t)panels_ * chunk.kv_heads;
+        const size_t block = (size_t)kBlockKeys * padded_dim_, square = (size_t)kPanelGroup * kBlockKeys * kLanes;
+        float* memory = static_cast<float*>(scratch.reserve(
+            (panels * kLanes * (2 + 2 * padded_dim_) + panels_ * kLanes + 2 * block + 2 * square + padded_dim_) *
+            sizeof(float)));
         const auto take = [&](size_t count) {
             float* const taken = memory;
             memory += count;
             return taken;
         };
-        maximum_ = take((size_t)panels_ * kLanes);
-        total_ = take((size_t)panels_ * kLanes);
+        sums_ = take(panels * padded_dim_ * kLanes);
+        queries_ = (Unit*)take(panels * padded_dim_ * kLanes);
+        keys_ = (Unit*)take(block);
+        values_ = (Unit*)take(block);
+        scores_ = take(square);
+        weights_ = (Unit*)take(square);
+        maximum_ = take(panels * kLanes);
+        total_ = take(panels * kLanes);
         limit_ = (int32_t*)take((size_t)panels_ * kLanes);
-        sums_ = take((size_t)panels_ * padded_dim_ * kLanes);
-        queries_ = (Unit*)take((size_t)panels_ * padded_dim_ * kLanes);
-        keys_ = (Unit*)take((size_t)kBlockKeys * padded_dim_);
-        values_ = (Unit*)take((size_t)kBlockKeys * padded_dim_);
-        scores_ = take((size_t)kPanelGroup * kBlockKeys * kLanes);
-        weights_ = (Unit*)take((size_t)kPanelGroup * kBlockKeys * kLanes);
+        zeros_ = (T*)take(padded_dim_);
     }
 
     void run() {
         start();
-        const int64_t context = chunk_.first_context + chunk_.tokens - 1;
         const int step = tiles_ ? 2 : kPanelGroup;
-        for (int64_t first = 0; first < context; first += kBlockKeys) {
-            const int count = (int)std::min<int64_t>(kBlockKeys, context - first);
-            pack_block(first, count);
-            for (int panel = 0; panel < panels_; panel += step) {
-                const int panels = std::min(step, panels_ - panel);
-                // The last lane sees most. What no lane of the group sees is left out.
-                const int64_t seen = limit_[(panel + panels) * kLanes - 1] - first;
-                if (seen <= 0) continue;
-                const int used = (int)std::min<int64_t>((count + 31) / 32 * 32, (seen + 31) / 32 * 32);
-                attend(panel, panels, first, used);
+        Rows rows[2];
+        locate_block(chunk_.begin, rows[0]);
+        for (int64_t first = chunk_.begin, block = 0; first < chunk_.end; first += kBlockKeys, block++) {
+            const Rows& now = rows[block % 2];
+            locate_block(first + kBlockKeys, rows[(block + 1) % 2]);
+            next_ = &rows[(block + 1) % 2];
+            fetched_ = 0;
+            for (int head = 0; head < chunk_.kv_heads; head++) {
+                pack_block(now, head);
+                for (int panel = 0; panel < panels_; panel += step) {
+                    const int panels = std::min(step, panels_ - panel);
+                    // The last lane sees most. What no lane of the group sees is left out.
+                    const int64_t seen = limit_[(panel + panels) * kLanes - 1] - first;
+                    if (seen <= 0) continue;
+                    const int used = (int)std::min<int64_t>((now.count + 31) / 32 * 32, (seen + 31) / 32 * 32);
+                    attend(head, panel, panels, first, used);
+                }
             }
         }
         finish();
     }
 
    private:
-    size_t floats(int panels) const {
-        return (size_t)panels * kLanes * (3 + 2 * padded_dim_) + 2 * (size_t)kBlockKeys * padded_dim_ +
-               2 * (size_t)kPanelGroup * kBlockKeys * kLanes;
+    // Where a block's keys and values lie, from the first KV head on.
+    struct Rows {
+        int count;
+        int64_t offsets[kBlockKeys];
+    };
+
+    void locate_block(int64_t first, Rows& rows) const {
+        rows.count = (int)std::max<int64_t>(0, std::min<int64_t>(kBlockKeys, chunk_.end - first));
+        for (int i = 0; i < rows.count; i += kBlockTokens)
+            locate(chunk_.cache.pages, chunk_.cache.layout, first + i, std::min(kBlockTokens, rows.count - i),
+                   rows.offsets + i);
     }
 
-    const T* query_row(int lane) const {
-        return chunk_.query + lane / chunk_.group * chunk_.query_stride + lane % chunk_.group * chunk_.head_dim;
+    // Asks for the keys and values of `count` more tokens of the next block.
+    void fetch_ahead(int count) {
+        const int64_t stride = chunk_.cache.layout.head_stride, head = chunk_.kv_head * stride;
+        for (const int end = std::min(next_->count, fetched_ + count); fetched_ < end; fetched_++)
+            for (int h = 0; h < chunk_.kv_heads; h++) {
+                const int64_t offset = next_->offsets[fetched_] + head + h * stride;
+                prefetch(chunk_.cache.keys + offset, 0, chunk_.head_dim);
+                prefetch(chunk_.cache.values + offset, 0, chunk_.head_dim);
+            }
+    }
+
+    const T* query_row(int head, int lane) const {
+        return chunk_.query + lane / chunk_.group * chunk_.query_stride +
+               (head * chunk_.group + lane % chunk_.group) * chunk_.head_dim;
     }
 
     void start() {
-        for (int lane = 0; lane < panels_ * kLanes; lane++) {
-            const int used = std::min(lane, lanes_ - 1);  // lanes that are left over repeat the last query
-            maximum_[lane] = kNoScore;
-            total_[lane] = 0;
-            limit_[lane] = (int32_t)(chunk_.first_context + used / chunk_.group);
-        }
-        std::memset(sums_, 0, (size_t)panels_ * padded_dim_ * kLanes * sizeof(float));
-        for (int panel = 0; panel < panels_; panel++) {
+        const int panels = panels_ * chunk_.kv_heads;
+        for (int lane = 0; lane < panels_ * kLanes; lane++)  // lanes that are left over repeat the last query
+            limit_[lane] = (int32_t)(chunk_.first_context + std::min(lane, lanes_ - 1) / chunk_.group);
+        for (int lane = 0; lane < panels * kLanes; lane++) maximum_[lane] = kNoScore, total_[lane] = 0;
+        std::memset(sums_, 0, (size_t)panels * padded_dim_ * kLanes * sizeof(float));
+        std::memset((void*)zeros_, 0, padded_dim_ * sizeof(T));
+        std::memset((void*)values_, 0, (size_t)kBlockKeys * padded_dim_ * sizeof(float));
+        for (int panel = 0; panel < panels; panel++) {
             const T* rows[kLanes];
-            for (int i = 0; i < kLanes; i++) rows[i] = query_row(std::min(panel * kLanes + i, lanes_ - 1));
+            for (int i = 0; i < kLanes; i++)
+                rows[i] = query_row(panel / panels_, std::min(panel % panels_ * kLanes + i, lanes_ - 1));
             pack_columns(rows, queries_ + (size_t)panel * depth_ * kLanes);
         }
+        fetch_quota_ = (8 + panels - 1) / panels;  // weigh asks panels x kBlockKeys / 8 times
     }
 
     // kLanes rows of head_dim values -> [depth_][kLanes] units, zero beyond head_dim.
@@ -110,35 +149,33 @@ class ChunkAttention {
             for (int i = 0; i < kLanes; i++) out[d * kLanes + i] = d < chunk_.head_dim ? to_float(rows[i][d]) : 0;
     }
 
-    void pack_block(int64_t first, int count) {
-        const int padded = (count + 31) / 32 * 32;
-        const int64_t head = chunk_.kv_head * chunk_.cache.layout.head_stride;
-        const T *key_rows[kBlockKeys], *value_rows[kBlockKeys];
-        int64_t offsets[kBlockTokens];
-        for (int i = 0; i < count; i += kBlockTokens) {
-            const int n = std::min(kBlockTokens, count - i);
-            locate(chunk_.cache.pages, chunk_.cache.layout, first + i, n, offsets);
-            for (int j = 0; j < n; j++) {
-                key_rows[i + j] = chunk_.cache.keys + offsets[j] + head;
-                value_rows[i + j] = chunk_.cache.values + offsets[j] + head;
-            }
+    void pack_block(const Rows& block, int head) {
+        const int padded = (block.count + 31) / 32 * 32;
+        const int64_t first = (chunk_.kv_head + head) * chunk_.cache.layout.head_stride;
+        const T *keys[kBlockKeys], *values[kBlockKeys];
+        for (int i = 0; i < padded; i++) {
+            keys[i] = i < block.count ? chunk_.cache.keys + block.offsets[i] + first : zeros_;
+            values[i] = i < block.count ? chunk_.cache.values + block.offsets[i] + first : zeros_;
         }
-        pack_keys(key_rows, count, padded, keys_);
-        pack_values(value_rows, count, padded, values_);
+        if (keys_in_place_)
+            for (int i = 0; i < padded; i += 16)  // 16 keys that begin past the last one: those before, unseen, do as well
+                key_tiles_[i / 16] = (const Unit*)keys[i < block.count ? i : i - 16];
+        else
+            pack_keys(keys, padded, keys_);
+        pack_values(values, padded, values_);
     }
 
-    // [padded][depth_] units; what is beyond `count` or head_dim is zero.
-    void pack_keys(const T* const* rows, int count, int padded, float* out) {
+    // [padded][depth_] units, zero beyond head_dim.
+    void pack_keys(const T* const* rows, int padded, float* out) {
         for (int i = 0; i < padded; i++, out += padded_dim_) {
             int d = 0;
-            if (i < count)
-                for (; d < chunk_.head_dim; d++) out[d] = to_float(rows[i][d]);
+            for (; d < chunk_.head_dim; d++) out[d] = to_float(rows[i][d]);
             for (; d < padded_dim_; d++) out[d] = 0;
         }
     }
 
     // As keys: [padded][padded_dim_].
-    void pack_values(const T* const* rows, int count, int padded, float* out) { pack_keys(rows, count, padded, out); }
+    void pack_values(const T* const* rows, int padded, float* out) { pack_keys(rows, padded, out); }
 
     Product<FloatDot> value_product(const float* values) const {
         Product<FloatDot> p{};
@@ -156,26 +193,27 @@ class ChunkAttention {
         }
     }
 
-    void pack_keys(const bf16* const* rows, int count, int padded, uint32_t* out) {
+    void pack_keys(const bf16* const* rows, int padded, uint32_t* out) {
         for (int i = 0; i < padded; i++, out += depth_)
             for (int d = 0; d < padded_dim_; d += 32)
-                _mm512_storeu_si512(
-                    out + d / 2, i < count ? _mm512_maskz_loadu_epi16(mask32(d), rows[i] + d) : _mm512_setzero_si512());
+                _mm512_storeu_si512(out + d / 2, _mm512_maskz_loadu_epi16(mask32(d), rows[i] + d));
     }
 
-    // [padded_dim_][kBlockKeys / 2] units: pairs of adjacent keys' values.
-    void pack_values(const bf16* const* rows, int count, int padded, uint32_t* out) {
-        const auto row = [&](int key, int d) {
-            const __mmask16 mask = key < count ? (__mmask16)mask32(d) : 0;
-            return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[key < count ? key : 0] + d));
-        };
+    // [padded_dim_][kBlockKeys / 2] units: pairs of adjacent keys' values. Leaves what is beyond head_dim, zero.
+    // A quarter of a vector takes 8 values of one key out of 8; each quarter is transposed in itself.
+    void pack_values(const bf16* const* rows, int padded, uint32_t* out) {
         for (int key = 0; key < padded; key += 32)
-            for (int d = 0; d < padded_dim_; d += 16) {
-                __m512i block[16];
-                for (int i = 0; i < 16; i++)
-                    block[i] = _mm512_or_si512(row(key + 2 * i, d), _mm512_slli_epi32(row(key + 2 * i + 1, d), 16));
-                transpose(block);
-                for (int i = 0; i < 16; i++)
+            for (int d = 0; d < chunk_.head_dim; d += 8) {
+                __m512i block[8];
+                for (int i = 0; i < 8; i++) {
+                    const auto quarter = [&](int j) { return _mm_loadu_si128((__m128i*)(rows[key + 8 * j + i] + d)); };
+                    block[i] = _mm512_castsi128_si512(quarter(0));
+                    block[i] = _mm512_inserti32x4(block[i], quarter(1), 1);
+                    block[i] = _mm512_inserti32x4(block[i], quarter(2), 2);
+                    block[i] = _mm512_inserti32x4(block[i], quarter(3), 3);
+                }
+                transpose_quarters(block);
+                for (int i = 0; i < 8; i++)
                     _mm512_storeu_si512(out + (d + i) * (kBlockKeys / 2) + key / 2, block[i]);
             }
     }
@@ -200,26 +238,29 @@ class ChunkAttention {
         multiply(p, panels);
     }
 
-    // One block of keys for up to a group of panels.
-    void attend(int panel, int panels, int64_t first, int keys) {
+    // One block of one head's keys for up to a group of panels.
+    void attend(int head, int panel, int panels, int64_t first, int keys) {
+        const size_t state = (size_t)head * panels_ + panel;
         Product<Dot> p{};
         p.a = keys_, p.a_row = depth_, p.a_depth = 1;
-        p.b = queries_ + (size_t)panel * depth_ * kLanes, p.b_panel = (int64_t)depth_ * kLanes;
+        if (keys_in_place_)
+            p.a_tiles = key_tiles_, p.a_row = chunk_.cache.layout.token_stride / Dot::kDepth;
+        p.b = queries_ + state * depth_ * kLanes, p.b_panel = (int64_t)depth_ * kLanes;
         p.c = scores_, p.c_panel = kBlockKeys * kLanes;
         p.rows = keys, p.depth = depth_, p.accumulate = false;
         product(p, panels);
-        for (int j = 0; j < panels; j++) soften(panel + j, j, first, keys);
+        for (int j = 0; j < panels; j++) soften(panel + j, state + j, j, first, keys);
         p = value_product(values_);
         p.b = weights_, p.b_panel = kBlockKeys * kLanes;
-        p.c = sums_ + (size_t)panel * padded_dim_ * kLanes, p.c_panel = (int64_t)padded_dim_ * kLanes;
+        p.c = sums_ + state * padded_dim_ * kLanes, p.c_panel = (int64_t)padded_dim_ * kLanes;
         p.rows = padded_dim_, p.depth = keys / Dot::kDepth, p.accumulate = true;
         product(p, panels);
     }
 
     // Scores -> weights of one panel, and its running maximum, total and sums with them.
-    void soften(int panel, int j, int64_t first, int keys) {
+    void soften(int panel, size_t state, int j, int64_t first, int keys) {
         float* const scores = scores_ + (size_t)j * kBlockKeys * kLanes;
-        float *const maximum = maximum_ + panel * kLanes, *const total = total_ + panel * kLanes;
+        float *const maximum = maximum_ + state * kLanes, *const total = total_ + state * kLanes;
         if (limit_[panel * kLanes] < first + keys) {
             vi limit;
             std::memcpy(&limit, limit_ + panel * kLanes, sizeof limit);
@@ -238,13 +279,14 @@ class ChunkAttention {
         store(maximum, largest);
         store(total, load(total) * decay + sum);
         if (std::memcmp(&before, &largest, sizeof before) == 0) return;
-        float* const sums = sums_ + (size_t)panel * padded_dim_ * kLanes;
+        float* const sums = sums_ + state * padded_dim_ * kLanes;
         for (int d = 0; d < padded_dim_; d++) store(sums + d * kLanes, load(sums + d * kLanes) * decay);
     }
 
-    static vf weigh(const float* scores, vf scale, vf largest, int keys, float* weights) {
+    vf weigh(const float* scores, vf scale, vf largest, int keys, float* weights) {
         vf sum = {};
         for (int key = 0; key < keys; key++) {
+            if (key % 8 == 0) fetch_ahead(fetch_quota_);
             const vf w = exp2(load(scores + key * kLanes) * scale - largest);
             sum += w;
             store(weights + key * kLanes, w);
@@ -253,9 +295,10 @@ class ChunkAttention {
     }
 
 #if defined(VSL_AVX512_BF16)
-    static vf weigh(const float* scores, vf scale, vf largest, int keys, uint32_t* weights) {
+    vf weigh(const float* scores, vf scale, vf largest, int keys, uint32_t* weights) {
         vf sums[2] = {};
         for (int key = 0; key < keys; key += 2) {
+            if (key % 8 == 0) fetch_ahead(fetch_quota_);
             const vf even = exp2(load(scores + key * kLanes) * scale - largest);
             const vf odd = exp2(load(scores + (key + 1) * kLanes) * scale - largest);
             sums[0] += even, sums[1] += odd;
@@ -268,43 +311,68 @@ class ChunkAttention {
 #endif
 
     void finish() {
-        for (int panel = 0; panel < panels_; panel++) {
-            const float* sums = sums_ + (size_t)panel * padded_dim_ * kLanes;
-            const vf factor = splat(1.0f) / load(total_ + panel * kLanes);
-            T* rows[kLanes];
-            const int used = std::min(kLanes, lanes_ - panel * kLanes);
+        for (int head = 0; head < chunk_.kv_heads; head++)
+            for (int panel = 0; panel < panels_; panel++) finish_panel(head, panel);
+    }
+
+    void finish_panel(int head, int panel) {
+        const size_t state = (size_t)head * panels_ + panel;
+        const float* const sums = sums_ + state * padded_dim_ * kLanes;
+        const int used = std::min(kLanes, lanes_ - panel * kLanes);
+        if (chunk_.partial.values != nullptr) {
+            float* rows[kLanes];
             for (int i = 0; i < used; i++) {
-                const int lane = panel * kLanes + i;
-                rows[i] = chunk_.out + lane / chunk_.group * chunk_.out_stride +
-                          lane % chunk_.group * chunk_.head_dim;
+                const int lane = panel * kLanes + i, query_head = head * chunk_.group + lane % chunk_.group;
+                const int64_t token = lane / chunk_.group * chunk_.partial_stride;
+                chunk_.partial.maximum[token + query_head] = maximum_[state * kLanes + i];
+                chunk_.partial.total[token + query_head] = total_[state * kLanes + i];
+                rows[i] = chunk_.partial.values + token + query_head * chunk_.head_dim;
             }
-            int d = 0;
+            return store_columns(sums, splat(1.0f), rows, used);
+        }
+        T* rows[kLanes];
+        for (int i = 0; i < used; i++) {
+            const int lane = panel * kLanes + i;
+            rows[i] = chunk_.out + lane / chunk_.group * chunk_.out_stride +
+                      (head * chunk_.group + lane % chunk_.group) * chunk_.head_dim;
+        }
+        store_columns(sums, splat(1.0f) / load(total_ + state * kLanes), rows, used);
+    }
+
+    // [padded_dim_][kLanes] sums, times a factor each lane, -> the first `used` lanes' rows.
+    template <class Out>
+    void store_columns(const float* sums, vf factor, Out* const* rows, int used) const {
+        int d = 0;
 #if defined(VSL_AVX512)
-            for (; d + 16 <= chunk_.head_dim; d += 16) {
-                __m512i block[16];
-                for (int i = 0; i < 16; i++) block[i] = (__m512i)(load(sums + (d + i) * kLanes) * factor);
-                transpose(block);
-                for (int i = 0; i < used; i++) store(rows[i] + d, (vf)block[i]);
-            }
+        for (; d + 16 <= chunk_.head_dim; d += 16) {
+            __m512i block[16];
+            for (int i = 0; i < 16; i++) block[i] = (__m512i)(load(sums + (d + i) * kLanes) * factor);
+            transpose(block);
+            for (int i = 0; i < used; i++) store(rows[i] + d, (vf)block[i]);
+        }
 #endif
-            for (; d < chunk_.head_dim; d++) {
-                T values[kLanes];
-                store(values, load(sums + d * kLanes) * factor);
-                for (int i = 0; i < used; i++) rows[i][d] = values[i];
-            }
+        for (; d < chunk_.head_dim; d++) {
+            Out values[kLanes];
+            store(values, load(sums + d * kLanes) * factor);
+            for (int i = 0; i < used; i++) rows[i][d] = values[i];
         }
     }
 
     const Chunk<T>& chunk_;
-    const bool tiles_;
-    const int lanes_, panels_, padded_dim_, depth_;
-    float *maximum_, *total_;  // [panels][kLanes]
+    const bool tiles_, keys_in_place_;
+    const int lanes_, panels_, padded_dim_, depth_;  // panels_: of one head
+    // The heads' panels one after the other:
+    float *maximum_, *total_;  // [heads x panels][kLanes]
+    float* sums_;              // [heads x panels][padded_dim_][kLanes]
+    Unit* queries_;            // [heads x panels][depth_][kLanes]
     int32_t* limit_;           // [panels][kLanes]; how many tokens each lane sees
-    float* sums_;              // [panels][padded_dim_][kLanes]
-    Unit* queries_;            // [panels][depth_][kLanes]
-    Unit *keys_, *values_;     // of one block
+    Unit *keys_, *values_;     // of one block and head
+    const Unit* key_tiles_[kBlockKeys / 16];  // or where each 16 keys lie
     float* scores_;            // [group of panels][kBlockKeys][kLanes]
     Unit* weights_;            // [group of panels][kBlockKeys / kDepth][kLanes], panels kBlockKeys x kLanes apart
+    T* zeros_;                 // [padded_dim_]
+    const Rows* next_;         // the next block,
+    int fetched_, fetch_quota_;  // how many of its tokens have been asked for, and how many are at a time
 };
 
 inline void attend_chunk(const Chunk<float>& chunk, Scratch& scratch, bool) {

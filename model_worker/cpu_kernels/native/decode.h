@@ -215,23 +215,25 @@ void attend_range(const T* query, const CacheView<T>& cache, int64_t begin, int6
     }
 }
 
-// Merges the partial results of a query's ranges into its output, [heads, head_dim].
+// Merges the partial results of a query's ranges into its output, [heads, head_dim]. Leaves each range's weight in the
+// place of its maximum.
 template <class T>
-void merge_ranges(const float* partials, int64_t ranges, int heads, int head_dim, T* out) {
+void merge_ranges(float* partials, int64_t ranges, int heads, int head_dim, T* out) {
     const size_t size = Partial::floats(heads, head_dim);
     for (int h = 0; h < heads; h++) {
         float most = kNoScore, total = 0;
         for (int64_t r = 0; r < ranges; r++) most = std::fmax(most, partials[r * size + h]);
-        for (int64_t r = 0; r < ranges; r++)
-            total += std::exp2(partials[r * size + h] - most) * partials[r * size + heads + h];
+        for (int64_t r = 0; r < ranges; r++) {
+            partials[r * size + h] = std::exp2(partials[r * size + h] - most);
+            total += partials[r * size + h] * partials[r * size + heads + h];
+        }
+        for (int64_t r = 0; r < ranges; r++) partials[r * size + h] /= total;
         for (int d = 0; d < head_dim; d += kLanes) {
             const int n = head_dim - d < kLanes ? head_dim - d : kLanes;
             vf sums = {};
             for (int64_t r = 0; r < ranges; r++) {
-                const float* part = partials + r * size;
-                const float weight = std::exp2(part[h] - most) / total;
-                const float* p = part + 2 * heads + (int64_t)h * head_dim + d;
-                sums += splat(weight) * (n == kLanes ? load(p) : load_part(p, n));
+                const float* p = partials + r * size + 2 * heads + (int64_t)h * head_dim + d;
+                sums += splat(partials[r * size + h]) * (n == kLanes ? load(p) : load_part(p, n));
             }
             if (n == kLanes)
                 store(out + (int64_t)h * head_dim + d, sums);

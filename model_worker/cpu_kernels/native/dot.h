@@ -43,10 +43,31 @@ struct PairDot {
 };
 #endif
 
+#if defined(VSL_AVX512)
+// rows[i][8 q + j] <-> rows[j][8 q + i] of 16-bit numbers, for each quarter q of 8 vectors.
+inline void transpose_quarters(__m512i* rows) {
+    __m512i t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm512_unpacklo_epi16(rows[i], rows[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi16(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            u[i + 2 * j] = _mm512_unpacklo_epi32(t[i + j], t[i + j + 2]);
+            u[i + 2 * j + 1] = _mm512_unpackhi_epi32(t[i + j], t[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++) {
+        rows[2 * i] = _mm512_unpacklo_epi64(u[i], u[i + 4]);
+        rows[2 * i + 1] = _mm512_unpackhi_epi64(u[i], u[i + 4]);
+    }
+}
+#endif
+
 template <class Dot>
 struct Product {
     const typename Dot::Unit* a;  // a(i, k) = a[i * a_row + k * a_depth]
     int64_t a_row, a_depth;
+    const typename Dot::Unit* const* a_tiles;  // AMX: where each 16 rows of a begin; null: all follow the first
     const typename Dot::Unit* b;  // [panel][k][kLanes], panels b_panel apart
     int64_t b_panel;
     float* c;  // [panel][i][kLanes], panels c_panel apart
@@ -132,7 +153,8 @@ inline void multiply_tiles(const Product<PairDot>& p, int panel, int second) {
             _tile_zero(2);
             _tile_zero(3);
         }
-        const uint32_t *a0 = p.a + i * p.a_row, *a1 = a0 + 16 * p.a_row;
+        const uint32_t* const a0 = p.a_tiles != nullptr ? p.a_tiles[i / 16] : p.a + i * p.a_row;
+        const uint32_t* const a1 = p.a_tiles != nullptr ? p.a_tiles[i / 16 + 1] : a0 + 16 * p.a_row;
         for (int k = 0; k < p.depth; k += 16) {
             _tile_loadd(4, a0 + k, p.a_row * 4);
             _tile_loadd(6, b0 + k * 16, 64);
