@@ -29,6 +29,7 @@ from benchmarks.machine import measure  # noqa: E402
 from model_worker.compute import choose_compute, torch_compute  # noqa: E402
 from model_worker.kv_pool import KVPool  # noqa: E402
 from model_worker.model_runner import ModelRunner  # noqa: E402
+from model_worker.operations_kernels import KernelOperations  # noqa: E402
 from model_worker.step_timer import OTHER, StepTimer, time_parts  # noqa: E402
 from model_worker.weights import load_dummy_weights  # noqa: E402
 from qwen3.checkpoint import weight_bytes  # noqa: E402
@@ -80,7 +81,15 @@ def build(
     print(f"{compute.name}, {weight_bytes(model) / 1e9:.2f} GB of weights, {torch.get_num_threads()} threads")
     pool = KVPool(config, 1, pages, PAGE, dtype, device)
     pool.data.copy_(torch.randn(pool.data.shape[-4:], dtype=torch.float32).to(dtype))  # real pages, not the zero page
-    runner = ModelRunner(model, pool, compute.attention(pool), max_slots=slots, context_length=context)
+    operations = compute.operations
+    runner = ModelRunner(
+        model,
+        pool,
+        compute.attention(pool),
+        max_slots=slots,
+        context_length=context,
+        argmax=operations.kernels.argmax if isinstance(operations, KernelOperations) else None,
+    )
     timer = StepTimer()
     time_parts(runner, timer)
     return runner, Recorder(timer)
