@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
 from typing import Any
 
-import psutil
-
+from benchmarks.processes import peak_memory
 from benchmarks.report import Timeline, summarize
 from benchmarks.workloads import PREFILL_LEN, Workload, prefill_prompt
 from vibe_sgl_lite import LLM, AsyncClient, SamplingParams
@@ -53,25 +51,3 @@ async def _stream(client: AsyncClient, ids: list[int], output_len: int, begin: f
     async for chunk in client.stream(input_ids=ids, sampling_params=params):
         tokens += [time.perf_counter() - begin] * len(chunk.token_ids)
     return Timeline(submitted=submitted, tokens=tokens)
-
-
-def peak_memory() -> dict[str, float]:
-    """Peak resident MB of each child process, by its module's name; where the system keeps no peak, what it is now."""
-    peaks: dict[str, float] = {}
-    for process in psutil.Process().children(recursive=True):
-        line = process.cmdline()
-        name = line[line.index("-m") + 1] if "-m" in line else process.name()
-        while name in peaks:
-            name += "'"
-        peaks[name] = round(_peak_mb(process), 1)
-    return peaks
-
-
-def _peak_mb(process: psutil.Process) -> float:
-    status = Path(f"/proc/{process.pid}/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    rss: int = process.memory_info().rss
-    return rss / 2**20

@@ -1,4 +1,4 @@
-"""The machine's own ceilings, measured in the same run as the engine: memory read rate and GEMM rate on the CPU.
+"""The machine itself: its cores, and its ceilings, measured in the same run as the engine: memory reads, CPU GEMMs.
 
 python benchmarks/machine.py            one line of JSON
 """
@@ -6,10 +6,13 @@ python benchmarks/machine.py            one line of JSON
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 READ_BYTES = 1 << 30
 GEMM_N = 2048
@@ -36,6 +39,17 @@ def measure_in_subprocess() -> dict[str, float]:
     output = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
     rates: dict[str, float] = json.loads(output)
     return rates
+
+
+def physical_cores() -> list[int]:
+    """The first CPU id of each physical core that this process may use; 0 to n - 1 where the system does not tell."""
+    if not hasattr(os, "sched_getaffinity"):
+        return list(range(psutil.cpu_count(logical=False) or 1))
+    first: dict[str, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        first.setdefault(siblings.read_text().strip() if siblings.exists() else str(cpu), cpu)
+    return sorted(first.values())
 
 
 def _timed(work: object) -> float:

@@ -1,17 +1,20 @@
-"""Throughput and latency of the engine on a fixed set of requests, optionally beside transformers in the same call.
+r"""Throughput and latency of the engine on a fixed set of requests, optionally beside other engines in the same call.
 
     python benchmarks/offline.py --workload uniform16 --model-path ../shared/models/qwen3-0.6b --load-format dummy
-    python benchmarks/offline.py --workload b1 --against transformers
+    python benchmarks/offline.py --workload b1 --against transformers --rounds 3 --ceilings
+    python benchmarks/offline.py --workload b1 --against vllm,llama.cpp --vllm-python ENV/bin/python \
+        --llama-bin llama.cpp/build/bin --gguf qwen3-0.6b-bf16.gguf
     python benchmarks/offline.py --num-requests 64 --input-len 256 --output-len 64
 
-Prints a table and, last, one JSON line. Machines are noisy: compare figures of one run only.
+Prints a table and, last, one JSON line. Machines are noisy: compare figures of one run only. docs/benchmarks.md tells
+what is measured and how to install the other engines.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import os
 import sys
 import time
 from pathlib import Path
@@ -21,8 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/offline.py` finds the benchmarks package
 
 from benchmarks.engine_run import run_engine  # noqa: E402
-from benchmarks.machine import measure_in_subprocess  # noqa: E402
-from benchmarks.report import print_report  # noqa: E402
+from benchmarks.machine import measure_in_subprocess, physical_cores  # noqa: E402
+from benchmarks.peers import Peer, PeerError, find, names  # noqa: E402
+from benchmarks.report import combine, print_report, ratios  # noqa: E402
 from benchmarks.workloads import Workload, build  # noqa: E402
 
 EMBEDDED = ROOT / "vibe_sgl_lite" / "models" / "tiny"
@@ -44,10 +48,30 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, 
     parser.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 or float16 (bfloat16)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--num-threads", type=int, default=None, help="threads a rank, and of transformers (all cores)")
-    parser.add_argument("--against", choices=("transformers",), default=None, help="run the same work there too")
-    parser.add_argument("--ceilings", action="store_true", help="measure the machine's read and GEMM rates too")
+    parser.add_argument("--against", default=None, help="run there too: transformers, vllm, llama.cpp; commas between")
+    parser.add_argument("--vllm-python", default=os.environ.get("VLLM_PYTHON"), help="Python with vLLM (VLLM_PYTHON)")
+    parser.add_argument("--llama-bin", default=os.environ.get("LLAMA_BIN"), help="llama.cpp's programs (LLAMA_BIN)")
+    parser.add_argument("--gguf", default=None, help="the model file that llama.cpp runs")
+    parser.add_argument("--rounds", type=int, default=1, help="how often engines take turns; medians are reported (1)")
+    parser.add_argument("--ceilings", action="store_true", help="measure the machine's rates, before and after")
     options, rest = parser.parse_known_args(argv)
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: must be at least 1")
+    try:
+        options.peers = find_peers(options)
+    except PeerError as error:
+        parser.error(str(error))
     return options, engine_flags(parser, rest)
+
+
+def find_peers(options: argparse.Namespace) -> list[Peer]:
+    """Those that --against names, each known to be there before anything runs. Raises PeerError."""
+    given = {"vllm_python": options.vllm_python, "llama_bin": options.llama_bin, "gguf": options.gguf}
+    peers = [find(name, **given) for name in names(options.against)] if options.against else []
+    for peer in peers:
+        if options.device != "cpu" and peer.name != "transformers":
+            raise PeerError(f"--against {peer.name}: runs on --device cpu only")
+    return peers
 
 
 def engine_flags(parser: argparse.ArgumentParser, rest: list[str]) -> dict[str, Any]:
@@ -66,26 +90,23 @@ def engine_flags(parser: argparse.ArgumentParser, rest: list[str]) -> dict[str, 
     return flags
 
 
-def run_transformers(options: argparse.Namespace, workload: Workload) -> dict[str, Any]:
-    job = {
+def peer_job(options: argparse.Namespace, workload: Workload, vocab_size: int) -> dict[str, Any]:
+    """What every peer is told; it takes of it what it needs."""
+    return {
         "model_folder": options.model_path,
         "load_format": options.load_format,
         "dtype": options.dtype,
         "device": options.device,
         "num_threads": options.num_threads,
+        "cores": physical_cores()[: options.num_threads],
         "seed": options.seed,
+        "vocab_size": vocab_size,
         "workload": {"name": workload.name, "prompts": workload.prompts, "output_lens": workload.output_lens},
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.transformers_run"],
-        input=json.dumps(job), stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT,
-    )  # fmt: skip
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def main() -> None:
-    options, flags = parse()
+    options, settings = parse()
     begin = time.perf_counter()
 
     def progress(what: str) -> None:
@@ -100,20 +121,35 @@ def main() -> None:
     )  # fmt: skip
     result: dict[str, Any] = {
         "model": Path(options.model_path).name, "dtype": options.dtype, "device": options.device,
-        "workload": workload.name, "num_requests": len(workload.prompts),
-        "input_tokens": workload.input_tokens, "output_tokens": workload.output_tokens,
+        "settings": settings, "workload": workload.name, "num_requests": len(workload.prompts),
+        "input_tokens": workload.input_tokens, "output_tokens": workload.output_tokens, "rounds": options.rounds,
     }  # fmt: skip
     if options.ceilings:
         progress("measuring the machine")
-        result["machine"] = measure_in_subprocess()
-    progress("starting the engine")
-    flags |= {"model_path": options.model_path, "load_format": options.load_format, "dtype": options.dtype}
+        result["machine"] = {"before": measure_in_subprocess()}
+    flags = settings | {"model_path": options.model_path, "load_format": options.load_format, "dtype": options.dtype}
     flags |= {"device": options.device, "num_threads": options.num_threads}
-    result |= run_engine(workload, vocab_size, flags, progress)
-    if options.against:
-        progress("transformers runs")
-        result["against_name"] = options.against
-        result["against"] = run_transformers(options, workload)
+    job = peer_job(options, workload, vocab_size)
+    ours: list[dict[str, Any]] = []
+    theirs: dict[str, list[dict[str, Any]]] = {peer.name: [] for peer in options.peers}
+    for number in range(options.rounds):
+        progress(f"round {number + 1} of {options.rounds}: starting the engine")
+        ours.append(run_engine(workload, vocab_size, flags, progress))
+        for peer in options.peers:
+            progress(f"{peer.name} runs")
+            try:
+                theirs[peer.name].append(peer.run(job))
+            except PeerError as error:
+                sys.exit(f"error: {error}")
+    if options.ceilings:
+        progress("measuring the machine again")
+        result["machine"]["after"] = measure_in_subprocess()
+    result |= combine(ours)
+    result["peers"] = {name: combine(rounds) for name, rounds in theirs.items()}
+    result["ratios"] = {name: ratios(result, peer) for name, peer in result["peers"].items()}
+    if len(options.peers) == 1:
+        result["against_name"] = options.peers[0].name
+        result["against"] = result["peers"][options.peers[0].name]
     print_report(result)
 
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-KEYS = (
-    ("output_tokens_per_second", "output tok/s"),
-    ("decode_tokens_per_second", "decode tok/s"),
-    ("prefill_tokens_per_second", "prefill tok/s"),
+OURS = "vibe-sgl-lite"
+
+# The rows of the table: path in an engine's result, label, decimals.
+ROWS: tuple[tuple[tuple[str, ...], str, int], ...] = (
+    (("output_tokens_per_second",), "output tok/s", 1),
+    (("decode_tokens_per_second",), "decode tok/s", 1),
+    (("prefill_tokens_per_second",), "prefill tok/s", 1),
+    *((("ttft_ms", p), f"TTFT ms {p}", 1) for p in ("p50", "p90", "p99")),
+    *((("itl_ms", p), f"inter-token ms {p}", 1) for p in ("p50", "p90", "p99")),
+    (("startup_s",), "start-up s", 2),
+    (("peak_rss_mb",), "peak memory MB", 0),
 )
 
 
@@ -51,26 +59,83 @@ def summarize(timelines: list[Timeline], prefill_seconds: list[float], prefill_l
     }
 
 
+def combine(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result of an engine's rounds: each figure's median; of more than one round, `spread` has its [min, max].
+
+    A figure that a round lacks (None, or no such key) is None. Anything but figures is the first round's.
+    """
+    if len(rounds) == 1:
+        return rounds[0]
+    result: dict[str, Any] = _reduce(rounds, lambda values: round(statistics.median(values), 3))
+    figures = {path[0] for path, _, _ in ROWS}
+    spread = _reduce([{k: r[k] for k in r if k in figures} for r in rounds], lambda values: [min(values), max(values)])
+    return result | {"spread": spread}
+
+
+def _reduce(values: list[Any], reducer: Callable[[list[float]], Any]) -> Any:
+    if all(isinstance(value, dict) for value in values):
+        keys = dict.fromkeys(key for value in values for key in value)
+        return {key: _reduce([value.get(key) for value in values], reducer) for key in keys}
+    if any(value is None for value in values):
+        return None
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        return reducer(values)
+    return values[0]
+
+
+def look_up(result: dict[str, Any], path: tuple[str, ...]) -> Any:
+    """What lies under nested keys, or None where there is no such key or a None on the way."""
+    value: Any = result
+    for key in path:
+        value = None if value is None else value.get(key)
+    return value
+
+
+def ratios(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, float | None]:
+    """Ours over the peer's, for each row of the table by its label; None where either has no such figure."""
+    result: dict[str, float | None] = {}
+    for path, label, _ in ROWS:
+        mine, other = look_up(ours, path), look_up(peer, path)
+        result[label] = round(mine / other, 3) if mine is not None and other else None
+    return result
+
+
 def print_report(result: dict[str, Any], out: Any = None) -> None:
-    """A table with a column per engine, then one JSON line."""
+    """A table with a column an engine and one a ratio to each peer, then one JSON line."""
     out = sys.stdout if out is None else out
-    columns = {"vibe-sgl-lite": result} | ({result["against_name"]: result["against"]} if "against" in result else {})
-    rows = [(label, [f"{c[key]:.1f}" for c in columns.values()]) for key, label in KEYS]
-    for key, label in (("ttft_ms", "TTFT ms"), ("itl_ms", "inter-token ms")):
-        rows += [(f"{label} {p}", [f"{c[key][p]:.1f}" for c in columns.values()]) for p in ("p50", "p90", "p99")]
-    rows.append(("start-up s", [f"{c['startup_s']:.2f}" for c in columns.values()]))
-    rows.append(("peak memory MB", [f"{c['peak_rss_mb']:.0f}" for c in columns.values()]))
-    processes = {name: mb for c in columns.values() for name, mb in c.get("peak_rss_mb_by_process", {}).items()}
-    rows += [
-        (f"  {name}", [f"{c.get('peak_rss_mb_by_process', {}).get(name, 0):.0f}" for c in columns.values()])
-        for name in processes
-    ]
-    width = max(len(label) for label, _ in rows)
-    head = " ".join(f"{name:>14}" for name in columns)
-    print(f"{result['model']} {result['dtype']} {result['device']}, workload {result['workload']}", file=out)
-    if "machine" in result:
-        print("machine: " + ", ".join(f"{k} {v}" for k, v in result["machine"].items()), file=out)
-    print(f"{'':{width}} {head}", file=out)
-    for label, values in rows:
-        print(f"{label:{width}} " + " ".join(f"{value:>14}" for value in values), file=out)
+    peers: dict[str, dict[str, Any]] = result.get("peers", {})
+    settings = "".join(f" {name}={value}" for name, value in result.get("settings", {}).items())
+    print(f"{result['model']} {result['dtype']} {result['device']}{settings}, workload {result['workload']}", file=out)
+    for when, rates in result.get("machine", {}).items():
+        print(f"machine {when}: " + ", ".join(f"{k} {v}" for k, v in rates.items()), file=out)
+    for name, peer in peers.items():
+        print(f"{name}: {peer['version']}" + "".join(f", {peer[key]}" for key in ("gguf",) if key in peer), file=out)
+    if result["rounds"] > 1:
+        print(f"medians (min..max) of {result['rounds']} rounds, engines taking turns", file=out)
+    for line in _table(result, peers):
+        print(line, file=out)
     print(json.dumps(result), file=out, flush=True)
+
+
+def _table(ours: dict[str, Any], peers: dict[str, dict[str, Any]]) -> list[str]:
+    columns = {OURS: ours} | peers
+    over = {name: ratios(ours, peer) for name, peer in peers.items()}
+    rows = [["", *columns, *(f"ours/{name}" for name in peers)]]
+    for path, label, decimals in ROWS:
+        cells = [_cell(look_up(c, path), look_up(c, ("spread", *path)), decimals) for c in columns.values()]
+        rows.append([label, *cells, *(_cell(over[name][label], None, 2) for name in peers)])
+    for name, megabytes in ours.get("peak_rss_mb_by_process", {}).items():
+        rows.append([f"  {name}", _cell(megabytes, None, 0), *([""] * 2 * len(peers))])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths[1:] = [max(width, 8) for width in widths[1:]]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+
+
+def _cell(value: float | None, spread: list[float] | None, decimals: int) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:.{decimals}f}"
+    return text if spread is None else f"{text} ({spread[0]:.{decimals}f}..{spread[1]:.{decimals}f})"

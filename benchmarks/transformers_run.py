@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.report import Timeline, summarize
@@ -86,7 +87,8 @@ def main() -> None:
         timelines = run(model, workload.prompts, workload.output_lens)
     unit = 1024 * 1024 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    result = summarize(timelines, prefill, PREFILL_LEN) | {"startup_s": round(startup, 2), "peak_rss_mb": round(peak)}
+    result = summarize(timelines, prefill, PREFILL_LEN)
+    result |= {"startup_s": round(startup, 2), "peak_rss_mb": round(peak), "version": transformers.__version__}
     print(json.dumps(result))
 
 
