@@ -18,8 +18,11 @@ class KernelAttention:
 
     def __init__(self, kernels: CpuKernels, pool: KVPool) -> None:
         self.kernels = kernels
-        self.caches = [LayerCache(pool.keys(layer), pool.values(layer)) for layer in range(pool.data.shape[0])]
-        self.scale = float(pool.data.shape[-1] ** -0.5)
+        self.caches = [
+            LayerCache(pool.keys(layer), pool.values(layer), pool.key_scales(layer), pool.value_scales(layer))
+            for layer in range(pool.num_layers)
+        ]
+        self.scale = float(pool.head_dim**-0.5)
 
     def forward(
         self,

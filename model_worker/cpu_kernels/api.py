@@ -45,17 +45,26 @@ def load(
 class LayerCache:
     """One layer's keys and values in the paged pool, with their addresses taken once. Keeps the tensors alive.
 
-    keys, values: [pages, page size, Hk, D], of one dtype and with the same strides, D contiguous.
+    keys, values: [pages, page size, Hk, D], of one dtype and with the same strides, D contiguous: the model's dtype, or
+    int8 codes. key_scales, value_scales: the codes' scales (kv_int8.py), [pages, Hk, page size] fp32, as far behind the
+    codes of their page in both.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
+    ) -> None:
         assert keys.dtype == values.dtype
-        assert keys.dtype in _DTYPES
+        assert keys.dtype in (*_DTYPES, torch.int8)
         assert keys.shape == values.shape
         assert keys.stride() == values.stride()
         assert keys.stride(3) == 1
         assert keys.shape[3] % 8 == 0, f"head_dim {keys.shape[3]} is no multiple of 8"
         self.keys, self.values = keys, values
+        self.key_scales, self.value_scales = key_scales, value_scales
         self.dtype = keys.dtype
         self.kv_heads, self.head_dim = keys.shape[2], keys.shape[3]
         page_stride, token_stride, head_stride, _ = keys.stride()
@@ -66,7 +75,27 @@ class LayerCache:
             page_stride,
             token_stride,
             head_stride,
+            self._scales_offset(keys, key_scales),
         )
+        assert self.arguments[-1] == self._scales_offset(values, value_scales)
+
+    @staticmethod
+    def _scales_offset(codes: Tensor, scales: Tensor | None) -> int:
+        """Bytes from a page's start to its scales; 0 where there are none."""
+        assert (scales is not None) == (codes.dtype == torch.int8)
+        if scales is None:
+            return 0
+        pages, page_size, heads, _ = codes.shape
+        assert scales.dtype == torch.float32
+        assert scales.shape == (pages, heads, page_size)
+        assert scales.stride()[1:] == (page_size, 1)
+        assert pages == 1 or scales.stride(0) * 4 == codes.stride(0)
+        assert codes.stride(0) % 4 == codes.data_ptr() % 4 == 0
+        return scales.data_ptr() - codes.data_ptr()
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether it holds keys and values of a model of this dtype."""
+        return dtype in _DTYPES and self.dtype in (dtype, torch.int8)
 
 
 class CpuKernels:
@@ -114,7 +143,7 @@ class CpuKernels:
         """
         tokens, heads, head_dim = query.shape
         rows = context_lengths.shape[0]
-        assert query.dtype == cache.dtype
+        assert cache.takes(query.dtype)
         assert query.stride()[1:] == (head_dim, 1)
         assert head_dim == cache.head_dim
         assert heads % cache.kv_heads == 0
@@ -148,12 +177,13 @@ class CpuKernels:
         return out
 
     def store_kv(self, key: Tensor, value: Tensor, cache: LayerCache, slots: Tensor) -> None:
-        """Copy new keys and values into the pool.
+        """Put new keys and values into the pool.
 
         key, value: [T, Hk, D], D contiguous. slots: [T] int64, page x page size + place in the page.
         """
         tokens, kv_heads, head_dim = key.shape
-        assert key.dtype == value.dtype == cache.dtype
+        assert key.dtype == value.dtype
+        assert cache.takes(key.dtype)
         assert key.shape == value.shape
         assert (kv_heads, head_dim) == (cache.kv_heads, cache.head_dim)
         assert key.stride(2) == 1
@@ -250,7 +280,8 @@ class CpuKernels:
         tokens, width = qkv.shape
         head_dim, kv_heads = cache.head_dim, cache.kv_heads
         heads = width // head_dim - 2 * kv_heads
-        assert qkv.dtype == cache.dtype == cos.dtype == sin.dtype == query_weight.dtype == key_weight.dtype
+        assert cache.takes(qkv.dtype)
+        assert qkv.dtype == cos.dtype == sin.dtype == query_weight.dtype == key_weight.dtype
         assert (heads + 2 * kv_heads) * head_dim == width
         assert qkv.stride(1) == 1
         assert query_weight.shape[0] == key_weight.shape[0] == head_dim

@@ -5,7 +5,7 @@ from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 _TYPES = {"p": c_void_p, "i": c_int, "q": c_int64, "f": c_float}
-_POOL = "pp qqqq"  # keys, values; page size and the strides of page, token and head
+_POOL = "pp qqqqq"  # keys, values; page size, the strides of page, token and head; where in a page int8's scales begin
 
 # One letter an argument, in the order of kernels.cpp; the first is always the context.
 _ARGUMENTS = {

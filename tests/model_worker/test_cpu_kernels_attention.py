@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from model_worker.cpu_kernels import CpuKernels, LayerCache, load
+from tests.model_worker.int8_cache import contents, empty_int8_cache, int8_cache
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+INT8 = pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])  # what the cache holds
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +54,13 @@ def make_case(
     head_dim: int,
     page_size: int,
     dtype: torch.dtype,
+    int8: bool = False,
     seed: int = 0,
 ) -> Case:
-    """Random data; pages handed out in random order; pages of no row, and the rest of a row's last page, are NaN."""
+    """Random data; pages handed out in random order; pages of no row, and the rest of a row's last page, are NaN.
+
+    int8: what the cache holds, and what attention is then to be exact about; in place of dtype.
+    """
     random = torch.Generator().manual_seed(seed)
     counts = [-(-length // page_size) for length in contexts]
     num_pages = sum(counts) + 3
@@ -73,19 +79,20 @@ def make_case(
     query_start = torch.tensor([0, *new]).cumsum(0).to(torch.int32)
     query = torch.randn((sum(new), heads, head_dim), generator=random).to(dtype)
     lengths = torch.tensor(contexts, dtype=torch.int32)
-    return Case(query, LayerCache(keys, values), query_start, lengths, page_table, head_dim**-0.5)
+    cache = int8_cache(keys, values) if int8 else LayerCache(keys, values)
+    return Case(query, cache, query_start, lengths, page_table, head_dim**-0.5)
 
 
 def expected(case: Case) -> Tensor:
     """Token by token, head by head, softmax in fp32. Zero for padding."""
-    keys, values = case.cache.keys, case.cache.values
+    keys, values = contents(case.cache)
     page_size, group = keys.shape[1], case.query.shape[1] // keys.shape[2]
     out = torch.zeros(case.query.shape, dtype=torch.float32)
     for row, context in enumerate(case.context_lengths.tolist()):
         start, end = int(case.query_start[row]), int(case.query_start[row + 1])
         pages = case.page_table[row, : -(-context // page_size)].long()
-        k = keys[pages].flatten(0, 1)[:context].float().repeat_interleave(group, 1)
-        v = values[pages].flatten(0, 1)[:context].float().repeat_interleave(group, 1)
+        k = keys[pages].flatten(0, 1)[:context].repeat_interleave(group, 1)
+        v = values[pages].flatten(0, 1)[:context].repeat_interleave(group, 1)
         for token in range(start, end if context else start):
             seen = context - (end - token) + 1
             scores = torch.einsum("hd,chd->hc", case.query[token].float(), k[:seen]) * case.scale
@@ -100,10 +107,13 @@ def check(kernels: CpuKernels, case: Case, tolerance: float | None = None, **opt
     torch.testing.assert_close(out.float(), expected(case), atol=tolerance, rtol=tolerance)
 
 
+@INT8
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (3, 1), (8, 2), (10, 2), (8, 1)])
 @pytest.mark.parametrize("page_size", [1, 4, 16, 64])
-def test_decode_rows(kernels: CpuKernels, dtype: torch.dtype, heads: int, kv_heads: int, page_size: int) -> None:
+def test_decode_rows(
+    kernels: CpuKernels, dtype: torch.dtype, heads: int, kv_heads: int, page_size: int, int8: bool
+) -> None:
     case = make_case(
         [1, 2, 15, 16, 17, 31, 32, 33, 64, 130],
         [1] * 10,
@@ -112,19 +122,24 @@ def test_decode_rows(kernels: CpuKernels, dtype: torch.dtype, heads: int, kv_hea
         head_dim=64,
         page_size=page_size,
         dtype=dtype,
+        int8=int8,
     )
     check(kernels, case)
 
 
+@INT8
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [8, 24, 32, 40, 64, 80, 96, 128, 256])
-def test_head_dims(kernels: CpuKernels, dtype: torch.dtype, head_dim: int) -> None:
-    case = make_case([1, 50, 90], [1, 1, 60], heads=4, kv_heads=2, head_dim=head_dim, page_size=16, dtype=dtype)
+def test_head_dims(kernels: CpuKernels, dtype: torch.dtype, head_dim: int, int8: bool) -> None:
+    case = make_case(
+        [1, 50, 90], [1, 1, 60], heads=4, kv_heads=2, head_dim=head_dim, page_size=16, dtype=dtype, int8=int8
+    )
     check(kernels, case)
 
 
+@INT8
 @pytest.mark.parametrize("seed", range(25))
-def test_decode_and_chunk_rows_in_one_call(kernels: CpuKernels, seed: int) -> None:
+def test_decode_and_chunk_rows_in_one_call(kernels: CpuKernels, seed: int, int8: bool) -> None:
     random = torch.Generator().manual_seed(1000 + seed)
 
     def pick(options: list[int]) -> int:
@@ -150,32 +165,40 @@ def test_decode_and_chunk_rows_in_one_call(kernels: CpuKernels, seed: int) -> No
         head_dim=pick([32, 64, 128]),
         page_size=pick([1, 4, 16, 64]),
         dtype=torch.bfloat16 if seed % 2 else torch.float32,
+        int8=int8,
         seed=seed,
     )
     check(kernels, case)
 
 
+@INT8
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_contexts_are_split_and_merged(kernels: CpuKernels, dtype: torch.dtype) -> None:
-    case = make_case([1500, 70], [1, 1], heads=4, kv_heads=2, head_dim=64, page_size=16, dtype=dtype)
+def test_long_contexts_are_split_and_merged(kernels: CpuKernels, dtype: torch.dtype, int8: bool) -> None:
+    case = make_case([1500, 70], [1, 1], heads=4, kv_heads=2, head_dim=64, page_size=16, dtype=dtype, int8=int8)
     check(kernels, case)
     for split in (64, 256, 4096):
         check(kernels, case, split_tokens=split)
 
 
+@INT8
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("page_size", [4, 16, 64])
 @pytest.mark.parametrize("new", [2, 5, 40, 300])
-def test_chunks_of_long_contexts(kernels: CpuKernels, dtype: torch.dtype, page_size: int, new: int) -> None:
+def test_chunks_of_long_contexts(kernels: CpuKernels, dtype: torch.dtype, page_size: int, new: int, int8: bool) -> None:
     """In bf16 the context is split and merged, and KV heads are worked on together, here four and a fifth."""
-    case = make_case([1700, 1100, 40], [new, 1, 9], heads=10, kv_heads=5, head_dim=32, page_size=page_size, dtype=dtype)
+    case = make_case(
+        [1700, 1100, 40], [new, 1, 9], heads=10, kv_heads=5, head_dim=32, page_size=page_size, dtype=dtype, int8=int8
+    )
     check(kernels, case)
     check(kernels, case, split_tokens=128)
 
 
-def test_fp32_chunks_do_not_depend_on_the_batch(kernels: CpuKernels) -> None:
+@INT8
+def test_fp32_chunks_do_not_depend_on_the_batch(kernels: CpuKernels, int8: bool) -> None:
     new = [3, 20, 1, 150]
-    case = make_case([700, 90, 333, 1400], new, heads=4, kv_heads=2, head_dim=64, page_size=16, dtype=torch.float32)
+    case = make_case(
+        [700, 90, 333, 1400], new, heads=4, kv_heads=2, head_dim=64, page_size=16, dtype=torch.float32, int8=int8
+    )
     together = case.run(kernels, split_tokens=128)
     for row, count in enumerate(new):
         begin = int(case.query_start[row])
@@ -191,8 +214,11 @@ def test_fp32_chunks_do_not_depend_on_the_batch(kernels: CpuKernels) -> None:
         assert torch.equal(alone, together[begin : begin + count])
 
 
-def test_fixed_ranges_make_a_row_independent_of_its_batch(kernels: CpuKernels) -> None:
-    case = make_case([700, 90, 333], [1, 1, 1], heads=4, kv_heads=2, head_dim=64, page_size=16, dtype=torch.bfloat16)
+@INT8
+def test_fixed_ranges_make_a_row_independent_of_its_batch(kernels: CpuKernels, int8: bool) -> None:
+    case = make_case(
+        [700, 90, 333], [1, 1, 1], heads=4, kv_heads=2, head_dim=64, page_size=16, dtype=torch.bfloat16, int8=int8
+    )
     together = case.run(kernels, split_tokens=128)
     for row in range(3):
         alone = kernels.paged_attention(
@@ -254,4 +280,19 @@ def test_store_then_attend(kernels: CpuKernels, dtype: torch.dtype) -> None:
     assert torch.equal(empty.values.flatten(0, 1)[slots], wanted_values.flatten(0, 1)[slots])
     assert torch.equal(empty.keys.isnan(), wanted_keys.isnan())
     case.cache = empty
+    check(kernels, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("new", [1, 40])
+def test_store_then_attend_in_int8(kernels: CpuKernels, dtype: torch.dtype, new: int) -> None:
+    case = make_case([90], [new], heads=4, kv_heads=2, head_dim=64, page_size=4, dtype=dtype)
+    positions = torch.arange(90)
+    slots = case.page_table[0, positions // 4].long() * 4 + positions % 4
+    keys, values = case.cache.keys.flatten(0, 1)[slots], case.cache.values.flatten(0, 1)[slots]
+    wanted = int8_cache(case.cache.keys, case.cache.values)
+    case.cache = empty_int8_cache(*case.cache.keys.shape)
+    kernels.store_kv(keys, values, case.cache, slots)
+    for stored, expected_content in zip(contents(case.cache), contents(wanted), strict=True):
+        assert torch.equal(stored.flatten(0, 1)[slots], expected_content.flatten(0, 1)[slots])
     check(kernels, case)

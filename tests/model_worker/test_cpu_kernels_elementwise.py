@@ -6,6 +6,8 @@ from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from model_worker.cpu_kernels import CpuKernels, LayerCache, load
+from model_worker.kv_int8 import quantize
+from tests.model_worker.int8_cache import empty_int8_cache
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 EPS = 1e-6
@@ -93,6 +95,64 @@ def test_qkv_rope_store(
     untouched = torch.ones(flat.shape[1], dtype=torch.bool)
     untouched[slots] = False
     assert (flat[:, untouched] == 0).all()
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("tokens", "page_size", "kv_heads", "head_dim"), [(1, 16, 8, 128), (9, 1, 2, 64), (60, 16, 8, 128), (7, 4, 1, 40)]
+)
+def test_int8_stores_are_exactly_what_torch_quantises(
+    kernels: CpuKernels, dtype: torch.dtype, tokens: int, page_size: int, kv_heads: int, head_dim: int
+) -> None:
+    """Of what a cache of the model's dtype would hold; and nothing else is written."""
+    torch.manual_seed(tokens)
+    qkv = torch.randn(tokens, 4 * kv_heads, head_dim)
+    qkv *= torch.logspace(-4, 4, tokens).view(-1, 1, 1)  # keys are normalised, values are of all sizes
+    qkv[0, -1] = 0  # a value of no size
+    qkv = qkv.to(dtype)
+    weight, angles = torch.randn(head_dim).to(dtype), torch.rand(tokens, head_dim // 2) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    pages = tokens // page_size + 3
+    slots = torch.randperm(pages * page_size)[:tokens]
+    plain = LayerCache(*torch.zeros(2, pages, page_size, kv_heads, head_dim, dtype=dtype))
+    page, place = slots // page_size, slots % page_size
+
+    def check(cache: LayerCache) -> None:
+        for stored, codes, scales in (
+            (plain.keys, cache.keys, cache.key_scales),
+            (plain.values, cache.values, cache.value_scales),
+        ):
+            assert scales is not None
+            wanted_codes, wanted_scales = quantize(stored[page, place])
+            assert torch.equal(codes[page, place], wanted_codes)
+            assert torch.equal(scales[page, :, place], wanted_scales)
+            codes[page, place] = -1
+            scales[page, :, place] = torch.nan
+            assert (codes == -1).all()
+            assert scales.isnan().all()
+
+    queries = kernels.qkv_rope_store(qkv.flatten(1), weight, weight, EPS, cos, sin, plain, slots)
+    cache = empty_int8_cache(pages, page_size, kv_heads, head_dim)
+    assert torch.equal(kernels.qkv_rope_store(qkv.flatten(1), weight, weight, EPS, cos, sin, cache, slots), queries)
+    check(cache)
+    key, value = qkv[:, 2 * kv_heads : 3 * kv_heads], qkv[:, 3 * kv_heads :]
+    kernels.store_kv(key, value, plain, slots)
+    kernels.store_kv(key, value, cache, slots)
+    check(cache)
+
+
+@DTYPES
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_int8_scales_of_what_is_not_finite_are_not_finite(kernels: CpuKernels, dtype: torch.dtype, bad: float) -> None:
+    for at in range(40):
+        x = torch.randn(1, 1, 40).to(dtype)
+        x[0, 0, at] = bad
+        cache = empty_int8_cache(2, 1, 1, 40)
+        kernels.store_kv(x, torch.ones_like(x), cache, torch.tensor([0]))
+        assert cache.key_scales is not None
+        assert not cache.key_scales[0].isfinite().any()
+        assert cache.value_scales is not None
+        assert cache.value_scales[0].isfinite().all()
 
 
 @DTYPES

@@ -29,22 +29,25 @@ def kernels(request: pytest.FixtureRequest) -> CpuKernels:
     return loaded
 
 
+@attention.INT8
 @pytest.mark.parametrize("seed", range(6))
-def test_attention(kernels: CpuKernels, seed: int) -> None:
-    attention.test_decode_and_chunk_rows_in_one_call(kernels, seed)
+def test_attention(kernels: CpuKernels, seed: int, int8: bool) -> None:
+    attention.test_decode_and_chunk_rows_in_one_call(kernels, seed, int8)
 
 
+@attention.INT8
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("head_dim", [8, 40, 128])
-def test_head_dims(kernels: CpuKernels, dtype: torch.dtype, head_dim: int) -> None:
-    attention.test_head_dims(kernels, dtype, head_dim)
+def test_head_dims(kernels: CpuKernels, dtype: torch.dtype, head_dim: int, int8: bool) -> None:
+    attention.test_head_dims(kernels, dtype, head_dim, int8)
 
 
+@attention.INT8
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("page_size", [4, 16])
-def test_chunks_of_long_contexts(kernels: CpuKernels, dtype: torch.dtype, page_size: int) -> None:
-    attention.test_chunks_of_long_contexts(kernels, dtype, page_size, 40)
-    attention.test_fp32_chunks_do_not_depend_on_the_batch(kernels)
+def test_chunks_of_long_contexts(kernels: CpuKernels, dtype: torch.dtype, page_size: int, int8: bool) -> None:
+    attention.test_chunks_of_long_contexts(kernels, dtype, page_size, 40, int8)
+    attention.test_fp32_chunks_do_not_depend_on_the_batch(kernels, int8)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -53,6 +56,9 @@ def test_elementwise(kernels: CpuKernels, dtype: torch.dtype) -> None:
     elementwise.test_add_rms_norm(kernels, dtype, 7, 1024)
     elementwise.test_qkv_rope_store(kernels, dtype, 5, 4, 2, 64)
     elementwise.test_qkv_rope_store(kernels, dtype, 3, 3, 1, 40)
+    elementwise.test_int8_stores_are_exactly_what_torch_quantises(kernels, dtype, 9, 4, 2, 64)
+    elementwise.test_int8_stores_are_exactly_what_torch_quantises(kernels, dtype, 3, 1, 1, 40)
+    elementwise.test_int8_scales_of_what_is_not_finite_are_not_finite(kernels, dtype, torch.nan)
     elementwise.test_silu_mul(kernels, dtype, 9, 3072)
     elementwise.test_argmax(kernels, dtype, 5, 1000)
     elementwise.test_argmax_of_special_values(kernels, dtype)

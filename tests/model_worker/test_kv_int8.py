@@ -139,7 +139,7 @@ def bound(query: Tensor, exact: Tensor, values: Tensor, key_scales: Tensor, valu
     return (torch.expm1(2 * d) * spread + value_step).unsqueeze(-1)
 
 
-@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("backend", ["torch", "kernels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 def test_attention_is_within_its_bound(tmp_path: Path, backend: str, dtype: torch.dtype, page_size: int) -> None:

@@ -8,11 +8,11 @@
 
 namespace vsl {
 
-template <class T>
+template <class T, class Stored>
 struct AttentionArgs {
     const T* query;  // [tokens, heads, head_dim], tokens query_stride apart
     int64_t query_stride;
-    const T *keys, *values;
+    const Stored *keys, *values;
     PoolLayout layout;
     const int32_t* query_start;      // [rows + 1]
     const int32_t* context_lengths;  // [rows], new tokens included
@@ -50,10 +50,10 @@ constexpr int kLeastChunkTokens = 4;   // fewer new tokens run one by one
 constexpr int kLeastBlockQueries = 64; // lanes of a chunk's block; smaller ones read keys too often
 constexpr int kLeastRowBytes = 256;    // that a chunk reads of each token: KV heads of less are worked on together
 
-template <class T>
+template <class T, class Stored>
 class PagedAttention {
    public:
-    PagedAttention(Context& context, const AttentionArgs<T>& args)
+    PagedAttention(Context& context, const AttentionArgs<T, Stored>& args)
         : context_(context),
           args_(args),
           group_(args.heads / args.kv_heads),
@@ -124,7 +124,7 @@ class PagedAttention {
         const size_t before = floats;
         const bool split = args_.split_tokens <= 0;
         const int parts = context_.threads == 1 ? 1 : 4 * context_.threads;
-        const int64_t n = num_new(row), head_bytes = args_.head_dim * (int64_t)sizeof(T);
+        const int64_t n = num_new(row), head_bytes = args_.head_dim * (int64_t)sizeof(Stored);
         const int together =
             split ? (int)std::min<int64_t>(args_.kv_heads, std::max<int64_t>(1, kLeastRowBytes / head_bytes)) : 1;
         const int head_groups = (args_.kv_heads + together - 1) / together;
@@ -149,7 +149,7 @@ class PagedAttention {
         return floats - before;
     }
 
-    CacheView<T> cache(int row) const {
+    CacheView<Stored> cache(int row) const {
         return {args_.keys, args_.values, args_.page_table + row * args_.page_table_stride, args_.layout};
     }
 
@@ -170,22 +170,22 @@ class PagedAttention {
             partial = Partial::at(partials + item.range * partial_, args_.heads);
             partial.maximum += head, partial.total += head, partial.values += first;
         }
-        const Chunk<T> chunk{args_.query + item.token * args_.query_stride + first,
-                             args_.query_stride,
-                             cache(item.row),
-                             item.kv_head,
-                             item.kv_heads,
-                             group_,
-                             args_.head_dim,
-                             item.tokens,
-                             item.first_context,
-                             item.begin,
-                             item.end,
-                             scale_,
-                             args_.out + item.token * token_size_ + first,
-                             token_size_,
-                             partial,
-                             (int64_t)(item.ranges * partial_)};
+        const Chunk<T, Stored> chunk{args_.query + item.token * args_.query_stride + first,
+                                     args_.query_stride,
+                                     cache(item.row),
+                                     item.kv_head,
+                                     item.kv_heads,
+                                     group_,
+                                     args_.head_dim,
+                                     item.tokens,
+                                     item.first_context,
+                                     item.begin,
+                                     item.end,
+                                     scale_,
+                                     args_.out + item.token * token_size_ + first,
+                                     token_size_,
+                                     partial,
+                                     (int64_t)(item.ranges * partial_)};
         attend_chunk(chunk, scratch, context_.amx);
         if (item.ranges == 1) return;
         if (finished_[item.counter].fetch_add(1, std::memory_order_acq_rel) == item.items - 1)
@@ -195,7 +195,7 @@ class PagedAttention {
     }
 
     Context& context_;
-    const AttentionArgs<T>& args_;
+    const AttentionArgs<T, Stored>& args_;
     const int group_;
     const int64_t token_size_;
     const float scale_;

@@ -17,11 +17,11 @@ constexpr int kBlockKeys = 128, kMostBlockQueries = 256;
 #endif
 constexpr int kDepthMultiple = 32;      // what head_dim is padded to: AMX tiles take 32 values of k and 32 rows
 
-template <class T>
+template <class T, class Stored>
 struct Chunk {
     const T* query;  // of the block's first token and the first KV head's first query head, [tokens, heads, head_dim]
     int64_t query_stride;
-    CacheView<T> cache;
+    CacheView<Stored> cache;
     int kv_head, kv_heads;  // the first one, and how many are worked on together
     int group, head_dim;
     int tokens;             // in this block
@@ -36,15 +36,17 @@ struct Chunk {
 
 // Packs the data of one chunk for Dot, multiplies, and keeps the running softmax. KV heads that lie side by side are
 // worked on together, so that memory is read in the order in which it lies.
-template <class T, class Dot>
+template <class T, class Stored, class Dot>
 class ChunkAttention {
    public:
+    static constexpr bool kScaled = CacheView<Stored>::kScaled;
     using Unit = typename Dot::Unit;
+    using Element = std::conditional_t<Dot::kDepth == 2, bf16, float>;  // of a unit
 
-    ChunkAttention(const Chunk<T>& chunk, Scratch& scratch, bool tiles)
+    ChunkAttention(const Chunk<T, Stored>& chunk, Scratch& scratch, bool tiles)
         : chunk_(chunk),
           tiles_(tiles),
-          keys_in_place_(tiles && chunk.cache.layout.page_size % 16 == 0 && chunk.head_dim % 32 == 0),
+          keys_in_place_(tiles && !kScaled && chunk.cache.layout.page_size % 16 == 0 && chunk.head_dim % 32 == 0),
           lanes_(chunk.tokens * chunk.group),
           panels_((lanes_ + kLanes - 1) / kLanes),
           padded_dim_((chunk.head_dim + kDepthMultiple - 1) / kDepthMultiple * kDepthMultiple),
@@ -52,7 +54,8 @@ class ChunkAttention {
         const size_t panels = (size_t)panels_ * chunk.kv_heads;
         const size_t block = (size_t)kBlockKeys * padded_dim_, square = (size_t)kPanelGroup * kBlockKeys * kLanes;
         float* memory = static_cast<float*>(scratch.reserve(
-            (panels * kLanes * (2 + 2 * padded_dim_) + panels_ * kLanes + 2 * block + 2 * square + padded_dim_) *
+            (panels * kLanes * (2 + 2 * padded_dim_) + panels_ * kLanes + (kScaled ? 3 : 2) * block + 2 * square +
+             padded_dim_) *
             sizeof(float)));
         const auto take = [&](size_t count) {
             float* const taken = memory;
@@ -63,6 +66,7 @@ class ChunkAttention {
         queries_ = (Unit*)take(panels * padded_dim_ * kLanes);
         keys_ = (Unit*)take(block);
         values_ = (Unit*)take(block);
+        decoded_ = (Element*)take(kScaled ? block : 0);
         scores_ = take(square);
         weights_ = (Unit*)take(square);
         maximum_ = take(panels * kLanes);
@@ -82,7 +86,10 @@ class ChunkAttention {
             next_ = &rows[(block + 1) % 2];
             fetched_ = 0;
             for (int head = 0; head < chunk_.kv_heads; head++) {
-                pack_block(now, head);
+                if constexpr (kScaled)
+                    decode_block(now, head);
+                else
+                    pack_block(now, head);
                 for (int panel = 0; panel < panels_; panel += step) {
                     const int panels = std::min(step, panels_ - panel);
                     // The last lane sees most. What no lane of the group sees is left out.
@@ -101,13 +108,17 @@ class ChunkAttention {
     struct Rows {
         int count;
         int64_t offsets[kBlockKeys];
+        int64_t scale_offsets[kScaled ? kBlockKeys : 1];  // of int8, in bytes
     };
 
     void locate_block(int64_t first, Rows& rows) const {
         rows.count = (int)std::max<int64_t>(0, std::min<int64_t>(kBlockKeys, chunk_.end - first));
-        for (int i = 0; i < rows.count; i += kBlockTokens)
-            locate(chunk_.cache.pages, chunk_.cache.layout, first + i, std::min(kBlockTokens, rows.count - i),
-                   rows.offsets + i);
+        for (int i = 0; i < rows.count; i += kBlockTokens) {
+            const int count = std::min(kBlockTokens, rows.count - i);
+            locate(chunk_.cache.pages, chunk_.cache.layout, first + i, count, rows.offsets + i);
+            if constexpr (kScaled)
+                locate_scales(chunk_.cache.pages, chunk_.cache.layout, first + i, count, rows.scale_offsets + i);
+        }
     }
 
     // Asks for the keys and values of `count` more tokens of the next block.
@@ -163,6 +174,40 @@ class ChunkAttention {
         else
             pack_keys(keys, padded, keys_);
         pack_values(values, padded, values_);
+    }
+
+    // As pack_block, of int8.
+    void decode_block(const Rows& block, int head) {
+        const int padded = (block.count + 31) / 32 * 32;
+        decode_rows(chunk_.cache.keys, block, head, padded, (Element*)keys_);
+        if constexpr (Dot::kDepth == 1) {
+            decode_rows(chunk_.cache.values, block, head, padded, (Element*)values_);
+        } else {
+            decode_rows(chunk_.cache.values, block, head, padded, decoded_);
+            const Element* rows[kBlockKeys];
+            for (int i = 0; i < padded; i++) rows[i] = decoded_ + (size_t)i * padded_dim_;
+            pack_values(rows, padded, values_);
+        }
+    }
+
+    // Codes times their scales: [padded][padded_dim_], zero beyond the block and head_dim.
+    void decode_rows(const Stored* pool, const Rows& block, int head, int padded, Element* out) const {
+        const PoolLayout& layout = chunk_.cache.layout;
+        const int64_t kv_head = chunk_.kv_head + head;
+        for (int i = 0; i < padded; i++, out += padded_dim_) {
+            int d = 0;
+            if (i < block.count) {
+                const Stored* const codes = pool + block.offsets[i] + kv_head * layout.head_stride;
+                float scale;
+                std::memcpy(&scale, pool + block.scale_offsets[i] + kv_head * layout.scale_stride(), sizeof scale);
+                for (; d + kLanes <= chunk_.head_dim; d += kLanes) store(out + d, load(codes + d) * splat(scale));
+                if (const int left = chunk_.head_dim - d; left > 0) {
+                    store_part(out + d, load_part(codes + d, left) * splat(scale), left);
+                    d += left;
+                }
+            }
+            std::memset((void*)(out + d), 0, (padded_dim_ - d) * sizeof *out);
+        }
     }
 
     // [padded][depth_] units, zero beyond head_dim.
@@ -358,7 +403,7 @@ class ChunkAttention {
         }
     }
 
-    const Chunk<T>& chunk_;
+    const Chunk<T, Stored>& chunk_;
     const bool tiles_, keys_in_place_;
     const int lanes_, panels_, padded_dim_, depth_;  // panels_: of one head
     // The heads' panels one after the other:
@@ -367,6 +412,7 @@ class ChunkAttention {
     Unit* queries_;            // [heads x panels][depth_][kLanes]
     int32_t* limit_;           // [panels][kLanes]; how many tokens each lane sees
     Unit *keys_, *values_;     // of one block and head
+    Element* decoded_;         // [kBlockKeys][padded_dim_], values of int8 before they are packed
     const Unit* key_tiles_[kBlockKeys / 16];  // or where each 16 keys lie
     float* scores_;            // [group of panels][kBlockKeys][kLanes]
     Unit* weights_;            // [group of panels][kBlockKeys / kDepth][kLanes], panels kBlockKeys x kLanes apart
@@ -375,21 +421,23 @@ class ChunkAttention {
     int fetched_, fetch_quota_;  // how many of its tokens have been asked for, and how many are at a time
 };
 
-inline void attend_chunk(const Chunk<float>& chunk, Scratch& scratch, bool) {
-    ChunkAttention<float, FloatDot>(chunk, scratch, false).run();
+template <class Stored>
+inline void attend_chunk(const Chunk<float, Stored>& chunk, Scratch& scratch, bool) {
+    ChunkAttention<float, Stored, FloatDot>(chunk, scratch, false).run();
 }
 
-inline void attend_chunk(const Chunk<bf16>& chunk, Scratch& scratch, bool amx) {
+template <class Stored>
+inline void attend_chunk(const Chunk<bf16, Stored>& chunk, Scratch& scratch, bool amx) {
 #if defined(VSL_AMX)
     if (amx) {
         const Tiles tiles;
-        return ChunkAttention<bf16, PairDot>(chunk, scratch, true).run();
+        return ChunkAttention<bf16, Stored, PairDot>(chunk, scratch, true).run();
     }
 #endif
 #if defined(VSL_AVX512_BF16)
-    ChunkAttention<bf16, PairDot>(chunk, scratch, false).run();
+    ChunkAttention<bf16, Stored, PairDot>(chunk, scratch, false).run();
 #else
-    ChunkAttention<bf16, FloatDot>(chunk, scratch, false).run();
+    ChunkAttention<bf16, Stored, FloatDot>(chunk, scratch, false).run();
 #endif
 }
 

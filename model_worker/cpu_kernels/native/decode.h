@@ -15,12 +15,19 @@ namespace vsl {
 constexpr int kBlockTokens = 16;    // a multiple of kLanes; small, as two blocks' pages should fit the first-level TLB
 constexpr float kNoScore = -1e30f;  // a maximum below every score, yet finite: infinities subtract to NaN
 
-// One request's cached tokens.
-template <class T>
+// One request's cached tokens. Stored: the model's type, or int8_t.
+template <class Stored>
 struct CacheView {
-    const T *keys, *values;
+    static constexpr bool kScaled = std::is_same_v<Stored, int8_t>;
+
+    const Stored *keys, *values;
     const int32_t* pages;
     PoolLayout layout;
+};
+
+// The scales of a block's keys and values for one KV head, in int8.
+struct BlockScales {
+    float keys[kBlockTokens], values[kBlockTokens];
 };
 
 // What a range of tokens contributes, per query head: maximum score, sum of weights, weighted sum of values.
@@ -41,6 +48,24 @@ inline void locate(const int32_t* pages, const PoolLayout& layout, int64_t first
     for (int i = count; i < kBlockTokens; i++) offsets[i] = offsets[count - 1];
 }
 
+// As locate, where the scales of the first KV head lie, in bytes.
+inline void locate_scales(const int32_t* pages, PoolLayout layout, int64_t first, int count, int64_t* offsets) {
+    layout.token_stride = sizeof(float);
+    locate(pages, layout, first, count, offsets);
+    for (int i = 0; i < kBlockTokens; i++) offsets[i] += layout.scales;
+}
+
+// The scales of a block's tokens for one KV head; offsets are those of locate_scales.
+template <class Stored>
+inline void read_scales(const CacheView<Stored>& cache, int kv_head, const int64_t* offsets, BlockScales& scales) {
+    const int64_t head = kv_head * cache.layout.scale_stride();
+    const char *keys = (const char*)cache.keys + head, *values = (const char*)cache.values + head;
+    for (int i = 0; i < kBlockTokens; i++) {
+        std::memcpy(scales.keys + i, keys + offsets[i], sizeof(float));
+        std::memcpy(scales.values + i, values + offsets[i], sizeof(float));
+    }
+}
+
 // Asks for the cache lines of elements [d, d + n) of a row into the second-level cache.
 template <class T>
 inline void prefetch(const T* row, int d, int n) {
@@ -48,31 +73,31 @@ inline void prefetch(const T* row, int d, int n) {
 }
 
 // sums[g * tokens + i] += query g . key i, lane by lane, for kLanes / G tokens. Prefetches the rows at `ahead`.
-template <int G>
-inline void multiply_keys(const float* query, const float* keys, const int64_t* offsets, const int64_t* ahead,
+template <int G, class T, class Stored>
+inline void multiply_keys(const T* query, const Stored* keys, const int64_t* offsets, const int64_t* ahead,
                           int head_dim, vf* sums) {
-    constexpr int kTokens = kLanes / G;
+    constexpr int kTokens = kLanes / G, kLine = 64 / sizeof(Stored);
     for (int d = 0; d < head_dim; d += kLanes) {
         const int n = head_dim - d < kLanes ? head_dim - d : kLanes;
         vf q[G];
         for (int g = 0; g < G; g++) {
-            const float* p = query + g * head_dim + d;
+            const T* p = query + g * head_dim + d;
             q[g] = n == kLanes ? load(p) : load_part(p, n);
         }
         for (int i = 0; i < kTokens; i++) {
-            const float* p = keys + offsets[i] + d;
-            prefetch(keys + ahead[i], d, kLanes);
+            const Stored* p = keys + offsets[i] + d;
+            if (d % kLine == 0) prefetch(keys + ahead[i], d, kLine);
             const vf k = n == kLanes ? load(p) : load_part(p, n);
             for (int g = 0; g < G; g++) sums[g * kTokens + i] += q[g] * k;
         }
     }
 }
 
+#if defined(VSL_AVX512_BF16)
 template <int G>
 inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* offsets, const int64_t* ahead,
                           int head_dim, vf* sums) {
     constexpr int kTokens = kLanes / G;
-#if defined(VSL_AVX512_BF16)
     for (int d = 0; d < head_dim; d += 32) {
         const __mmask32 mask = head_dim - d < 32 ? (1u << (head_dim - d)) - 1 : ~0u;
         __m512bh q[G];
@@ -86,33 +111,18 @@ inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* of
             }
         }
     }
-#else
-    for (int d = 0; d < head_dim; d += kLanes) {
-        const int n = head_dim - d < kLanes ? head_dim - d : kLanes;
-        vf q[G];
-        for (int g = 0; g < G; g++) {
-            const bf16* p = query + g * head_dim + d;
-            q[g] = n == kLanes ? load(p) : load_part(p, n);
-        }
-        for (int i = 0; i < kTokens; i++) {
-            const bf16* p = keys + offsets[i] + d;
-            if (d % 32 == 0) prefetch(keys + ahead[i], d, 32);
-            const vf k = n == kLanes ? load(p) : load_part(p, n);
-            for (int g = 0; g < G; g++) sums[g * kTokens + i] += q[g] * k;
-        }
-    }
-#endif
 }
+#endif
 
 // sums[g, d ..] = sums[g, d ..] * decay[g] + weights[g] . values, for `vectors` vectors of the head dimension.
-template <class T, int G, int kVectors>
-inline void add_values(const T* values, const int64_t* offsets, const int64_t* ahead, int count,
+template <class Stored, int G, int kVectors>
+inline void add_values(const Stored* values, const int64_t* offsets, const int64_t* ahead, int count,
                        const float (*weights)[kBlockTokens], const float* decay, float* sums, int head_dim, int d) {
     vf total[G][kVectors];
     for (int g = 0; g < G; g++)
         for (int j = 0; j < kVectors; j++) total[g][j] = load(sums + g * head_dim + d + j * kLanes) * splat(decay[g]);
     for (int i = 0; i < count; i++) {
-        const T* row = values + offsets[i] + d;
+        const Stored* row = values + offsets[i] + d;
         prefetch(values + ahead[i], d, kVectors * kLanes);
         vf v[kVectors];
         for (int j = 0; j < kVectors; j++) v[j] = load(row + j * kLanes);
@@ -124,10 +134,11 @@ inline void add_values(const T* values, const int64_t* offsets, const int64_t* a
 }
 
 // One block of tokens for G query heads that share a KV head. scale is in units of log 2: weights are powers of two.
-template <class T, int G>
-inline void attend_block(const T* query, const T* keys, const T* values, const int64_t* offsets,
-                         const int64_t* ahead, int count, int head_dim, float scale, float* maximum_out,
-                         float* total_out, float* sums) {
+template <int G, class T, class Stored>
+inline void attend_block(const T* query, const Stored* keys, const Stored* values, const int64_t* offsets,
+                         const int64_t* ahead, const BlockScales& scales, int count, int head_dim, float scale,
+                         float* maximum_out, float* total_out, float* sums) {
+    constexpr bool kScaled = CacheView<Stored>::kScaled;
     constexpr int kTokens = kLanes / G;
     float scores[G][kBlockTokens], decay[G];
     for (int first = 0; first < count; first += kTokens) {
@@ -137,6 +148,10 @@ inline void attend_block(const T* query, const T* keys, const T* values, const i
         store(lanes, sum_each(products) * splat(scale));
         for (int g = 0; g < G; g++) std::memcpy(scores[g] + first, lanes + g * kTokens, kTokens * sizeof(float));
     }
+    if constexpr (kScaled)
+        for (int g = 0; g < G; g++)
+            for (int i = 0; i < kBlockTokens; i += kLanes)
+                store(scores[g] + i, load(scores[g] + i) * load(scales.keys + i));
     for (int g = 0; g < G; g++)
         for (int i = count; i < kBlockTokens; i++) scores[g][i] = -INFINITY;
     for (int g = 0; g < G; g++) {
@@ -147,7 +162,7 @@ inline void attend_block(const T* query, const T* keys, const T* values, const i
         for (int i = 0; i < kBlockTokens; i += kLanes) {
             const vf weight = exp2(load(scores[g] + i) - splat(largest));
             total += weight;
-            store(scores[g] + i, weight);
+            store(scores[g] + i, kScaled ? weight * load(scales.values + i) : weight);
         }
         decay[g] = std::exp2(maximum_out[g] - largest);
         maximum_out[g] = largest;
@@ -155,9 +170,9 @@ inline void attend_block(const T* query, const T* keys, const T* values, const i
     }
     int d = 0;
     for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes)
-        add_values<T, G, 4>(values, offsets, ahead, count, scores, decay, sums, head_dim, d);
+        add_values<Stored, G, 4>(values, offsets, ahead, count, scores, decay, sums, head_dim, d);
     for (; d + kLanes <= head_dim; d += kLanes)
-        add_values<T, G, 1>(values, offsets, ahead, count, scores, decay, sums, head_dim, d);
+        add_values<Stored, G, 1>(values, offsets, ahead, count, scores, decay, sums, head_dim, d);
     for (; d < head_dim; d++)
         for (int g = 0; g < G; g++) {
             float s = sums[g * head_dim + d] * decay[g];
@@ -167,13 +182,13 @@ inline void attend_block(const T* query, const T* keys, const T* values, const i
 }
 
 // Tokens [begin, end) of one request for all heads of its one query, [heads, head_dim]. Fills `out`.
-template <class T>
-void attend_range(const T* query, const CacheView<T>& cache, int64_t begin, int64_t end, int heads, int kv_heads,
+template <class T, class Stored>
+void attend_range(const T* query, const CacheView<Stored>& cache, int64_t begin, int64_t end, int heads, int kv_heads,
                   int head_dim, float scale, const Partial& out) {
     const int group = heads / kv_heads;
     for (int h = 0; h < heads; h++) out.maximum[h] = kNoScore, out.total[h] = 0;
     std::memset(out.values, 0, (size_t)heads * head_dim * sizeof(float));
-    int64_t buffers[2][kBlockTokens];
+    int64_t buffers[2][kBlockTokens], scale_offsets[kBlockTokens];
     int64_t *now = buffers[0], *next = buffers[1];
     int count = (int)(end - begin < kBlockTokens ? end - begin : kBlockTokens);
     locate(cache.pages, cache.layout, begin, count, now);
@@ -181,9 +196,12 @@ void attend_range(const T* query, const CacheView<T>& cache, int64_t begin, int6
         const int64_t left = end - first - count;
         const int next_count = (int)(left < kBlockTokens ? left : kBlockTokens);
         if (next_count > 0) locate(cache.pages, cache.layout, first + count, next_count, next);
+        if (cache.kScaled) locate_scales(cache.pages, cache.layout, first, count, scale_offsets);
         for (int kv = 0; kv < kv_heads; kv++) {
             const int64_t head = kv * cache.layout.head_stride;
-            const T *keys = cache.keys + head, *values = cache.values + head;
+            const Stored *keys = cache.keys + head, *values = cache.values + head;
+            BlockScales scales;
+            if (cache.kScaled) read_scales(cache, kv, scale_offsets, scales);
             // The rows of the next block, in the order in which they lie, dealt out to this block's rows.
             int64_t ahead[kBlockTokens];
             for (int i = 0; i < kBlockTokens; i++) {
@@ -198,13 +216,13 @@ void attend_range(const T* query, const CacheView<T>& cache, int64_t begin, int6
                 float *m = out.maximum + h, *t = out.total + h, *sums = out.values + (int64_t)h * head_dim;
                 const int64_t* rows_ahead = g == 0 ? ahead : now;
                 if (group - g >= 4) {
-                    attend_block<T, 4>(q, keys, values, now, rows_ahead, count, head_dim, scale, m, t, sums);
+                    attend_block<4>(q, keys, values, now, rows_ahead, scales, count, head_dim, scale, m, t, sums);
                     g += 4;
                 } else if (group - g >= 2) {
-                    attend_block<T, 2>(q, keys, values, now, rows_ahead, count, head_dim, scale, m, t, sums);
+                    attend_block<2>(q, keys, values, now, rows_ahead, scales, count, head_dim, scale, m, t, sums);
                     g += 2;
                 } else {
-                    attend_block<T, 1>(q, keys, values, now, rows_ahead, count, head_dim, scale, m, t, sums);
+                    attend_block<1>(q, keys, values, now, rows_ahead, scales, count, head_dim, scale, m, t, sums);
                     g += 1;
                 }
             }

@@ -2,6 +2,7 @@
 // tensor's dtype exactly where transformers' Qwen3 rounds them, so that bf16 results agree with it.
 #pragma once
 
+#include "kv_int8.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -80,16 +81,34 @@ inline void rotate_row(T* x, const T* cos, const T* sin, int half) {
     }
 }
 
-// The layout of keys and of values alike, in elements: [page, token, kv head, head dim], head dim contiguous.
+// The layout of keys and of values alike, in elements: [page, token, kv head, head dim], head dim contiguous. In int8
+// the scales of a page, [kv head, token] floats, begin `scales` bytes after its start.
 struct PoolLayout {
-    int64_t page_size, page_stride, token_stride, head_stride;
+    int64_t page_size, page_stride, token_stride, head_stride, scales;
 
-    int64_t offset(int64_t slot) const {
-        return slot / page_size * page_stride + slot % page_size * token_stride;
+    struct Place {
+        int64_t row, scale;  // of the first KV head, in elements
+    };
+    Place place(int64_t slot) const {
+        const int64_t page = slot / page_size * page_stride, token = slot % page_size;
+        return {page + token * token_stride, page + scales + token * (int64_t)sizeof(float)};
     }
+    int64_t scale_stride() const { return page_size * (int64_t)sizeof(float); }  // from a KV head to the next
 };
 
+// Puts n elements of one KV head into their place in `pool`, which holds keys or values.
 template <class T>
+inline void put_row(const T* x, T* pool, const PoolLayout& layout, PoolLayout::Place place, int head, int n) {
+    std::memcpy(pool + place.row + head * layout.head_stride, x, n * sizeof(T));
+}
+
+template <class T>
+inline void put_row(const T* x, int8_t* pool, const PoolLayout& layout, PoolLayout::Place place, int head, int n) {
+    const float scale = quantize_row(x, pool + place.row + head * layout.head_stride, n);
+    std::memcpy(pool + place.scale + head * layout.scale_stride(), &scale, sizeof scale);
+}
+
+template <class T, class Stored>
 struct QkvRope {
     const T* qkv;  // [tokens, (heads + 2 kv heads) x head_dim]: queries, keys, values
     int64_t qkv_stride;
@@ -98,17 +117,18 @@ struct QkvRope {
     const T *cos, *sin;  // [tokens, head_dim / 2]
     int64_t angle_stride;
     T* query;  // out, [tokens, heads, head_dim]
-    T *keys, *values;
+    Stored *keys, *values;
     PoolLayout layout;
     const int64_t* slots;
     int64_t tokens;
     int heads, kv_heads, head_dim;
 };
 
-template <class T>
-void qkv_rope_store(Context& context, const QkvRope<T>& a) {
+template <class T, class Stored>
+void qkv_rope_store(Context& context, const QkvRope<T, Stored>& a) {
     const int64_t row_size = (int64_t)(a.heads + 2 * a.kv_heads) * a.head_dim;
     run_ranges(context, a.tokens, kElementsPerItem / row_size, [&](int64_t begin, int64_t end) {
+        std::vector<T> key(a.head_dim);
         for (int64_t t = begin; t < end; t++) {
             const T* input = a.qkv + t * a.qkv_stride;
             const T *cos = a.cos + t * a.angle_stride, *sin = a.sin + t * a.angle_stride;
@@ -117,30 +137,29 @@ void qkv_rope_store(Context& context, const QkvRope<T>& a) {
                 rms_norm_row(input, a.query_weight, out, a.head_dim, a.eps);
                 rotate_row(out, cos, sin, a.head_dim / 2);
             }
-            const int64_t place = a.layout.offset(a.slots[t]);
+            const PoolLayout::Place place = a.layout.place(a.slots[t]);
             for (int h = 0; h < a.kv_heads; h++, input += a.head_dim) {
-                T* out = a.keys + place + h * a.layout.head_stride;
-                rms_norm_row(input, a.key_weight, out, a.head_dim, a.eps);
-                rotate_row(out, cos, sin, a.head_dim / 2);
+                rms_norm_row(input, a.key_weight, key.data(), a.head_dim, a.eps);
+                rotate_row(key.data(), cos, sin, a.head_dim / 2);
+                put_row(key.data(), a.keys, a.layout, place, h, a.head_dim);
             }
             for (int h = 0; h < a.kv_heads; h++, input += a.head_dim)
-                std::memcpy(a.values + place + h * a.layout.head_stride, input, a.head_dim * sizeof(T));
+                put_row(input, a.values, a.layout, place, h, a.head_dim);
         }
     });
 }
 
-// Copies one [kv heads, head dim] row per token into its slot. Rows lie *_token apart, heads *_head apart.
-template <class T>
+// Puts one [kv heads, head dim] row per token into its slot. Rows lie *_token apart, heads *_head apart.
+template <class T, class Stored>
 void store_kv(Context& context, const T* key, int64_t key_token, int64_t key_head, const T* value, int64_t value_token,
-              int64_t value_head, T* keys, T* values, const PoolLayout& layout, const int64_t* slots, int64_t tokens,
-              int kv_heads, int head_dim) {
+              int64_t value_head, Stored* keys, Stored* values, const PoolLayout& layout, const int64_t* slots,
+              int64_t tokens, int kv_heads, int head_dim) {
     run_ranges(context, tokens, kElementsPerItem / ((int64_t)kv_heads * head_dim), [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; t++) {
-            const int64_t place = layout.offset(slots[t]);
+            const PoolLayout::Place place = layout.place(slots[t]);
             for (int h = 0; h < kv_heads; h++) {
-                const int64_t to = place + h * layout.head_stride;
-                std::memcpy(keys + to, key + t * key_token + h * key_head, head_dim * sizeof(T));
-                std::memcpy(values + to, value + t * value_token + h * value_head, head_dim * sizeof(T));
+                put_row(key + t * key_token + h * key_head, keys, layout, place, h, head_dim);
+                put_row(value + t * value_token + h * value_head, values, layout, place, h, head_dim);
             }
         }
     });

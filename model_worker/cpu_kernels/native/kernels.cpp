@@ -1,5 +1,6 @@
 // The C interface of the CPU kernels; model_worker/cpu_kernels/api.py is its only caller and checks the arguments.
-// `dtype` is 0 for float32 and 1 for bfloat16. Strides are in elements.
+// `dtype` is 0 for float32 and 1 for bfloat16. Strides are in elements. Keys and values are of `dtype` too, or, where
+// `scales` is not 0, int8 with scales that begin so many bytes after each page's start (kv_int8.h).
 #include "attention.h"
 #include "elementwise.h"
 
@@ -13,6 +14,17 @@ void with_dtype(int dtype, const F& f) {
         f((bf16*)nullptr);
     else
         f((float*)nullptr);
+}
+
+// As with_dtype, and with the type of what the KV pool holds.
+template <class F>
+void with_dtypes(int dtype, int64_t scales, const F& f) {
+    with_dtype(dtype, [&](auto* type) {
+        if (scales != 0)
+            f(type, (int8_t*)nullptr);
+        else
+            f(type, type);
+    });
 }
 
 }  // namespace
@@ -46,28 +58,30 @@ const char* vsl_instruction_set(void* context) {
 
 void vsl_paged_attention(void* context, int dtype, const void* query, int64_t query_stride, const void* keys,
                          const void* values, int64_t page_size, int64_t page_stride, int64_t token_stride,
-                         int64_t head_stride, const int32_t* query_start, const int32_t* context_lengths,
+                         int64_t head_stride, int64_t scales, const int32_t* query_start, const int32_t* context_lengths,
                          const int32_t* page_table, int64_t page_table_stride, int rows, int heads, int kv_heads,
                          int head_dim, float scale, int64_t split_tokens, void* out) {
-    with_dtype(dtype, [&](auto* type) {
+    with_dtypes(dtype, scales, [&](auto* type, auto* stored) {
         using T = std::remove_pointer_t<decltype(type)>;
-        const AttentionArgs<T> args{(const T*)query, query_stride, (const T*)keys, (const T*)values,
-                                    PoolLayout{page_size, page_stride, token_stride, head_stride}, query_start,
-                                    context_lengths, page_table, page_table_stride, rows, heads, kv_heads, head_dim,
-                                    scale, split_tokens, (T*)out};
-        PagedAttention<T>(*(Context*)context, args).run();
+        using Stored = std::remove_pointer_t<decltype(stored)>;
+        const AttentionArgs<T, Stored> args{
+            (const T*)query, query_stride, (const Stored*)keys, (const Stored*)values,
+            PoolLayout{page_size, page_stride, token_stride, head_stride, scales}, query_start, context_lengths,
+            page_table, page_table_stride, rows, heads, kv_heads, head_dim, scale, split_tokens, (T*)out};
+        PagedAttention<T, Stored>(*(Context*)context, args).run();
     });
 }
 
 void vsl_store_kv(void* context, int dtype, const void* key, int64_t key_token, int64_t key_head, const void* value,
                   int64_t value_token, int64_t value_head, void* keys, void* values, int64_t page_size,
-                  int64_t page_stride, int64_t token_stride, int64_t head_stride, const int64_t* slots, int64_t tokens,
-                  int kv_heads, int head_dim) {
-    with_dtype(dtype, [&](auto* type) {
+                  int64_t page_stride, int64_t token_stride, int64_t head_stride, int64_t scales, const int64_t* slots,
+                  int64_t tokens, int kv_heads, int head_dim) {
+    with_dtypes(dtype, scales, [&](auto* type, auto* stored) {
         using T = std::remove_pointer_t<decltype(type)>;
+        using Stored = std::remove_pointer_t<decltype(stored)>;
         store_kv(*(Context*)context, (const T*)key, key_token, key_head, (const T*)value, value_token, value_head,
-                 (T*)keys, (T*)values, PoolLayout{page_size, page_stride, token_stride, head_stride}, slots, tokens,
-                 kv_heads, head_dim);
+                 (Stored*)keys, (Stored*)values, PoolLayout{page_size, page_stride, token_stride, head_stride, scales},
+                 slots, tokens, kv_heads, head_dim);
     });
 }
 
@@ -82,15 +96,17 @@ void vsl_rms_norm(void* context, int dtype, const void* x, int64_t x_stride, voi
 void vsl_qkv_rope_store(void* context, int dtype, const void* qkv, int64_t qkv_stride, const void* query_weight,
                         const void* key_weight, float eps, const void* cos, const void* sin, int64_t angle_stride,
                         void* query, void* keys, void* values, int64_t page_size, int64_t page_stride,
-                        int64_t token_stride, int64_t head_stride, const int64_t* slots, int64_t tokens, int heads,
-                        int kv_heads, int head_dim) {
-    with_dtype(dtype, [&](auto* type) {
+                        int64_t token_stride, int64_t head_stride, int64_t scales, const int64_t* slots, int64_t tokens,
+                        int heads, int kv_heads, int head_dim) {
+    with_dtypes(dtype, scales, [&](auto* type, auto* stored) {
         using T = std::remove_pointer_t<decltype(type)>;
+        using Stored = std::remove_pointer_t<decltype(stored)>;
         qkv_rope_store(*(Context*)context,
-                       QkvRope<T>{(const T*)qkv, qkv_stride, (const T*)query_weight, (const T*)key_weight, eps,
-                                  (const T*)cos, (const T*)sin, angle_stride, (T*)query, (T*)keys, (T*)values,
-                                  PoolLayout{page_size, page_stride, token_stride, head_stride}, slots, tokens, heads,
-                                  kv_heads, head_dim});
+                       QkvRope<T, Stored>{(const T*)qkv, qkv_stride, (const T*)query_weight, (const T*)key_weight, eps,
+                                          (const T*)cos, (const T*)sin, angle_stride, (T*)query, (Stored*)keys,
+                                          (Stored*)values,
+                                          PoolLayout{page_size, page_stride, token_stride, head_stride, scales}, slots,
+                                          tokens, heads, kv_heads, head_dim});
     });
 }
 

@@ -33,6 +33,7 @@ typedef float vf __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
+typedef int8_t vb __attribute__((vector_size(kLanes)));
 
 inline vf splat(float x) { return x - vf{}; }
 inline vi splat(int32_t x) { return x - vi{}; }
@@ -58,6 +59,7 @@ inline vf vmin(vf a, vf b) {
 }
 
 inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
 inline float to_float(bf16 x) {
     uint32_t bits = (uint32_t)x.bits << 16;
     float f;
@@ -85,6 +87,18 @@ inline vf load(const bf16* p) {
     return widen(h);
 }
 
+inline vf load(const int8_t* p) {
+#if defined(VSL_AVX512)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    vb b;
+    std::memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+#endif
+}
+
 // Round to nearest even, NaN stays NaN.
 inline vh narrow(vf x) {
 #if defined(VSL_AVX512_BF16)
@@ -102,6 +116,17 @@ inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bf16* p, vf v) {
     vh h = narrow(v);
     std::memcpy(p, &h, sizeof h);
+}
+
+// Round to nearest even. |v| must be below 128; a NaN becomes some number.
+inline void store(int8_t* p, vf v) {
+#if defined(VSL_AVX512)
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)v)));
+#else
+    constexpr float kShift = 12582912.0f;  // 1.5 x 2^23: rounds to a whole number in the low mantissa bits
+    const vb b = __builtin_convertvector((vi)(v + splat(kShift)) - (vi)splat(kShift), vb);
+    std::memcpy(p, &b, sizeof b);
+#endif
 }
 
 // The first n < kLanes elements; the other lanes are zero.
