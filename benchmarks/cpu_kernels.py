@@ -22,6 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model_worker.cpu_kernels import CpuKernels, LayerCache, load
+from model_worker.kv_int8 import SCALE_BYTES, quantize
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 16, 8, 128, 16
 HIDDEN, INTERMEDIATE, EPS = 1024, 3072, 1e-6
@@ -54,9 +55,10 @@ def main() -> None:
 
 
 def decode(kernels: CpuKernels, rows: int, context: int, seconds: float) -> dict[str, object]:
-    """One new token a row. GB/s are of the keys and values read."""
+    """One new token a row, over a cache in bf16 and in int8. GB/s are of the keys and values read."""
     pages = rows * context // PAGE_SIZE
     caches, page_table = make_caches(pages, rows)
+    int8_caches = make_int8_caches(caches)
     query = torch.randn(rows, HEADS, HEAD_DIM).bfloat16()
     out = torch.empty_like(query)
     start = torch.arange(rows + 1, dtype=torch.int32)
@@ -65,25 +67,33 @@ def decode(kernels: CpuKernels, rows: int, context: int, seconds: float) -> dict
     def ours(layer: int) -> Tensor:
         return kernels.paged_attention(query, caches[layer], start, lengths, page_table, scale=SCALE, out=out)
 
+    def int8(layer: int) -> Tensor:
+        return kernels.paged_attention(query, int8_caches[layer], start, lengths, page_table, scale=SCALE, out=out)
+
     def plain(layer: int) -> Tensor:
         return torch.cat([folded(query[r], *gather(caches[layer], page_table[r])) for r in range(rows)])
 
+    check(int8(0).flatten(1), plain(0))
     check(ours(0).flatten(1), plain(0))
     moved = rows * context * KV_HEADS * HEAD_DIM * 2 * 2
+    moved_int8 = rows * context * KV_HEADS * (HEAD_DIM + SCALE_BYTES) * 2
     blocks = torch.ones(len(caches), moved // 4)
-    times = measure({"ours": ours, "read": lambda layer: blocks[layer].sum()}, len(caches), seconds)
+    times = measure({"ours": ours, "int8": int8, "read": lambda layer: blocks[layer].sum()}, len(caches), seconds)
     times |= measure({"torch": plain}, len(caches), seconds / 4)
-    rate, read = moved / times["ours"] / 1e9, moved / times["read"] / 1e9
+    rate, read, rate_int8 = moved / times["ours"] / 1e9, moved / times["read"] / 1e9, moved_int8 / times["int8"] / 1e9
     print(
         f"decode {f'{rows} x {context}':>12}: {times['ours'] * 1e6:8.0f} us a layer, torch {times['torch'] * 1e6:8.0f} "
-        f"({times['torch'] / times['ours']:4.1f}x); {rate:5.1f} GB/s = {rate / read:4.0%} of the {read:.1f} read"
+        f"({times['torch'] / times['ours']:4.1f}x); {rate:5.1f} GB/s = {rate / read:4.0%} of the {read:.1f} read; "
+        f"int8 {times['int8'] * 1e6:8.0f} us ({times['ours'] / times['int8']:.2f}x), {rate_int8:5.1f} GB/s"
     )
-    return {"rows": rows, "context": context, "gb_s": round(rate, 1), "read_gb_s": round(read, 1), **micro(times)}
+    rates = {"gb_s": round(rate, 1), "int8_gb_s": round(rate_int8, 1), "read_gb_s": round(read, 1)}
+    return {"rows": rows, "context": context, **rates, **micro(times)}
 
 
 def chunk(kernels: CpuKernels, new: int, context: int, seconds: float) -> dict[str, object]:
-    """The last `new` tokens of one row. GFLOP/s are of what the causal mask leaves."""
+    """The last `new` tokens of one row, over a cache in bf16 and in int8. GFLOP/s are of what the mask leaves."""
     caches, page_table = make_caches(context // PAGE_SIZE, 1)
+    int8_caches = make_int8_caches(caches)
     query = torch.randn(new, HEADS, HEAD_DIM).bfloat16()
     out = torch.empty_like(query)
     start = torch.tensor([0, new], dtype=torch.int32)
@@ -92,15 +102,19 @@ def chunk(kernels: CpuKernels, new: int, context: int, seconds: float) -> dict[s
     def ours(layer: int) -> Tensor:
         return kernels.paged_attention(query, caches[layer], start, lengths, page_table, scale=SCALE, out=out)
 
+    def int8(layer: int) -> Tensor:
+        return kernels.paged_attention(query, int8_caches[layer], start, lengths, page_table, scale=SCALE, out=out)
+
     def plain(layer: int) -> Tensor:
         return grouped(query, *gather(caches[layer], page_table[0]))
 
+    check(int8(0).flatten(1), plain(0))
     check(ours(0).flatten(1), plain(0))
-    times = measure({"ours": ours, "torch": plain}, len(caches), seconds)
+    times = measure({"ours": ours, "int8": int8, "torch": plain}, len(caches), seconds)
     rate = 4 * new * (context - (new - 1) / 2) * HEADS * HEAD_DIM / times["ours"] / 1e9
     print(
         f"chunk  {f'{new} @ {context}':>12}: {times['ours'] * 1e6:8.0f} us a layer, torch {times['torch'] * 1e6:8.0f} "
-        f"({times['torch'] / times['ours']:4.1f}x); {rate:5.0f} GFLOP/s"
+        f"({times['torch'] / times['ours']:4.1f}x); {rate:5.0f} GFLOP/s; int8 {times['int8'] * 1e6:8.0f} us"
     )
     return {"new": new, "context": context, "gflop_s": round(rate), **micro(times)}
 
@@ -109,6 +123,7 @@ def fused(kernels: CpuKernels, tokens: int, seconds: float) -> list[dict[str, ob
     """The element-wise kernels against the torch formulas."""
     pages = tokens // PAGE_SIZE + 1
     cache = make_caches(pages, 1)[0][0]
+    int8_cache = make_int8_caches([cache])[0]
     slots = torch.randperm(pages * PAGE_SIZE)[:tokens]
     x, residual = torch.randn(tokens, HIDDEN).bfloat16(), torch.zeros(tokens, HIDDEN).bfloat16()
     weight, head_weight = torch.ones(HIDDEN).bfloat16(), torch.ones(HEAD_DIM).bfloat16()
@@ -129,13 +144,17 @@ def fused(kernels: CpuKernels, tokens: int, seconds: float) -> list[dict[str, ob
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
+    def rope_store_ours(into: LayerCache) -> Callable[[int], object]:
+        return lambda _: kernels.qkv_rope_store(qkv, head_weight, head_weight, EPS, cos, sin, into, slots)
+
     cases: dict[str, Variants] = {
         "add + RMSNorm": {
             "ours": lambda _: kernels.add_rms_norm(x, residual, weight, EPS),
             "torch": lambda _: F.rms_norm(residual.add_(x), (HIDDEN,), weight, EPS),
         },
         "q/k norm, RoPE, store": {
-            "ours": lambda _: kernels.qkv_rope_store(qkv, head_weight, head_weight, EPS, cos, sin, cache, slots),
+            "ours": rope_store_ours(cache),
+            "int8": rope_store_ours(int8_cache),
             "torch": rope_store,
         },
         "SiLU x up": {"ours": lambda _: kernels.silu_mul(gate_up), "torch": silu_mul},
@@ -146,6 +165,7 @@ def fused(kernels: CpuKernels, tokens: int, seconds: float) -> list[dict[str, ob
         print(
             f"{name:>21} {tokens:4} tokens: {times['ours'] * 1e6:8.1f} us, torch {times['torch'] * 1e6:8.1f} "
             f"({times['torch'] / times['ours']:4.1f}x)"
+            + (f"; int8 {times['int8'] * 1e6:8.1f} us" if "int8" in times else "")
         )
         lines.append({"name": name, "tokens": tokens, **micro(times)})
     return lines
@@ -158,6 +178,24 @@ def make_caches(pages: int, rows: int) -> tuple[list[LayerCache], Tensor]:
     layers = min(28, max(2, KEEP_COLD_BYTES // layer_bytes))
     caches = [LayerCache(torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()) for _ in range(layers)]
     return caches, torch.randperm(pages, dtype=torch.int32).view(rows, -1)
+
+
+def make_int8_caches(caches: list[LayerCache]) -> list[LayerCache]:
+    """The same in 8 bits, the scales of a page behind its codes, as model_worker/kv_pool.py lays them out."""
+    made = []
+    for cache in caches:
+        parts = []
+        for x in (cache.keys, cache.values):
+            codes, scales = quantize(x)
+            pages = torch.cat((codes.flatten(1), scales.transpose(1, 2).flatten(1).view(torch.int8)), 1)
+            parts.append((pages, pages[:, : codes[0].numel()].view(codes.shape), scales.shape))
+        (keys, key_codes, shape), (values, value_codes, _) = parts
+        scales_shape = (shape[0], shape[2], shape[1])
+        key_scales, value_scales = (
+            pages.view(torch.float32)[:, -shape[1] * shape[2] :].view(scales_shape) for pages in (keys, values)
+        )
+        made.append(LayerCache(key_codes, value_codes, key_scales, value_scales))
+    return made
 
 
 def gather(cache: LayerCache, pages: Tensor) -> tuple[Tensor, Tensor]:

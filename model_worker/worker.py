@@ -125,6 +125,7 @@ def build_runner(
         load_dummy_weights(model, args.seed, progress)
     else:
         load_weights(model, spec.model_folder, progress)
+    int8_cache = args.kv_cache_dtype == "int8"
     num_pages = choose_num_pages(
         spec.model,
         parallel.tp,
@@ -135,14 +136,16 @@ def build_runner(
         max_total_tokens=args.max_total_tokens,
         weight_bytes=weight_bytes(model),
         ranks_on_machine=len(args.local_ranks),
+        int8=int8_cache,
     )
-    pool = KVPool(spec.model, parallel.tp.size, num_pages, args.page_size, dtype, device)
+    pool = KVPool(spec.model, parallel.tp.size, num_pages, args.page_size, dtype, device, int8=int8_cache)
     log.info(
-        "%.2f GB of weights in %.1f s; %d KV pages of %d tokens, %.2f GB; %s; %d threads",
+        "%.2f GB of weights in %.1f s; %d KV pages of %d tokens in %s, %.2f GB; %s; %d threads",
         weight_bytes(model) / 1e9,
         time.monotonic() - started,
         num_pages,
         args.page_size,
+        "int8" if int8_cache else spec.dtype,
         pool.data.nbytes / 1e9,
         compute.name,
         torch.get_num_threads(),

@@ -21,6 +21,7 @@ from runtime.server_args import ServerArgs
 
 CHUNK_CPU = 512  # tokens
 CHUNK_CUDA = 2048
+INT8_HEAD_DIM_MULTIPLE = 8  # what model_worker/kv_int8.py needs
 
 
 def make_spec(args: ServerArgs, endpoints: Endpoints) -> PipelineSpec:
@@ -35,6 +36,7 @@ def make_spec(args: ServerArgs, endpoints: Endpoints) -> PipelineSpec:
     model = ModelConfig.from_folder(source.folder)
     check_parallel_degrees(model, args.tp, args.ep)
     device = _device(args.device)
+    _check_kv_cache(args, model, device)
     return PipelineSpec(
         args=args,
         endpoints=endpoints,
@@ -68,6 +70,23 @@ def _context_length(args: ServerArgs, model: ModelConfig) -> int:
             field="context_length",
         )
     return args.context_length
+
+
+def _check_kv_cache(args: ServerArgs, model: ModelConfig, device: str) -> None:
+    if args.kv_cache_dtype == "auto":
+        return
+    flag = f"--kv-cache-dtype {args.kv_cache_dtype}"
+    if device != "cpu":
+        raise ConfigError(
+            f"{flag} runs on CPU only, not on {device}: give --device cpu, or --kv-cache-dtype auto",
+            field="kv_cache_dtype",
+        )
+    if model.head_dim % INT8_HEAD_DIM_MULTIPLE:
+        raise ConfigError(
+            f"{flag} needs a head_dim that is a multiple of {INT8_HEAD_DIM_MULTIPLE}, and this model's is "
+            f"{model.head_dim}: use --kv-cache-dtype auto",
+            field="kv_cache_dtype",
+        )
 
 
 def _device(asked: str) -> str:

@@ -67,6 +67,22 @@ def test_refusals(model: Path) -> None:
         make_spec(ServerArgs(model_path=str(model), tokenizer_path="/nowhere"), ENDPOINTS)
 
 
+def test_kv_cache_in_int8_is_for_cpus_and_whole_head_dims(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ServerArgs(model_path=str(model), kv_cache_dtype="int8")
+    assert make_spec(args, ENDPOINTS).args.kv_cache_dtype == "int8"
+    monkeypatch.setattr("runtime.spec._device", lambda asked: "cuda")
+    with pytest.raises(ConfigError, match=r"--kv-cache-dtype int8 runs on CPU only, not on cuda: .*auto") as error:
+        make_spec(args, ENDPOINTS)
+    assert error.value.field == "kv_cache_dtype"
+    make_spec(ServerArgs(model_path=str(model)), ENDPOINTS)
+    monkeypatch.undo()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"head_dim": 20}))
+    with pytest.raises(ConfigError, match=r"--kv-cache-dtype int8 needs .* multiple of 8, and this model's is 20"):
+        make_spec(args, ENDPOINTS)
+    make_spec(ServerArgs(model_path=str(model)), ENDPOINTS)
+
+
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
