@@ -11,12 +11,19 @@ def peak_memory() -> dict[str, float]:
     """Peak resident MB of each child process, by its module's name; where the system keeps no peak, what it is now."""
     peaks: dict[str, float] = {}
     for process in psutil.Process().children(recursive=True):
-        line = process.cmdline()
-        name = line[line.index("-m") + 1] if "-m" in line else process.name()
+        name = module_name(process.cmdline()) or process.name()
         while name in peaks:
             name += "'"
         peaks[name] = round(peak_mb(process), 1)
     return peaks
+
+
+def module_name(command: list[str]) -> str | None:
+    """The module that a command line of Python runs, seen through the boot module of our own processes; or None."""
+    if "-m" not in command:
+        return None
+    module, *arguments = command[command.index("-m") + 1 :]
+    return arguments[0] if module == "runtime.boot" else module
 
 
 def peak_mb(process: psutil.Process) -> float:
