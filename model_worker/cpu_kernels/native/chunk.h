@@ -342,14 +342,14 @@ class ChunkAttention {
 #if defined(VSL_AVX512_BF16)
     vf weigh(const float* scores, vf scale, vf largest, int keys, uint32_t* weights) {
         vf sums[2] = {};
+        const __m512i interleaved = interleaved_halves();
         for (int key = 0; key < keys; key += 2) {
             if (key % 8 == 0) fetch_ahead(fetch_quota_);
-            const vf even = exp2(load(scores + key * kLanes) * scale - largest);
-            const vf odd = exp2(load(scores + (key + 1) * kLanes) * scale - largest);
+            const vf even = exp2_for_bf16(load(scores + key * kLanes) * scale - largest);
+            const vf odd = exp2_for_bf16(load(scores + (key + 1) * kLanes) * scale - largest);
             sums[0] += even, sums[1] += odd;
-            const __m512i low = _mm512_cvtepu16_epi32((__m256i)narrow(even));
-            const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)narrow(odd)), 16);
-            _mm512_storeu_si512(weights + key / 2 * kLanes, _mm512_or_si512(low, high));
+            const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+            _mm512_storeu_si512(weights + key / 2 * kLanes, _mm512_permutexvar_epi16(interleaved, halves));
         }
         return sums[0] + sums[1];
     }
