@@ -28,8 +28,8 @@ import torch  # noqa: E402
 from benchmarks.machine import measure  # noqa: E402
 from model_worker.compute import choose_compute, torch_compute  # noqa: E402
 from model_worker.kv_pool import KVPool  # noqa: E402
+from model_worker.matrix_formats import choose_formats  # noqa: E402
 from model_worker.model_runner import ModelRunner  # noqa: E402
-from model_worker.operations_kernels import KernelOperations  # noqa: E402
 from model_worker.step_timer import OTHER, StepTimer, time_parts  # noqa: E402
 from model_worker.weights import load_dummy_weights  # noqa: E402
 from qwen3.checkpoint import weight_bytes  # noqa: E402
@@ -72,23 +72,23 @@ class Recorder:
 
 
 def build(
-    folder: Path, dtype: torch.dtype, pages: int, slots: int, context: int, *, plain: bool
+    folder: Path, dtype: torch.dtype, pages: int, slots: int, context: int, *, plain: bool, quantization: str
 ) -> tuple[ModelRunner, Recorder]:
     config, device = ModelConfig.from_folder(folder), torch.device("cpu")
     compute = torch_compute() if plain else choose_compute(dtype, device, config.head_dim)
     model = Qwen3(config, ParallelState(), dtype, device, compute.operations)
+    choose_formats(model, quantization, compute.kernels)
     load_dummy_weights(model, 0)
     print(f"{compute.name}, {weight_bytes(model) / 1e9:.2f} GB of weights, {torch.get_num_threads()} threads")
     pool = KVPool(config, 1, pages, PAGE, dtype, device)
     pool.data.copy_(torch.randn(pool.data.shape[-4:], dtype=torch.float32).to(dtype))  # real pages, not the zero page
-    operations = compute.operations
     runner = ModelRunner(
         model,
         pool,
         compute.attention(pool),
         max_slots=slots,
         context_length=context,
-        argmax=operations.kernels.argmax if isinstance(operations, KernelOperations) else None,
+        argmax=None if compute.kernels is None else compute.kernels.argmax,
     )
     timer = StepTimer()
     time_parts(runner, timer)
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--prefill", nargs="*", type=int, default=[512], metavar="TOKENS")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each (30; a sixth of it for prefill)")
     parser.add_argument("--plain-torch", action="store_true", help="the fallback without compiled kernels")
+    parser.add_argument("--quantization", choices=("none", "int8", "int4"), default="none")
     parser.add_argument("--no-ceilings", action="store_true", help="do not measure the machine")
     options = parser.parse_args()
     shapes = [tuple(map(int, text.split("x"))) for text in options.decode]
@@ -148,7 +149,13 @@ def main() -> None:
     print(result.get("machine", ""))
     slots = max([b for b, _ in shapes], default=1)
     runner, recorder = build(
-        Path(options.model_path), getattr(torch, options.dtype), pages, slots, longest, plain=options.plain_torch
+        Path(options.model_path),
+        getattr(torch, options.dtype),
+        pages,
+        slots,
+        longest,
+        plain=options.plain_torch,
+        quantization=options.quantization,
     )
     print(f"{'ms':>14}" + "".join(f"{part:>10}" for part in (*recorder.parts, "sum", "whole")))
     with torch.inference_mode():

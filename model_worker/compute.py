@@ -1,4 +1,4 @@
-"""Chooses how a rank computes what lies between the matrix products: the one place that knows the alternatives."""
+"""Chooses how a rank computes: the one place that knows the alternatives, but for matrices (matrix_formats.py)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 
 from model_worker.attention_kernels import KernelAttention
 from model_worker.attention_torch import TorchAttention
-from model_worker.cpu_kernels import load
+from model_worker.cpu_kernels import CpuKernels, load
 from model_worker.kv_pool import KVPool
 from model_worker.operations_kernels import KernelOperations
 from qwen3.attention_backend import AttentionBackend
@@ -16,11 +16,12 @@ from qwen3.operations import LayerOperations, TorchOperations
 
 @dataclass(frozen=True)
 class Compute:
-    """Element-wise operations, and attention once there is a pool. name: for logs."""
+    """Element-wise operations, and attention once there is a pool. name: for logs. kernels: for all else, if any."""
 
     name: str
     operations: LayerOperations
     attention: Callable[[KVPool], AttentionBackend]
+    kernels: CpuKernels | None = None
 
 
 def torch_compute() -> Compute:
@@ -34,5 +35,5 @@ def choose_compute(dtype: torch.dtype, device: torch.device, head_dim: int) -> C
         kernels = load()
         if kernels is not None:
             name = f"CPU kernels ({kernels.instruction_set})"
-            return Compute(name, KernelOperations(kernels), lambda pool: KernelAttention(kernels, pool))
+            return Compute(name, KernelOperations(kernels), lambda pool: KernelAttention(kernels, pool), kernels)
     return torch_compute()

@@ -18,10 +18,9 @@ import zmq
 
 from model_worker.compute import choose_compute
 from model_worker.kv_pool import KVPool, choose_num_pages
+from model_worker.matrix_formats import choose_formats
 from model_worker.model_runner import ModelRunner
-from model_worker.operations_kernels import KernelOperations
 from model_worker.parallel import init_parallel, init_parallel_nodes, relay_group
-from model_worker.quantization import quantize
 from model_worker.rank_digest import RankDigest
 from model_worker.relay import BatchRelay
 from model_worker.step_timer import StepTimer, time_collectives, time_parts
@@ -118,7 +117,7 @@ def build_runner(
     dtype: torch.dtype = getattr(torch, spec.dtype)
     compute = choose_compute(dtype, device, spec.model.head_dim)
     model = Qwen3(spec.model, parallel, dtype, device, compute.operations, DISPATCH[args.moe_dispatch])
-    quantize(model, args.quantization)
+    choose_formats(model, args.quantization, compute.kernels)
     progress = _Progress(heartbeat, visible=parallel.rank == 0 and sys.stderr.isatty())
     started = time.monotonic()
     if args.load_format == "dummy":
@@ -157,7 +156,7 @@ def build_runner(
         max_slots=args.max_running_requests,
         context_length=spec.context_length,
         tokenizer_file=Path(spec.tokenizer_folder) / "tokenizer.json",
-        argmax=compute.operations.kernels.argmax if isinstance(compute.operations, KernelOperations) else None,
+        argmax=None if compute.kernels is None else compute.kernels.argmax,
     )
 
 

@@ -3,7 +3,6 @@
 Knows nothing of files: a loader reads the parts, from wherever, into one buffer a weight and installs it.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,7 +31,7 @@ class Part:
 
 @dataclass(frozen=True)
 class LoadItem:
-    """One buffer to read and the weights that share it (tied embedding and head share one)."""
+    """One buffer to read and the weights that take it, in this order (a tied head, then the embedding, share one)."""
 
     weights: tuple[Weight, ...]
     parts: tuple[Part, ...]
@@ -42,7 +41,7 @@ def load_items(model: Qwen3) -> Iterator[LoadItem]:
     """All weights of `model`, in the order in which a checkpoint usually has them."""
     config = model.config
     tied = (model.head.weight,) if config.tie_word_embeddings else ()
-    yield _vocabulary("model.embed_tokens.weight", (model.embedding.weight, *tied), model)
+    yield _vocabulary("model.embed_tokens.weight", (*tied, model.embedding.weight), model)
     for number, layer in enumerate(model.layers):
         prefix = f"model.layers.{number}"
         yield _whole(f"{prefix}.input_layernorm.weight", layer.attention_norm)
@@ -58,9 +57,8 @@ def load_items(model: Qwen3) -> Iterator[LoadItem]:
 
 
 def weight_bytes(model: Qwen3) -> int:
-    """Bytes of all weights of this rank; a tied head is counted once, as it has the embedding's values."""
-    items = load_items(model)
-    return sum(math.prod(item.weights[0].shape) * item.weights[0].dtype.itemsize for item in items)
+    """Bytes of memory that this rank's weights take, once they are installed."""
+    return sum(weight.nbytes for item in load_items(model) for weight in item.weights)
 
 
 def _whole(name: str, norm: RMSNorm) -> LoadItem:

@@ -5,11 +5,10 @@ row-parallel ones split their input and end in one all-reduce.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3.parallel import Group, kv_head_shard, shard
-from qwen3.weight import MatrixWeight, Weight
+from qwen3.weight import EmbeddingWeight, MatrixWeight
 
 
 class ColumnParallelLinear:
@@ -67,19 +66,28 @@ class QKVLinear:
 
 
 class VocabParallelEmbedding:
-    """Token ids [T] -> [T, H]. Each rank holds an equal range of the vocabulary and contributes the rows it has."""
+    """Token ids [T] -> [T, H]. Each rank holds an equal range of the vocabulary and contributes the rows it has.
+
+    tied: the head's weight, where the embedding has the same values.
+    """
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, group: Group, dtype: torch.dtype, device: torch.device
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        group: Group,
+        dtype: torch.dtype,
+        device: torch.device,
+        tied: MatrixWeight | None = None,
     ) -> None:
         self.group = group
         self.vocab = shard(vocab_size, group)
-        self.weight = Weight((self.vocab.stop - self.vocab.start, hidden_size), dtype, device)
+        self.weight = EmbeddingWeight(self.vocab.stop - self.vocab.start, hidden_size, dtype, device, tied)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         if self.group.size == 1:
-            return F.embedding(token_ids, self.weight.tensor)
+            return self.weight.rows(token_ids)
         local = token_ids - self.vocab.start
         elsewhere = (local < 0) | (local >= self.vocab.stop - self.vocab.start)
-        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight.tensor)
+        rows = self.weight.rows(local.masked_fill(elsewhere, 0))
         return self.group.all_reduce(rows.masked_fill_(elsewhere.unsqueeze(-1), 0))

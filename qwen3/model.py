@@ -68,7 +68,15 @@ class Qwen3:
         self.device = device
         self.operations = operations
         expert_dispatch = make_dispatch(dispatch, parallel)
-        self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, parallel.tp, dtype, device)
+        self.head = ColumnParallelLinear(config.hidden_size, config.vocab_size, parallel.tp, dtype, device)
+        self.embedding = VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            parallel.tp,
+            dtype,
+            device,
+            tied=self.head.weight if config.tie_word_embeddings else None,
+        )
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, dtype, device)
         self.layers = [
             DecoderLayer(
@@ -84,7 +92,6 @@ class Qwen3:
             for layer in range(config.num_hidden_layers)
         ]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self.head = ColumnParallelLinear(config.hidden_size, config.vocab_size, parallel.tp, dtype, device)
 
     def forward(self, token_ids: Tensor, positions: Tensor, backend: AttentionBackend, metadata: Any) -> Tensor:
         """Final hidden states, after the last norm.

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from qwen3.weight import ProductOnly
+
 GROUP_SIZE = 32
 OUTPUT_MULTIPLE = 16  # torch's kernel takes outputs in multiples of it
 LEVELS = 16
@@ -11,7 +13,7 @@ REFITS = 1
 CHUNK = 256  # rows quantised at a time, so that what is in between stays in the cache; the kernel packs 64 together
 
 
-class Int4Matrix:
+class Int4Matrix(ProductOnly):
     """[out, in], in % GROUP_SIZE == 0 and out % OUTPUT_MULTIPLE == 0, in the layout of torch's own kernel."""
 
     def __init__(self, matrix: Tensor) -> None:
@@ -24,6 +26,7 @@ class Int4Matrix:
             self._packed[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
             self._scales[:, rows, 0] = scales.T
             self._scales[:, rows, 1] = offsets.T
+        self.nbytes = self._packed.nbytes + self._scales.nbytes
 
     def multiply(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out], in x's dtype."""

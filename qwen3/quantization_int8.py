@@ -6,6 +6,8 @@ Sums are exact integers, so a row's result has the same bits whatever the other 
 import torch
 from torch import Tensor
 
+from qwen3.weight import ProductOnly
+
 LEVELS = 127  # of weights, on either side of zero
 # Instructions before VNNI add pairs of products in 16 bits, which saturate, unless activations have a bit less.
 ACTIVATION_LEVELS = (127, 63)
@@ -13,7 +15,7 @@ CHUNK = 256  # rows of weights quantised at a time, so that what is in between s
 SMALLEST = 1e-30  # of a row's largest value: rows of zeros have a scale too
 
 
-class Int8Matrix:
+class Int8Matrix(ProductOnly):
     """[out, in], packed by oneDNN.
 
     activation_levels: of a row of activations, on either side of zero. They are shifted into uint8: oneDNN multiplies
@@ -30,6 +32,7 @@ class Int8Matrix:
             codes[rows], self._scales[rows] = quantize_rows(matrix[rows])
         self._zeros = torch.zeros(matrix.shape[0], dtype=torch.int32)
         self._packed: Tensor = torch.ops.onednn.qlinear_prepack(codes, None)
+        self.nbytes = codes.nbytes + self._scales.nbytes + self._zeros.nbytes
 
     def multiply(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out], in x's dtype. A row that is not finite gives one that is not."""

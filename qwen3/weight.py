@@ -1,9 +1,8 @@
 """Holders of one rank's weights: declared with a shape, filled once by the loader, kept in the fastest layout.
 
-On a CPU that has them, matrices are kept only in oneDNN's packed layout; the plain copy is dropped. In bf16 the linears
-of the 0.6B shape then take two thirds of the time of `F.linear` at 1 to 16 rows, which is the time of reading the
-weights, and as much at 512. In fp32, 16 rows take half the time, and no row's result depends on how many others there
-are.
+Which layout that is may be said from outside (`keep_as`); the formats here are torch's own. On a CPU that has them,
+matrices are kept only in oneDNN's packed layout; the plain copy is dropped. In fp32, 16 rows then take half the time of
+`F.linear`, and no row's result depends on how many others there are.
 """
 
 from collections.abc import Callable
@@ -34,10 +33,17 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 class Matrix(Protocol):
-    """An [out, in] matrix in some format."""
+    """An [out, in] matrix in some format. nbytes: of memory that it takes. keeps_rows: whether it can do `rows`."""
+
+    nbytes: int
+    keeps_rows: bool
 
     def multiply(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out], in x's dtype."""
+        ...
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the matrix with the bits that it was made of: [n] int32 or int64 -> [n, in]."""
         ...
 
 
@@ -47,18 +53,34 @@ MatrixFormat = Callable[[Tensor], Matrix]  # makes one of a plain matrix, which 
 class PlainMatrix:
     """As it comes."""
 
+    keeps_rows = True
+
     def __init__(self, matrix: Tensor) -> None:
         self.tensor = matrix
+        self.nbytes = matrix.nbytes
 
     def multiply(self, x: Tensor) -> Tensor:
         return F.linear(x, self.tensor)
 
+    def rows(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.tensor)
 
-class PackedMatrix:
+
+class ProductOnly:
+    """What formats have in common of which no row can be had again."""
+
+    keeps_rows = False
+
+    def rows(self, ids: Tensor) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} keeps no rows")
+
+
+class PackedMatrix(ProductOnly):
     """In oneDNN's layout."""
 
     def __init__(self, matrix: Tensor) -> None:
         self._packed = pack(matrix)
+        self.nbytes = matrix.nbytes
 
     def multiply(self, x: Tensor) -> Tensor:
         """In fp32 a row's sums are in the same order for any number of rows but one, so one row is computed as two."""
@@ -93,6 +115,11 @@ class Weight:
         self._check(tensor)
         self._tensor = tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes once it is installed."""
+        return self.tensor.nbytes
+
     def _check(self, tensor: Tensor) -> None:
         assert tuple(tensor.shape) == self.shape, f"{tuple(tensor.shape)} installed into {self.shape}"
         assert tensor.dtype == self.dtype
@@ -113,6 +140,16 @@ class MatrixWeight(Weight):
         assert isinstance(self._matrix, PlainMatrix), "no plain matrix is kept"
         return self._matrix.tensor
 
+    @property
+    def matrix(self) -> Matrix:
+        """As it is kept; only after `install`."""
+        assert self._matrix is not None, "weight used before it was loaded"
+        return self._matrix
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes
+
     def keep_as(self, matrix_format: MatrixFormat) -> None:
         """Choose what `install` makes of the matrix."""
         assert self._matrix is None
@@ -124,8 +161,42 @@ class MatrixWeight(Weight):
 
     def multiply(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""
-        assert self._matrix is not None, "weight used before it was loaded"
-        return self._matrix.multiply(x)
+        return self.matrix.multiply(x)
+
+
+class EmbeddingWeight(Weight):
+    """A [vocab, hidden] matrix whose rows are looked up.
+
+    tied: the head's weight, if that has the same values and is installed first. Where it can give rows, they are its
+    own, and this one takes no memory.
+    """
+
+    def __init__(
+        self, rows: int, width: int, dtype: torch.dtype, device: torch.device, tied: MatrixWeight | None
+    ) -> None:
+        super().__init__((rows, width), dtype, device)
+        self._tied = tied
+
+    @property
+    def tensor(self) -> Tensor:
+        """The plain tensor; only after `install` and where there is one."""
+        return super().tensor if self._lender is None else self._lender.tensor
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._lender is not None else super().nbytes
+
+    def install(self, tensor: Tensor) -> None:
+        if self._lender is None:
+            super().install(tensor)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """[n] int32 or int64, each below the number of rows -> [n, hidden]."""
+        return F.embedding(ids, self.tensor) if self._lender is None else self._lender.matrix.rows(ids)
+
+    @property
+    def _lender(self) -> MatrixWeight | None:
+        return self._tied if self._tied is not None and self._tied.matrix.keeps_rows else None
 
 
 class ExpertWeight(Weight):
@@ -148,6 +219,10 @@ class ExpertWeight(Weight):
         self._matrices = [self._format(matrix) for matrix in tensor]
         if self._format is PlainMatrix:
             self._tensor = tensor  # which the matrices are views of
+
+    @property
+    def nbytes(self) -> int:
+        return sum(matrix.nbytes for matrix in self._matrices)
 
     def multiply_grouped(self, x: Tensor, counts: Tensor) -> Tensor:
         """Rows sorted by expert, `counts` [experts] int64 of them for each: [rows, in] -> [rows, out].

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model_worker.cpu_kernels.build import COMPILERS, BuildError, build
 from model_worker.cpu_kernels.library import open_library
+from model_worker.cpu_kernels.linear import SlabWeights, WeightFormat
 from model_worker.cpu_kernels.openmp import parallel_function
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,8 @@ class CpuKernels:
         self._rope = library.vsl_qkv_rope_store
         self._silu = library.vsl_silu_mul
         self._argmax = library.vsl_argmax
+        self._linear = library.vsl_linear
+        self._can_multiply = library.vsl_can_multiply
         self.instruction_set: str = library.vsl_instruction_set(self._context).decode()
 
     def __del__(self) -> None:
@@ -331,6 +334,31 @@ class CpuKernels:
             out.data_ptr(),
             rows,
             size,
+        )
+        return out
+
+    def can_multiply(self, weight_format: WeightFormat) -> bool:
+        """Whether this CPU has the instructions for it."""
+        return bool(self._can_multiply(weight_format))
+
+    def linear(self, x: Tensor, weights: SlabWeights) -> Tensor:
+        """x times the matrix, transposed. x: [T, inputs], its last dimension contiguous, its rows an even number of
+        elements apart; fp32 for int8 and int4 weights only. Returns [T, outputs], in x's dtype.
+        """
+        rows, inputs = x.shape
+        assert inputs == weights.inputs
+        assert x.stride(1) == 1
+        assert x.stride(0) % 2 == 0
+        assert x.dtype == torch.bfloat16 or weights.format != WeightFormat.BF16
+        out = x.new_empty((rows, weights.outputs))
+        self._linear(
+            self._context,
+            _DTYPES[x.dtype],
+            *weights.arguments,
+            x.data_ptr(),
+            x.stride(0),
+            rows,
+            out.data_ptr(),
         )
         return out
 

@@ -7,7 +7,7 @@ from pathlib import Path
 _TYPES = {"p": c_void_p, "i": c_int, "q": c_int64, "f": c_float}
 _POOL = "pp qqqqq"  # keys, values; page size, the strides of page, token and head; where in a page int8's scales begin
 
-# One letter an argument, in the order of kernels.cpp; the first is always the context.
+# One letter an argument, in the order of kernels.cpp; the first is the context, unless there is none yet or no need.
 _ARGUMENTS = {
     "vsl_create": "pi",
     "vsl_destroy": "p",
@@ -18,8 +18,10 @@ _ARGUMENTS = {
     "vsl_qkv_rope_store": f"pi pq pp f ppq p {_POOL} p q iii",
     "vsl_silu_mul": "pi ppq p qq",
     "vsl_argmax": "pi pq p qq",
+    "vsl_can_multiply": "i",
+    "vsl_linear": "pii pp qq pq q p",
 }
-_RESULTS = {"vsl_create": c_void_p, "vsl_instruction_set": c_char_p}
+_RESULTS = {"vsl_create": c_void_p, "vsl_instruction_set": c_char_p, "vsl_can_multiply": c_int}
 
 
 def open_library(path: Path) -> ctypes.CDLL:

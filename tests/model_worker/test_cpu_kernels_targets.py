@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from model_worker.cpu_kernels import CpuKernels, load
+from model_worker.cpu_kernels.linear import WeightFormat
 from tests.model_worker import test_cpu_kernels_attention as attention
 from tests.model_worker import test_cpu_kernels_elementwise as elementwise
+from tests.model_worker import test_cpu_kernels_linear as linear
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -62,3 +64,11 @@ def test_elementwise(kernels: CpuKernels, dtype: torch.dtype) -> None:
     elementwise.test_silu_mul(kernels, dtype, 9, 3072)
     elementwise.test_argmax(kernels, dtype, 5, 1000)
     elementwise.test_argmax_of_special_values(kernels, dtype)
+
+
+@pytest.mark.parametrize("kind", WeightFormat)
+def test_linear(kernels: CpuKernels, kind: WeightFormat) -> None:
+    linear.test_products_are_those_of_what_is_stored(kernels, kind, (200, 96))
+    linear.test_products_are_those_of_what_is_stored(kernels, kind, (130, 448))
+    linear.test_rows_apart(kernels, kind, 5)
+    linear.test_a_row_that_is_not_finite_shows_and_stays_alone(kernels, kind, 12, float("inf"))

@@ -12,7 +12,10 @@ from torch import Tensor
 from examples.tiny_model.prompts import ClosedPrompt, answer_of, closed_answer_prompts
 from examples.tiny_model.template import Message, render_chat
 from model_worker.compute import choose_compute
-from model_worker.quantization import quantize
+from model_worker.cpu_kernels import load
+from model_worker.cpu_kernels.linear import WeightFormat
+from model_worker.matrix_formats import choose_formats
+from model_worker.slab_matrix import QuantizedSlabMatrix
 from model_worker.weights import load_weights
 from qwen3.mlp import MLP
 from qwen3.model import Qwen3
@@ -141,19 +144,33 @@ def test_experts_are_quantised_one_by_one(make: MatrixFormat) -> None:
     assert torch.equal(product, expected)
 
 
-def model_of(folder: Path, kind: str, dtype: torch.dtype, parallel: ParallelState | None = None) -> Qwen3:
+def model_of(
+    folder: Path, kind: str, dtype: torch.dtype, parallel: ParallelState | None = None, *, kernels: bool = True
+) -> Qwen3:
+    """kernels: whether those of this project may multiply, or torch's own only."""
     config = ModelConfig.from_folder(folder)
-    operations = choose_compute(dtype, CPU, config.head_dim).operations
-    model = Qwen3(config, parallel or ParallelState(), dtype, CPU, operations)
-    quantize(model, kind)
+    compute = choose_compute(dtype, CPU, config.head_dim)
+    model = Qwen3(config, parallel or ParallelState(), dtype, CPU, compute.operations)
+    choose_formats(model, kind, compute.kernels if kernels else None)
     load_weights(model, folder)
     return model
 
 
-@pytest.mark.parametrize(("kind", "made"), [("int8", Int8Matrix), ("int4", Int4Matrix)])
-def test_routers_and_embeddings_keep_their_format(tmp_path: Path, kind: str, made: type) -> None:
+@pytest.mark.parametrize(
+    ("kind", "kernels", "made"),
+    [
+        ("int8", False, Int8Matrix),
+        ("int4", False, Int4Matrix),
+        ("int8", True, QuantizedSlabMatrix),
+        ("int4", True, QuantizedSlabMatrix),
+    ],
+)
+def test_routers_and_embeddings_keep_their_format(tmp_path: Path, kind: str, kernels: bool, made: type) -> None:
+    own = load()
+    if kernels and kind == "int8" and (own is None or not own.can_multiply(WeightFormat.INT8)):
+        pytest.skip("the kernels need AVX512-VNNI for int8")
     make_checkpoint(tmp_path, MOE)
-    model = model_of(tmp_path, kind, torch.float32)
+    model = model_of(tmp_path, kind, torch.float32, kernels=kernels)
     block = model.layers[0].feed_forward
     assert isinstance(block, MoEBlock)
     assert isinstance(block.router.weight._matrix, PackedMatrix)
@@ -206,10 +223,10 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     config = ModelConfig.from_folder(tmp_path)
     model = Qwen3(config, half(0), torch.float32, CPU, TorchOperations())
     with pytest.raises(ConfigError, match="one of 48 inputs and 64 outputs: use a smaller --tp, or int8"):
-        quantize(model, "int4")
+        choose_formats(model, "int4", None)
     meta = Qwen3(config, ParallelState(), torch.float32, torch.device("meta"), TorchOperations())
     with pytest.raises(ConfigError, match="--quantization int4 runs on CPU only, not on meta"):
-        quantize(meta, "int4")
+        choose_formats(meta, "int4", None)
 
 
 class Tiny:

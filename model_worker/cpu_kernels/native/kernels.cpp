@@ -3,6 +3,7 @@
 // `scales` is not 0, int8 with scales that begin so many bytes after each page's start (kv_int8.h).
 #include "attention.h"
 #include "elementwise.h"
+#include "linear_run.h"
 
 using namespace vsl;
 
@@ -122,6 +123,18 @@ void vsl_argmax(void* context, int dtype, const void* x, int64_t stride, int64_t
     with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         argmax(*(Context*)context, (const T*)x, stride, out, rows, size);
+    });
+}
+
+// Whether this CPU multiplies weights of a format, 0 bf16, 1 int8, 2 int4; see linear.h for their layouts.
+int vsl_can_multiply(int format) { return can_multiply(format); }
+
+void vsl_linear(void* context, int dtype, int format, const void* weights, const float* scales, int64_t inputs,
+                int64_t outputs, const void* x, int64_t x_stride, int64_t rows, void* out) {
+    with_dtype(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        run_linear(*(Context*)context, Linear<T>{format, (const uint8_t*)weights, scales, inputs, outputs, (const T*)x,
+                                                 x_stride, rows, (T*)out, outputs});
     });
 }
 

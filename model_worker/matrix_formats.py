@@ -1,4 +1,4 @@
-"""`--quantization`: matrices kept in 8 or 4 bits on a CPU, made one by one as a checkpoint's own are installed.
+"""Chooses how a rank keeps its matrices, also by `--quantization`; each is made as a checkpoint's own is installed.
 
 What is quantised: every linear layer, the head and the experts. What is not: the embedding (rows are looked up, not
 multiplied), norms, and the router of MoE layers (tiny, and a wrong choice of expert is the costliest error there is).
@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Literal, get_args
 
+import torch
+
+from model_worker.cpu_kernels import CpuKernels
+from model_worker.cpu_kernels.linear import INPUT_MULTIPLE, WeightFormat
+from model_worker.slab_matrix import SlabFormats
 from qwen3.mlp import MLP
 from qwen3.model import Qwen3
 from qwen3.quantization_int4 import GROUP_SIZE, OUTPUT_MULTIPLE, Int4Matrix
@@ -18,27 +23,42 @@ from runtime.errors import ConfigError
 Quantization = Literal["none", "int8", "int4"]
 
 
-def quantize(model: Qwen3, kind: str) -> None:
-    """Let `model` keep its matrices as `kind` says; call it before the weights are loaded.
+def choose_formats(model: Qwen3, quantization: str, kernels: CpuKernels | None) -> None:
+    """Let `model` keep its matrices as `quantization` says; call it before the weights are loaded.
+
+    kernels: this machine's, if any; what they cannot multiply, torch's own kernels do.
 
     Raises ConfigError (field quantization) for a GPU, a CPU without the kernels, or a matrix that int4 cannot hold.
     """
-    assert kind in get_args(Quantization), kind
-    if kind == "none":
-        return
-    if model.device.type != "cpu":
+    assert quantization in get_args(Quantization), quantization
+    if quantization != "none" and model.device.type != "cpu":
         raise ConfigError(
-            f"--quantization {kind} runs on CPU only, not on {model.device.type}: use --device cpu, or none",
+            f"--quantization {quantization} runs on CPU only, not on {model.device.type}: use --device cpu, or none",
             field="quantization",
         )
-    matrix_format = _int8_format() if kind == "int8" else Int4Matrix
+    fast = _kernel_format(model.dtype, quantization, kernels)
     for weight in _matrices(model):
-        if kind == "int4":
+        if quantization == "int4":
             _check_int4(weight)
-        weight.keep_as(matrix_format)
+        if fast is not None and weight.shape[-1] % INPUT_MULTIPLE == 0:
+            weight.keep_as(fast)
+        elif quantization != "none":
+            weight.keep_as(Int4Matrix if quantization == "int4" else _torch_int8())
 
 
-def _int8_format() -> MatrixFormat:
+def _kernel_format(dtype: torch.dtype, quantization: str, kernels: CpuKernels | None) -> MatrixFormat | None:
+    """The kernels' format, if they have one."""
+    if kernels is None:
+        return None
+    formats = SlabFormats(kernels)
+    if quantization == "int4":
+        return formats.int4
+    if quantization == "int8":
+        return formats.int8 if kernels.can_multiply(WeightFormat.INT8) else None
+    return formats.bf16 if dtype == torch.bfloat16 else None
+
+
+def _torch_int8() -> MatrixFormat:
     levels = choose_activation_levels()
     if levels is None:
         raise ConfigError(

@@ -1,0 +1,192 @@
+// Linear layers: out[row, o] = sum over i of x[row, i] x w[o, i], for weights kept in bfloat16, int8 or int4.
+//
+// Layout of the weights. 64 outputs lie side by side in a "slab"; a slab is one stretch of memory that is read from
+// its first byte to its last, so that one row is multiplied as fast as memory is read:
+//
+//   bf16  [slab][inputs / 2][64] units of 2 inputs
+//   int8  [slab][inputs / 4][64] units of 4 inputs, each code plus 128 and so without a sign
+//   int4  [slab][inputs / 32] groups of { [4][64] units of 8 inputs, [64] bf16 scales, [64] bf16 offsets }
+//
+// A unit is 32 bits of one output. In an int4 unit, input 2 j is nibble j of the lower half and input 2 j + 1 nibble j
+// of the upper half; code c stands for (c - 8) x scale + offset. Outputs that fill up the last slab are zero.
+// Sixteen units of bf16 or int8 in a row are both a vector and a row of the tile that AMX multiplies by.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace vsl {
+
+constexpr int kSlab = 64;   // outputs
+constexpr int kGroup = 32;  // inputs that share a scale and an offset in int4
+constexpr int kPanels = kSlab / 16;
+constexpr int kGroupBytes = kSlab * kGroup / 2 + kSlab * 4;
+
+enum WeightFormat { kBf16 = 0, kInt8 = 1, kInt4 = 2 };
+
+template <class T>
+struct Linear {
+    int format;
+    const uint8_t* weights;
+    const float* scales;  // int8 only: one an output, slabs x 64
+    int64_t inputs, outputs;
+    const T* x;
+    int64_t x_stride, rows;
+    T* out;
+    int64_t out_stride;
+};
+
+inline int64_t slab_bytes(int format, int64_t inputs) {
+    if (format == kInt4) return inputs / kGroup * kGroupBytes;
+    return inputs * kSlab * (format == kBf16 ? 2 : 1);
+}
+
+template <class T>
+inline int64_t slab_count(const Linear<T>& linear) {
+    return (linear.outputs + kSlab - 1) / kSlab;
+}
+
+// Rounds the sums of a slab's outputs of one row into place, `left` outputs of them.
+template <class T>
+inline void store_slab(const float* sums, T* out, int64_t left) {
+    for (int i = 0; i < kSlab && i < left; i += kLanes) {
+        if (left - i >= kLanes)
+            store(out + i, load(sums + i));
+        else
+            store_part(out + i, load(sums + i), (int)(left - i));
+    }
+}
+
+// ------------------------------------------------------------------------------------------- x in other forms
+
+// Rows in 8 bits with a scale each, for int8 weights.
+struct QuantizedRows {
+    int8_t* codes;  // [rows][inputs]
+    float* scales;  // [rows]; NaN for a row that is not finite
+    int32_t* sums;  // [rows], of 128 x the codes
+
+    static size_t bytes(int64_t rows, int64_t inputs) { return (rows * inputs + 63) / 64 * 64 + rows * 8; }
+
+    QuantizedRows(void* memory, int64_t rows, int64_t inputs)
+        : codes((int8_t*)memory),
+          scales((float*)(codes + (rows * inputs + 63) / 64 * 64)),
+          sums((int32_t*)(scales + rows)) {}
+};
+
+template <class T>
+inline void quantize_row(const T* x, int64_t inputs, int8_t* codes, float* scale, int32_t* sum) {
+    constexpr float kLevels = 127, kSmallest = 1e-30f;  // a row of zeros has a scale too
+    vf most = {}, nothing = {};
+    for (int64_t i = 0; i < inputs; i += kLanes) {
+        const vf v = load(x + i);
+        most = vmax(most, vmax(v, -v));
+        nothing += v * splat(0.0f);  // NaN if v is not finite
+    }
+    const float largest = std::fmax(maximum(most), kSmallest);
+    const vf factor = splat(kLevels / largest);
+    vi total = {};
+    for (int64_t i = 0; i < inputs; i += kLanes) {
+        // Adding 1.5 x 2^23 rounds to a whole number, to even on ties, in the lowest bits.
+        const vi code = (vi)(load(x + i) * factor + splat(12582912.0f)) - splat((int32_t)0x4b400000);
+        total += code;
+        typedef int8_t vc __attribute__((vector_size(kLanes)));
+        const vc narrow = __builtin_convertvector(code, vc);
+        std::memcpy(codes + i, &narrow, sizeof narrow);
+    }
+    int32_t codes_sum = 0;
+    for (int j = 0; j < kLanes; j++) codes_sum += total[j];
+    *sum = 128 * codes_sum;
+    *scale = largest / kLevels + vsl::sum(nothing);
+}
+
+template <class T>
+inline void quantize_rows(Context& context, const Linear<T>& linear, const QuantizedRows& rows) {
+    run_ranges(context, linear.rows, std::max<int64_t>(1, 16384 / linear.inputs), [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; r++)
+            quantize_row(linear.x + r * linear.x_stride, linear.inputs, rows.codes + r * linear.inputs,
+                         rows.scales + r, rows.sums + r);
+    });
+}
+
+// sums[row][group]: x summed over each group of inputs, which is what an int4 group's offset multiplies.
+template <class T>
+inline void sum_groups(const Linear<T>& linear, float* sums) {
+    for (int64_t r = 0; r < linear.rows; r++)
+        for (int64_t i = 0; i < linear.inputs; i += kGroup) {
+            vf total = {};
+            for (int j = 0; j < kGroup; j += kLanes) total += load(linear.x + r * linear.x_stride + i + j);
+            *sums++ = sum(total);
+        }
+}
+
+// ------------------------------------------------------------------------------------------ any CPU, in fp32
+
+// kLanes outputs' weights for the inputs of one unit.
+template <int kFormat>
+inline void widen_units(const uint32_t* units, vf* weights) {
+    vu u;
+    std::memcpy(&u, units, sizeof u);
+    if (kFormat == kBf16) {
+        weights[0] = (vf)(u << 16);
+        weights[1] = (vf)(u & 0xffff0000u);
+    } else {
+        for (int j = 0; j < 4; j++) {
+            weights[2 * j] = __builtin_convertvector((vi)((u >> (4 * j)) & 15), vf) - splat(8.0f);
+            weights[2 * j + 1] = __builtin_convertvector((vi)((u >> (16 + 4 * j)) & 15), vf) - splat(8.0f);
+        }
+    }
+}
+
+// Adds to sums[kRows][64]. x: [kRows] rows of fp32, `stride` apart. group_sums as x, for int4.
+// The slab is worked on in blocks of inputs that stay in the first-level cache.
+template <int kFormat, int kRows>
+inline void float_slab(const uint8_t* slab, const float* x, int64_t stride, const float* group_sums, int64_t inputs,
+                       float* sums) {
+    constexpr int kDepth = kFormat == kBf16 ? 2 : 8, kBlock = kGroup;
+    constexpr int kBlockBytes = kFormat == kBf16 ? kBlock * kSlab * 2 : kGroupBytes;
+    for (int64_t i = 0; i < inputs; i += kBlock, slab += kBlockBytes) {
+        for (int line = 0; line < kBlockBytes; line += 64) __builtin_prefetch(slab + kBlockBytes + line);
+        for (int j = 0; j < kSlab; j += kLanes) {
+            vf block[kRows] = {};
+            const uint32_t* units = (const uint32_t*)slab + j;
+            for (int k = 0; k < kBlock; k += kDepth, units += kSlab) {
+                vf weights[kDepth];
+                widen_units<kFormat>(units, weights);
+                for (int d = 0; d < kDepth; d++)
+                    for (int r = 0; r < kRows; r++) block[r] += weights[d] * splat(x[r * stride + i + k + d]);
+            }
+            if (kFormat == kInt4) {
+                const bf16* const scales = (const bf16*)(slab + kSlab * kGroup / 2) + j;
+                const vf scale = load(scales), offset = load(scales + kSlab);
+                for (int r = 0; r < kRows; r++)
+                    block[r] = block[r] * scale + offset * splat(group_sums[(r * inputs + i) / kGroup]);
+            }
+            for (int r = 0; r < kRows; r++) store(sums + r * kSlab + j, load(sums + r * kSlab + j) + block[r]);
+        }
+    }
+}
+
+template <int kFormat, class T>
+inline void float_rows(const Linear<T>& linear, const float* x, const float* group_sums, int64_t slab) {
+    constexpr int kRows = 4;
+    const uint8_t* const weights = linear.weights + slab * slab_bytes(kFormat, linear.inputs);
+    for (int64_t row = 0; row < linear.rows;) {
+        const int64_t inputs = linear.inputs;
+        const float *const rows = x + row * inputs, *const groups = group_sums + row * (inputs / kGroup);
+        const int count = linear.rows - row >= kRows ? kRows : 1;
+        float sums[kRows * kSlab] = {};
+        if (count == kRows)
+            float_slab<kFormat, kRows>(weights, rows, inputs, groups, inputs, sums);
+        else
+            float_slab<kFormat, 1>(weights, rows, inputs, groups, inputs, sums);
+        for (int r = 0; r < count; r++, row++)
+            store_slab(sums + r * kSlab, linear.out + row * linear.out_stride + slab * kSlab,
+                       linear.outputs - slab * kSlab);
+    }
+}
+
+}  // namespace vsl

@@ -1,0 +1,290 @@
+// Linear layers on AMX: tiles of 16 rows of x times tiles of 16 outputs, summed in tile registers. See linear.h for the
+// layout of the weights, of which sixteen rows of units are a tile's height.
+//
+// Registers: 0-3 sums, 4 and 5 rows of x, 6 and 7 weights. What decides is how many cache lines have to come from the
+// second-level cache for each product of two tiles.
+#pragma once
+
+#include "dot.h"
+#include "linear_dot.h"
+
+#if defined(VSL_AMX) && defined(__AMX_INT8__) && defined(VSL_VNNI)
+#define VSL_AMX_LINEAR 1
+
+namespace vsl {
+
+constexpr int kTileBytes = 1024, kTileSums = 256;
+constexpr int kFewRows = 32;     // with more, x is first copied into tiles that lie one after another
+constexpr int kAmxInt4Rows = 5;  // from here on unpacking int4 into tiles of bf16 costs less than vectors do
+constexpr int kBlockSteps = 8;   // of many rows: so much of a slab stays in the first-level cache
+
+struct Bf16Tiles {
+    static constexpr bool kWhole = false;  // whether sums are whole numbers
+};
+struct Int8Tiles {
+    static constexpr bool kWhole = true;
+};
+
+#define VSL_TILE_DOT(sum, x, weights)            \
+    do {                                         \
+        if constexpr (Kind::kWhole)              \
+            _tile_dpbsud(sum, x, weights);       \
+        else                                     \
+            _tile_dpbf16ps(sum, x, weights);     \
+    } while (0)
+
+// Where tiles are: tile (step k, block j of 16 outputs, or of 16 rows of x) begins at base + k x step + j x block, its
+// rows `row` bytes apart.
+struct TileLayout {
+    const uint8_t* base;
+    int64_t step, block, row;
+
+    static TileLayout slab(const uint8_t* slab) { return {slab, 16 * kSlab * 4, 64, kSlab * 4}; }
+    static TileLayout rows(const void* x, int64_t stride) { return {(const uint8_t*)x, 64, 16 * stride, stride}; }
+    static TileLayout copied(const uint8_t* tiles, int64_t steps) {
+        return {tiles, kTileBytes, steps * kTileBytes, 64};
+    }
+
+    const uint8_t* at(int64_t k, int64_t j) const { return base + k * step + j * block; }
+};
+
+// The registers' heights: 16 rows of x and `lower` more.
+inline void configure_tiles(int upper, int lower) {
+    alignas(64) uint8_t palette[64] = {1};
+    const int heights[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
+    for (int tile = 0; tile < 8; tile++) {
+        palette[16 + 2 * tile] = 64;
+        palette[48 + tile] = heights[tile] > 0 ? heights[tile] : 1;
+    }
+    finish_stores(palette);
+    _tile_loadconfig(palette);
+}
+
+// At most 16 rows, block `block` of x, against the four panels; weights where they lie. sums: 4 tiles.
+template <class Kind>
+inline void tile_row_block(const TileLayout& w, int64_t steps, const TileLayout& x, int64_t block, uint8_t* sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < steps; k++) {
+        for (int line = 0; line < 4 * kTileBytes; line += 64)
+            _mm_prefetch((const char*)w.at(k + 1, 0) + line, _MM_HINT_T0);
+        _tile_loadd(4, x.at(k, block), x.row);
+        _tile_loadd(6, w.at(k, 0), w.row);
+        VSL_TILE_DOT(0, 4, 6);
+        _tile_loadd(7, w.at(k, 1), w.row);
+        VSL_TILE_DOT(1, 4, 7);
+        _tile_loadd(6, w.at(k, 2), w.row);
+        VSL_TILE_DOT(2, 4, 6);
+        _tile_loadd(7, w.at(k, 3), w.row);
+        VSL_TILE_DOT(3, 4, 7);
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + kTileBytes, 64);
+    _tile_stored(2, sums + 2 * kTileBytes, 64);
+    _tile_stored(3, sums + 3 * kTileBytes, 64);
+    finish_stores(sums);
+}
+
+// Steps begin..end of up to 32 rows, blocks `block` and the next, against two panels. w: those steps' tiles of both
+// panels. sums: 4 tiles, the upper rows' first; added to unless begin is 0.
+template <class Kind>
+inline void tile_two_by_two(const uint8_t* w, int64_t begin, int64_t end, const TileLayout& x, int64_t block,
+                            uint8_t* sums) {
+    if (begin == 0) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + kTileBytes, 64);
+        _tile_loadd(2, sums + 2 * kTileBytes, 64);
+        _tile_loadd(3, sums + 3 * kTileBytes, 64);
+    }
+    for (int64_t k = begin; k < end; k++, w += 2 * kTileBytes) {
+        _tile_loadd(6, w, 64);
+        _tile_loadd(4, x.at(k, block), x.row);
+        VSL_TILE_DOT(0, 4, 6);
+        _tile_loadd(7, w + kTileBytes, 64);
+        VSL_TILE_DOT(1, 4, 7);
+        _tile_loadd(5, x.at(k, block + 1), x.row);
+        VSL_TILE_DOT(2, 5, 6);
+        VSL_TILE_DOT(3, 5, 7);
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + kTileBytes, 64);
+    _tile_stored(2, sums + 2 * kTileBytes, 64);
+    _tile_stored(3, sums + 3 * kTileBytes, 64);
+    finish_stores(sums);
+}
+
+// Hands two panels' sums to store(row, first output, 16 sums of each).
+template <class Store>
+inline void store_tiles(const int32_t* tiles, int panel, int64_t first_row, int rows, const Store& store) {
+    for (int r = 0; r < rows; r++)
+        store(first_row + r, panel * 16, tiles + r * 16, tiles + kTileSums + r * 16);
+}
+
+// Rows 0..rows against one slab whose memory is read here for the first time; at most kFewRows rows.
+template <class Kind, class Store>
+inline void tile_few_rows(const TileLayout& w, int64_t steps, const TileLayout& x, int rows, const Store& store) {
+    alignas(64) int32_t sums[kPanels * kTileSums];
+    for (int row = 0; row < rows; row += 16) {
+        const int count = std::min(16, rows - row);
+        configure_tiles(count, count);
+        tile_row_block<Kind>(w, steps, x, row / 16, (uint8_t*)sums);
+        for (int panel = 0; panel < kPanels; panel += 2)
+            store_tiles(sums + panel * kTileSums, panel, row, count, store);
+    }
+    _tile_release();
+}
+
+// One panel of an int4 group as a tile of bf16.
+inline void unpack_tile(const uint8_t* group, int panel, uint8_t* tile) {
+    const __m512i table = code_values(), upper = _mm512_set1_epi32((int)0xffff0000);
+    const bf16* const scales = (const bf16*)(group + kSlab * kGroup / 2) + panel * 16;
+    const __m512 scale = (__m512)load(scales), offset = (__m512)load(scales + kSlab);
+    for (int u = 0; u < 4; u++) {
+        const __m512i units = _mm512_loadu_si512(group + (u * kSlab + panel * 16) * 4);
+        for (int i = 0; i < 4; i++, tile += 64) {
+            const __m512i pair = _mm512_permutexvar_epi16(_mm512_srli_epi16(units, 4 * i), table);
+            const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+            const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pair, upper));
+            const __m512i low = _mm512_cvtepu16_epi32((__m256i)narrow((vf)_mm512_fmadd_ps(even, scale, offset)));
+            const __m512i high = _mm512_cvtepu16_epi32((__m256i)narrow((vf)_mm512_fmadd_ps(odd, scale, offset)));
+            _mm512_store_si512(tile, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+    }
+}
+
+// Steps begin..end of a slab as [two panels][step][panel][tile]: bf16 and int8 as they are, int4 as bf16.
+inline void copy_weights(int format, const uint8_t* slab, int64_t begin, int64_t end, uint8_t* tiles) {
+    for (int64_t k = begin; k < end; k++)
+        for (int panel = 0; panel < kPanels; panel++) {
+            uint8_t* const tile = tiles + ((panel / 2 * (end - begin) + k - begin) * 2 + panel % 2) * kTileBytes;
+            if (format == kInt4) {
+                unpack_tile(slab + k * kGroupBytes, panel, tile);
+                continue;
+            }
+            const uint8_t* const from = slab + k * (16 * kSlab * 4) + panel * 64;
+            for (int row = 0; row < 16; row++)
+                _mm512_store_si512(tile + row * 64, _mm512_loadu_si512(from + row * (kSlab * 4)));
+        }
+    finish_stores(tiles);
+}
+
+// Rows begin..end, begin a multiple of 32, against one slab. x: copied tiles. While rows are multiplied by some steps of
+// the slab, the weights that follow are asked for.
+template <class Kind, class Store>
+inline void tile_many_rows(int format, const uint8_t* slab, int64_t steps, const TileLayout& x, int64_t begin,
+                           int64_t end, Scratch& scratch, const Store& store) {
+    const int64_t step_bytes = format == kInt4 ? kGroupBytes : kPanels * kTileBytes;
+    const int64_t per_round = (kBlockSteps * step_bytes * 32 / (end - begin) + 63) / 64 * 64;
+    int32_t* const sums = (int32_t*)scratch.reserve((end - begin + 31) / 32 * 8 * kTileBytes);
+    alignas(64) uint8_t w[kBlockSteps * kPanels * kTileBytes];
+    for (int64_t k = 0; k < steps; k += kBlockSteps) {
+        const int64_t stop = std::min(steps, k + kBlockSteps);
+        copy_weights(format, slab, k, stop, w);
+        const uint8_t *next = slab + stop * step_bytes, *const next_end = next + kBlockSteps * step_bytes;
+        for (int64_t row = begin; row < end; row += 32) {
+            const int count = (int)std::min<int64_t>(32, end - row), lower = std::max(0, count - 16);
+            if (row == begin || count < 32) configure_tiles(std::min(16, count), lower);
+            for (int panel = 0; panel < kPanels; panel += 2) {
+                int32_t* const tiles = sums + ((row - begin) / 32 * 2 + panel / 2) * 4 * kTileSums;
+                tile_two_by_two<Kind>(w + panel * (stop - k) * kTileBytes, k, stop, x, row / 16, (uint8_t*)tiles);
+                if (stop < steps) continue;
+                store_tiles(tiles, panel, row, std::min(16, count), store);
+                store_tiles(tiles + 2 * kTileSums, panel, row + 16, lower, store);
+            }
+            for (const uint8_t* const until = next + per_round; next < until && next < next_end; next += 64)
+                _mm_prefetch((const char*)next, _MM_HINT_T1);
+        }
+    }
+    _tile_release();
+    _mm_sfence();  // for results that went past the caches
+}
+
+// ---------------------------------------------------------------------------------------------------- copied tiles
+
+// Bytes of `rows` rows of x as tiles; a multiple of 32 rows, which is what is read.
+inline size_t row_tiles_bytes(int64_t rows, int64_t steps) { return (rows + 31) / 32 * 2 * steps * kTileBytes; }
+
+// Rows of x, `stride` bytes apart, as [16 rows][step][tile].
+inline void copy_rows(Context& context, const uint8_t* x, int64_t stride, int64_t rows, int64_t steps, uint8_t* tiles) {
+    run_ranges(context, (rows + 15) / 16, 2, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin * 16; row < std::min(rows, end * 16); row++)
+            for (int64_t k = 0; k < steps; k++)
+                _mm512_storeu_si512(tiles + (row / 16 * steps + k) * kTileBytes + row % 16 * 64,
+                                    _mm512_loadu_si512(x + row * stride + k * 64));
+    });
+}
+
+// A slab of int4 as [step][panel][tile] of bf16.
+inline void unpack_slab(const uint8_t* slab, int64_t groups, uint8_t* tiles) {
+    for (int64_t g = 0; g < groups; g++, slab += kGroupBytes) {
+        for (int line = 0; line < kGroupBytes; line += 64) _mm_prefetch((const char*)slab + kAhead + line, _MM_HINT_T0);
+        for (int panel = 0; panel < kPanels; panel++, tiles += kTileBytes) unpack_tile(slab, panel, tiles);
+    }
+    finish_stores(tiles);
+}
+
+#undef VSL_TILE_DOT
+
+// ------------------------------------------------------------------------------------------------- a whole layer
+
+// Pieces of a layer with many rows: a block of rows against a slab. With all rows at once, those of x would fall out
+// of the second-level cache between one slab and the next.
+struct RowBlocks {
+    int64_t rows, height, slabs;
+
+    RowBlocks(int64_t rows, int64_t row_bytes, int64_t slabs) : rows(rows), slabs(slabs) {
+        constexpr int64_t kMostBytes = 1 << 20;
+        const int64_t blocks = (rows * row_bytes + kMostBytes - 1) / kMostBytes;
+        height = (rows + 32 * blocks - 1) / (32 * blocks) * 32;
+    }
+
+    int items() const { return (int)((rows + height - 1) / height * slabs); }
+    int64_t begin(int item) const { return item / slabs * height; }
+    int64_t end(int item) const { return std::min(rows, begin(item) + height); }
+};
+
+// x: rows of bf16 or of codes, `stride` bytes apart; copied: memory for them as tiles, if there are many.
+template <class Kind, class T, class Store>
+inline void run_tiles(Context& context, const Linear<T>& linear, const uint8_t* x, int64_t stride, uint8_t* copied,
+                      const Store& store) {
+    const bool int4 = linear.format == kInt4;
+    const int64_t slabs = slab_count(linear), bytes = slab_bytes(linear.format, linear.inputs);
+    const int64_t steps = linear.inputs * (Kind::kWhole ? 1 : 2) / 64;
+    const auto slab_tiles = [&](int64_t slab, int worker) {
+        const uint8_t* const weights = linear.weights + slab * bytes;
+        if (!int4) return TileLayout::slab(weights);
+        uint8_t* const tiles = (uint8_t*)context.scratch[worker].reserve(steps * kPanels * kTileBytes);
+        unpack_slab(weights, steps, tiles);
+        return TileLayout{tiles, kPanels * kTileBytes, kTileBytes, 64};
+    };
+    if (linear.rows <= kFewRows) {
+        const TileLayout rows = TileLayout::rows(x, stride);
+        return run_items(context, (int)slabs, [&](int slab, int worker) {
+            tile_few_rows<Kind>(slab_tiles(slab, worker), steps, rows, (int)linear.rows,
+                                [&](int64_t row, int output, const int32_t* a, const int32_t* b) {
+                                    store(row, slab * kSlab + output, a, b);
+                                });
+        });
+    }
+    copy_rows(context, x, stride, linear.rows, steps, copied);
+    const TileLayout rows = TileLayout::copied(copied, steps);
+    const RowBlocks blocks(linear.rows, stride, slabs);
+    run_items(context, blocks.items(), [&](int item, int worker) {
+        const int64_t slab = item % slabs;
+        tile_many_rows<Kind>(linear.format, linear.weights + slab * bytes, steps, rows, blocks.begin(item),
+                             blocks.end(item), context.scratch[worker],
+                             [&](int64_t row, int output, const int32_t* a, const int32_t* b) {
+                                 store(row, slab * kSlab + output, a, b);
+                             });
+    });
+}
+
+}  // namespace vsl
+#endif

@@ -1,0 +1,95 @@
+// Chooses how a linear layer is multiplied, and spreads its slabs over the threads.
+#pragma once
+
+#include "linear_amx.h"
+
+namespace vsl {
+
+// Whether this CPU's instructions multiply `format` by rows of T; int8 needs AVX512-VNNI.
+inline bool can_multiply(int format) {
+#if defined(VSL_VNNI)
+    return format == kBf16 || format == kInt8 || format == kInt4;
+#else
+    return format == kBf16 || format == kInt4;
+#endif
+}
+
+template <class T>
+inline void run_int8(Context& context, const Linear<T>& linear) {
+#if defined(VSL_VNNI)
+    const int64_t rows = linear.rows, inputs = linear.inputs;
+    const size_t size = (QuantizedRows::bytes(rows, inputs) + 63) / 64 * 64;
+    uint8_t* const memory = (uint8_t*)context.shared.reserve(size + (rows + 31) / 32 * 32 * inputs);
+    const QuantizedRows x(memory, rows, inputs);
+    quantize_rows(context, linear, x);
+#if defined(VSL_AMX_LINEAR)
+    if (context.amx && rows > 1 && inputs % 64 == 0)
+        return run_tiles<Int8Tiles>(context, linear, (const uint8_t*)x.codes, inputs, memory + size,
+                                    [&](int64_t row, int64_t output, const int32_t* a, const int32_t* b) {
+                                        store_two(linear, x, row, output, _mm512_loadu_si512(a),
+                                                  _mm512_loadu_si512(b));
+                                    });
+#endif
+    run_items(context, (int)slab_count(linear), [&](int slab, int) { dot_int8(linear, x, slab); });
+#endif
+}
+
+// In fp32 throughout: for fp32 models with int4 weights, and for CPUs without AVX512-BF16.
+template <class T>
+inline void run_float(Context& context, const Linear<T>& linear) {
+    const int64_t inputs = linear.inputs, groups = inputs / kGroup;
+    float* const x = (float*)context.shared.reserve(linear.rows * (inputs + groups) * 4);
+    float* const group_sums = x + linear.rows * inputs;
+    for (int64_t r = 0; r < linear.rows; r++)
+        for (int64_t i = 0; i < inputs; i += kLanes) store(x + r * inputs + i, load(linear.x + r * linear.x_stride + i));
+    sum_groups(linear, group_sums);
+    run_items(context, (int)slab_count(linear), [&](int slab, int) {
+        if (linear.format == kInt4)
+            float_rows<kInt4>(linear, x, group_sums, slab);
+        else
+            float_rows<kBf16>(linear, x, group_sums, slab);
+    });
+}
+
+#if defined(VSL_AVX512_BF16)
+inline void run_pairs(Context& context, const Linear<bf16>& linear) {
+    const bool int4 = linear.format == kInt4;
+#if defined(VSL_AMX_LINEAR)
+    if (context.amx && linear.rows >= (int4 ? kAmxInt4Rows : 2)) {
+        const int64_t steps = linear.inputs / 32;
+        return run_tiles<Bf16Tiles>(context, linear, (const uint8_t*)linear.x, linear.x_stride * 2,
+                                    (uint8_t*)context.shared.reserve(row_tiles_bytes(linear.rows, steps)),
+                                    [&](int64_t row, int64_t output, const int32_t* a, const int32_t* b) {
+                                        store_two(linear, row, output, _mm512_loadu_ps(a), _mm512_loadu_ps(b));
+                                    });
+    }
+#endif
+    float* group_sums = nullptr;
+    if (int4) {
+        group_sums = (float*)context.shared.reserve(linear.rows * (linear.inputs / kGroup) * 4);
+        sum_groups(linear, group_sums);
+    }
+    run_items(context, (int)slab_count(linear), [&](int slab, int) {
+        if (int4)
+            dot_int4(linear, group_sums, slab);
+        else
+            dot_bf16(linear, slab);
+    });
+}
+#endif
+
+inline void run_linear(Context& context, const Linear<float>& linear) {
+    if (linear.format == kInt8) return run_int8(context, linear);
+    run_float(context, linear);
+}
+
+inline void run_linear(Context& context, const Linear<bf16>& linear) {
+    if (linear.format == kInt8) return run_int8(context, linear);
+#if defined(VSL_AVX512_BF16)
+    run_pairs(context, linear);
+#else
+    run_float(context, linear);
+#endif
+}
+
+}  // namespace vsl

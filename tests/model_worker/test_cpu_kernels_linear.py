@@ -1,0 +1,169 @@
+"""The linear kernels against exact products of what the weights store, for every way in which rows are multiplied."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_worker.cpu_kernels import CpuKernels, load
+from model_worker.cpu_kernels.huge_memory import HugeMemory
+from model_worker.cpu_kernels.linear import (
+    SlabWeights,
+    WeightFormat,
+    empty_int4,
+    fill_int4,
+    pack_bf16,
+    pack_int8,
+    rows_of_bf16,
+)
+from qwen3.quantization_int4 import GROUP_SIZE, quantize_groups
+from qwen3.quantization_int8 import quantize_rows
+
+BF16, FP32 = torch.bfloat16, torch.float32
+# Of a row's norm. In bf16 the output is rounded; int4 weights may be too; and a value in the middle between two codes
+# of 8 bits may go either way, which moves a row of few inputs by some of 1/127.
+ROUNDING = {FP32: 2e-6, BF16: 4e-3}
+SLACK = {WeightFormat.BF16: 0.0, WeightFormat.INT4: 2e-3, WeightFormat.INT8: 8e-3}
+# Few and many outputs, whole slabs of 64 and parts of one, inputs that are no multiple of 64; several blocks of rows.
+SHAPES = [(64, 32), (200, 96), (130, 448), (1024, 1024)]
+ROWS = [1, 2, 3, 4, 5, 6, 7, 9, 16, 17, 31, 32, 33, 48, 49, 100]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> CpuKernels:
+    """On two threads, whatever OMP_NUM_THREADS says, so that work is split."""
+    loaded = load(threads=2)
+    assert loaded is not None, "these tests need a C++ compiler"
+    return loaded
+
+
+def values(*shape: int, seed: int, dtype: torch.dtype = BF16) -> Tensor:
+    """Rows of different sizes with a few large values, as activations and weights have them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    x[:, :: shape[1] // 4] *= 8
+    return (x * torch.logspace(-2, 2, shape[0]).unsqueeze(1)).to(dtype)
+
+
+def pack(kind: WeightFormat, matrix: Tensor) -> tuple[SlabWeights, Tensor]:
+    """The packed matrix, and what it stores in fp64."""
+    memory = HugeMemory()
+    if kind is WeightFormat.BF16:
+        return pack_bf16(matrix, memory), matrix.double()
+    if kind is WeightFormat.INT8:
+        codes, scales = quantize_rows(matrix)
+        return pack_int8(codes, scales, memory), codes.double() * scales.double().unsqueeze(1)
+    weights = empty_int4(matrix.shape[0], matrix.shape[1], memory)
+    for start in range(0, matrix.shape[0], 128):
+        fill_int4(weights, start, *quantize_groups(matrix[start : start + 128]))
+    codes, scales, offsets = quantize_groups(matrix)
+    grouped = codes.double().view(matrix.shape[0], -1, GROUP_SIZE)
+    stored = (grouped - 8) * scales.double().unsqueeze(2) + offsets.double().unsqueeze(2)
+    return weights, stored.view(matrix.shape)
+
+
+def in_eight_bits(x: Tensor) -> Tensor:
+    """x as int8 weights meet it: whole numbers of 1/127 of a row's largest value."""
+    largest = x.float().abs().amax(1, keepdim=True)
+    return (x.double() * (127 / largest).double()).round() * (largest / 127).double()
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """The largest error of any row, in units of that row's norm."""
+    return float(((actual.double() - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+def limit(kind: WeightFormat, dtype: torch.dtype) -> float:
+    return ROUNDING[dtype] + (SLACK[kind] if dtype is BF16 else 0.0)
+
+
+def able(kernels: CpuKernels, kind: WeightFormat) -> None:
+    if not kernels.can_multiply(kind):
+        pytest.skip(f"{kernels.instruction_set} has no kernels for {kind.name}")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", WeightFormat)
+def test_products_are_those_of_what_is_stored(kernels: CpuKernels, kind: WeightFormat, shape: tuple[int, int]) -> None:
+    able(kernels, kind)
+    weights, stored = pack(kind, values(*shape, seed=1))
+    for dtype in (BF16,) if kind is WeightFormat.BF16 else (BF16, FP32):
+        for rows in ROWS if dtype is BF16 else (1, 5, 33):
+            x = values(rows, shape[1], seed=rows, dtype=dtype)
+            exact = in_eight_bits(x) if kind is WeightFormat.INT8 else x.double()
+            product = kernels.linear(x, weights)
+            assert product.dtype == dtype
+            assert relative(product, exact @ stored.T) < limit(kind, dtype), (dtype, rows)
+
+
+@pytest.mark.parametrize("kind", WeightFormat)
+def test_several_blocks_of_rows_and_large_results(kernels: CpuKernels, kind: WeightFormat) -> None:
+    """600 rows of 1,024 inputs come in blocks, and 600 x 1,000 results go past the caches."""
+    able(kernels, kind)
+    weights, stored = pack(kind, values(1000, 1024, seed=2))
+    x = values(600, 1024, seed=3)
+    exact = in_eight_bits(x) if kind is WeightFormat.INT8 else x.double()
+    assert relative(kernels.linear(x, weights), exact @ stored.T) < limit(kind, BF16)
+
+
+@pytest.mark.parametrize("kind", WeightFormat)
+@pytest.mark.parametrize("rows", [1, 4, 12, 40])
+def test_rows_apart(kernels: CpuKernels, kind: WeightFormat, rows: int) -> None:
+    """Rows that are part of wider ones."""
+    able(kernels, kind)
+    weights, _ = pack(kind, values(96, 64, seed=4))
+    wide = values(rows, 160, seed=5)
+    x = wide[:, 32:96]
+    assert torch.equal(kernels.linear(x, weights), kernels.linear(x.contiguous(), weights))
+
+
+@pytest.mark.parametrize("kind", WeightFormat)
+@pytest.mark.parametrize("rows", [3, 12, 40])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_shows_and_stays_alone(
+    kernels: CpuKernels, kind: WeightFormat, rows: int, value: float
+) -> None:
+    able(kernels, kind)
+    weights, _ = pack(kind, values(64, 64, seed=6))
+    x = values(rows, 64, seed=7)
+    expected = kernels.linear(x, weights)
+    x[1, 5] = value
+    product = kernels.linear(x, weights)
+    assert not product[1].isfinite().any()
+    others = torch.arange(rows) != 1
+    assert torch.equal(product[others], expected[others])
+
+
+@pytest.mark.parametrize("kind", WeightFormat)
+def test_zeros(kernels: CpuKernels, kind: WeightFormat) -> None:
+    able(kernels, kind)
+    weights, _ = pack(kind, values(64, 64, seed=8))
+    assert torch.equal(kernels.linear(torch.zeros(2, 64, dtype=BF16), weights), torch.zeros(2, 64, dtype=BF16))
+    nothing, _ = pack(kind, torch.zeros(64, 64, dtype=BF16))
+    assert torch.equal(kernels.linear(values(2, 64, seed=9), nothing), torch.zeros(2, 64, dtype=BF16))
+
+
+def test_an_int8_row_does_not_depend_on_the_others(kernels: CpuKernels) -> None:
+    able(kernels, WeightFormat.INT8)
+    weights, _ = pack(WeightFormat.INT8, values(200, 448, seed=10))
+    x = values(130, 448, seed=11)
+    whole = kernels.linear(x, weights)
+    for rows in (1, 2, 3, 16, 17, 64):
+        assert torch.equal(kernels.linear(x[:rows], weights), whole[:rows]), rows
+
+
+def test_rows_of_a_bf16_matrix_come_back() -> None:
+    matrix = values(200, 96, seed=12)
+    weights = pack_bf16(matrix, HugeMemory())
+    ids = torch.tensor([199, 0, 64, 63, 0])
+    assert torch.equal(rows_of_bf16(weights, ids), matrix[ids])
+    assert torch.equal(rows_of_bf16(weights, ids.to(torch.int32)), matrix[ids])
+
+
+def test_memory_is_used_once_and_aligned() -> None:
+    memory = HugeMemory()
+    parts = [memory.empty((n, 33), torch.bfloat16) for n in (1, 7, 3_000_000, 5)]
+    for number, part in enumerate(parts):
+        assert part.data_ptr() % 64 == 0
+        assert part.is_contiguous()
+        part.fill_(number)
+    assert [int(part.float().min()) for part in parts] == [int(part.float().max()) for part in parts] == [0, 1, 2, 3]
