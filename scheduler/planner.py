@@ -20,7 +20,7 @@ from scheduler.policies import SchedulePolicy
 from scheduler.request import NO_SLOT, Request
 from scheduler.state import SchedulerState
 
-STEP_STRETCH = 3.5  # steps vary by some ten percent, and shall stay under about 4 decode steps
+STEP_STRETCH = 3.0  # steps vary, and the worst of a hundred shall stay under 4 to 5 decode steps
 RETRY_STEPS = 8  # admission that found no memory is tried again when something has changed, or after so many steps
 SMALLEST_CHUNK = 8  # tokens; so that prefill goes on however slow a step is
 
