@@ -50,6 +50,16 @@ inline int64_t slab_count(const Linear<T>& linear) {
     return (linear.outputs + kSlab - 1) / kSlab;
 }
 
+// Calls work(slab, worker) for every slab. A worker takes a few that follow each other at a time, so that what it asks
+// for ahead of the end of one is what it reads next.
+template <class Work>
+inline void run_slabs(Context& context, int64_t slabs, const Work& work) {
+    const int64_t runs = std::min<int64_t>(slabs, 16 * context.threads);
+    run_items(context, (int)runs, [&](int run, int worker) {
+        for (int64_t slab = slabs * run / runs; slab < slabs * (run + 1) / runs; slab++) work(slab, worker);
+    });
+}
+
 // Rounds the sums of a slab's outputs of one row into place, `left` outputs of them.
 template <class T>
 inline void store_slab(const float* sums, T* out, int64_t left) {

@@ -144,6 +144,9 @@ inline void tile_few_rows(const TileLayout& w, int64_t steps, const TileLayout& 
 // One panel of an int4 group as a tile of bf16.
 inline void unpack_tile(const uint8_t* group, int panel, uint8_t* tile) {
     const __m512i table = code_values(), upper = _mm512_set1_epi32((int)0xffff0000);
+    alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i interleave = _mm512_load_si512(kInterleave);
     const bf16* const scales = (const bf16*)(group + kSlab * kGroup / 2) + panel * 16;
     const __m512 scale = (__m512)load(scales), offset = (__m512)load(scales + kSlab);
     for (int u = 0; u < 4; u++) {
@@ -152,9 +155,9 @@ inline void unpack_tile(const uint8_t* group, int panel, uint8_t* tile) {
             const __m512i pair = _mm512_permutexvar_epi16(_mm512_srli_epi16(units, 4 * i), table);
             const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
             const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pair, upper));
-            const __m512i low = _mm512_cvtepu16_epi32((__m256i)narrow((vf)_mm512_fmadd_ps(even, scale, offset)));
-            const __m512i high = _mm512_cvtepu16_epi32((__m256i)narrow((vf)_mm512_fmadd_ps(odd, scale, offset)));
-            _mm512_store_si512(tile, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            const __m512 low = _mm512_fmadd_ps(even, scale, offset), high = _mm512_fmadd_ps(odd, scale, offset);
+            const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+            _mm512_store_si512(tile, _mm512_permutexvar_epi16(interleave, halves));
         }
     }
 }
@@ -266,7 +269,7 @@ inline void run_tiles(Context& context, const Linear<T>& linear, const uint8_t* 
     };
     if (linear.rows <= kFewRows) {
         const TileLayout rows = TileLayout::rows(x, stride);
-        return run_items(context, (int)slabs, [&](int slab, int worker) {
+        return run_slabs(context, slabs, [&](int64_t slab, int worker) {
             tile_few_rows<Kind>(slab_tiles(slab, worker), steps, rows, (int)linear.rows,
                                 [&](int64_t row, int output, const int32_t* a, const int32_t* b) {
                                     store(row, slab * kSlab + output, a, b);

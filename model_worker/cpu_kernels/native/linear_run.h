@@ -30,7 +30,7 @@ inline void run_int8(Context& context, const Linear<T>& linear) {
                                                   _mm512_loadu_si512(b));
                                     });
 #endif
-    run_items(context, (int)slab_count(linear), [&](int slab, int) { dot_int8(linear, x, slab); });
+    run_slabs(context, slab_count(linear), [&](int64_t slab, int) { dot_int8(linear, x, slab); });
 #endif
 }
 
@@ -43,7 +43,7 @@ inline void run_float(Context& context, const Linear<T>& linear) {
     for (int64_t r = 0; r < linear.rows; r++)
         for (int64_t i = 0; i < inputs; i += kLanes) store(x + r * inputs + i, load(linear.x + r * linear.x_stride + i));
     sum_groups(linear, group_sums);
-    run_items(context, (int)slab_count(linear), [&](int slab, int) {
+    run_slabs(context, slab_count(linear), [&](int64_t slab, int) {
         if (linear.format == kInt4)
             float_rows<kInt4>(linear, x, group_sums, slab);
         else
@@ -69,7 +69,7 @@ inline void run_pairs(Context& context, const Linear<bf16>& linear) {
         group_sums = (float*)context.shared.reserve(linear.rows * (linear.inputs / kGroup) * 4);
         sum_groups(linear, group_sums);
     }
-    run_items(context, (int)slab_count(linear), [&](int slab, int) {
+    run_slabs(context, slab_count(linear), [&](int64_t slab, int) {
         if (int4)
             dot_int4(linear, group_sums, slab);
         else
