@@ -12,7 +12,6 @@ from model_worker.cpu_kernels.linear import (
     fill_int4,
     pack_bf16,
     pack_int8,
-    rows_of_bf16,
 )
 from qwen3.quantization_int4 import quantize_groups
 from qwen3.quantization_int8 import quantize_rows
@@ -34,7 +33,7 @@ class SlabMatrix:
         return self._kernels.linear(x, self._weights)
 
     def rows(self, ids: Tensor) -> Tensor:
-        return rows_of_bf16(self._weights, ids)
+        return self._kernels.gather_rows(self._weights, ids)
 
 
 class QuantizedSlabMatrix(ProductOnly):

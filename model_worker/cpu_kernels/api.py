@@ -117,6 +117,7 @@ class CpuKernels:
         self._argmax = library.vsl_argmax
         self._linear = library.vsl_linear
         self._can_multiply = library.vsl_can_multiply
+        self._gather = library.vsl_gather_rows
         self.instruction_set: str = library.vsl_instruction_set(self._context).decode()
 
     def __del__(self) -> None:
@@ -360,6 +361,14 @@ class CpuKernels:
             rows,
             out.data_ptr(),
         )
+        return out
+
+    def gather_rows(self, weights: SlabWeights, ids: Tensor) -> Tensor:
+        """Rows of a bf16 matrix as it was. ids: [n] int32 or int64, below `weights.outputs`. Returns [n, inputs]."""
+        assert weights.format is WeightFormat.BF16
+        ids = ids.to(torch.int64).contiguous()
+        out = torch.empty((len(ids), weights.inputs), dtype=torch.bfloat16)
+        self._gather(self._context, weights.data.data_ptr(), weights.inputs, ids.data_ptr(), len(ids), out.data_ptr())
         return out
 
     def argmax(self, logits: Tensor, out: Tensor | None = None) -> Tensor:

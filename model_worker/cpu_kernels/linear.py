@@ -52,12 +52,6 @@ def pack_bf16(matrix: Tensor, memory: HugeMemory) -> SlabWeights:
     return SlabWeights(WeightFormat.BF16, outputs, inputs, data)
 
 
-def rows_of_bf16(weights: SlabWeights, rows: Tensor) -> Tensor:
-    """Some rows of the matrix as it was: rows [n] int64 -> [n, I] bf16."""
-    assert weights.format is WeightFormat.BF16
-    return weights.data[rows // SLAB, :, rows % SLAB].view(torch.bfloat16)
-
-
 def pack_int8(codes: Tensor, scales: Tensor, memory: HugeMemory) -> SlabWeights:
     """codes: [O, I] int8, -127 to 127; scales: [O] fp32."""
     outputs, inputs = codes.shape

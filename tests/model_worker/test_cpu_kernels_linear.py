@@ -13,7 +13,6 @@ from model_worker.cpu_kernels.linear import (
     fill_int4,
     pack_bf16,
     pack_int8,
-    rows_of_bf16,
 )
 from qwen3.quantization_int4 import GROUP_SIZE, quantize_groups
 from qwen3.quantization_int8 import quantize_rows
@@ -151,12 +150,13 @@ def test_an_int8_row_does_not_depend_on_the_others(kernels: CpuKernels) -> None:
         assert torch.equal(kernels.linear(x[:rows], weights), whole[:rows]), rows
 
 
-def test_rows_of_a_bf16_matrix_come_back() -> None:
+def test_rows_of_a_bf16_matrix_come_back(kernels: CpuKernels) -> None:
     matrix = values(200, 96, seed=12)
     weights = pack_bf16(matrix, HugeMemory())
-    ids = torch.tensor([199, 0, 64, 63, 0])
-    assert torch.equal(rows_of_bf16(weights, ids), matrix[ids])
-    assert torch.equal(rows_of_bf16(weights, ids.to(torch.int32)), matrix[ids])
+    few = torch.tensor([199, 0, 64, 63, 0])
+    many = torch.arange(1000) * 7 % 200
+    for ids in (few, many, few.to(torch.int32), torch.stack((few, few), 1)[:, 0], few[:0]):
+        assert torch.equal(kernels.gather_rows(weights, ids), matrix[ids])
 
 
 def test_memory_is_used_once_and_aligned() -> None:

@@ -138,4 +138,8 @@ void vsl_linear(void* context, int dtype, int format, const void* weights, const
     });
 }
 
+void vsl_gather_rows(void* context, const void* weights, int64_t inputs, const int64_t* ids, int64_t count, void* out) {
+    gather_rows(*(Context*)context, (const uint8_t*)weights, inputs, ids, count, (bf16*)out);
+}
+
 }  // extern "C"

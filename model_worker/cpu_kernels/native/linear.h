@@ -71,6 +71,20 @@ inline void store_slab(const float* sums, T* out, int64_t left) {
     }
 }
 
+// Rows `ids` of bf16 weights as they were before they were packed: [count][inputs].
+inline void gather_rows(Context& context, const uint8_t* weights, int64_t inputs, const int64_t* ids, int64_t count,
+                        bf16* out) {
+    const int64_t units = inputs / 2;
+    run_ranges(context, count, std::max<int64_t>(1, 4096 / units), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            const uint32_t* const from =
+                (const uint32_t*)(weights + ids[i] / kSlab * slab_bytes(kBf16, inputs)) + ids[i] % kSlab;
+            uint32_t* const to = (uint32_t*)(out + i * inputs);
+            for (int64_t k = 0; k < units; k++) to[k] = from[k * kSlab];
+        }
+    });
+}
+
 // ------------------------------------------------------------------------------------------- x in other forms
 
 // Rows in 8 bits with a scale each, for int8 weights.
