@@ -28,7 +28,7 @@ HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 16, 8, 128, 16
 HIDDEN, INTERMEDIATE, EPS = 1024, 3072, 1e-6
 SCALE = HEAD_DIM**-0.5
 DECODE = ((1, 512), (8, 512), (8, 2048), (32, 512), (32, 2048))  # rows x context
-CHUNKS = ((512, 512), (512, 1024), (512, 2048), (512, 4096), (128, 2048), (16, 2048))  # new tokens, context
+CHUNKS = ((512, 512), (512, 1024), (512, 2048), (512, 4096), (128, 2048), (16, 2048), (8, 4096))  # new, context
 FUSED = (1, 16, 512)  # tokens
 KEEP_COLD_BYTES = 256 << 20  # data of all layers together, so that a layer has left the caches when its turn comes
 
