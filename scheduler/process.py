@@ -45,6 +45,10 @@ from scheduler.trace import TraceWriter
 POLL_MS = 250  # at most so long without a heartbeat
 ESTIMATE_SLACK = 10.0  # a step may take so many times its estimate on top of the step timeout
 MOST_INPUTS = 256  # messages a turn, so that a flood of requests does not hold up the ranks
+# An idle engine on a CPU begins a step when no request has come for LULL_MS, or after GATHER_S: requests that are sent
+# together share the first step, which is a full chunk; what comes while others decode gets what these can spare.
+LULL_MS = 1
+GATHER_S = 0.005
 BASE_TOKENS = {"cpu": 16.0, "cuda": 800.0}  # an empty step costs about as much as so many tokens
 FLUSH_REFUSED = ErrorInfo("flush_refused", "flush_cache is refused while requests run or wait; try again when idle")
 
@@ -96,6 +100,7 @@ class SchedulerProcess:
         self._to_do: deque[SchedulerInput] = deque()  # inputs that are read but not yet acted on
         self._shutdown = False
         self._hung = False
+        self._gathers = spec.device == "cpu"
         self._last_result_at = 0.0
 
     # ------------------------------------------------------------------------------------------------------ start, stop
@@ -139,6 +144,10 @@ class SchedulerProcess:
         A flush that comes while the last step is still on its way back waits for it, and what comes later for both.
         """
         self._to_do += self.inputs.drain(most=MOST_INPUTS)
+        if self._gathers and core.oldest_step is None and any(isinstance(m, AddRequest) for m in self._to_do):
+            until = time.monotonic() + GATHER_S
+            while time.monotonic() < until and self.inputs.socket.poll(LULL_MS):
+                self._to_do += self.inputs.drain(most=MOST_INPUTS)
         while self._to_do:
             message = self._to_do.popleft()
             now = time.monotonic()

@@ -74,10 +74,10 @@ def fill_int4(weights: SlabWeights, first: int, codes: Tensor, scales: Tensor, o
     """
     assert first % SLAB == 0
     groups = weights.inputs // GROUP
-    # [n', I / 8, 4, 2]: a unit's inputs as four pairs; pair j is nibble j of the lower and of the upper 16 bits
-    pairs = _pad(codes).view(-1, weights.inputs // 8, 4, 2)
-    shifts = torch.tensor([[0, 16], [4, 20], [8, 24], [12, 28]], dtype=torch.int32)
-    units = (pairs << shifts).sum((2, 3), dtype=torch.int32)  # each bit is set once, so the sum is an or
+    # A unit's bytes: inputs 0 and 2, 4 and 6, then, of its upper half, 1 and 3, 5 and 7; the first in the lower nibble.
+    eight = _pad(codes.to(torch.uint8)).view(-1, weights.inputs // 8, 8)
+    nibbles = eight[..., [0, 4, 1, 5, 2, 6, 3, 7]]
+    units = (nibbles[..., :4] | nibbles[..., 4:] << 4).view(torch.int32)
     slabs = units.shape[0] // SLAB
     data = weights.data[first // SLAB :][:slabs]
     data[:, :, : GROUP // 8] = units.view(slabs, SLAB, groups, GROUP // 8).permute(0, 2, 3, 1)

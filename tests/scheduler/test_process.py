@@ -189,6 +189,28 @@ def test_serves_requests_and_stops(folder: str) -> None:
         n.close()
 
 
+def test_requests_sent_together_share_the_first_step(folder: str) -> None:
+    n = Neighbours(folder)
+    try:
+        n.become_ready()
+        together = []
+        for attempt in range(5):  # a busy machine may put more than a lull between two of them
+            for uid in range(4):
+                n.inputs.send(request(10 * attempt + uid, [1, 2, 3, uid], max_new_tokens=1))
+                time.sleep(0.0002)
+            first = n.batches.receive(10)
+            assert isinstance(first, ForwardBatch)
+            together.append(len(first.new))
+            n.results.send(n.rank.run(first))
+            n.run_rank(until_finished=4)
+            if together[-1] == 4:
+                break
+        assert together[-1] == 4, together
+        assert n.shut_down() == 0
+    finally:
+        n.close()
+
+
 def test_a_flush_waits_for_the_last_step(folder: str) -> None:
     """The request has ended, but overlap has one more step of it in flight; what comes after the flush waits too."""
     n = Neighbours(folder)
