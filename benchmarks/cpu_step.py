@@ -81,7 +81,8 @@ def build(
     load_dummy_weights(model, 0)
     print(f"{compute.name}, {weight_bytes(model) / 1e9:.2f} GB of weights, {torch.get_num_threads()} threads")
     pool = KVPool(config, 1, pages, PAGE, dtype, device)
-    pool.data.copy_(torch.randn(pool.data.shape[-4:], dtype=torch.float32).to(dtype))  # real pages, not the zero page
+    rows = torch.randn(pool.data.shape[0], 1, 1, *pool.data.shape[3:], dtype=torch.float32)
+    pool.data.copy_(rows.to(dtype))  # real pages, not the zero page
     runner = ModelRunner(
         model,
         pool,

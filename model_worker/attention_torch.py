@@ -56,11 +56,11 @@ def _norm(x: Tensor, norm: RMSNorm) -> Tensor:
 
 def _store(x: Tensor, slots: Tensor, elements: Tensor, scales: Tensor | None) -> None:
     """x: [T, kv heads, D] into the pool's elements, [page, token, kv head, D], and scales, [page, kv head, token]."""
-    if scales is None:
-        elements.flatten(0, 1).index_copy_(0, slots, x)
-        return
     page, place = slots // elements.shape[1], slots % elements.shape[1]
-    elements[page, place], scales[page, :, place] = quantize(x)
+    if scales is None:
+        elements[page, place] = x
+    else:
+        elements[page, place], scales[page, :, place] = quantize(x)
 
 
 def _gather(pages: Tensor, elements: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:

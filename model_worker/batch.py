@@ -55,6 +55,7 @@ class SlotStates:
         self.num_tokens = np.zeros(max_slots, dtype=np.int32)  # known ones, those not yet computed included
         self.num_computed = np.zeros(max_slots, dtype=np.int32)
         self.page_table = np.full((max_slots, -(-context_length // page_size) + 1), padding_page, dtype=np.int32)
+        self.highest_page = -1  # that any row was given so far
         self._row_slots = np.zeros(0, dtype=np.int32)
         self._row_tokens = np.zeros(0, dtype=np.int32)
 
@@ -71,8 +72,11 @@ class SlotStates:
             self.num_computed[new.slot] = new.num_computed
             self.page_table[new.slot, : len(pages)] = pages
             self.page_table[new.slot, len(pages) :] = self.padding_page
+            self.highest_page = max(self.highest_page, int(pages.max(initial=-1)))
         if batch.page_slots:
-            self.page_table[unpack(batch.page_slots), unpack(batch.page_index)] = unpack(batch.page_ids)
+            pages = unpack(batch.page_ids)
+            self.page_table[unpack(batch.page_slots), unpack(batch.page_index)] = pages
+            self.highest_page = max(self.highest_page, int(pages.max()))
         if batch.row_slots is not None and batch.row_tokens is not None:
             self._row_slots = unpack(batch.row_slots)
             self._row_tokens = unpack(batch.row_tokens)

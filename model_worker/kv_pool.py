@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from model_worker.commit_ahead import CommitAhead
 from model_worker.kv_int8 import HEAD_DIM_MULTIPLE, SCALE_BYTES
 from qwen3.parallel import Group
 from runtime.errors import ConfigError
@@ -21,14 +22,16 @@ from runtime.model_config import ModelConfig
 
 # A laptop has other things to do with its memory; --max-total-tokens asks for more.
 CPU_LIMIT_BYTES = 4 << 30
+TOKENS_AHEAD = 4096  # so much room is made ready behind what is used; about 16 short requests, or one long one
 
 
 class KVPool:
-    """`data`: [layer, K/V, page, token, kv head, head dim], this rank's KV heads; in int8 [layer, K/V, page, bytes].
+    """`data`: [page, layer, K/V, token, kv head, head dim], this rank's KV heads; in int8 [page, layer, K/V, bytes].
 
-    On CPU the memory is only reserved here and committed by the operating system as it is first written, on Linux in
-    huge pages (of 2 MiB on x86) where it has them: attention reads all over the pool, and spends less on translating
-    addresses.
+    On CPU the memory is only reserved here and committed as it is used, on Linux in huge pages (of 2 MiB on x86) where
+    it has them: attention reads all over the pool, and spends less on translating addresses. All that belongs to a page
+    lies together, so that memory is needed a little at a time: with the layers apart, all of them would come to the end
+    of their huge pages in the same step.
     """
 
     def __init__(
@@ -54,27 +57,34 @@ class KVPool:
         if int8:
             assert self.head_dim % HEAD_DIM_MULTIPLE == 0
             dtype, page_shape = torch.int8, (page_size * self.kv_heads * (self.head_dim + SCALE_BYTES),)
-        shape = (self.num_layers, 2, num_pages + 1, *page_shape)
+        shape = (num_pages + 1, self.num_layers, 2, *page_shape)
+        self._commit: CommitAhead | None = None
         if device.type == "cpu" and sys.platform == "linux":
             self.data = _reserve(shape, dtype)
+            self._commit = CommitAhead(self.data, -(-TOKENS_AHEAD // page_size))
         else:
             self.data = torch.empty(shape, dtype=dtype, device=device)
 
+    def will_use(self, page: int) -> None:
+        """The highest page so far that steps write to: memory for what may come behind it is made ready meanwhile."""
+        if self._commit is not None:
+            self._commit.reached(page)
+
     def keys(self, layer: int) -> Tensor:
         """[page, token, kv head, head dim], a view; codes in int8."""
-        return self._elements(self.data[layer, 0])
+        return self._elements(self.data[:, layer, 0])
 
     def values(self, layer: int) -> Tensor:
         """[page, token, kv head, head dim], a view; codes in int8."""
-        return self._elements(self.data[layer, 1])
+        return self._elements(self.data[:, layer, 1])
 
     def key_scales(self, layer: int) -> Tensor | None:
         """[page, kv head, token] fp32, a view; None where elements are of the model's dtype."""
-        return self._scales(self.data[layer, 0])
+        return self._scales(self.data[:, layer, 0])
 
     def value_scales(self, layer: int) -> Tensor | None:
         """[page, kv head, token] fp32, a view; None where elements are of the model's dtype."""
-        return self._scales(self.data[layer, 1])
+        return self._scales(self.data[:, layer, 1])
 
     def _elements(self, pages: Tensor) -> Tensor:
         if not self.int8:

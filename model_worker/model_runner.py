@@ -111,6 +111,7 @@ class ModelRunner:
     def apply(self, batch: ForwardBatch) -> None:
         """Take over what the batch changes; the first thing that `run` does."""
         self.slots.apply(batch)
+        self.pool.will_use(self.slots.highest_page)
         for slot in unpack(batch.released).tolist():
             self.sampler.release(slot)
             self.prompt_logprobs.release(slot)

@@ -96,10 +96,10 @@ def test_products_are_those_of_what_is_stored(kernels: CpuKernels, kind: WeightF
 
 @pytest.mark.parametrize("kind", WeightFormat)
 def test_several_blocks_of_rows_and_large_results(kernels: CpuKernels, kind: WeightFormat) -> None:
-    """600 rows of 1,024 inputs come in blocks, and 600 x 1,000 results go past the caches."""
+    """1,300 rows come in three blocks, and 1,300 x 1,000 results go past the caches."""
     able(kernels, kind)
     weights, stored = pack(kind, values(1000, 1024, seed=2))
-    x = values(600, 1024, seed=3)
+    x = values(1300, 1024, seed=3)
     exact = in_eight_bits(x) if kind is WeightFormat.INT8 else x.double()
     assert relative(kernels.linear(x, weights), exact @ stored.T) < limit(kind, BF16)
 

@@ -14,7 +14,7 @@
 namespace vsl {
 
 constexpr int kTileBytes = 1024, kTileSums = 256;
-constexpr int kFewRows = 32;     // with more, x is first copied into tiles that lie one after another
+constexpr int kFewRows = 32;     // up to so many, weights are multiplied where they lie
 constexpr int kAmxInt4Rows = 5;  // from here on unpacking int4 into tiles of bf16 costs less than vectors do
 constexpr int kBlockSteps = 8;   // of many rows: so much of a slab stays in the first-level cache
 
@@ -41,9 +41,6 @@ struct TileLayout {
 
     static TileLayout slab(const uint8_t* slab) { return {slab, 16 * kSlab * 4, 64, kSlab * 4}; }
     static TileLayout rows(const void* x, int64_t stride) { return {(const uint8_t*)x, 64, 16 * stride, stride}; }
-    static TileLayout copied(const uint8_t* tiles, int64_t steps) {
-        return {tiles, kTileBytes, steps * kTileBytes, 64};
-    }
 
     const uint8_t* at(int64_t k, int64_t j) const { return base + k * step + j * block; }
 };
@@ -87,11 +84,11 @@ inline void tile_row_block(const TileLayout& w, int64_t steps, const TileLayout&
     finish_stores(sums);
 }
 
-// Steps begin..end of up to 32 rows, blocks `block` and the next, against two panels. w: those steps' tiles of both
+// Steps begin..end of up to 32 rows, blocks `upper` and `lower` of x, against two panels. w: those steps' tiles of both
 // panels. sums: 4 tiles, the upper rows' first; added to unless begin is 0.
 template <class Kind>
-inline void tile_two_by_two(const uint8_t* w, int64_t begin, int64_t end, const TileLayout& x, int64_t block,
-                            uint8_t* sums) {
+inline void tile_two_by_two(const uint8_t* w, int64_t begin, int64_t end, const TileLayout& x, int64_t upper,
+                            int64_t lower, uint8_t* sums) {
     if (begin == 0) {
         _tile_zero(0);
         _tile_zero(1);
@@ -105,11 +102,11 @@ inline void tile_two_by_two(const uint8_t* w, int64_t begin, int64_t end, const 
     }
     for (int64_t k = begin; k < end; k++, w += 2 * kTileBytes) {
         _tile_loadd(6, w, 64);
-        _tile_loadd(4, x.at(k, block), x.row);
+        _tile_loadd(4, x.at(k, upper), x.row);
         VSL_TILE_DOT(0, 4, 6);
         _tile_loadd(7, w + kTileBytes, 64);
         VSL_TILE_DOT(1, 4, 7);
-        _tile_loadd(5, x.at(k, block + 1), x.row);
+        _tile_loadd(5, x.at(k, lower), x.row);
         VSL_TILE_DOT(2, 5, 6);
         VSL_TILE_DOT(3, 5, 7);
     }
@@ -178,7 +175,7 @@ inline void copy_weights(int format, const uint8_t* slab, int64_t begin, int64_t
     finish_stores(tiles);
 }
 
-// Rows begin..end, begin a multiple of 32, against one slab. x: copied tiles. While rows are multiplied by some steps of
+// Rows begin..end, begin a multiple of 32, against one slab. While rows are multiplied by some steps of
 // the slab, the weights that follow are asked for.
 template <class Kind, class Store>
 inline void tile_many_rows(int format, const uint8_t* slab, int64_t steps, const TileLayout& x, int64_t begin,
@@ -196,7 +193,9 @@ inline void tile_many_rows(int format, const uint8_t* slab, int64_t steps, const
             if (row == begin || count < 32) configure_tiles(std::min(16, count), lower);
             for (int panel = 0; panel < kPanels; panel += 2) {
                 int32_t* const tiles = sums + ((row - begin) / 32 * 2 + panel / 2) * 4 * kTileSums;
-                tile_two_by_two<Kind>(w + panel * (stop - k) * kTileBytes, k, stop, x, row / 16, (uint8_t*)tiles);
+                // Where there are no lower rows, the register takes one of the upper ones.
+                tile_two_by_two<Kind>(w + panel * (stop - k) * kTileBytes, k, stop, x, row / 16,
+                                      row / 16 + (lower > 0), (uint8_t*)tiles);
                 if (stop < steps) continue;
                 store_tiles(tiles, panel, row, std::min(16, count), store);
                 store_tiles(tiles + 2 * kTileSums, panel, row + 16, lower, store);
@@ -207,21 +206,6 @@ inline void tile_many_rows(int format, const uint8_t* slab, int64_t steps, const
     }
     _tile_release();
     _mm_sfence();  // for results that went past the caches
-}
-
-// ---------------------------------------------------------------------------------------------------- copied tiles
-
-// Bytes of `rows` rows of x as tiles; a multiple of 32 rows, which is what is read.
-inline size_t row_tiles_bytes(int64_t rows, int64_t steps) { return (rows + 31) / 32 * 2 * steps * kTileBytes; }
-
-// Rows of x, `stride` bytes apart, as [16 rows][step][tile].
-inline void copy_rows(Context& context, const uint8_t* x, int64_t stride, int64_t rows, int64_t steps, uint8_t* tiles) {
-    run_ranges(context, (rows + 15) / 16, 2, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin * 16; row < std::min(rows, end * 16); row++)
-            for (int64_t k = 0; k < steps; k++)
-                _mm512_storeu_si512(tiles + (row / 16 * steps + k) * kTileBytes + row % 16 * 64,
-                                    _mm512_loadu_si512(x + row * stride + k * 64));
-    });
 }
 
 // A slab of int4 as [step][panel][tile] of bf16.
@@ -237,14 +221,14 @@ inline void unpack_slab(const uint8_t* slab, int64_t groups, uint8_t* tiles) {
 
 // ------------------------------------------------------------------------------------------------- a whole layer
 
-// Pieces of a layer with many rows: a block of rows against a slab. With all rows at once, those of x would fall out
-// of the second-level cache between one slab and the next.
+// Pieces of a layer with many rows: a block of rows against a slab. In larger blocks the rows of x fall out of the
+// second-level cache between one slab and the next; in smaller ones weights are read again too often.
 struct RowBlocks {
     int64_t rows, height, slabs;
 
-    RowBlocks(int64_t rows, int64_t row_bytes, int64_t slabs) : rows(rows), slabs(slabs) {
-        constexpr int64_t kMostBytes = 1 << 20;
-        const int64_t blocks = (rows * row_bytes + kMostBytes - 1) / kMostBytes;
+    RowBlocks(int64_t rows, int64_t slabs) : rows(rows), slabs(slabs) {
+        constexpr int64_t kMost = 640;
+        const int64_t blocks = (rows + kMost - 1) / kMost;
         height = (rows + 32 * blocks - 1) / (32 * blocks) * 32;
     }
 
@@ -253,9 +237,9 @@ struct RowBlocks {
     int64_t end(int item) const { return std::min(rows, begin(item) + height); }
 };
 
-// x: rows of bf16 or of codes, `stride` bytes apart; copied: memory for them as tiles, if there are many.
+// x: rows of bf16 or of codes, `stride` bytes apart.
 template <class Kind, class T, class Store>
-inline void run_tiles(Context& context, const Linear<T>& linear, const uint8_t* x, int64_t stride, uint8_t* copied,
+inline void run_tiles(Context& context, const Linear<T>& linear, const uint8_t* x, int64_t stride,
                       const Store& store) {
     const bool int4 = linear.format == kInt4;
     const int64_t slabs = slab_count(linear), bytes = slab_bytes(linear.format, linear.inputs);
@@ -267,8 +251,8 @@ inline void run_tiles(Context& context, const Linear<T>& linear, const uint8_t* 
         unpack_slab(weights, steps, tiles);
         return TileLayout{tiles, kPanels * kTileBytes, kTileBytes, 64};
     };
+    const TileLayout rows = TileLayout::rows(x, stride);
     if (linear.rows <= kFewRows) {
-        const TileLayout rows = TileLayout::rows(x, stride);
         return run_slabs(context, slabs, [&](int64_t slab, int worker) {
             tile_few_rows<Kind>(slab_tiles(slab, worker), steps, rows, (int)linear.rows,
                                 [&](int64_t row, int output, const int32_t* a, const int32_t* b) {
@@ -276,9 +260,7 @@ inline void run_tiles(Context& context, const Linear<T>& linear, const uint8_t* 
                                 });
         });
     }
-    copy_rows(context, x, stride, linear.rows, steps, copied);
-    const TileLayout rows = TileLayout::copied(copied, steps);
-    const RowBlocks blocks(linear.rows, stride, slabs);
+    const RowBlocks blocks(linear.rows, slabs);
     run_items(context, blocks.items(), [&](int item, int worker) {
         const int64_t slab = item % slabs;
         tile_many_rows<Kind>(linear.format, linear.weights + slab * bytes, steps, rows, blocks.begin(item),

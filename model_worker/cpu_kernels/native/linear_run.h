@@ -18,13 +18,11 @@ template <class T>
 inline void run_int8(Context& context, const Linear<T>& linear) {
 #if defined(VSL_VNNI)
     const int64_t rows = linear.rows, inputs = linear.inputs;
-    const size_t size = (QuantizedRows::bytes(rows, inputs) + 63) / 64 * 64;
-    uint8_t* const memory = (uint8_t*)context.shared.reserve(size + (rows + 31) / 32 * 32 * inputs);
-    const QuantizedRows x(memory, rows, inputs);
+    const QuantizedRows x(context.shared.reserve(QuantizedRows::bytes(rows, inputs)), rows, inputs);
     quantize_rows(context, linear, x);
 #if defined(VSL_AMX_LINEAR)
     if (context.amx && rows > 1 && inputs % 64 == 0)
-        return run_tiles<Int8Tiles>(context, linear, (const uint8_t*)x.codes, inputs, memory + size,
+        return run_tiles<Int8Tiles>(context, linear, (const uint8_t*)x.codes, inputs,
                                     [&](int64_t row, int64_t output, const int32_t* a, const int32_t* b) {
                                         store_two(linear, x, row, output, _mm512_loadu_si512(a),
                                                   _mm512_loadu_si512(b));
@@ -55,14 +53,11 @@ inline void run_float(Context& context, const Linear<T>& linear) {
 inline void run_pairs(Context& context, const Linear<bf16>& linear) {
     const bool int4 = linear.format == kInt4;
 #if defined(VSL_AMX_LINEAR)
-    if (context.amx && linear.rows >= (int4 ? kAmxInt4Rows : 2)) {
-        const int64_t steps = linear.inputs / 32;
+    if (context.amx && linear.rows >= (int4 ? kAmxInt4Rows : 2))
         return run_tiles<Bf16Tiles>(context, linear, (const uint8_t*)linear.x, linear.x_stride * 2,
-                                    (uint8_t*)context.shared.reserve(row_tiles_bytes(linear.rows, steps)),
                                     [&](int64_t row, int64_t output, const int32_t* a, const int32_t* b) {
                                         store_two(linear, row, output, _mm512_loadu_ps(a), _mm512_loadu_ps(b));
                                     });
-    }
 #endif
     float* group_sums = nullptr;
     if (int4) {
