@@ -22,7 +22,7 @@ from runtime.model_config import ModelConfig
 
 # A laptop has other things to do with its memory; --max-total-tokens asks for more.
 CPU_LIMIT_BYTES = 4 << 30
-TOKENS_AHEAD = 4096  # so much room is made ready behind what is used; about 16 short requests, or one long one
+TOKENS_AHEAD = 1024  # so much room is made ready behind what is used: two chunks of a CPU
 
 
 class KVPool:

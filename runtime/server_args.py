@@ -55,6 +55,7 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
     max_running_requests: int = 256
     max_queued_requests: int = 2048
     chunked_prefill_size: int | None = None
+    max_step_stretch: float = 3.0
     schedule_policy: str = "fcfs"
     disable_radix_cache: bool = False
     disable_overlap: bool = False
@@ -175,6 +176,14 @@ FLAGS: Mapping[str, Flag] = {
         unset="512 on CPU, 2048 on GPU",
         low=1,
         high=2**20,
+    ),
+    "max_step_stretch": Flag(
+        help="while requests generate, a step that also computes prompts takes at most so many times as long as one "
+        "that does not; more gets prompts done sooner, and streams wait longer between tokens",
+        unit="decode steps",
+        low=1,
+        high=1_000_000,
+        above_low=True,
     ),
     "schedule_policy": Flag(
         help="who runs first: fcfs (arrival), lpm (longest cached prefix), dfs-weight (largest shared prefix), "

@@ -11,6 +11,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_running_requests: slots, 0..max-1. max_queued_requests: requests that may wait beyond those that find a slot.
     chunked_prefill_size: prompt tokens a step at most. policy: a name in scheduler/policies.
     overlap: two steps in flight instead of one.
+    max_step_stretch: while requests decode, a step with chunks takes at most so many times what decoding alone would.
     conservativeness: factor on the share of the remaining output that admission keeps room for.
     base_tokens: a guess, until steps are measured, at how many tokens' work an empty step costs.
     """
@@ -23,5 +24,6 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     policy: str = "fcfs"
     radix_cache: bool = True
     overlap: bool = True
+    max_step_stretch: float = 3.0
     conservativeness: float = 1.0
     base_tokens: float = 16.0

@@ -4,8 +4,8 @@ In this order: pages for the running decode rows (retracting somebody if there a
 being prefilled, and chunks of newly admitted requests, in the policy's order, as long as tokens, cost, slots and memory
 allow. Changes the state accordingly; sends nothing.
 
-Cost: while rows decode, chunks may make the step at most `STEP_STRETCH` times as long as the decode rows alone, by the
-cost model's estimate; with none decoding a step takes a full chunk.
+Cost: while rows decode, chunks may make the step at most `max_step_stretch` times as long as the decode rows alone, by
+the cost model's estimate; with none decoding a step takes a full chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from scheduler.policies import SchedulePolicy
 from scheduler.request import NO_SLOT, Request
 from scheduler.state import SchedulerState
 
-STEP_STRETCH = 3.0  # steps vary, and the worst of a hundred shall stay under 4 to 5 decode steps
 RETRY_STEPS = 8  # admission that found no memory is tried again when something has changed, or after so many steps
 SMALLEST_CHUNK = 8  # tokens; so that prefill goes on however slow a step is
 
@@ -52,7 +51,7 @@ class StepPlanner:
         self._tokens_left = state.config.chunked_prefill_size
         self._cost_left = math.inf
         if decode:
-            self._cost_left = (STEP_STRETCH - 1) * self._cost.seconds(work)
+            self._cost_left = (state.config.max_step_stretch - 1) * self._cost.seconds(work)
         if state.prefilling:
             self._continue_prefill(blocked=not decode and not state.in_flight)
         if state.waiting and not self._retracted and not stalled:

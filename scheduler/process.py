@@ -66,6 +66,7 @@ def make_config(spec: PipelineSpec, num_pages: int, device: str) -> SchedulerCon
         max_running_requests=args.max_running_requests,
         max_queued_requests=args.max_queued_requests,
         chunked_prefill_size=spec.chunked_prefill_size,
+        max_step_stretch=args.max_step_stretch,
         policy=args.schedule_policy,
         radix_cache=not args.disable_radix_cache,
         overlap=not args.disable_overlap,

@@ -90,10 +90,12 @@ def test_a_chunk_after_a_long_context_is_known_to_cost_its_reading() -> None:
     assert many == pytest.approx(true_many, rel=0.25)
 
 
-def test_chunks_shrink_beside_running_rows_and_with_their_context() -> None:
-    """A prompt of 3,000 tokens beside 4 decode rows: steps of 3 decode steps or little more, once measured."""
+@pytest.mark.parametrize("stretch", [3.0, 6.0])
+def test_chunks_shrink_beside_running_rows_and_with_their_context(stretch: float) -> None:
+    """A prompt of 3,000 tokens beside 4 decode rows: steps of so many decode steps or little more, once measured."""
     token, base, context = 1.0, 20.0, 1 / 1000
-    h = Harness(config(num_pages=2000, page_size=4, chunked_prefill_size=512, overlap=False))
+    settings = config(num_pages=2000, page_size=4, chunked_prefill_size=512, overlap=False, max_step_stretch=stretch)
+    h = Harness(settings)
 
     def step() -> tuple[int, float]:
         batch = h.scheduler.schedule(h.now)
@@ -114,7 +116,8 @@ def test_chunks_shrink_beside_running_rows_and_with_their_context() -> None:
     chunks, times = zip(*(step() for _ in range(200)), strict=True)
     running = [c for c in chunks if c]
     assert sum(running) == 3000
-    assert max(times[5:]) < 3.2 * decode_s
+    assert max(times[5:]) < (stretch + 0.2) * decode_s
+    assert max(times[5:]) > (stretch - 0.5) * decode_s
     assert running[-2] < running[3], "the longer the context, the smaller the chunk"
 
     for uid in range(4):
