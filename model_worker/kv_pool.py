@@ -5,9 +5,6 @@ whatever is written there is never read as anyone's context. Elements are of the
 (kv_int8.py).
 """
 
-import contextlib
-import math
-import mmap
 import sys
 
 import psutil
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model_worker.commit_ahead import CommitAhead
+from model_worker.cpu_kernels.huge_memory import HugeMemory
 from model_worker.kv_int8 import HEAD_DIM_MULTIPLE, SCALE_BYTES
 from qwen3.parallel import Group
 from runtime.errors import ConfigError
@@ -60,7 +58,7 @@ class KVPool:
         shape = (num_pages + 1, self.num_layers, 2, *page_shape)
         self._commit: CommitAhead | None = None
         if device.type == "cpu" and sys.platform == "linux":
-            self.data = _reserve(shape, dtype)
+            self.data = HugeMemory().empty(shape, dtype)
             self._commit = CommitAhead(self.data, -(-TOKENS_AHEAD // page_size))
         else:
             self.data = torch.empty(shape, dtype=dtype, device=device)
@@ -97,14 +95,6 @@ class KVPool:
             return None
         scales = pages.view(torch.float32)[:, -self.page_size * self.kv_heads :]
         return scales.view(-1, self.kv_heads, self.page_size)
-
-
-def _reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that take no memory until they are written. Freed with the tensor."""
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel built without huge pages; everything works, a little slower
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def bytes_per_token(config: ModelConfig, tp_size: int, dtype: torch.dtype, *, int8: bool) -> int:

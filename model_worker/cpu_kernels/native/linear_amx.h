@@ -57,13 +57,25 @@ inline void configure_tiles(int upper, int lower) {
     _tile_loadconfig(palette);
 }
 
-// At most 16 rows, block `block` of x, against the four panels; weights where they lie. sums: 4 tiles.
-template <class Kind>
-inline void tile_row_block(const TileLayout& w, int64_t steps, const TileLayout& x, int64_t block, uint8_t* sums) {
+inline void zero_sums() {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+}
+
+inline void store_sums(uint8_t* sums) {
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + kTileBytes, 64);
+    _tile_stored(2, sums + 2 * kTileBytes, 64);
+    _tile_stored(3, sums + 3 * kTileBytes, 64);
+    finish_stores(sums);
+}
+
+// At most 16 rows, block `block` of x, against the four panels; weights where they lie. sums: 4 tiles.
+template <class Kind>
+inline void tile_row_block(const TileLayout& w, int64_t steps, const TileLayout& x, int64_t block, uint8_t* sums) {
+    zero_sums();
     for (int64_t k = 0; k < steps; k++) {
         for (int line = 0; line < 4 * kTileBytes; line += 64)
             _mm_prefetch((const char*)w.at(k + 1, 0) + line, _MM_HINT_T0);
@@ -77,11 +89,7 @@ inline void tile_row_block(const TileLayout& w, int64_t steps, const TileLayout&
         _tile_loadd(7, w.at(k, 3), w.row);
         VSL_TILE_DOT(3, 4, 7);
     }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + kTileBytes, 64);
-    _tile_stored(2, sums + 2 * kTileBytes, 64);
-    _tile_stored(3, sums + 3 * kTileBytes, 64);
-    finish_stores(sums);
+    store_sums(sums);
 }
 
 // Steps begin..end of up to 32 rows, blocks `upper` and `lower` of x, against two panels. w: those steps' tiles of both
@@ -90,10 +98,7 @@ template <class Kind>
 inline void tile_two_by_two(const uint8_t* w, int64_t begin, int64_t end, const TileLayout& x, int64_t upper,
                             int64_t lower, uint8_t* sums) {
     if (begin == 0) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_sums();
     } else {
         _tile_loadd(0, sums, 64);
         _tile_loadd(1, sums + kTileBytes, 64);
@@ -110,11 +115,7 @@ inline void tile_two_by_two(const uint8_t* w, int64_t begin, int64_t end, const 
         VSL_TILE_DOT(2, 5, 6);
         VSL_TILE_DOT(3, 5, 7);
     }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + kTileBytes, 64);
-    _tile_stored(2, sums + 2 * kTileBytes, 64);
-    _tile_stored(3, sums + 3 * kTileBytes, 64);
-    finish_stores(sums);
+    store_sums(sums);
 }
 
 // Hands two panels' sums to store(row, first output, 16 sums of each).

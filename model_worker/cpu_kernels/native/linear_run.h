@@ -5,7 +5,7 @@
 
 namespace vsl {
 
-// Whether this CPU's instructions multiply `format` by rows of T; int8 needs AVX512-VNNI.
+// Whether this CPU's instructions multiply `format`; int8 needs AVX512-VNNI.
 inline bool can_multiply(int format) {
 #if defined(VSL_VNNI)
     return format == kBf16 || format == kInt8 || format == kInt4;
@@ -40,7 +40,7 @@ inline void run_float(Context& context, const Linear<T>& linear) {
     float* const group_sums = x + linear.rows * inputs;
     for (int64_t r = 0; r < linear.rows; r++)
         for (int64_t i = 0; i < inputs; i += kLanes) store(x + r * inputs + i, load(linear.x + r * linear.x_stride + i));
-    sum_groups(linear, group_sums);
+    if (linear.format == kInt4) sum_groups(linear, group_sums);
     run_slabs(context, slab_count(linear), [&](int64_t slab, int) {
         if (linear.format == kInt4)
             float_rows<kInt4>(linear, x, group_sums, slab);
