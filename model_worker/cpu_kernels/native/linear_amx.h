@@ -16,7 +16,7 @@ namespace vsl {
 constexpr int kTileBytes = 1024, kTileSums = 256;
 constexpr int kFewRows = 32;     // up to so many, weights are multiplied where they lie
 constexpr int kAmxInt4Rows = 5;  // from here on unpacking int4 into tiles of bf16 costs less than vectors do
-constexpr int kBlockSteps = 8;   // of many rows: so much of a slab stays in the first-level cache
+constexpr int kBlockSteps = 8;   // of many rows: so much of a slab stays in the first-level cache while they pass
 
 struct Bf16Tiles {
     static constexpr bool kWhole = false;  // whether sums are whole numbers
@@ -92,11 +92,12 @@ inline void tile_row_block(const TileLayout& w, int64_t steps, const TileLayout&
     store_sums(sums);
 }
 
-// Steps begin..end of up to 32 rows, blocks `upper` and `lower` of x, against two panels. w: those steps' tiles of both
-// panels. sums: 4 tiles, the upper rows' first; added to unless begin is 0.
+// Steps begin..end of up to 32 rows, blocks `upper` and `lower` of x, against `panel` and the next one. w: tiles from
+// step `begin` on. sums: 4 tiles, the upper rows' first; added to unless begin is 0. With each step, `lines` cache lines
+// from `ahead` on are asked for: in bursts, they would hold up the tiles that are loaded meanwhile.
 template <class Kind>
-inline void tile_two_by_two(const uint8_t* w, int64_t begin, int64_t end, const TileLayout& x, int64_t upper,
-                            int64_t lower, uint8_t* sums) {
+inline void tile_two_by_two(const TileLayout& w, int panel, int64_t begin, int64_t end, const TileLayout& x,
+                            int64_t upper, int64_t lower, uint8_t* sums, const uint8_t*& ahead, int lines) {
     if (begin == 0) {
         zero_sums();
     } else {
@@ -105,11 +106,12 @@ inline void tile_two_by_two(const uint8_t* w, int64_t begin, int64_t end, const 
         _tile_loadd(2, sums + 2 * kTileBytes, 64);
         _tile_loadd(3, sums + 3 * kTileBytes, 64);
     }
-    for (int64_t k = begin; k < end; k++, w += 2 * kTileBytes) {
-        _tile_loadd(6, w, 64);
+    for (int64_t k = begin; k < end; k++) {
+        for (int line = 0; line < lines; line++, ahead += 64) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
+        _tile_loadd(6, w.at(k - begin, panel), w.row);
         _tile_loadd(4, x.at(k, upper), x.row);
         VSL_TILE_DOT(0, 4, 6);
-        _tile_loadd(7, w + kTileBytes, 64);
+        _tile_loadd(7, w.at(k - begin, panel + 1), w.row);
         VSL_TILE_DOT(1, 4, 7);
         _tile_loadd(5, x.at(k, lower), x.row);
         VSL_TILE_DOT(2, 5, 6);
@@ -160,49 +162,44 @@ inline void unpack_tile(const uint8_t* group, int panel, uint8_t* tile) {
     }
 }
 
-// Steps begin..end of a slab as [two panels][step][panel][tile]: bf16 and int8 as they are, int4 as bf16.
-inline void copy_weights(int format, const uint8_t* slab, int64_t begin, int64_t end, uint8_t* tiles) {
+// Steps begin..end of an int4 slab as [step][panel][tile] of bf16.
+inline void unpack_steps(const uint8_t* slab, int64_t begin, int64_t end, uint8_t* tiles) {
     for (int64_t k = begin; k < end; k++)
-        for (int panel = 0; panel < kPanels; panel++) {
-            uint8_t* const tile = tiles + ((panel / 2 * (end - begin) + k - begin) * 2 + panel % 2) * kTileBytes;
-            if (format == kInt4) {
-                unpack_tile(slab + k * kGroupBytes, panel, tile);
-                continue;
-            }
-            const uint8_t* const from = slab + k * (16 * kSlab * 4) + panel * 64;
-            for (int row = 0; row < 16; row++)
-                _mm512_store_si512(tile + row * 64, _mm512_loadu_si512(from + row * (kSlab * 4)));
-        }
+        for (int panel = 0; panel < kPanels; panel++, tiles += kTileBytes)
+            unpack_tile(slab + k * kGroupBytes, panel, tiles);
     finish_stores(tiles);
 }
 
-// Rows begin..end, begin a multiple of 32, against one slab. While rows are multiplied by some steps of
-// the slab, the weights that follow are asked for.
+// Rows begin..end, begin a multiple of 32, against one slab, whose weights are used where they lie, but
+// for int4. While rows are multiplied by some steps of the slab, the weights that follow are asked for.
 template <class Kind, class Store>
 inline void tile_many_rows(int format, const uint8_t* slab, int64_t steps, const TileLayout& x, int64_t begin,
                            int64_t end, Scratch& scratch, const Store& store) {
     const int64_t step_bytes = format == kInt4 ? kGroupBytes : kPanels * kTileBytes;
-    const int64_t per_round = (kBlockSteps * step_bytes * 32 / (end - begin) + 63) / 64 * 64;
+    const int64_t passes = (end - begin + 31) / 32 * (kPanels / 2);
+    const int lines = (int)((step_bytes / 64 + passes - 1) / passes);
     int32_t* const sums = (int32_t*)scratch.reserve((end - begin + 31) / 32 * 8 * kTileBytes);
-    alignas(64) uint8_t w[kBlockSteps * kPanels * kTileBytes];
+    alignas(64) uint8_t unpacked[kBlockSteps * kPanels * kTileBytes];
     for (int64_t k = 0; k < steps; k += kBlockSteps) {
         const int64_t stop = std::min(steps, k + kBlockSteps);
-        copy_weights(format, slab, k, stop, w);
-        const uint8_t *next = slab + stop * step_bytes, *const next_end = next + kBlockSteps * step_bytes;
+        TileLayout w = TileLayout::slab(slab + k * step_bytes);
+        if (format == kInt4) {
+            unpack_steps(slab, k, stop, unpacked);
+            w = {unpacked, kPanels * kTileBytes, kTileBytes, 64};
+        }
+        const uint8_t* ahead = slab + stop * step_bytes;
         for (int64_t row = begin; row < end; row += 32) {
             const int count = (int)std::min<int64_t>(32, end - row), lower = std::max(0, count - 16);
             if (row == begin || count < 32) configure_tiles(std::min(16, count), lower);
             for (int panel = 0; panel < kPanels; panel += 2) {
                 int32_t* const tiles = sums + ((row - begin) / 32 * 2 + panel / 2) * 4 * kTileSums;
                 // Where there are no lower rows, the register takes one of the upper ones.
-                tile_two_by_two<Kind>(w + panel * (stop - k) * kTileBytes, k, stop, x, row / 16,
-                                      row / 16 + (lower > 0), (uint8_t*)tiles);
+                tile_two_by_two<Kind>(w, panel, k, stop, x, row / 16, row / 16 + (lower > 0), (uint8_t*)tiles, ahead,
+                                      lines);
                 if (stop < steps) continue;
                 store_tiles(tiles, panel, row, std::min(16, count), store);
                 store_tiles(tiles + 2 * kTileSums, panel, row + 16, lower, store);
             }
-            for (const uint8_t* const until = next + per_round; next < until && next < next_end; next += 64)
-                _mm_prefetch((const char*)next, _MM_HINT_T1);
         }
     }
     _tile_release();
@@ -262,7 +259,7 @@ inline void run_tiles(Context& context, const Linear<T>& linear, const uint8_t* 
         });
     }
     const RowBlocks blocks(linear.rows, slabs);
-    run_items(context, blocks.items(), [&](int item, int worker) {
+    run_stretches(context, blocks.items(), [&](int item, int worker) {
         const int64_t slab = item % slabs;
         tile_many_rows<Kind>(linear.format, linear.weights + slab * bytes, steps, rows, blocks.begin(item),
                              blocks.end(item), context.scratch[worker],

@@ -69,6 +69,45 @@ void run_items(Context& context, int items, const Work& work) {
     context.parallel(body, &job, (unsigned)context.threads, 0);
 }
 
+// As run_items, but every worker goes through a stretch of items of its own from its first to its last, so that what it
+// asks for ahead is what it reads next. Who is done takes the last item that another has left.
+template <class Work>
+void run_stretches(Context& context, int items, const Work& work) {
+    if (context.threads == 1 || items <= 1) {
+        for (int item = 0; item < items; item++) work(item, 0);
+        return;
+    }
+    struct alignas(64) Stretch {
+        std::atomic<uint64_t> range{0};  // begin << 32 | end
+        int take(bool front) {
+            uint64_t now = range.load(std::memory_order_relaxed);
+            for (;;) {
+                const uint32_t begin = (uint32_t)(now >> 32), end = (uint32_t)now;
+                if (begin >= end) return -1;
+                const uint64_t next = front ? (uint64_t)(begin + 1) << 32 | end : (uint64_t)begin << 32 | (end - 1);
+                if (range.compare_exchange_weak(now, next, std::memory_order_relaxed))
+                    return (int)(front ? begin : end - 1);
+            }
+        }
+    };
+    struct Job {
+        const Work& work;
+        const int workers;
+        std::atomic<int> next_worker{0};
+        std::vector<Stretch> stretches;
+    } job{work, context.threads, {0}, std::vector<Stretch>(context.threads)};
+    for (int64_t w = 0; w < context.threads; w++)
+        job.stretches[w].range = (uint64_t)(items * w / context.threads) << 32 | (items * (w + 1) / context.threads);
+    const auto body = [](void* data) {
+        Job& job = *static_cast<Job*>(data);
+        const int worker = job.next_worker.fetch_add(1, std::memory_order_relaxed);
+        for (int i = 0; i < job.workers; i++)
+            for (int item; (item = job.stretches[(worker + i) % job.workers].take(i == 0)) >= 0;)
+                job.work(item, worker);
+    };
+    context.parallel(body, &job, (unsigned)context.threads, 0);
+}
+
 // Splits [0, rows) into ranges of at least `least` rows and calls work(begin, end) for each.
 template <class Work>
 void run_ranges(Context& context, int64_t rows, int64_t least, const Work& work) {
