@@ -14,7 +14,7 @@
 namespace vsl {
 
 constexpr int kTileBytes = 1024, kTileSums = 256;
-constexpr int kFewRows = 32;     // up to so many, weights are multiplied where they lie
+constexpr int kFewRows = 32;     // up to so many, each 16 rows go through a whole slab at once
 constexpr int kAmxInt4Rows = 5;  // from here on unpacking int4 into tiles of bf16 costs less than vectors do
 constexpr int kBlockSteps = 8;   // of many rows: so much of a slab stays in the first-level cache while they pass
 
