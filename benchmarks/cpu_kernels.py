@@ -22,6 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model_worker.cpu_kernels import CpuKernels, LayerCache, load
+from model_worker.cpu_kernels.huge_memory import HugeMemory
 from model_worker.kv_int8 import SCALE_BYTES, quantize
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 16, 8, 128, 16
@@ -77,7 +78,7 @@ def decode(kernels: CpuKernels, rows: int, context: int, seconds: float) -> dict
     check(ours(0).flatten(1), plain(0))
     moved = rows * context * KV_HEADS * HEAD_DIM * 2 * 2
     moved_int8 = rows * context * KV_HEADS * (HEAD_DIM + SCALE_BYTES) * 2
-    blocks = torch.ones(len(caches), moved // 4)
+    blocks = HugeMemory().empty((len(caches), moved // 4), torch.float32).fill_(1)
     times = measure({"ours": ours, "int8": int8, "read": lambda layer: blocks[layer].sum()}, len(caches), seconds)
     times |= measure({"torch": plain}, len(caches), seconds / 4)
     rate, read, rate_int8 = moved / times["ours"] / 1e9, moved / times["read"] / 1e9, moved_int8 / times["int8"] / 1e9
@@ -173,10 +174,13 @@ def fused(kernels: CpuKernels, tokens: int, seconds: float) -> list[dict[str, ob
 
 def make_caches(pages: int, rows: int) -> tuple[list[LayerCache], Tensor]:
     """As many layers as KEEP_COLD_BYTES take, two at least, with random values; the rows' pages in random order."""
-    shape = (pages, PAGE_SIZE, KV_HEADS, HEAD_DIM)
     layer_bytes = pages * PAGE_SIZE * KV_HEADS * HEAD_DIM * 2 * 2
     layers = min(28, max(2, KEEP_COLD_BYTES // layer_bytes))
-    caches = [LayerCache(torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()) for _ in range(layers)]
+    # In the memory and the order of model_worker/kv_pool.py.
+    pool = HugeMemory().empty((pages, layers, 2, PAGE_SIZE, KV_HEADS, HEAD_DIM), torch.bfloat16)
+    for page in pool:
+        page.normal_()
+    caches = [LayerCache(pool[:, layer, 0], pool[:, layer, 1]) for layer in range(layers)]
     return caches, torch.randperm(pages, dtype=torch.int32).view(rows, -1)
 
 

@@ -109,7 +109,9 @@ def check(kernels: CpuKernels, case: Case, tolerance: float | None = None, **opt
 
 @INT8
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (3, 1), (8, 2), (10, 2), (8, 1)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(1, 1), (4, 2), (3, 1), (8, 2), (10, 2), (8, 1), (16, 1), (24, 12), (32, 4)]
+)
 @pytest.mark.parametrize("page_size", [1, 4, 16, 64])
 def test_decode_rows(
     kernels: CpuKernels, dtype: torch.dtype, heads: int, kv_heads: int, page_size: int, int8: bool

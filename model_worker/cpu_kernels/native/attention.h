@@ -5,6 +5,7 @@
 
 #include "chunk.h"
 #include "decode.h"
+#include "decode_amx.h"
 
 namespace vsl {
 
@@ -64,12 +65,13 @@ class PagedAttention {
     void run() {
         plan();
         const int num_chunks = (int)chunks_.size();
-        run_items(context_, num_chunks + (int)decodes_.size(), [&](int index, int worker) {
+        const auto work = [&](int index, int worker) {
             if (index < num_chunks)
                 run_chunk(chunks_[index], context_.scratch[worker]);
             else
-                run_decode(decodes_[index - num_chunks]);
-        });
+                run_decode(index - num_chunks, context_.scratch[worker]);
+        };
+        run_stretches(context_, num_chunks + (int)decodes_.size(), work, num_chunks);
     }
 
    private:
@@ -82,6 +84,9 @@ class PagedAttention {
             const int parts = context_.threads == 1 ? 1 : 4 * context_.threads;
             split = std::max(kLeastSplit, (tokens_to_read / parts + kBlockTokens) / kBlockTokens * kBlockTokens);
         }
+#if defined(VSL_AMX)
+        amx_decode_ = context_.amx && fits_amx_decode(args_.layout, args_.heads, args_.kv_heads, args_.head_dim, split);
+#endif
         size_t floats = 0;
         for (int row = 0; row < args_.rows; row++) {
             if (args_.context_lengths[row] == 0)  // padding
@@ -153,13 +158,35 @@ class PagedAttention {
         return {args_.keys, args_.values, args_.page_table + row * args_.page_table_stride, args_.layout};
     }
 
-    void run_decode(const DecodeItem& item) {
+    void run_decode(int index, Scratch& scratch) {
+        const DecodeItem& item = decodes_[index];
         float* const partials = partials_ + item.partials;
-        const Partial own = Partial::at(partials + item.range * partial_, args_.heads);
-        attend_range(args_.query + item.token * args_.query_stride, cache(item.row), item.begin, item.end, args_.heads,
-                     args_.kv_heads, args_.head_dim, scale_, own);
+        attend(index, item, Partial::at(partials + item.range * partial_, args_.heads), scratch);
         if (finished_[item.counter].fetch_add(1, std::memory_order_acq_rel) == item.ranges - 1)
             merge_ranges(partials, item.ranges, args_.heads, args_.head_dim, args_.out + item.token * token_size_);
+    }
+
+    void attend(int index, const DecodeItem& item, const Partial& out, Scratch& scratch) {
+        const T* const query = args_.query + item.token * args_.query_stride;
+#if defined(VSL_AMX)
+        if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Stored, bf16>) {
+            if (amx_decode_) {
+                // Workers go through the items in their order: the next one's first block follows.
+                int64_t follow = 0;
+                int tokens = 0;
+                if (index + 1 < (int)decodes_.size()) {
+                    const DecodeItem& next = decodes_[index + 1];
+                    follow = locate(cache(next.row).pages, args_.layout, next.begin);
+                    tokens = (int)std::min<int64_t>(kBlockTokens, next.end - next.begin);
+                }
+                uint32_t* const queries = (uint32_t*)scratch.reserve((args_.heads + 15) / 16 * 32 * args_.head_dim);
+                return attend_range_amx(query, cache(item.row), item.begin, item.end, args_.heads, args_.kv_heads,
+                                        args_.head_dim, scale_, out, queries, follow, tokens);
+            }
+        }
+#endif
+        attend_range(query, cache(item.row), item.begin, item.end, args_.heads, args_.kv_heads, args_.head_dim, scale_,
+                     out);
     }
 
     void run_chunk(const ChunkItem& item, Scratch& scratch) {
@@ -202,6 +229,7 @@ class PagedAttention {
     const size_t partial_;  // floats of one range's partial result
     std::vector<DecodeItem> decodes_;
     std::vector<ChunkItem> chunks_;
+    bool amx_decode_ = false;
     int counters_ = 0;
     std::vector<std::atomic<int>> finished_;  // items that are done, of a token or of a block of them
     float* partials_ = nullptr;

@@ -38,6 +38,11 @@ struct Partial {
     static Partial at(float* memory, int heads) { return {memory, memory + heads, memory + 2 * heads}; }
 };
 
+// Where the token at `position` lies, in elements.
+inline int64_t locate(const int32_t* pages, const PoolLayout& layout, int64_t position) {
+    return pages[position / layout.page_size] * layout.page_stride + position % layout.page_size * layout.token_stride;
+}
+
 // Where each of `count` tokens from position `first` on lies, in elements; the rest of the block repeats the last one.
 inline void locate(const int32_t* pages, const PoolLayout& layout, int64_t first, int count, int64_t* offsets) {
     int64_t page = first / layout.page_size, place = first % layout.page_size;

@@ -69,10 +69,10 @@ void run_items(Context& context, int items, const Work& work) {
     context.parallel(body, &job, (unsigned)context.threads, 0);
 }
 
-// As run_items, but every worker goes through a stretch of items of its own from its first to its last, so that what it
-// asks for ahead is what it reads next. Who is done takes the last item that another has left.
+// As run_items, but from item `shared` on every worker goes through a stretch of items of its own from its first to its
+// last, so that what it asks for ahead is what it reads next. Who is done takes the last item that another has left.
 template <class Work>
-void run_stretches(Context& context, int items, const Work& work) {
+void run_stretches(Context& context, int items, const Work& work, int shared = 0) {
     if (context.threads == 1 || items <= 1) {
         for (int item = 0; item < items; item++) work(item, 0);
         return;
@@ -92,15 +92,18 @@ void run_stretches(Context& context, int items, const Work& work) {
     };
     struct Job {
         const Work& work;
-        const int workers;
-        std::atomic<int> next_worker{0};
+        const int workers, shared;
+        std::atomic<int> next_worker{0}, next_shared{0};
         std::vector<Stretch> stretches;
-    } job{work, context.threads, {0}, std::vector<Stretch>(context.threads)};
-    for (int64_t w = 0; w < context.threads; w++)
-        job.stretches[w].range = (uint64_t)(items * w / context.threads) << 32 | (items * (w + 1) / context.threads);
+    } job{work, context.threads, shared, {0}, {0}, std::vector<Stretch>(context.threads)};
+    for (int64_t w = 0, own = items - shared; w < context.threads; w++)
+        job.stretches[w].range =
+            (uint64_t)(shared + own * w / context.threads) << 32 | (shared + own * (w + 1) / context.threads);
     const auto body = [](void* data) {
         Job& job = *static_cast<Job*>(data);
         const int worker = job.next_worker.fetch_add(1, std::memory_order_relaxed);
+        for (int item; (item = job.next_shared.fetch_add(1, std::memory_order_relaxed)) < job.shared;)
+            job.work(item, worker);
         for (int i = 0; i < job.workers; i++)
             for (int item; (item = job.stretches[(worker + i) % job.workers].take(i == 0)) >= 0;)
                 job.work(item, worker);
