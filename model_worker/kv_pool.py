@@ -6,6 +6,7 @@ whatever is written there is never read as anyone's context. Elements are of the
 """
 
 import sys
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -21,13 +22,18 @@ from runtime.model_config import ModelConfig
 # A laptop has other things to do with its memory; --max-total-tokens asks for more.
 CPU_LIMIT_BYTES = 4 << 30
 TOKENS_AHEAD = 1024  # so much room is made ready behind what is used: two chunks of a CPU
+# What a rank on CPU makes ready before it takes requests: enough for a handful of conversations.
+READY_TOKENS = 8192
+READY_LIMIT_BYTES = 1 << 30  # of all ranks of a machine
+PIECE_BYTES = 64 << 20
 
 
 class KVPool:
     """`data`: [page, layer, K/V, token, kv head, head dim], this rank's KV heads; in int8 [page, layer, K/V, bytes].
 
-    On CPU the memory is only reserved here and committed as it is used, on Linux in huge pages (of 2 MiB on x86) where
-    it has them: attention reads all over the pool, and spends less on translating addresses. All that belongs to a page
+    On CPU the memory is only reserved here; `make_ready` commits the first of it, and the rest is committed as it is
+    used, on Linux in huge pages (of 2 MiB on x86) where it has them: attention reads all over the pool, and spends less
+    on translating addresses. All that belongs to a page
     lies together, so that memory is needed a little at a time: with the layers apart, all of them would come to the end
     of their huge pages in the same step.
     """
@@ -62,6 +68,20 @@ class KVPool:
             self._commit = CommitAhead(self.data, -(-TOKENS_AHEAD // page_size))
         else:
             self.data = torch.empty(shape, dtype=dtype, device=device)
+
+    def make_ready(self, limit_bytes: int, heartbeat: Callable[[], None]) -> None:
+        """Commit the memory of the first READY_TOKENS on CPU, at most `limit_bytes`; what is in it becomes zero.
+
+        On all of torch's threads: 0.1 s a GB, or 2 s where a virtual machine's host has to find it first. Steps that
+        commit as they go are slowed down by it for as long. `heartbeat` is called while it goes on.
+        """
+        if self.data.device.type != "cpu":
+            return
+        size = min(-(-READY_TOKENS // self.page_size) * self.data[0].nbytes, limit_bytes, self.data.nbytes)
+        memory = self.data.view(-1).view(torch.uint8)[:size]
+        for begin in range(0, size, PIECE_BYTES):
+            memory[begin : begin + PIECE_BYTES].zero_()
+            heartbeat()
 
     def will_use(self, page: int) -> None:
         """The highest page so far that steps write to: memory for what may come behind it is made ready meanwhile."""

@@ -1,5 +1,6 @@
 """The pool's size: from memory, from --max-total-tokens, and refused when nothing fits."""
 
+import sys
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,7 @@ from model_worker.kv_pool import CPU_LIMIT_BYTES, KVPool, bytes_per_token, choos
 from qwen3.parallel import Group
 from runtime.errors import ConfigError
 from runtime.model_config import ModelConfig
+from tests.model_worker.test_commit_ahead import resident_bytes
 from tests.runtime.test_model_config import DENSE, read
 
 CPU = torch.device("cpu")
@@ -54,6 +56,21 @@ def test_layout_and_padding_page(config: ModelConfig) -> None:
     assert (pool.data[3, 2, 0, 1] == 1).all()
     assert (pool.data[3, 2, 1, 2] == 2).all()
     assert pool.data.sum() == 2 * 16 + 2 * 2 * 16
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("limit_mib", "ready_mib"), [(1024, 8), (3, 3)])
+def test_the_first_tokens_memory_is_made_ready(config: ModelConfig, limit_mib: int, ready_mib: int) -> None:
+    mib = 1 << 20
+    pool = KVPool(config, 1, num_pages=4096, page_size=16, dtype=torch.float32, device=CPU)  # 1 KiB a token
+    assert pool.data.nbytes > 64 * mib
+    beats: list[None] = []
+    before = resident_bytes()
+    pool.make_ready(limit_mib * mib, lambda: beats.append(None))
+    grown = resident_bytes() - before
+    assert (ready_mib - 3) * mib < grown < (ready_mib + 5) * mib  # huge pages, and the room that is kept ahead
+    assert len(beats) == 1
+    assert (pool.data.view(-1)[: ready_mib * mib // 4] == 0).all()
 
 
 @pytest.mark.parametrize(("tp_size", "heads"), [(1, 2), (2, 1), (4, 1)])
