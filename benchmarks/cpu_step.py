@@ -27,6 +27,7 @@ import torch  # noqa: E402
 
 from benchmarks.machine import measure  # noqa: E402
 from model_worker.compute import choose_compute, torch_compute  # noqa: E402
+from model_worker.fused_layers import fuse_layers  # noqa: E402
 from model_worker.kv_pool import KVPool  # noqa: E402
 from model_worker.matrix_formats import choose_formats  # noqa: E402
 from model_worker.model_runner import ModelRunner  # noqa: E402
@@ -83,10 +84,12 @@ def build(
     pool = KVPool(config, 1, pages, PAGE, dtype, device)
     rows = torch.randn(pool.data.shape[0], 1, 1, *pool.data.shape[3:], dtype=torch.float32)
     pool.data.copy_(rows.to(dtype))  # real pages, not the zero page
+    attention = compute.attention(pool)
+    fuse_layers(model, attention)
     runner = ModelRunner(
         model,
         pool,
-        compute.attention(pool),
+        attention,
         max_slots=slots,
         context_length=context,
         argmax=None if compute.kernels is None else compute.kernels.argmax,

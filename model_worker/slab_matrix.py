@@ -26,25 +26,25 @@ class SlabMatrix:
     keeps_rows = True
 
     def __init__(self, kernels: CpuKernels, weights: SlabWeights) -> None:
-        self._kernels, self._weights = kernels, weights
+        self._kernels, self.weights = kernels, weights
         self.nbytes = weights.nbytes
 
     def multiply(self, x: Tensor) -> Tensor:
-        return self._kernels.linear(x, self._weights)
+        return self._kernels.linear(x, self.weights)
 
     def rows(self, ids: Tensor) -> Tensor:
-        return self._kernels.gather_rows(self._weights, ids)
+        return self._kernels.gather_rows(self.weights, ids)
 
 
 class QuantizedSlabMatrix(ProductOnly):
     """int8 or int4. In int8, a row that is not finite gives one that is not."""
 
     def __init__(self, kernels: CpuKernels, weights: SlabWeights) -> None:
-        self._kernels, self._weights = kernels, weights
+        self._kernels, self.weights = kernels, weights
         self.nbytes = weights.nbytes
 
     def multiply(self, x: Tensor) -> Tensor:
-        return self._kernels.linear(x, self._weights)
+        return self._kernels.linear(x, self.weights)
 
 
 class SlabFormats:

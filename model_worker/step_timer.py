@@ -7,7 +7,7 @@ the host took to ask for the work, and how long it waited.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from model_worker.attention_kernels import KernelAttention
+from model_worker.cpu_kernels.layers import PARTS
+from model_worker.fused_layers import FusedLayers
 from model_worker.model_runner import ModelRunner
 from qwen3.mlp import MLP
 from qwen3.operations import LayerOperations
@@ -58,6 +60,26 @@ class StepTimer:
                 owners.append(outer)
                 times.append(clock())
                 self._current = outer
+
+        return run
+
+    def timed_inside(
+        self, parts: Sequence[str], call: Callable[..., Any], seconds: Callable[[], Iterable[float]]
+    ) -> Callable[..., Any]:
+        """`call`, which runs `parts` one after another and tells by `seconds` how long each took the last time."""
+        self.names += [part for part in dict.fromkeys(parts) if part not in self.names]
+        indices = [self.names.index(part) for part in parts]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            time = self._clock()
+            result = call(*args, **kwargs)
+            for index, duration in zip(indices, seconds(), strict=True):
+                self._owners.append(index)
+                self._times.append(time)
+                time += duration
+            self._owners.append(self._current)
+            self._times.append(time)
+            return result
 
         return run
 
@@ -144,6 +166,8 @@ def time_parts(runner: ModelRunner, timer: StepTimer) -> None:
             timer.attach(feed_forward.router.weight, "multiply", "router")
             timer.attach(feed_forward.experts.gate_up, "multiply_grouped", "gate_up")
             timer.attach(feed_forward.experts.down, "multiply_grouped", "down")
+    if isinstance(model.all_layers, FusedLayers):
+        _time_fused(model.all_layers, timer)
     timer.attach(model, "head", "head")
     for owner, attribute in (
         (runner.prompt_logprobs, "of_step"),
@@ -154,3 +178,10 @@ def time_parts(runner: ModelRunner, timer: StepTimer) -> None:
     ):
         timer.attach(owner, attribute, "sampling")
     timer.take()
+
+
+def _time_fused(fused: FusedLayers, timer: StepTimer) -> None:
+    fused.layers.measure()
+    seconds = fused.layers.seconds
+    assert seconds is not None
+    fused.layers = timer.timed_inside(PARTS * len(seconds), fused.layers, seconds.ravel().tolist)  # type: ignore[assignment]

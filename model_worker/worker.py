@@ -17,6 +17,7 @@ import torch
 import zmq
 
 from model_worker.compute import choose_compute
+from model_worker.fused_layers import fuse_layers
 from model_worker.kv_pool import READY_LIMIT_BYTES, KVPool, choose_num_pages
 from model_worker.matrix_formats import choose_formats
 from model_worker.model_runner import ModelRunner
@@ -151,10 +152,12 @@ def build_runner(
         compute.name,
         torch.get_num_threads(),
     )
+    attention = compute.attention(pool)
+    fuse_layers(model, attention)
     return ModelRunner(
         model,
         pool,
-        compute.attention(pool),
+        attention,
         max_slots=args.max_running_requests,
         context_length=spec.context_length,
         tokenizer_file=Path(spec.tokenizer_folder) / "tokenizer.json",

@@ -20,7 +20,7 @@ from model_worker.cpu_kernels.openmp import parallel_function
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as native/kernels.cpp numbers them
 
 
 def load(
@@ -59,7 +59,7 @@ class LayerCache:
         value_scales: Tensor | None = None,
     ) -> None:
         assert keys.dtype == values.dtype
-        assert keys.dtype in (*_DTYPES, torch.int8)
+        assert keys.dtype in (*DTYPES, torch.int8)
         assert keys.shape == values.shape
         assert keys.stride() == values.stride()
         assert keys.stride(3) == 1
@@ -96,7 +96,7 @@ class LayerCache:
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether it holds keys and values of a model of this dtype."""
-        return dtype in _DTYPES and self.dtype in (dtype, torch.int8)
+        return dtype in DTYPES and self.dtype in (dtype, torch.int8)
 
 
 class CpuKernels:
@@ -108,7 +108,7 @@ class CpuKernels:
             logger.warning("torch's OpenMP runtime was not found: CPU kernels run on one thread")
         self.threads = threads if parallel is not None else 1
         self._destroy = library.vsl_destroy
-        self._context = library.vsl_create(parallel, self.threads)
+        self.context = library.vsl_create(parallel, self.threads)
         self._attention = library.vsl_paged_attention
         self._store = library.vsl_store_kv
         self._norm = library.vsl_rms_norm
@@ -118,10 +118,11 @@ class CpuKernels:
         self._linear = library.vsl_linear
         self._can_multiply = library.vsl_can_multiply
         self._gather = library.vsl_gather_rows
-        self.instruction_set: str = library.vsl_instruction_set(self._context).decode()
+        self.decoder_layers = library.vsl_decoder_layers  # for layers.py
+        self.instruction_set: str = library.vsl_instruction_set(self.context).decode()
 
     def __del__(self) -> None:
-        self._destroy(self._context)
+        self._destroy(self.context)
 
     def paged_attention(
         self,
@@ -161,8 +162,8 @@ class CpuKernels:
         assert scale > 0
         out = _output(out, query, (tokens, heads, head_dim))
         self._attention(
-            self._context,
-            _DTYPES[query.dtype],
+            self.context,
+            DTYPES[query.dtype],
             query.data_ptr(),
             query.stride(0),
             *cache.arguments,
@@ -196,8 +197,8 @@ class CpuKernels:
         assert slots.shape[0] == tokens
         assert slots.is_contiguous()
         self._store(
-            self._context,
-            _DTYPES[key.dtype],
+            self.context,
+            DTYPES[key.dtype],
             key.data_ptr(),
             key.stride(0),
             key.stride(1),
@@ -220,8 +221,8 @@ class CpuKernels:
         assert weight.shape[0] == size
         out = _output(out, x, (rows, size))
         self._norm(
-            self._context,
-            _DTYPES[x.dtype],
+            self.context,
+            DTYPES[x.dtype],
             x.data_ptr(),
             x.stride(0),
             None,
@@ -249,8 +250,8 @@ class CpuKernels:
         assert residual.is_contiguous()
         out = _output(out, x, (rows, size))
         self._norm(
-            self._context,
-            _DTYPES[x.dtype],
+            self.context,
+            DTYPES[x.dtype],
             x.data_ptr(),
             x.stride(0),
             residual.data_ptr(),
@@ -298,8 +299,8 @@ class CpuKernels:
         assert slots.is_contiguous()
         out = _output(out, qkv, (tokens, heads, head_dim))
         self._rope(
-            self._context,
-            _DTYPES[qkv.dtype],
+            self.context,
+            DTYPES[qkv.dtype],
             qkv.data_ptr(),
             qkv.stride(0),
             query_weight.data_ptr(),
@@ -327,8 +328,8 @@ class CpuKernels:
         out = _output(out, gate_up, (rows, size))
         gate = gate_up.data_ptr()
         self._silu(
-            self._context,
-            _DTYPES[gate_up.dtype],
+            self.context,
+            DTYPES[gate_up.dtype],
             gate,
             gate + size * gate_up.element_size(),
             gate_up.stride(0),
@@ -353,8 +354,8 @@ class CpuKernels:
         assert x.dtype == torch.bfloat16 or weights.format != WeightFormat.BF16
         out = x.new_empty((rows, weights.outputs))
         self._linear(
-            self._context,
-            _DTYPES[x.dtype],
+            self.context,
+            DTYPES[x.dtype],
             *weights.arguments,
             x.data_ptr(),
             x.stride(0),
@@ -368,7 +369,7 @@ class CpuKernels:
         assert weights.format is WeightFormat.BF16
         ids = ids.to(torch.int64).contiguous()
         out = torch.empty((len(ids), weights.inputs), dtype=torch.bfloat16)
-        self._gather(self._context, weights.data.data_ptr(), weights.inputs, ids.data_ptr(), len(ids), out.data_ptr())
+        self._gather(self.context, weights.data.data_ptr(), weights.inputs, ids.data_ptr(), len(ids), out.data_ptr())
         return out
 
     def argmax(self, logits: Tensor, out: Tensor | None = None) -> Tensor:
@@ -383,7 +384,7 @@ class CpuKernels:
             assert out.shape == (rows,)
             assert out.is_contiguous()
         self._argmax(
-            self._context, _DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), out.data_ptr(), rows, size
+            self.context, DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), out.data_ptr(), rows, size
         )
         return out
 

@@ -20,6 +20,7 @@ _ARGUMENTS = {
     "vsl_argmax": "pi pq p qq",
     "vsl_can_multiply": "i",
     "vsl_linear": "pii pp qq pq q p",
+    "vsl_decoder_layers": "pi pp",
     "vsl_gather_rows": "p pq pq p",
 }
 _RESULTS = {"vsl_create": c_void_p, "vsl_instruction_set": c_char_p, "vsl_can_multiply": c_int}

@@ -165,7 +165,13 @@ void store_kv(Context& context, const T* key, int64_t key_token, int64_t key_hea
     });
 }
 
-inline vf silu(vf x) { return x / (splat(1.0f) + exp2(vmin(splat(126.0f), x * splat(-1.4426950409f)))); }
+inline vf silu(vf x) { return divide(x, splat(1.0f) + exp2(vmin(splat(126.0f), x * splat(-1.4426950409f)))); }
+
+// silu(gate), rounded to T, x up.
+template <class T>
+inline vf gated(vf gate, vf up, const T* type) {
+    return rounded_to(silu(gate), type) * up;
+}
 
 // gate, up: rows x size, rows `stride` apart; out contiguous: silu(gate), rounded, x up.
 template <class T>
@@ -175,10 +181,10 @@ void silu_mul(Context& context, const T* gate, const T* up, int64_t stride, T* o
             const T *g = gate + row * stride, *u = up + row * stride;
             T* o = out + row * size;
             int64_t i = 0;
-            for (; i + kLanes <= size; i += kLanes) store(o + i, rounded_to(silu(load(g + i)), o) * load(u + i));
+            for (; i + kLanes <= size; i += kLanes) store(o + i, gated(load(g + i), load(u + i), o));
             if (i < size) {
                 const int n = (int)(size - i);
-                store_part(o + i, rounded_to(silu(load_part(g + i, n)), o) * load_part(u + i, n), n);
+                store_part(o + i, gated(load_part(g + i, n), load_part(u + i, n), o), n);
             }
         }
     });

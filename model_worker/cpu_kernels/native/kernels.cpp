@@ -3,7 +3,7 @@
 // `scales` is not 0, int8 with scales that begin so many bytes after each page's start (kv_int8.h).
 #include "attention.h"
 #include "elementwise.h"
-#include "linear_run.h"
+#include "layers.h"
 
 using namespace vsl;
 
@@ -38,6 +38,7 @@ void* vsl_create(void* parallel, int threads) {
     context->threads = parallel == nullptr ? 1 : threads;
     context->amx = request_amx();
     context->scratch = std::vector<Scratch>(context->threads);
+    context->gates = std::vector<Scratch>(context->threads);
     return context;
 }
 
@@ -135,6 +136,14 @@ void vsl_linear(void* context, int dtype, int format, const void* weights, const
         using T = std::remove_pointer_t<decltype(type)>;
         run_linear(*(Context*)context, Linear<T>{format, (const uint8_t*)weights, scales, inputs, outputs, (const T*)x,
                                                  x_stride, rows, (T*)out, outputs});
+    });
+}
+
+void vsl_decoder_layers(void* context, int dtype, const DecoderLayers* layers, const DecoderStep* step) {
+    with_dtypes(dtype, layers->pool.scales, [&](auto* type, auto* stored) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using Stored = std::remove_pointer_t<decltype(stored)>;
+        run_decoder_layers<T, Stored>(*(Context*)context, *layers, *step);
     });
 }
 

@@ -16,8 +16,8 @@
 #include <cmath>
 #include <type_traits>
 
+#include "elementwise.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace vsl {
 
@@ -38,6 +38,9 @@ struct Linear {
     int64_t x_stride, rows;
     T* out;
     int64_t out_stride;
+    // Whether the first half of the outputs are gates of the second: out is silu(gate) x up, of half the outputs, each
+    // of the three rounded. Outputs are then a multiple of 128.
+    bool gated = false;
 };
 
 inline int64_t slab_bytes(int format, int64_t inputs) {
@@ -45,18 +48,44 @@ inline int64_t slab_bytes(int format, int64_t inputs) {
     return inputs * kSlab * (format == kBf16 ? 2 : 1);
 }
 
+// Slabs of results.
 template <class T>
 inline int64_t slab_count(const Linear<T>& linear) {
-    return (linear.outputs + kSlab - 1) / kSlab;
+    const int64_t slabs = (linear.outputs + kSlab - 1) / kSlab;
+    return linear.gated ? slabs / 2 : slabs;
 }
 
-// Calls work(slab, worker) for every slab. A worker takes a few that follow each other at a time, so that what it asks
-// for ahead of the end of one is what it reads next.
-template <class Work>
-inline void run_slabs(Context& context, int64_t slabs, const Work& work) {
-    const int64_t runs = std::min<int64_t>(slabs, 16 * context.threads);
+// Calls compute(linear, slab) to have rows begin..end of a slab's outputs in their place. With gates, that is called for
+// the gates' slab and for the other one, into memory of the worker, and their product goes into place.
+template <class T, class Compute>
+inline void compute_slab(const Linear<T>& linear, int64_t slab, int64_t begin, int64_t end, Scratch& memory,
+                         const Compute& compute) {
+    if (!linear.gated) return compute(linear, slab);
+    const int64_t size = (end - begin) * kSlab;
+    T* const gate = (T*)memory.reserve(2 * size * sizeof(T));
+    Linear<T> part = linear;
+    part.out_stride = kSlab;
+    for (int i = 0; i < 2; i++) {
+        const int64_t source = slab + i * slab_count(linear);
+        part.out = gate + i * size - begin * kSlab - source * kSlab;
+        compute(part, source);
+    }
+    for (int64_t row = begin; row < end; row++) {
+        const T *const g = gate + (row - begin) * kSlab, *const u = g + size;
+        T* const out = linear.out + row * linear.out_stride + slab * kSlab;
+        for (int i = 0; i < kSlab; i += kLanes) store(out + i, gated(load(g + i), load(u + i), out));
+    }
+}
+
+// Calls compute(linear, slab, worker) for every slab, as compute_slab does. A worker takes a few that follow each other
+// at a time, so that what it asks for ahead of the end of one is what it reads next.
+template <class T, class Compute>
+inline void run_slabs(Context& context, const Linear<T>& linear, const Compute& compute) {
+    const int64_t slabs = slab_count(linear), runs = std::min<int64_t>(slabs, 16 * context.threads);
     run_items(context, (int)runs, [&](int run, int worker) {
-        for (int64_t slab = slabs * run / runs; slab < slabs * (run + 1) / runs; slab++) work(slab, worker);
+        for (int64_t slab = slabs * run / runs; slab < slabs * (run + 1) / runs; slab++)
+            compute_slab(linear, slab, 0, linear.rows, context.gates[worker],
+                         [&](const Linear<T>& into, int64_t source) { compute(into, source, worker); });
     });
 }
 

@@ -203,7 +203,6 @@ inline void tile_many_rows(int format, const uint8_t* slab, int64_t steps, const
         }
     }
     _tile_release();
-    _mm_sfence();  // for results that went past the caches
 }
 
 // A slab of int4 as [step][panel][tile] of bf16.
@@ -235,7 +234,7 @@ struct RowBlocks {
     int64_t end(int item) const { return std::min(rows, begin(item) + height); }
 };
 
-// x: rows of bf16 or of codes, `stride` bytes apart.
+// x: rows of bf16 or of codes, `stride` bytes apart. Calls store(linear, row, output, 16 sums, 16 more sums).
 template <class Kind, class T, class Store>
 inline void run_tiles(Context& context, const Linear<T>& linear, const uint8_t* x, int64_t stride,
                       const Store& store) {
@@ -249,23 +248,25 @@ inline void run_tiles(Context& context, const Linear<T>& linear, const uint8_t* 
         unpack_slab(weights, steps, tiles);
         return TileLayout{tiles, kPanels * kTileBytes, kTileBytes, 64};
     };
+    const auto store_slab = [&](const Linear<T>& into, int64_t slab) {
+        return [&into, &store, slab](int64_t row, int output, const int32_t* a, const int32_t* b) {
+            store(into, row, slab * kSlab + output, a, b);
+        };
+    };
     const TileLayout rows = TileLayout::rows(x, stride);
     if (linear.rows <= kFewRows) {
-        return run_slabs(context, slabs, [&](int64_t slab, int worker) {
-            tile_few_rows<Kind>(slab_tiles(slab, worker), steps, rows, (int)linear.rows,
-                                [&](int64_t row, int output, const int32_t* a, const int32_t* b) {
-                                    store(row, slab * kSlab + output, a, b);
-                                });
+        return run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int worker) {
+            tile_few_rows<Kind>(slab_tiles(slab, worker), steps, rows, (int)linear.rows, store_slab(into, slab));
         });
     }
     const RowBlocks blocks(linear.rows, slabs);
     run_stretches(context, blocks.items(), [&](int item, int worker) {
-        const int64_t slab = item % slabs;
-        tile_many_rows<Kind>(linear.format, linear.weights + slab * bytes, steps, rows, blocks.begin(item),
-                             blocks.end(item), context.scratch[worker],
-                             [&](int64_t row, int output, const int32_t* a, const int32_t* b) {
-                                 store(row, slab * kSlab + output, a, b);
-                             });
+        const int64_t begin = blocks.begin(item), end = blocks.end(item);
+        compute_slab(linear, item % slabs, begin, end, context.gates[worker],
+                     [&](const Linear<T>& into, int64_t slab) {
+                         tile_many_rows<Kind>(linear.format, linear.weights + slab * bytes, steps, rows, begin, end,
+                                              context.scratch[worker], store_slab(into, slab));
+                     });
     });
 }
 

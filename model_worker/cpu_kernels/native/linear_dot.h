@@ -13,8 +13,6 @@ namespace vsl {
 #if defined(VSL_AVX512)
 
 constexpr int kAhead = 4096;  // bytes of weights that are asked for before they are multiplied
-// From here on results go past the caches: they would have to be read into these first, and push out what is needed.
-constexpr int64_t kStreamOutputs = 1 << 19;
 constexpr int kDotRows = 6;   // x 4 vectors of outputs: 24 of the 32 registers hold sums
 
 inline void prefetch_slab_row(const uint32_t* units) {
@@ -79,8 +77,6 @@ inline void store_two(const Linear<bf16>& linear, int64_t row, int64_t output, _
     if (left <= 0) return;
     const __m512i pair = _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)narrow((vf)a)), (__m256i)narrow((vf)b), 1);
     bf16* const out = linear.out + row * linear.out_stride + output;
-    if (linear.rows * linear.outputs >= kStreamOutputs && left >= 32 && (uintptr_t)out % 64 == 0)
-        return _mm512_stream_si512((__m512i*)out, pair);
     _mm512_mask_storeu_epi16(out, left >= 32 ? ~0u : (1u << left) - 1, pair);
 }
 

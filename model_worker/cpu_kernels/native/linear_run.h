@@ -23,12 +23,12 @@ inline void run_int8(Context& context, const Linear<T>& linear) {
 #if defined(VSL_AMX_LINEAR)
     if (context.amx && rows > 1 && inputs % 64 == 0)
         return run_tiles<Int8Tiles>(context, linear, (const uint8_t*)x.codes, inputs,
-                                    [&](int64_t row, int64_t output, const int32_t* a, const int32_t* b) {
-                                        store_two(linear, x, row, output, _mm512_loadu_si512(a),
-                                                  _mm512_loadu_si512(b));
+                                    [&](const Linear<T>& into, int64_t row, int64_t output, const int32_t* a,
+                                        const int32_t* b) {
+                                        store_two(into, x, row, output, _mm512_loadu_si512(a), _mm512_loadu_si512(b));
                                     });
 #endif
-    run_slabs(context, slab_count(linear), [&](int64_t slab, int) { dot_int8(linear, x, slab); });
+    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int) { dot_int8(into, x, slab); });
 #endif
 }
 
@@ -41,11 +41,11 @@ inline void run_float(Context& context, const Linear<T>& linear) {
     for (int64_t r = 0; r < linear.rows; r++)
         for (int64_t i = 0; i < inputs; i += kLanes) store(x + r * inputs + i, load(linear.x + r * linear.x_stride + i));
     if (linear.format == kInt4) sum_groups(linear, group_sums);
-    run_slabs(context, slab_count(linear), [&](int64_t slab, int) {
+    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int) {
         if (linear.format == kInt4)
-            float_rows<kInt4>(linear, x, group_sums, slab);
+            float_rows<kInt4>(into, x, group_sums, slab);
         else
-            float_rows<kBf16>(linear, x, group_sums, slab);
+            float_rows<kBf16>(into, x, group_sums, slab);
     });
 }
 
@@ -55,8 +55,9 @@ inline void run_pairs(Context& context, const Linear<bf16>& linear) {
 #if defined(VSL_AMX_LINEAR)
     if (context.amx && linear.rows >= (int4 ? kAmxInt4Rows : 2))
         return run_tiles<Bf16Tiles>(context, linear, (const uint8_t*)linear.x, linear.x_stride * 2,
-                                    [&](int64_t row, int64_t output, const int32_t* a, const int32_t* b) {
-                                        store_two(linear, row, output, _mm512_loadu_ps(a), _mm512_loadu_ps(b));
+                                    [](const Linear<bf16>& into, int64_t row, int64_t output, const int32_t* a,
+                                       const int32_t* b) {
+                                        store_two(into, row, output, _mm512_loadu_ps(a), _mm512_loadu_ps(b));
                                     });
 #endif
     float* group_sums = nullptr;
@@ -64,11 +65,11 @@ inline void run_pairs(Context& context, const Linear<bf16>& linear) {
         group_sums = (float*)context.shared.reserve(linear.rows * (linear.inputs / kGroup) * 4);
         sum_groups(linear, group_sums);
     }
-    run_slabs(context, slab_count(linear), [&](int64_t slab, int) {
+    run_slabs(context, linear, [&](const Linear<bf16>& into, int64_t slab, int) {
         if (int4)
-            dot_int4(linear, group_sums, slab);
+            dot_int4(into, group_sums, slab);
         else
-            dot_bf16(linear, slab);
+            dot_bf16(into, slab);
     });
 }
 #endif

@@ -189,6 +189,18 @@ inline vf exp2(vf x) {
 #endif
 }
 
+// a / b to the last bit but in rare cases, for b from 1 to 2^126; an infinite `a` gives NaN.
+inline vf divide(vf a, vf b) {
+#if defined(VSL_AVX512)  // a third of the division's time
+    vf r = (vf)_mm512_rcp14_ps((__m512)b);
+    r += r * (splat(1.0f) - b * r);  // Newton's step
+    const vf quotient = a * r;
+    return quotient + r * (a - b * quotient);
+#else
+    return a / b;
+#endif
+}
+
 #if defined(__clang__)
 #define VSL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
