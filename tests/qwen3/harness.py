@@ -13,6 +13,7 @@ from torch import Tensor
 from model_worker.attention_metadata import AttentionMetadata
 from model_worker.compute import Compute, choose_compute, torch_compute
 from model_worker.kv_pool import KVPool
+from model_worker.matrix_formats import choose_formats
 from model_worker.weights import load_weights
 from qwen3.model import Qwen3
 from qwen3.moe import DispatchKind
@@ -65,11 +66,20 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     dispatch: DispatchKind = "all_reduce",
     compute: Compute | None = None,
+    quantization: str | None = None,
 ) -> Qwen3:
-    operations = (compute or torch_compute()).operations
+    """quantization: None keeps matrices in torch's own formats, whatever `compute` has."""
+    compute = compute or torch_compute()
     model = Qwen3(
-        ModelConfig.from_folder(folder), parallel or ParallelState(), dtype, torch.device("cpu"), operations, dispatch
+        ModelConfig.from_folder(folder),
+        parallel or ParallelState(),
+        dtype,
+        torch.device("cpu"),
+        compute.operations,
+        dispatch,
     )
+    if quantization is not None:
+        choose_formats(model, quantization, compute.kernels)
     load_weights(model, folder)
     return model
 
@@ -96,11 +106,20 @@ class PagedRun:
     """Runs rows through a model over a pool whose pages are handed out in scattered order."""
 
     def __init__(
-        self, model: Qwen3, *, num_pages: int = 256, page_size: int = 4, compute: Compute | None = None
+        self,
+        model: Qwen3,
+        *,
+        num_pages: int = 256,
+        page_size: int = 4,
+        compute: Compute | None = None,
+        int8: bool = False,
     ) -> None:
         self.model = model
-        self.pool = KVPool(model.config, model.parallel.tp.size, num_pages, page_size, model.dtype, model.device)
-        self.pool.data.fill_(float("nan"))  # whatever is read without having been written shows
+        self.pool = KVPool(
+            model.config, model.parallel.tp.size, num_pages, page_size, model.dtype, model.device, int8=int8
+        )
+        # Whatever is read without having been written shows; in int8, its scale is NaN.
+        self.pool.data.view(torch.uint8).fill_(0xFF)
         self.backend = (compute or torch_compute()).attention(self.pool)
         self.free_pages = np.random.default_rng(0).permutation(num_pages).tolist()
 
