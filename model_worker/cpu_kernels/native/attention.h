@@ -22,7 +22,8 @@ struct AttentionArgs {
     int rows, heads, kv_heads, head_dim;
     float scale;
     int64_t split_tokens;  // length of the ranges that a context is split into; 0: chosen by load
-    T* out;                // [tokens, heads, head_dim]
+    T* out;                // [tokens, heads, head_dim], tokens out_stride apart
+    int64_t out_stride;
 };
 
 // One query token, or one of the ranges of its context.
@@ -90,8 +91,8 @@ class PagedAttention {
         size_t floats = 0;
         for (int row = 0; row < args_.rows; row++) {
             if (args_.context_lengths[row] == 0)  // padding
-                std::memset((void*)(args_.out + args_.query_start[row] * token_size_), 0,
-                            num_new(row) * token_size_ * sizeof(T));
+                for (int64_t token = args_.query_start[row]; token < args_.query_start[row + 1]; token++)
+                    std::memset((void*)(args_.out + token * args_.out_stride), 0, token_size_ * sizeof(T));
             else if (num_new(row) < kLeastChunkTokens)
                 floats += plan_decodes(row, split, floats);
             else
@@ -163,7 +164,7 @@ class PagedAttention {
         float* const partials = partials_ + item.partials;
         attend(index, item, Partial::at(partials + item.range * partial_, args_.heads), scratch);
         if (finished_[item.counter].fetch_add(1, std::memory_order_acq_rel) == item.ranges - 1)
-            merge_ranges(partials, item.ranges, args_.heads, args_.head_dim, args_.out + item.token * token_size_);
+            merge_ranges(partials, item.ranges, args_.heads, args_.head_dim, args_.out + item.token * args_.out_stride);
     }
 
     void attend(int index, const DecodeItem& item, const Partial& out, Scratch& scratch) {
@@ -209,8 +210,8 @@ class PagedAttention {
                                      item.begin,
                                      item.end,
                                      scale_,
-                                     args_.out + item.token * token_size_ + first,
-                                     token_size_,
+                                     args_.out + item.token * args_.out_stride + first,
+                                     args_.out_stride,
                                      partial,
                                      (int64_t)(item.ranges * partial_)};
         attend_chunk(chunk, scratch, context_.amx);
@@ -218,7 +219,7 @@ class PagedAttention {
         if (finished_[item.counter].fetch_add(1, std::memory_order_acq_rel) == item.items - 1)
             for (int i = 0; i < item.tokens; i++)
                 merge_ranges(partials + i * item.ranges * partial_, item.ranges, args_.heads, args_.head_dim,
-                             args_.out + (item.token + i) * token_size_);
+                             args_.out + (item.token + i) * args_.out_stride);
     }
 
     Context& context_;

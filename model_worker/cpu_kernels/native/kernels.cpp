@@ -69,7 +69,7 @@ void vsl_paged_attention(void* context, int dtype, const void* query, int64_t qu
         const AttentionArgs<T, Stored> args{
             (const T*)query, query_stride, (const Stored*)keys, (const Stored*)values,
             PoolLayout{page_size, page_stride, token_stride, head_stride, scales}, query_start, context_lengths,
-            page_table, page_table_stride, rows, heads, kv_heads, head_dim, scale, split_tokens, (T*)out};
+            page_table, page_table_stride, rows, heads, kv_heads, head_dim, scale, split_tokens, (T*)out, (int64_t)heads * head_dim};
         PagedAttention<T, Stored>(*(Context*)context, args).run();
     });
 }

@@ -44,9 +44,9 @@ struct DecoderStep {
 constexpr int kLayerParts = 8;  // norm, qkv, rope, attention, output, norm, gate and up, down
 
 template <class T>
-Linear<T> linear_of(const MatrixPlace& matrix, const T* x, int64_t rows, T* out) {
+Linear<T> linear_of(const MatrixPlace& matrix, const T* x, int64_t x_stride, int64_t rows, T* out) {
     return {(int)matrix.format, matrix.weights, matrix.scales, matrix.inputs, matrix.outputs,
-            x,                  matrix.inputs,  rows,          out,           matrix.outputs};
+            x,                  x_stride,       rows,          out,           matrix.outputs};
 }
 
 // Notes how long each of the parts takes that follow each other.
@@ -77,11 +77,17 @@ void run_decoder_layers(Context& context, const DecoderLayers& model, const Deco
     const int64_t gate_size = model.layers[0].gate_up.outputs / 2;
     T* const update = (T*)step.update;
     T* const residual = (T*)step.residual;
+    // Rows that lie a multiple of 4 KiB apart would share a few places of the first-level cache.
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t attended_stride = inner + kLine, gated_stride = gate_size + kLine;
     // What one operation leaves for the next has a place of its own each: writing over what another core has just read
     // takes longer than writing elsewhere.
     const auto room = [&](int64_t size) { return (tokens * size * (int64_t)sizeof(T) + 63) / 64 * 64 / (int64_t)sizeof(T); };
-    T* const qkv = (T*)context.activations.reserve(sizeof(T) * (room(qkv_size) + 2 * room(inner) + room(gate_size)));
-    T *const query = qkv + room(qkv_size), *const attended = query + room(inner), *const gated = attended + room(inner);
+    T* const qkv = (T*)context.activations.reserve(
+        sizeof(T) * (room(qkv_size) + room(inner) + room(attended_stride) + room(gated_stride)));
+    T* const query = qkv + room(qkv_size);
+    T* const attended = query + room(inner);
+    T* const gated = attended + room(attended_stride);
     PartClock clock(step.seconds);
     run_together(context, [&] {
         for (int64_t i = 0; i < model.count; i++) {
@@ -89,7 +95,7 @@ void run_decoder_layers(Context& context, const DecoderLayers& model, const Deco
             rms_norm(context, update, model.hidden, residual, (const T*)layer.attention_norm, update, tokens,
                      model.hidden, model.eps);
             clock.done();
-            run_linear(context, linear_of(layer.qkv, update, tokens, qkv));
+            run_linear(context, linear_of(layer.qkv, update, model.hidden, tokens, qkv));
             clock.done();
             qkv_rope_store(context,
                            QkvRope<T, Stored>{qkv, qkv_size, (const T*)layer.query_norm, (const T*)layer.key_norm,
@@ -101,19 +107,20 @@ void run_decoder_layers(Context& context, const DecoderLayers& model, const Deco
             const AttentionArgs<T, Stored> attention{
                 query, inner, (const Stored*)layer.keys, (const Stored*)layer.values, model.pool, step.query_start,
                 step.context_lengths, step.page_table, step.page_table_stride, (int)step.rows, (int)model.heads,
-                (int)model.kv_heads, (int)model.head_dim, model.scale, model.split_tokens, attended};
+                (int)model.kv_heads, (int)model.head_dim, model.scale, model.split_tokens, attended,
+                attended_stride};
             PagedAttention<T, Stored>(context, attention).run();
             clock.done();
-            run_linear(context, linear_of(layer.output, attended, tokens, update));
+            run_linear(context, linear_of(layer.output, attended, attended_stride, tokens, update));
             clock.done();
             rms_norm(context, update, model.hidden, residual, (const T*)layer.feed_forward_norm, update, tokens,
                      model.hidden, model.eps);
             clock.done();
-            Linear<T> gate_up = linear_of(layer.gate_up, update, tokens, gated);
-            gate_up.gated = true, gate_up.out_stride = gate_size;
+            Linear<T> gate_up = linear_of(layer.gate_up, update, model.hidden, tokens, gated);
+            gate_up.gated = true, gate_up.out_stride = gated_stride;
             run_linear(context, gate_up);
             clock.done();
-            run_linear(context, linear_of(layer.down, gated, tokens, update));
+            run_linear(context, linear_of(layer.down, gated, gated_stride, tokens, update));
             clock.done();
         }
     });

@@ -16,7 +16,10 @@ namespace vsl {
 constexpr int kTileBytes = 1024, kTileSums = 256;
 constexpr int kFewRows = 32;     // up to so many, each 16 rows go through a whole slab at once
 constexpr int kAmxInt4Rows = 5;  // from here on unpacking int4 into tiles of bf16 costs less than vectors do
-constexpr int kBlockSteps = 8;   // of many rows: so much of a slab stays in the first-level cache while they pass
+// Of many rows: so much of a slab stays in the first-level cache while they pass. Of fewer, x stays there too, and sums
+// that go to memory and back cost more.
+constexpr int kBlockSteps = 8, kBlockStepsOfFewer = 16;
+constexpr int64_t kFewerRows = 64;
 
 struct Bf16Tiles {
     static constexpr bool kWhole = false;  // whether sums are whole numbers
@@ -178,10 +181,11 @@ inline void tile_many_rows(int format, const uint8_t* slab, int64_t steps, const
     const int64_t step_bytes = format == kInt4 ? kGroupBytes : kPanels * kTileBytes;
     const int64_t passes = (end - begin + 31) / 32 * (kPanels / 2);
     const int lines = (int)((step_bytes / 64 + passes - 1) / passes);
+    const int block_steps = end - begin <= kFewerRows ? kBlockStepsOfFewer : kBlockSteps;
     int32_t* const sums = (int32_t*)scratch.reserve((end - begin + 31) / 32 * 8 * kTileBytes);
-    alignas(64) uint8_t unpacked[kBlockSteps * kPanels * kTileBytes];
-    for (int64_t k = 0; k < steps; k += kBlockSteps) {
-        const int64_t stop = std::min(steps, k + kBlockSteps);
+    alignas(64) uint8_t unpacked[kBlockStepsOfFewer * kPanels * kTileBytes];
+    for (int64_t k = 0; k < steps; k += block_steps) {
+        const int64_t stop = std::min(steps, k + block_steps);
         TileLayout w = TileLayout::slab(slab + k * step_bytes);
         if (format == kInt4) {
             unpack_steps(slab, k, stop, unpacked);
