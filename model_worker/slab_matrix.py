@@ -1,23 +1,12 @@
 """Matrices of the model that the linear kernels multiply by."""
 
-import torch
 from torch import Tensor
 
 from model_worker.cpu_kernels import CpuKernels
 from model_worker.cpu_kernels.huge_memory import HugeMemory
-from model_worker.cpu_kernels.linear import (
-    SLAB,
-    SlabWeights,
-    empty_int4,
-    fill_int4,
-    pack_bf16,
-    pack_int8,
-)
-from qwen3.quantization_int4 import quantize_groups
-from qwen3.quantization_int8 import quantize_rows
+from model_worker.cpu_kernels.linear import SlabWeights
+from model_worker.cpu_kernels.packing import pack_bf16, pack_int4, pack_int8
 from qwen3.weight import Matrix, ProductOnly
-
-CHUNK = 16 * SLAB  # rows quantised at a time, so that what is in between stays small
 
 
 class SlabMatrix:
@@ -58,17 +47,7 @@ class SlabFormats:
         return SlabMatrix(self._kernels, pack_bf16(matrix, self._memory))
 
     def int8(self, matrix: Tensor) -> Matrix:
-        codes = torch.empty(matrix.shape, dtype=torch.int8)
-        scales = torch.empty(matrix.shape[0])
-        for start in range(0, matrix.shape[0], CHUNK):
-            rows = slice(start, start + CHUNK)
-            codes[rows], scales[rows] = quantize_rows(matrix[rows])
-        return QuantizedSlabMatrix(self._kernels, pack_int8(codes, scales, self._memory))
+        return QuantizedSlabMatrix(self._kernels, pack_int8(self._kernels, matrix, self._memory))
 
     def int4(self, matrix: Tensor) -> Matrix:
-        outputs, inputs = matrix.shape
-        weights = empty_int4(outputs, inputs, self._memory)
-        for start in range(0, outputs, CHUNK):
-            # The kernels take scales in bf16. A matrix in fp32 is rounded first: the codes lose far more.
-            fill_int4(weights, start, *quantize_groups(matrix[start : start + CHUNK].to(torch.bfloat16)))
-        return QuantizedSlabMatrix(self._kernels, weights)
+        return QuantizedSlabMatrix(self._kernels, pack_int4(self._kernels, matrix, self._memory))

@@ -107,6 +107,7 @@ class CpuKernels:
         if parallel is None and threads > 1:
             logger.warning("torch's OpenMP runtime was not found: CPU kernels run on one thread")
         self.threads = threads if parallel is not None else 1
+        self.library = library
         self._destroy = library.vsl_destroy
         self.context = library.vsl_create(parallel, self.threads)
         self._attention = library.vsl_paged_attention
@@ -118,7 +119,6 @@ class CpuKernels:
         self._linear = library.vsl_linear
         self._can_multiply = library.vsl_can_multiply
         self._gather = library.vsl_gather_rows
-        self.decoder_layers = library.vsl_decoder_layers  # for layers.py
         self.instruction_set: str = library.vsl_instruction_set(self.context).decode()
 
     def __del__(self) -> None:

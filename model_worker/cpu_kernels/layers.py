@@ -74,7 +74,7 @@ class KernelLayers:
         self, kernels: CpuKernels, layers: Sequence[LayerWeights], *, eps: float, scale: float, split_tokens: int
     ) -> None:
         first = layers[0]
-        self._run, self._context = kernels.decoder_layers, kernels.context
+        self._run, self._context = kernels.library.vsl_decoder_layers, kernels.context
         self._layers = layers
         self._kernels = kernels
         self.dtype, self.hidden = first.attention_norm.dtype, first.qkv.inputs

@@ -20,6 +20,8 @@ _ARGUMENTS = {
     "vsl_argmax": "pi pq p qq",
     "vsl_can_multiply": "i",
     "vsl_linear": "pii pp qq pq q p",
+    "vsl_pack_int8": "pi p qq pp",
+    "vsl_pack_int4": "pi p qq p",
     "vsl_decoder_layers": "pi pp",
     "vsl_gather_rows": "p pq pq p",
 }

@@ -6,16 +6,13 @@ from torch import Tensor
 
 from model_worker.cpu_kernels import CpuKernels, load
 from model_worker.cpu_kernels.huge_memory import HugeMemory
-from model_worker.cpu_kernels.linear import (
-    SlabWeights,
-    WeightFormat,
-    empty_int4,
-    fill_int4,
-    pack_bf16,
-    pack_int8,
-)
+from model_worker.cpu_kernels.linear import GROUP, SlabWeights, WeightFormat
+from model_worker.cpu_kernels.packing import pack_bf16
+from model_worker.cpu_kernels.packing import pack_int4 as kernels_pack_int4
+from model_worker.cpu_kernels.packing import pack_int8 as kernels_pack_int8
 from qwen3.quantization_int4 import GROUP_SIZE, quantize_groups
 from qwen3.quantization_int8 import quantize_rows
+from tests.model_worker.slab_packing import pack_int4, pack_int8
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # Of a row's norm. In bf16 the output is rounded; int4 weights may be too; and a value in the middle between two codes
@@ -45,19 +42,15 @@ def values(*shape: int, seed: int, dtype: torch.dtype = BF16) -> Tensor:
 
 def pack(kind: WeightFormat, matrix: Tensor) -> tuple[SlabWeights, Tensor]:
     """The packed matrix, and what it stores in fp64."""
-    memory = HugeMemory()
     if kind is WeightFormat.BF16:
-        return pack_bf16(matrix, memory), matrix.double()
+        return pack_bf16(matrix, HugeMemory()), matrix.double()
     if kind is WeightFormat.INT8:
         codes, scales = quantize_rows(matrix)
-        return pack_int8(codes, scales, memory), codes.double() * scales.double().unsqueeze(1)
-    weights = empty_int4(matrix.shape[0], matrix.shape[1], memory)
-    for start in range(0, matrix.shape[0], 128):
-        fill_int4(weights, start, *quantize_groups(matrix[start : start + 128]))
+        return pack_int8(matrix), codes.double() * scales.double().unsqueeze(1)
     codes, scales, offsets = quantize_groups(matrix)
     grouped = codes.double().view(matrix.shape[0], -1, GROUP_SIZE)
     stored = (grouped - 8) * scales.double().unsqueeze(2) + offsets.double().unsqueeze(2)
-    return weights, stored.view(matrix.shape)
+    return pack_int4(matrix), stored.view(matrix.shape)
 
 
 def in_eight_bits(x: Tensor) -> Tensor:
@@ -157,6 +150,38 @@ def test_rows_of_a_bf16_matrix_come_back(kernels: CpuKernels) -> None:
     many = torch.arange(1000) * 7 % 200
     for ids in (few, many, few.to(torch.int32), torch.stack((few, few), 1)[:, 0], few[:0]):
         assert torch.equal(kernels.gather_rows(weights, ids), matrix[ids])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_is_packed_as_torch_does_it(kernels: CpuKernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = values(*shape, seed=13, dtype=dtype)
+    matrix[shape[0] // 2] = 0
+    packed, wanted = kernels_pack_int8(kernels, matrix, HugeMemory()), pack_int8(matrix)
+    rows = len(wanted.data) * 64
+    assert wanted.scales is not None
+    assert packed.scales is not None
+    assert torch.equal(packed.scales, wanted.scales)
+    filled = torch.arange(rows).view(-1, 64) < shape[0]  # what fills up the last slab may be anything
+    assert torch.equal(packed.data.transpose(1, 2)[filled], wanted.data.transpose(1, 2)[filled])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int4_is_packed_as_torch_does_it(kernels: CpuKernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Sums in another order may move a scale by a unit of bf16, and with it codes in the middle between two."""
+    matrix = values(*shape, seed=14, dtype=dtype)
+    matrix[shape[0] // 2] = 0
+    matrix[0, :GROUP] = 3
+    packed, wanted = kernels_pack_int4(kernels, matrix, HugeMemory()), pack_int4(matrix.to(BF16))
+    ends = [weights.data[:, :, GROUP // 8].contiguous().view(BF16) for weights in (packed, wanted)]
+    torch.testing.assert_close(*ends, rtol=2**-6, atol=1e-6)
+    nibbles = [
+        torch.stack([weights.data[:, :, : GROUP // 8] >> (4 * place) & 15 for place in range(8)])
+        for weights in (packed, wanted)
+    ]
+    assert (nibbles[0] == nibbles[1]).float().mean() > 0.99
+    assert (nibbles[0] - nibbles[1]).abs().max() <= 1
 
 
 def test_memory_is_used_once_and_aligned() -> None:

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "layers.h"
+#include "pack.h"
 
 using namespace vsl;
 
@@ -136,6 +137,22 @@ void vsl_linear(void* context, int dtype, int format, const void* weights, const
         using T = std::remove_pointer_t<decltype(type)>;
         run_linear(*(Context*)context, Linear<T>{format, (const uint8_t*)weights, scales, inputs, outputs, (const T*)x,
                                                  x_stride, rows, (T*)out, outputs});
+    });
+}
+
+// matrix: [outputs, inputs], contiguous.
+void vsl_pack_int8(void* context, int dtype, const void* matrix, int64_t outputs, int64_t inputs, void* weights,
+                   float* scales) {
+    with_dtype(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        pack_int8(*(Context*)context, (const T*)matrix, outputs, inputs, (uint8_t*)weights, scales);
+    });
+}
+
+void vsl_pack_int4(void* context, int dtype, const void* matrix, int64_t outputs, int64_t inputs, void* weights) {
+    with_dtype(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        pack_int4(*(Context*)context, (const T*)matrix, outputs, inputs, (uint8_t*)weights);
     });
 }
 
