@@ -6,6 +6,7 @@ whatever is written there is never read as anyone's context. Elements are of the
 """
 
 import sys
+import time
 from collections.abc import Callable
 
 import psutil
@@ -25,7 +26,8 @@ TOKENS_AHEAD = 1024  # so much room is made ready behind what is used: two chunk
 # What a rank on CPU makes ready before it takes requests: enough for a handful of conversations.
 READY_TOKENS = 8192
 READY_LIMIT_BYTES = 1 << 30  # of all ranks of a machine
-PIECE_BYTES = 64 << 20
+READY_SECONDS = 0.5  # nobody waits longer for it; what is left is committed as it is used
+PIECE_BYTES = 32 << 20
 
 
 class KVPool:
@@ -72,16 +74,20 @@ class KVPool:
     def make_ready(self, limit_bytes: int, heartbeat: Callable[[], None]) -> None:
         """Commit the memory of the first READY_TOKENS on CPU, at most `limit_bytes`; what is in it becomes zero.
 
-        On all of torch's threads: 0.1 s a GB, or 2 s where a virtual machine's host has to find it first. Steps that
-        commit as they go are slowed down by it for as long. `heartbeat` is called while it goes on.
+        On all of torch's threads: 0.1 s a GB, or 2 s where a virtual machine's host has to find it first, of which it
+        then takes only READY_SECONDS. Steps that commit as they go are slowed down by it for as long. `heartbeat` is
+        called while it goes on.
         """
         if self.data.device.type != "cpu":
             return
         size = min(-(-READY_TOKENS // self.page_size) * self.data[0].nbytes, limit_bytes, self.data.nbytes)
         memory = self.data.view(-1).view(torch.uint8)[:size]
+        deadline = time.monotonic() + READY_SECONDS
         for begin in range(0, size, PIECE_BYTES):
             memory[begin : begin + PIECE_BYTES].zero_()
             heartbeat()
+            if time.monotonic() > deadline:
+                return
 
     def will_use(self, page: int) -> None:
         """The highest page so far that steps write to: memory for what may come behind it is made ready meanwhile."""

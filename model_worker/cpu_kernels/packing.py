@@ -18,7 +18,8 @@ def pack_bf16(matrix: Tensor, memory: HugeMemory) -> SlabWeights:
     outputs, inputs = matrix.shape
     slabs = _slabs(outputs)
     data = memory.empty((slabs, inputs // 2, SLAB), torch.int32)
-    padded = F.pad(matrix, (0, 0, 0, slabs * SLAB - outputs))
+    missing = slabs * SLAB - outputs
+    padded = F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
     data.copy_(padded.view(torch.int32).view(slabs, SLAB, inputs // 2).transpose(1, 2))
     return SlabWeights(WeightFormat.BF16, outputs, inputs, data)
 
