@@ -29,11 +29,16 @@ def torch_compute() -> Compute:
     return Compute("plain torch", TorchOperations(), TorchAttention)
 
 
+def kernel_compute(kernels: CpuKernels) -> Compute:
+    """Everything through the compiled kernels; for fp32 and bf16 on a CPU."""
+    name = f"CPU kernels ({kernels.instruction_set})"
+    return Compute(name, KernelOperations(kernels), lambda pool: KernelAttention(kernels, pool), kernels)
+
+
 def choose_compute(dtype: torch.dtype, device: torch.device, head_dim: int) -> Compute:
     """The fastest that this machine has for these: compiled kernels on a CPU with a compiler, else plain torch."""
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and head_dim % 8 == 0:
         kernels = load()
         if kernels is not None:
-            name = f"CPU kernels ({kernels.instruction_set})"
-            return Compute(name, KernelOperations(kernels), lambda pool: KernelAttention(kernels, pool), kernels)
+            return kernel_compute(kernels)
     return torch_compute()

@@ -71,16 +71,17 @@ class KVPool:
         else:
             self.data = torch.empty(shape, dtype=dtype, device=device)
 
-    def make_ready(self, limit_bytes: int, heartbeat: Callable[[], None]) -> None:
-        """Commit the memory of the first READY_TOKENS on CPU, at most `limit_bytes`; what is in it becomes zero.
+    def make_ready(self, ranks_on_machine: int, heartbeat: Callable[[], None]) -> None:
+        """Commit the memory of the first READY_TOKENS on CPU, at most READY_LIMIT_BYTES; what is in it becomes zero.
 
-        On all of torch's threads: 0.1 s a GB, or 2 s where a virtual machine's host has to find it first, of which it
-        then takes only READY_SECONDS. Steps that commit as they go are slowed down by it for as long. `heartbeat` is
-        called while it goes on.
+        On all of torch's threads: 0.1 s a GB, or over a second where a virtual machine's host has to find it first, of
+        which it then takes only READY_SECONDS. Steps that commit as they go are slowed down by it for as long.
+        `heartbeat` is called while it goes on.
         """
         if self.data.device.type != "cpu":
             return
-        size = min(-(-READY_TOKENS // self.page_size) * self.data[0].nbytes, limit_bytes, self.data.nbytes)
+        size = min(-(-READY_TOKENS // self.page_size) * self.data[0].nbytes, self.data.nbytes)
+        size = min(size, READY_LIMIT_BYTES // ranks_on_machine)
         memory = self.data.view(-1).view(torch.uint8)[:size]
         deadline = time.monotonic() + READY_SECONDS
         for begin in range(0, size, PIECE_BYTES):

@@ -18,7 +18,7 @@ import zmq
 
 from model_worker.compute import choose_compute
 from model_worker.fused_layers import fuse_layers
-from model_worker.kv_pool import READY_LIMIT_BYTES, KVPool, choose_num_pages
+from model_worker.kv_pool import KVPool, choose_num_pages
 from model_worker.matrix_formats import choose_formats
 from model_worker.model_runner import ModelRunner
 from model_worker.parallel import init_parallel, init_parallel_nodes, relay_group
@@ -140,7 +140,7 @@ def build_runner(
     )
     pool = KVPool(spec.model, parallel.tp.size, num_pages, args.page_size, dtype, device, int8=int8_cache)
     loaded = time.monotonic()
-    pool.make_ready(READY_LIMIT_BYTES // len(args.local_ranks), heartbeat)
+    pool.make_ready(len(args.local_ranks), heartbeat)
     log.info(
         "%.2f GB of weights in %.1f s; %d KV pages of %d tokens in %s, %.2f GB; %s; %d threads",
         weight_bytes(model) / 1e9,

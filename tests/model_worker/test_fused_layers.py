@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_worker.attention_kernels import KernelAttention
-from model_worker.compute import Compute, torch_compute
+from model_worker.compute import Compute, kernel_compute, torch_compute
 from model_worker.cpu_kernels import load
 from model_worker.fused_layers import FusedLayers, fuse_layers
-from model_worker.operations_kernels import KernelOperations
 from model_worker.step_timer import OTHER, StepTimer, time_parts
 from qwen3.model import Qwen3
 from qwen3.parallel import Group, ParallelState
@@ -31,10 +29,10 @@ from tests.qwen3.harness import (
 SHAPE = DENSE | {"intermediate_size": 192}
 
 
-def kernel_compute(threads: int) -> Compute:
+def compute_on(threads: int) -> Compute:
     kernels = load(threads=threads)
     assert kernels is not None, "these tests need a C++ compiler"
-    return Compute("kernels", KernelOperations(kernels), lambda pool: KernelAttention(kernels, pool), kernels)
+    return kernel_compute(kernels)
 
 
 def steps(model: Qwen3, compute: Compute, *, int8: bool, fused: bool) -> list[Tensor]:
@@ -67,7 +65,7 @@ def steps(model: Qwen3, compute: Compute, *, int8: bool, fused: bool) -> list[Te
 )
 def test_the_same_bits(tmp_path: Path, dtype: torch.dtype, quantization: str, int8: bool, threads: int) -> None:
     make_checkpoint(tmp_path, SHAPE)
-    compute = kernel_compute(threads)
+    compute = compute_on(threads)
     apart, fused = (
         steps(
             load_model(tmp_path, dtype=dtype, compute=compute, quantization=quantization), compute, int8=int8, fused=f
@@ -82,7 +80,7 @@ def test_the_same_bits(tmp_path: Path, dtype: torch.dtype, quantization: str, in
 
 def test_close_to_transformers(tmp_path: Path) -> None:
     reference = make_checkpoint(tmp_path, SHAPE)
-    compute = kernel_compute(2)
+    compute = compute_on(2)
     model = load_model(tmp_path, dtype=torch.bfloat16, compute=compute, quantization="none")
     logits = steps(model, compute, int8=False, fused=True)
     wanted = reference_logits(reference, random_tokens(150, seed=150))
@@ -93,7 +91,7 @@ def test_close_to_transformers(tmp_path: Path) -> None:
 
 def test_parts_are_timed(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, SHAPE)
-    compute = kernel_compute(2)
+    compute = compute_on(2)
     tokens = []
     for timed in (False, True):
         runner = runner_of(
@@ -133,7 +131,7 @@ def test_parts_inside_a_call_have_their_own_time() -> None:
 
 def not_fused(folder: Path, shape: dict[str, Any], **options: Any) -> bool:
     make_checkpoint(folder, shape)
-    compute = kernel_compute(1)
+    compute = compute_on(1)
     model = load_model(folder, dtype=torch.bfloat16, compute=compute, **options)
     fuse_layers(model, PagedRun(model, compute=compute).backend)
     return model.all_layers is None
@@ -144,11 +142,11 @@ def test_only_where_it_can_be(tmp_path: Path) -> None:
     assert not_fused(tmp_path / "moe", MOE, quantization="none")
     assert not_fused(tmp_path / "odd", DENSE, quantization="none")
     assert not_fused(tmp_path / "plain", SHAPE)
-    model = load_model(tmp_path / "plain", dtype=torch.bfloat16, compute=kernel_compute(1), quantization="none")
+    model = load_model(tmp_path / "plain", dtype=torch.bfloat16, compute=compute_on(1), quantization="none")
     torch_backend = PagedRun(model, compute=torch_compute()).backend
     fuse_layers(model, torch_backend)
     assert model.all_layers is None
-    backend = PagedRun(model, compute=kernel_compute(1)).backend
+    backend = PagedRun(model, compute=compute_on(1)).backend
     model.parallel = replace(ParallelState(), tp=Group(0, 2, object()), ep=Group(0, 2, object()))  # type: ignore[arg-type]
     fuse_layers(model, backend)
     assert model.all_layers is None

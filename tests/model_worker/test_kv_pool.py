@@ -59,17 +59,29 @@ def test_layout_and_padding_page(config: ModelConfig) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("limit_mib", "ready_mib"), [(1024, 8), (3, 3)])
-def test_the_first_tokens_memory_is_made_ready(config: ModelConfig, limit_mib: int, ready_mib: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "setting", "value", "ready_mib"),
+    [
+        (1, "PIECE_BYTES", 1 << 20, 8),
+        (4, "READY_LIMIT_BYTES", 12 << 20, 3),
+        (1, "READY_SECONDS", -1.0, 0),
+    ],
+)
+def test_the_first_tokens_memory_is_made_ready(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch, ranks: int, setting: str, value: float, ready_mib: int
+) -> None:
+    """All of READY_TOKENS, this rank's share of the limit, or, without the time for it, one piece."""
     mib = 1 << 20
+    monkeypatch.setattr(kv_pool, "PIECE_BYTES", mib // 2)
+    monkeypatch.setattr(kv_pool, setting, value)
     pool = KVPool(config, 1, num_pages=4096, page_size=16, dtype=torch.float32, device=CPU)  # 1 KiB a token
     assert pool.data.nbytes > 64 * mib
     beats: list[None] = []
     before = resident_bytes()
-    pool.make_ready(limit_mib * mib, lambda: beats.append(None))
+    pool.make_ready(ranks, lambda: beats.append(None))
     grown = resident_bytes() - before
     assert (ready_mib - 3) * mib < grown < (ready_mib + 5) * mib  # huge pages, and the room that is kept ahead
-    assert len(beats) == 1
+    assert len(beats) == {"PIECE_BYTES": 8, "READY_LIMIT_BYTES": 6, "READY_SECONDS": 1}[setting]
     assert (pool.data.view(-1)[: ready_mib * mib // 4] == 0).all()
 
 

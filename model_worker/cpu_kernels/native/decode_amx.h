@@ -39,23 +39,6 @@ inline bool fits_amx_decode(const PoolLayout& layout, int heads, int kv_heads, i
            layout.token_stride == (int64_t)kv_heads * head_dim;
 }
 
-// Tiles 0-3: scores, 4 and 5: keys, 6 and 7: queries, of which each KV head uses as many columns as it has heads.
-class DecodeTiles {
-   public:
-    explicit DecodeTiles(int group) {
-        alignas(64) uint8_t palette[64] = {1};
-        for (int tile = 0; tile < 8; tile++) {
-            palette[16 + 2 * tile] = tile == 4 || tile == 5 ? 64 : group * 4;
-            palette[48 + tile] = 16;
-        }
-        finish_stores(palette);
-        _tile_loadconfig(palette);
-    }
-    ~DecodeTiles() { _tile_release(); }
-    DecodeTiles(const DecodeTiles&) = delete;
-    DecodeTiles& operator=(const DecodeTiles&) = delete;
-};
-
 // queries [heads <= 16, head_dim] -> [head_dim / 32][16 pairs of d][16 heads]; heads that are not there are zero.
 inline void turn_queries(const bf16* query, int heads, int head_dim, uint32_t* out) {
     for (int d = 0; d < head_dim; d += 32, out += 16 * kHeadLanes) {
@@ -210,7 +193,8 @@ inline void attend_range_amx(const bf16* query, const CacheView<bf16>& cache, in
     for (int h = 0; h < heads; h++) out.maximum[h] = kNoScore, out.total[h] = 0;
     std::memset(out.values, 0, (size_t)heads * head_dim * sizeof(float));
     AmxDecodeScratch s;
-    const DecodeTiles tiles(group);
+    // 0-3: scores, 4 and 5: keys, 6 and 7: queries, of which each KV head uses as many columns as it has heads.
+    const Tiles tiles([&](int tile) { return tile == 4 || tile == 5 ? 64 : group * 4; });
     int64_t now = locate(cache.pages, cache.layout, begin);
     for (int64_t first = begin; first < end; first += kBlockTokens) {
         const int count = (int)std::min<int64_t>(kBlockTokens, end - first);

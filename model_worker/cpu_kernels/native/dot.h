@@ -132,17 +132,22 @@ inline bool request_amx() {
 // gcc does not know that the tile instructions read memory: what was written before must not be kept in registers.
 inline void finish_stores(const void* written) { asm volatile("" : : "r"(written) : "memory"); }
 
-// Eight tiles of 16 rows of 64 bytes, for as long as this lives.
+// Gives the eight tiles their sizes, and zeros: tile i has rows(i) rows of bytes(i).
+template <class Rows, class Bytes>
+inline void configure_tiles(const Rows& rows, const Bytes& bytes) {
+    alignas(64) uint8_t palette[64] = {1};
+    for (int tile = 0; tile < 8; tile++) palette[16 + 2 * tile] = bytes(tile), palette[48 + tile] = rows(tile);
+    finish_stores(palette);
+    _tile_loadconfig(palette);
+}
+
+// Eight tiles of 16 rows, of 64 bytes where nothing else is said, for as long as this lives.
 class Tiles {
    public:
-    Tiles() {
-        alignas(64) uint8_t palette[64] = {1};
-        for (int tile = 0; tile < 8; tile++) {
-            palette[16 + 2 * tile] = 64;
-            palette[48 + tile] = 16;
-        }
-        finish_stores(palette);
-        _tile_loadconfig(palette);
+    Tiles() : Tiles([](int) { return 64; }) {}
+    template <class Bytes>
+    explicit Tiles(const Bytes& bytes) {
+        configure_tiles([](int) { return 16; }, bytes);
     }
     ~Tiles() { _tile_release(); }
     Tiles(const Tiles&) = delete;

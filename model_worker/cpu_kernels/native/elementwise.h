@@ -167,26 +167,23 @@ void store_kv(Context& context, const T* key, int64_t key_token, int64_t key_hea
 
 inline vf silu(vf x) { return divide(x, splat(1.0f) + exp2(vmin(splat(126.0f), x * splat(-1.4426950409f)))); }
 
-// silu(gate), rounded to T, x up.
+// silu(gate), rounded, x up.
 template <class T>
-inline vf gated(vf gate, vf up, const T* type) {
-    return rounded_to(silu(gate), type) * up;
+inline void silu_mul_row(const T* gate, const T* up, T* out, int64_t size) {
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) store(out + i, rounded_to(silu(load(gate + i)), out) * load(up + i));
+    if (i < size) {
+        const int n = (int)(size - i);
+        store_part(out + i, rounded_to(silu(load_part(gate + i, n)), out) * load_part(up + i, n), n);
+    }
 }
 
 // gate, up: rows x size, rows `stride` apart; out contiguous: silu(gate), rounded, x up.
 template <class T>
 void silu_mul(Context& context, const T* gate, const T* up, int64_t stride, T* out, int64_t rows, int64_t size) {
     run_ranges(context, rows, kElementsPerItem / size, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row++) {
-            const T *g = gate + row * stride, *u = up + row * stride;
-            T* o = out + row * size;
-            int64_t i = 0;
-            for (; i + kLanes <= size; i += kLanes) store(o + i, gated(load(g + i), load(u + i), o));
-            if (i < size) {
-                const int n = (int)(size - i);
-                store_part(o + i, gated(load_part(g + i, n), load_part(u + i, n), o), n);
-            }
-        }
+        for (int64_t row = begin; row < end; row++)
+            silu_mul_row(gate + row * stride, up + row * stride, out + row * size, size);
     });
 }
 

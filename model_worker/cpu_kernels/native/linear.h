@@ -71,21 +71,17 @@ inline void compute_slab(const Linear<T>& linear, int64_t slab, int64_t begin, i
         compute(part, source);
     }
     for (int64_t row = begin; row < end; row++) {
-        const T *const g = gate + (row - begin) * kSlab, *const u = g + size;
-        T* const out = linear.out + row * linear.out_stride + slab * kSlab;
-        for (int i = 0; i < kSlab; i += kLanes) store(out + i, gated(load(g + i), load(u + i), out));
+        const T* const from = gate + (row - begin) * kSlab;
+        silu_mul_row(from, from + size, linear.out + row * linear.out_stride + slab * kSlab, (int64_t)kSlab);
     }
 }
 
-// Calls compute(linear, slab, worker) for every slab, as compute_slab does. A worker takes a few that follow each other
-// at a time, so that what it asks for ahead of the end of one is what it reads next.
+// Calls compute(linear, slab, worker) for every slab, as compute_slab does.
 template <class T, class Compute>
 inline void run_slabs(Context& context, const Linear<T>& linear, const Compute& compute) {
-    const int64_t slabs = slab_count(linear), runs = std::min<int64_t>(slabs, 16 * context.threads);
-    run_items(context, (int)runs, [&](int run, int worker) {
-        for (int64_t slab = slabs * run / runs; slab < slabs * (run + 1) / runs; slab++)
-            compute_slab(linear, slab, 0, linear.rows, context.gates[worker],
-                         [&](const Linear<T>& into, int64_t source) { compute(into, source, worker); });
+    run_stretches(context, (int)slab_count(linear), [&](int slab, int worker) {
+        compute_slab(linear, slab, 0, linear.rows, context.gates[worker],
+                     [&](const Linear<T>& into, int64_t source) { compute(into, source, worker); });
     });
 }
 

@@ -49,15 +49,9 @@ struct TileLayout {
 };
 
 // The registers' heights: 16 rows of x and `lower` more.
-inline void configure_tiles(int upper, int lower) {
-    alignas(64) uint8_t palette[64] = {1};
+inline void configure_heights(int upper, int lower) {
     const int heights[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
-    for (int tile = 0; tile < 8; tile++) {
-        palette[16 + 2 * tile] = 64;
-        palette[48 + tile] = heights[tile] > 0 ? heights[tile] : 1;
-    }
-    finish_stores(palette);
-    _tile_loadconfig(palette);
+    configure_tiles([&](int tile) { return std::max(1, heights[tile]); }, [](int) { return 64; });
 }
 
 inline void zero_sums() {
@@ -136,7 +130,7 @@ inline void tile_few_rows(const TileLayout& w, int64_t steps, const TileLayout& 
     alignas(64) int32_t sums[kPanels * kTileSums];
     for (int row = 0; row < rows; row += 16) {
         const int count = std::min(16, rows - row);
-        configure_tiles(count, count);
+        configure_heights(count, count);
         tile_row_block<Kind>(w, steps, x, row / 16, (uint8_t*)sums);
         for (int panel = 0; panel < kPanels; panel += 2)
             store_tiles(sums + panel * kTileSums, panel, row, count, store);
@@ -194,7 +188,7 @@ inline void tile_many_rows(int format, const uint8_t* slab, int64_t steps, const
         const uint8_t* ahead = slab + stop * step_bytes;
         for (int64_t row = begin; row < end; row += 32) {
             const int count = (int)std::min<int64_t>(32, end - row), lower = std::max(0, count - 16);
-            if (row == begin || count < 32) configure_tiles(std::min(16, count), lower);
+            if (row == begin || count < 32) configure_heights(std::min(16, count), lower);
             for (int panel = 0; panel < kPanels; panel += 2) {
                 int32_t* const tiles = sums + ((row - begin) / 32 * 2 + panel / 2) * 4 * kTileSums;
                 // Where there are no lower rows, the register takes one of the upper ones.

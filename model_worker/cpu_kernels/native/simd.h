@@ -191,7 +191,7 @@ inline vf exp2(vf x) {
 
 // a / b to the last bit but in rare cases, for b from 1 to 2^126; an infinite `a` gives NaN.
 inline vf divide(vf a, vf b) {
-#if defined(VSL_AVX512)  // a third of the division's time
+#if defined(VSL_AVX512)
     vf r = (vf)_mm512_rcp14_ps((__m512)b);
     r += r * (splat(1.0f) - b * r);  // Newton's step
     const vf quotient = a * r;
