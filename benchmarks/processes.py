@@ -23,7 +23,7 @@ def module_name(command: list[str]) -> str | None:
     if "-m" not in command:
         return None
     module, *arguments = command[command.index("-m") + 1 :]
-    return arguments[0] if module == "runtime.boot" else module
+    return arguments[0] if module == "vibe_sgl_lite.runtime.launcher.boot" else module
 
 
 def peak_mb(process: psutil.Process) -> float:

@@ -14,7 +14,14 @@ from enum import Enum, auto
 
 import msgspec
 
-from runtime.chat_format import THINK_CLOSE, THINK_OPEN, TOOL_CLOSE, TOOL_OPEN, TextFormat, parse_tool_call
+from vibe_sgl_lite.runtime.messages.parts import TextFormat
+from vibe_sgl_lite.runtime.text.chat_format import (
+    THINK_CLOSE,
+    THINK_OPEN,
+    TOOL_CLOSE,
+    TOOL_OPEN,
+    parse_tool_call,
+)
 
 
 class Parsed(msgspec.Struct):

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from detokenizer.chat_parser import ChatParser, Parsed
-from detokenizer.incremental import Vocabulary
-from detokenizer.stop import StopMatcher
-from runtime.messages import (
+from vibe_sgl_lite.detokenizer.chat_parser import ChatParser, Parsed
+from vibe_sgl_lite.detokenizer.incremental import Vocabulary
+from vibe_sgl_lite.detokenizer.stop import StopMatcher
+from vibe_sgl_lite.runtime.messages import (
     Chunk,
     ChunkBatch,
     Finish,
@@ -31,7 +31,7 @@ from runtime.messages import (
     pack_ids,
     unpack_ids,
 )
-from runtime.tokenizer import Tokenizer
+from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from codecs import utf_8_decode
 from collections.abc import Sequence
 from typing import Protocol
 
-from runtime.tokenizer import Tokenizer
+from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 MAX_HELD_TOKENS = 8  # an unfinished character is 4 byte tokens at most; more than this is not going to be one

@@ -1,4 +1,4 @@
-"""The detokenizer process: `python -m detokenizer.process <spec file>`.
+"""The detokenizer process: `python -m vibe_sgl_lite.detokenizer.process <spec file>`.
 
 Sleeps in a poll until the scheduler sends something or the launcher commands; chunks go to the tokenizer manager, stop
 matches back to the scheduler.
@@ -11,12 +11,12 @@ import time
 
 import zmq
 
-from detokenizer.core import Detokenizer
-from runtime.channels import Receiver, Sender
-from runtime.child import HEARTBEAT_S, Child, run_child
-from runtime.chrome_trace import DETOKENIZER, ChromeTrace
-from runtime.messages import DetokenizerInput, OpenText, Shutdown
-from runtime.tokenizer import Tokenizer
+from vibe_sgl_lite.detokenizer.core import Detokenizer
+from vibe_sgl_lite.runtime.chrome_trace import DETOKENIZER, ChromeTrace
+from vibe_sgl_lite.runtime.launcher.child import HEARTBEAT_S, Child, run_child
+from vibe_sgl_lite.runtime.messages import DetokenizerInput, OpenText, Shutdown
+from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
+from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 
 AT_ONCE = 256  # messages between two looks at the launcher's line
 

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model_worker.attention_metadata import AttentionMetadata
-from runtime.messages import ForwardBatch
+from vibe_sgl_lite.model_worker.attention.metadata import AttentionMetadata
+from vibe_sgl_lite.runtime.messages import ForwardBatch
 
 IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from model_worker.attention_kernels import KernelAttention
-from model_worker.attention_torch import TorchAttention
-from model_worker.cpu_kernels import CpuKernels, load
-from model_worker.kv_pool import KVPool
-from model_worker.operations_kernels import KernelOperations
-from qwen3.attention_backend import AttentionBackend
-from qwen3.operations import LayerOperations, TorchOperations
+from vibe_sgl_lite.model_worker.attention.cpu_backend import KernelAttention
+from vibe_sgl_lite.model_worker.attention.torch_backend import TorchAttention
+from vibe_sgl_lite.model_worker.cpu import CpuKernels, load
+from vibe_sgl_lite.model_worker.cpu.operations import KernelOperations
+from vibe_sgl_lite.model_worker.kv_pool import KVPool
+from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend
+from vibe_sgl_lite.qwen3.layers.operations import LayerOperations, TorchOperations
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from model_worker.commit_ahead import CommitAhead
-from model_worker.cpu_kernels.huge_memory import HugeMemory
-from model_worker.kv_int8 import HEAD_DIM_MULTIPLE, SCALE_BYTES
-from qwen3.parallel import Group
-from runtime.errors import ConfigError
-from runtime.model_config import ModelConfig
+from vibe_sgl_lite.model_worker.cpu.commit_ahead import CommitAhead
+from vibe_sgl_lite.model_worker.cpu.huge_memory import HugeMemory
+from vibe_sgl_lite.model_worker.kv_int8 import HEAD_DIM_MULTIPLE, SCALE_BYTES
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group
+from vibe_sgl_lite.runtime.errors import ConfigError
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 # A laptop has other things to do with its memory; --max-total-tokens asks for more.
 CPU_LIMIT_BYTES = 4 << 30

@@ -10,15 +10,15 @@ from typing import Literal, get_args
 
 import torch
 
-from model_worker.cpu_kernels import CpuKernels
-from model_worker.cpu_kernels.linear import INPUT_MULTIPLE, WeightFormat
-from model_worker.slab_matrix import SlabFormats
-from qwen3.mlp import MLP
-from qwen3.model import Qwen3
-from qwen3.quantization_int4 import GROUP_SIZE, OUTPUT_MULTIPLE, Int4Matrix
-from qwen3.quantization_int8 import Int8Matrix, choose_activation_levels
-from qwen3.weight import ExpertWeight, MatrixFormat, MatrixWeight
-from runtime.errors import ConfigError
+from vibe_sgl_lite.model_worker.cpu import CpuKernels
+from vibe_sgl_lite.model_worker.cpu.linear import INPUT_MULTIPLE, WeightFormat
+from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabFormats
+from vibe_sgl_lite.qwen3.layers.quantization_int4 import GROUP_SIZE, OUTPUT_MULTIPLE, Int4Matrix
+from vibe_sgl_lite.qwen3.layers.quantization_int8 import Int8Matrix, choose_activation_levels
+from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, MatrixFormat, MatrixWeight
+from vibe_sgl_lite.qwen3.mlp import MLP
+from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.errors import ConfigError
 
 Quantization = Literal["none", "int8", "int4"]
 

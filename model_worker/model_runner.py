@@ -12,17 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model_worker.batch import SlotStates, StepInput, unpack
-from model_worker.constraints import Constraints, StepMask
-from model_worker.grammar import GrammarLibrary
-from model_worker.kv_pool import KVPool
-from model_worker.prompt_logprobs import PromptLogprobs, PromptScores
-from model_worker.sampler import ArgmaxFunction, SampleOutput, Sampler
-from qwen3.attention_backend import AttentionBackend
-from qwen3.model import Qwen3
-from runtime.errors import EngineError
-from runtime.messages import FailedRow, ForwardBatch, NewSlot, RowLogprobs, StepResult, TokenLogprob, pack_ids
-from runtime.sampling_params import SamplingParams, resolve
+from vibe_sgl_lite.model_worker.batch import SlotStates, StepInput, unpack
+from vibe_sgl_lite.model_worker.kv_pool import KVPool
+from vibe_sgl_lite.model_worker.sampling.constraints import Constraints, StepMask
+from vibe_sgl_lite.model_worker.sampling.grammar import GrammarLibrary
+from vibe_sgl_lite.model_worker.sampling.prompt_logprobs import PromptLogprobs, PromptScores
+from vibe_sgl_lite.model_worker.sampling.sampler import ArgmaxFunction, SampleOutput, Sampler
+from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend
+from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.errors import EngineError
+from vibe_sgl_lite.runtime.messages import (
+    FailedRow,
+    ForwardBatch,
+    NewSlot,
+    RowLogprobs,
+    StepResult,
+    TokenLogprob,
+    pack_ids,
+)
+from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams, resolve
 
 WARM_UP_TOKENS = 32
 

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
-from qwen3.parallel import Group, ParallelState
-from runtime.errors import ConfigError
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
+from vibe_sgl_lite.runtime.errors import ConfigError
 
 # Only a backstop: the launcher's step watchdog is far quicker.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)

@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from qwen3.parallel import Group
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group
 
 DIGEST_BYTES = 8
 

@@ -1,4 +1,6 @@
-"""Where a rank's time goes, part by part, while a profile is taken. Shared by `--profile` and benchmarks/cpu_step.py.
+"""Where a rank's time goes, part by part, while a profile is taken.
+
+Shared by `--profile` and benchmarks/internal/cpu_step.py.
 
 Parts are timed by replacing them, on the objects that hold them, with callables that note when they begin and end. A
 rank without a profile replaces nothing and pays nothing. Each moment belongs to one part, the innermost that runs, so
@@ -15,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from model_worker.attention_kernels import KernelAttention
-from model_worker.cpu_kernels.layers import PARTS
-from model_worker.fused_layers import FusedLayers
-from model_worker.model_runner import ModelRunner
-from qwen3.mlp import MLP
-from qwen3.operations import LayerOperations
-from qwen3.parallel import Group, ParallelState
+from vibe_sgl_lite.model_worker.attention.cpu_backend import KernelAttention
+from vibe_sgl_lite.model_worker.cpu.fused_layers import FusedLayers
+from vibe_sgl_lite.model_worker.cpu.layers import PARTS
+from vibe_sgl_lite.model_worker.model_runner import ModelRunner
+from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
+from vibe_sgl_lite.qwen3.mlp import MLP
 
 OTHER = "other"  # what no part claims: Python between the calls, mostly
 COLLECTIVES = "collectives"

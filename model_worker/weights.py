@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qwen3.checkpoint import LoadItem, Part, load_items
-from qwen3.model import Qwen3
-from runtime.errors import WeightsError
+from vibe_sgl_lite.qwen3.checkpoint import LoadItem, Part, load_items
+from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.errors import WeightsError
 
 INDEX_NAME = "model.safetensors.index.json"
 # Dummy weights repeat a block of this many random numbers. A prime, so that no two rows of a matrix are the same.

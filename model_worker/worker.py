@@ -1,4 +1,4 @@
-"""The rank process: `python -m runtime.boot model_worker.worker SPEC RANK`, started by the launcher.
+"""The rank process, started by the launcher with a spec file and its rank (runtime/launcher/boot.py).
 
 It joins its groups, loads its share of the weights, takes its KV pool, says that it is ready, and then runs every
 `ForwardBatch` that the scheduler sends until it is told to stop. Rank 0 answers.
@@ -16,25 +16,25 @@ import msgspec
 import torch
 import zmq
 
-from model_worker.compute import choose_compute
-from model_worker.fused_layers import fuse_layers
-from model_worker.kv_pool import KVPool, choose_num_pages
-from model_worker.matrix_formats import choose_formats
-from model_worker.model_runner import ModelRunner
-from model_worker.parallel import init_parallel, init_parallel_nodes, relay_group
-from model_worker.rank_digest import RankDigest
-from model_worker.relay import BatchRelay
-from model_worker.step_timer import StepTimer, time_collectives, time_parts
-from model_worker.weights import load_dummy_weights, load_weights
-from qwen3.checkpoint import weight_bytes
-from qwen3.model import Qwen3
-from qwen3.moe import DispatchKind
-from qwen3.parallel import ParallelState
-from runtime.channels import Receiver, Sender
-from runtime.child import HEARTBEAT_S, Child, PipelineSpec, run_child
-from runtime.messages import ForwardBatch, RankInput, RankReady, Shutdown, StepResult, StepTimes, StopRank
-from runtime.server_args import flag_name, split_host_port
-from runtime.spawn import RANK_PREFIX
+from vibe_sgl_lite.model_worker.compute import choose_compute
+from vibe_sgl_lite.model_worker.cpu.fused_layers import fuse_layers
+from vibe_sgl_lite.model_worker.kv_pool import KVPool, choose_num_pages
+from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
+from vibe_sgl_lite.model_worker.model_runner import ModelRunner
+from vibe_sgl_lite.model_worker.parallel import init_parallel, init_parallel_nodes, relay_group
+from vibe_sgl_lite.model_worker.rank_digest import RankDigest
+from vibe_sgl_lite.model_worker.relay import BatchRelay
+from vibe_sgl_lite.model_worker.step_timer import StepTimer, time_collectives, time_parts
+from vibe_sgl_lite.model_worker.weights import load_dummy_weights, load_weights
+from vibe_sgl_lite.qwen3.checkpoint import weight_bytes
+from vibe_sgl_lite.qwen3.layers.moe import DispatchKind
+from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
+from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.launcher.child import HEARTBEAT_S, Child, PipelineSpec, run_child
+from vibe_sgl_lite.runtime.launcher.spawn import RANK_PREFIX
+from vibe_sgl_lite.runtime.messages import ForwardBatch, RankInput, RankReady, Shutdown, StepResult, StepTimes, StopRank
+from vibe_sgl_lite.runtime.settings.server_args import flag_name, split_host_port
+from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 
 RENDEZVOUS_FILE = "rendezvous"  # in the pipeline's private directory
 SHUTDOWN_GRACE_S = 1.0  # for the scheduler's StopRank, which ends all ranks at the same step

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3.attention_backend import AttentionBackend
-from qwen3.linear import QKVLinear, RowParallelLinear
-from qwen3.norm import RMSNorm
-from qwen3.parallel import ParallelState
-from qwen3.rope import RopeAngles
-from runtime.model_config import ModelConfig
+from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend
+from vibe_sgl_lite.qwen3.layers.linear import QKVLinear, RowParallelLinear
+from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
+from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
+from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 
 class Attention:

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from qwen3.norm import RMSNorm
-from qwen3.rope import RopeAngles
+from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
+from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
 
 
 class AttentionBackend(Protocol):

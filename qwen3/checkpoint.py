@@ -6,13 +6,13 @@ Knows nothing of files: a loader reads the parts, from wherever, into one buffer
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwen3.attention import Attention
-from qwen3.mlp import MLP
-from qwen3.model import Qwen3
-from qwen3.moe import MoEBlock
-from qwen3.norm import RMSNorm
-from qwen3.parallel import shard
-from qwen3.weight import Weight
+from vibe_sgl_lite.qwen3.attention import Attention
+from vibe_sgl_lite.qwen3.layers.moe import MoEBlock
+from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
+from vibe_sgl_lite.qwen3.layers.parallel_state import shard
+from vibe_sgl_lite.qwen3.layers.weight import Weight
+from vibe_sgl_lite.qwen3.mlp import MLP
+from vibe_sgl_lite.qwen3.model import Qwen3
 
 
 @dataclass(frozen=True)

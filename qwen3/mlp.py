@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from qwen3.linear import ColumnParallelLinear, RowParallelLinear
-from qwen3.operations import LayerOperations
-from qwen3.parallel import ParallelState
-from runtime.model_config import ModelConfig
+from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, RowParallelLinear
+from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
+from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 
 class MLP:

@@ -8,16 +8,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qwen3.attention import Attention
-from qwen3.attention_backend import AttentionBackend
-from qwen3.linear import ColumnParallelLinear, VocabParallelEmbedding
-from qwen3.mlp import MLP
-from qwen3.moe import DispatchKind, MoEBlock, make_dispatch
-from qwen3.norm import RMSNorm
-from qwen3.operations import LayerOperations
-from qwen3.parallel import ParallelState
-from qwen3.rope import RopeAngles, RotaryEmbedding
-from runtime.model_config import ModelConfig
+from vibe_sgl_lite.qwen3.attention import Attention
+from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend
+from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, VocabParallelEmbedding
+from vibe_sgl_lite.qwen3.layers.moe import DispatchKind, MoEBlock, make_dispatch
+from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
+from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
+from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
+from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles, RotaryEmbedding
+from vibe_sgl_lite.qwen3.mlp import MLP
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 
 class DecoderLayer:

@@ -2,7 +2,7 @@
 
 Times are of `time.monotonic`, which all processes of one machine share, so the files of one run can be laid together:
 
-    python -m runtime.chrome_trace FOLDER       writes FOLDER/all.trace.json
+    python -m vibe_sgl_lite.runtime.chrome_trace FOLDER       writes FOLDER/all.trace.json
 
 Format: the JSON array form of the "Trace Event Format"; its closing bracket is optional, so a file of a process that
 was killed opens too.
@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from runtime.errors import ConfigError
+from vibe_sgl_lite.runtime.errors import ConfigError
 
 SUFFIX = ".trace.json"
 MERGED = "all" + SUFFIX
@@ -81,7 +81,7 @@ def merge(folder: Path) -> Path:
 
 def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
-        sys.stderr.write("usage: python -m runtime.chrome_trace FOLDER\n")
+        sys.stderr.write("usage: python -m vibe_sgl_lite.runtime.chrome_trace FOLDER\n")
         return 2
     try:
         sys.stdout.write(f"{merge(Path(arguments[0]))}\n")

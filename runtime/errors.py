@@ -22,20 +22,17 @@ On a wire an error is an `ErrorInfo` (runtime/messages.py); `error_from_code` tu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from runtime.outputs import Output
+from typing import Any
 
 
 class VibeError(Exception):
     """Root of the tree. `code` is the stable, machine-readable name that also travels on the wire.
 
-    output: what a request had generated when the engine failed it (a list where n > 1); None for other errors.
+    output: what a request had generated when the engine failed it: an `Output` (a list where n > 1); else None.
     """
 
     code = "error"
-    output: Output | list[Output] | None = None
+    output: Any = None
 
 
 class UserError(VibeError, ValueError):

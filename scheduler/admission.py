@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from scheduler.memory import KVMemory
-from scheduler.request import Request
+from vibe_sgl_lite.scheduler.memory import KVMemory
+from vibe_sgl_lite.scheduler.request import Request
 
 INITIAL_RATIO = 0.7
 LOWEST_SHARE = 0.14  # of the initial ratio

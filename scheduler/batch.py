@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from runtime.messages import ForwardBatch, NewSlot
-from scheduler.cost import Work
-from scheduler.request import Request
+from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot
+from vibe_sgl_lite.scheduler.cost import Work
+from vibe_sgl_lite.scheduler.request import Request
 
 
 class Chunk(msgspec.Struct, frozen=True):

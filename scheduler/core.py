@@ -22,17 +22,17 @@ is dropped; its slot and pages are given up when no step in flight has the row.
 
 from __future__ import annotations
 
-from runtime.errors import KVExhaustedError, OverloadedError
-from runtime.messages import AddRequest, ErrorInfo, Finish, ForwardBatch, RequestRejected, StepResult
-from scheduler.admission import NewTokenRatio
-from scheduler.batch import Step
-from scheduler.config import SchedulerConfig
-from scheduler.cost import CostModel
-from scheduler.planner import StepPlanner
-from scheduler.policies import make_policy
-from scheduler.request import samples_of
-from scheduler.results import Outputs, ResultApplier
-from scheduler.state import SchedulerState
+from vibe_sgl_lite.runtime.errors import KVExhaustedError, OverloadedError
+from vibe_sgl_lite.runtime.messages import AddRequest, ErrorInfo, Finish, ForwardBatch, RequestRejected, StepResult
+from vibe_sgl_lite.scheduler.admission import NewTokenRatio
+from vibe_sgl_lite.scheduler.batch import Step
+from vibe_sgl_lite.scheduler.config import SchedulerConfig
+from vibe_sgl_lite.scheduler.cost import CostModel
+from vibe_sgl_lite.scheduler.planner import StepPlanner
+from vibe_sgl_lite.scheduler.policies import make_policy
+from vibe_sgl_lite.scheduler.request import samples_of
+from vibe_sgl_lite.scheduler.results import Outputs, ResultApplier
+from vibe_sgl_lite.scheduler.state import SchedulerState
 
 
 class Scheduler:

@@ -14,9 +14,9 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 
-from scheduler.page_allocator import PageAllocator
-from scheduler.radix_cache import RadixCache, RadixNode
-from scheduler.request import NO_SLOT, TOKEN_BYTES, Request
+from vibe_sgl_lite.scheduler.page_allocator import PageAllocator
+from vibe_sgl_lite.scheduler.radix_cache import RadixCache, RadixNode
+from vibe_sgl_lite.scheduler.request import NO_SLOT, TOKEN_BYTES, Request
 
 EVICT_BATCH = 32  # pages at most that one eviction frees beyond what is needed at once
 

@@ -1,7 +1,7 @@
 """Watching a core from outside: every input and every decision, in order, to whoever wants to know.
 
 `ObservedScheduler` has the core's interface and hands each call on; the observers are told afterwards. The trace
-(scheduler/trace.py) and the timeline (scheduler/timeline.py) are such observers.
+(scheduler/tools/trace.py) and the timeline (scheduler/tools/timeline.py) are such observers.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from runtime.messages import AddRequest, ForwardBatch, RequestRejected, StepResult
-from scheduler.batch import Step
-from scheduler.core import Scheduler
-from scheduler.results import Outputs
+from vibe_sgl_lite.runtime.messages import AddRequest, ForwardBatch, RequestRejected, StepResult
+from vibe_sgl_lite.scheduler.batch import Step
+from vibe_sgl_lite.scheduler.core import Scheduler
+from vibe_sgl_lite.scheduler.results import Outputs
 
 
 class SchedulerObserver(Protocol):

@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from scheduler.admission import NewTokenRatio
-from scheduler.batch import Chunk, Step
-from scheduler.cost import CostModel, chunk_work, decode_work
-from scheduler.policies import SchedulePolicy
-from scheduler.request import NO_SLOT, Request
-from scheduler.state import SchedulerState
+from vibe_sgl_lite.scheduler.admission import NewTokenRatio
+from vibe_sgl_lite.scheduler.batch import Chunk, Step
+from vibe_sgl_lite.scheduler.cost import CostModel, chunk_work, decode_work
+from vibe_sgl_lite.scheduler.policies import SchedulePolicy
+from vibe_sgl_lite.scheduler.request import NO_SLOT, Request
+from vibe_sgl_lite.scheduler.state import SchedulerState
 
 RETRY_STEPS = 8  # admission that found no memory is tried again when something has changed, or after so many steps
 SMALLEST_CHUNK = 8  # tokens; so that prefill goes on however slow a step is

@@ -6,7 +6,7 @@ heartbeat allows. Everything that is decided is decided in the core.
 A step that takes far longer than it should means a rank hangs: the launcher is told, no further step is sent, and the
 loop goes on only to answer the launcher.
 
-    python -m scheduler.process SPEC.json
+    python -m vibe_sgl_lite.scheduler.process SPEC.json
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from collections import deque
 import msgspec
 import zmq
 
-from runtime.channels import Receiver, Sender
-from runtime.child import Child, PipelineSpec, run_child
-from runtime.messages import (
+from vibe_sgl_lite.runtime.launcher.child import Child, PipelineSpec, run_child
+from vibe_sgl_lite.runtime.messages import (
     AbortRequest,
     AddRequest,
     ErrorInfo,
@@ -34,13 +33,14 @@ from runtime.messages import (
     StopMatched,
     StopRank,
 )
-from scheduler.config import SchedulerConfig
-from scheduler.core import Scheduler
-from scheduler.observer import ObservedScheduler, SchedulerObserver
-from scheduler.policies import make_policy
-from scheduler.results import Outputs
-from scheduler.timeline import Timeline
-from scheduler.trace import TraceWriter
+from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
+from vibe_sgl_lite.scheduler.config import SchedulerConfig
+from vibe_sgl_lite.scheduler.core import Scheduler
+from vibe_sgl_lite.scheduler.observer import ObservedScheduler, SchedulerObserver
+from vibe_sgl_lite.scheduler.policies import make_policy
+from vibe_sgl_lite.scheduler.results import Outputs
+from vibe_sgl_lite.scheduler.tools.timeline import Timeline
+from vibe_sgl_lite.scheduler.tools.trace import TraceWriter
 
 POLL_MS = 250  # at most so long without a heartbeat
 ESTIMATE_SLACK = 10.0  # a step may take so many times its estimate on top of the step timeout

@@ -6,9 +6,9 @@ from array import array
 
 import msgspec
 
-from runtime.messages import AddRequest, OpenText, TokenLogprob, Usage
-from runtime.sampling_params import ResolvedSampling
-from scheduler.radix_cache import RadixNode
+from vibe_sgl_lite.runtime.messages import AddRequest, OpenText, TokenLogprob, Usage
+from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
+from vibe_sgl_lite.scheduler.radix_cache import RadixNode
 
 NO_SLOT = -1
 TOKEN_BYTES = 4

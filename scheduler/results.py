@@ -10,8 +10,8 @@ from array import array
 
 import msgspec
 
-from runtime.errors import NumericalError
-from runtime.messages import (
+from vibe_sgl_lite.runtime.errors import NumericalError
+from vibe_sgl_lite.runtime.messages import (
     ErrorInfo,
     Finish,
     OpenText,
@@ -21,9 +21,9 @@ from runtime.messages import (
     TokenLogprob,
     TokenOutput,
 )
-from scheduler.batch import Chunk, Step
-from scheduler.request import TOKEN_BYTES, Request
-from scheduler.state import SchedulerState
+from vibe_sgl_lite.scheduler.batch import Chunk, Step
+from vibe_sgl_lite.scheduler.request import TOKEN_BYTES, Request
+from vibe_sgl_lite.scheduler.state import SchedulerState
 
 
 class Outputs(msgspec.Struct):

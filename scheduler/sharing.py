@@ -11,7 +11,7 @@ A hash finds the leader; the whole prefix is then compared token by token.
 
 from __future__ import annotations
 
-from scheduler.request import TOKEN_BYTES, Request
+from vibe_sgl_lite.scheduler.request import TOKEN_BYTES, Request
 
 SHARED_TOKENS = 32
 

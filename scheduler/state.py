@@ -14,12 +14,12 @@ from __future__ import annotations
 import heapq
 from collections import deque
 
-from scheduler.batch import BatchBuilder, Step
-from scheduler.config import SchedulerConfig
-from scheduler.memory import KVMemory
-from scheduler.request import NO_SLOT, Request
-from scheduler.sharing import PrefixLeaders
-from scheduler.waiting import WaitingQueue
+from vibe_sgl_lite.scheduler.batch import BatchBuilder, Step
+from vibe_sgl_lite.scheduler.config import SchedulerConfig
+from vibe_sgl_lite.scheduler.memory import KVMemory
+from vibe_sgl_lite.scheduler.request import NO_SLOT, Request
+from vibe_sgl_lite.scheduler.sharing import PrefixLeaders
+from vibe_sgl_lite.scheduler.waiting import WaitingQueue
 
 MAX_RETRACTIONS = 3
 

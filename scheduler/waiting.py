@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
-from scheduler.request import Request
+from vibe_sgl_lite.scheduler.request import Request
 
 
 def _seq(request: Request) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from runtime.server_args import FLAGS, ServerArgs, flag_name
+from vibe_sgl_lite.runtime.settings.server_args import FLAGS, ServerArgs, flag_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from runtime.client_requests import ChatOptions
-from runtime.sampling_params import DEFAULTS
+from vibe_sgl_lite.runtime.client.requests import ChatOptions
+from vibe_sgl_lite.runtime.settings.sampling_params import DEFAULTS
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "sampling.md").read_text()
 

@@ -12,20 +12,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGINE = (
-    "launch", "vibe_sgl_lite", "runtime", "tokenizer_manager", "scheduler", "detokenizer", "model_worker", "qwen3",
-)  # fmt: skip
-MAY_IMPORT = {
+PACKAGE = "vibe_sgl_lite"
+FOLDERS = ("runtime", "tokenizer_manager", "scheduler", "detokenizer", "model_worker", "qwen3")
+ENGINE = ("launch", PACKAGE, *FOLDERS)
+SETTINGS = {"runtime.errors", "runtime.logs", "runtime.settings"}
+MESSAGES = SETTINGS | {"runtime.messages"}
+TRANSPORT = MESSAGES | {"runtime.transport"}
+LAUNCHER = TRANSPORT | {"runtime.launcher"}
+# Each part and what else of ours it may import. The longest part that a module's name begins with counts.
+MAY_IMPORT: dict[str, set[str]] = {
     "launch": {"runtime"},
-    "vibe_sgl_lite": {"runtime"},
-    "runtime": set(),
+    "": {"runtime"},  # the public face
+    "runtime.errors": set(),
+    "runtime.logs": set(),
+    "runtime.chrome_trace": {"runtime.errors"},
+    "runtime.settings": SETTINGS,
+    "runtime.messages": SETTINGS,
+    "runtime.transport": MESSAGES,
+    "runtime.launcher": LAUNCHER,
+    "runtime.text": SETTINGS,
+    "runtime.client": LAUNCHER | {"runtime.text"},
     "tokenizer_manager": {"runtime"},
     "scheduler": {"runtime"},
     "detokenizer": {"runtime"},
     "model_worker": {"runtime", "qwen3"},
-    "qwen3": {"runtime"},  # runtime.model_config alone, see below
+    "qwen3": {"runtime.settings.model_config"},
+    "qwen3.layers": {"runtime.settings.model_config"},
 }
-TORCH_FREE = ("vibe_sgl_lite", "runtime", "tokenizer_manager", "scheduler", "detokenizer")
+TORCH_FREE = (PACKAGE, "runtime", "tokenizer_manager", "scheduler", "detokenizer")
 PICKLING_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 PICKLING_NAMES = {
     "recv_pyobj", "send_pyobj", "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list",
@@ -35,8 +49,17 @@ PICKLING_CALLS = {"torch.load", "torch.save", "np.load", "numpy.load", "yaml.loa
 
 
 def files(part: str) -> list[Path]:
-    """The Python files of a folder, or of `launch.py`."""
-    return [ROOT / "launch.py"] if part == "launch" else sorted((ROOT / part).rglob("*.py"))
+    """The Python files of a folder, or of `launch.py`. The public face's links to other folders are not followed."""
+    if part == "launch":
+        return [ROOT / "launch.py"]
+    return sorted((ROOT / part).glob("*.py" if part == PACKAGE else "**/*.py"))
+
+
+def module_name(path: Path) -> str:
+    """As it is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    name = ".".join(parts).removesuffix(".__init__")
+    return f"{PACKAGE}.{name}" if parts[0] in FOLDERS else name
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -45,31 +68,62 @@ def imports(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import; imports start at the top-level names"
+            assert node.level == 0, f"{path}: relative import; imports start at {PACKAGE}"
             assert node.module is not None
             yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(module: str, parts: set[str] | dict[str, set[str]]) -> str | None:
+    """The longest of `parts` that `module` is or lies in."""
+    found = [part for part in parts if part == "" or module == part or module.startswith(f"{part}.")]
+    return max(found, key=len, default=None)
 
 
 @pytest.mark.parametrize("part", ENGINE)
 def test_the_import_table(part: str) -> None:
     assert files(part), part
     for path in files(part):
+        own = "launch" if part == "launch" else within(module_name(path).removeprefix(PACKAGE).strip("."), MAY_IMPORT)
+        assert own is not None, path
         for module in imports(path):
             top = module.split(".")[0]
-            if top in (*ENGINE, "tests", "examples", "benchmarks") and top != part:
-                assert top in MAY_IMPORT[part], f"{path.relative_to(ROOT)} imports {module}"
+            assert top not in (*FOLDERS, "tests", "examples", "benchmarks"), f"{path.relative_to(ROOT)}: {module}"
+            if not module.startswith(f"{PACKAGE}."):
+                continue
+            inner = module.removeprefix(f"{PACKAGE}.")
+            if within(inner, {own}) is None and inner.split(".")[0] in FOLDERS:
+                assert within(inner, MAY_IMPORT[own]) is not None, f"{path.relative_to(ROOT)} imports {module}"
 
 
-def test_qwen3_knows_only_the_model_config_of_ours() -> None:
-    for path in files("qwen3"):
-        ours = {module for module in imports(path) if module.startswith("runtime")}
-        assert ours <= {"runtime.model_config"}, path
+def test_nothing_imports_the_folders_bare() -> None:
+    """`import scheduler` works in a checkout by accident of the current folder, and nowhere else."""
+    for part in ("tests", "examples", "benchmarks"):
+        for path in files(part):
+            bare = {module for module in imports(path) if module.split(".")[0] in FOLDERS}
+            assert not bare, f"{path.relative_to(ROOT)}: {bare}"
 
 
-def test_examples_use_the_public_face() -> None:
-    for path in files("examples"):
-        for module in imports(path):
-            assert module.split(".")[0] not in set(ENGINE) - {"vibe_sgl_lite"}, f"{path.relative_to(ROOT)}: {module}"
+def test_no_import_circle() -> None:
+    """Between modules, imports in functions and type-checking blocks included."""
+    modules = {module_name(path): path for part in ENGINE for path in files(part)}
+    edges = {name: {m for m in imports(path) if m in modules} - {name} for name, path in modules.items()}
+    while leaves := [name for name, needed in edges.items() if not needed]:
+        for leaf in leaves:
+            del edges[leaf]
+        for needed in edges.values():
+            needed.difference_update(leaves)
+    assert not edges, f"a circle is among {sorted(edges)}"
+
+
+def test_examples_and_benchmarks_use_the_public_face() -> None:
+    """What measures internals lies in benchmarks/internal."""
+    for path in (*files("examples"), *files("benchmarks")):
+        if path.parent.name != "internal":
+            for module in imports(path):
+                assert within(module, {f"{PACKAGE}.{f}" for f in FOLDERS}) is None, (
+                    f"{path.relative_to(ROOT)}: {module}"
+                )
 
 
 @pytest.mark.parametrize("part", TORCH_FREE)
@@ -77,15 +131,22 @@ def test_torch_is_imported_by_ranks_alone(part: str) -> None:
     """First by reading the files, then by importing every module of the folder and looking what came along."""
     for path in files(part):
         assert not {m for m in imports(path) if m.split(".")[0] == "torch"}, path
-    names = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for path in files(part)
-        if path.name != "__main__.py"
-    ]
+    names = [module_name(path) for path in files(part) if path.name != "__main__.py"]
     code = f"import importlib, sys\nfor n in {names}: importlib.import_module(n)\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "False"
+
+
+def test_the_public_face_is_lazy() -> None:
+    """A child imports its own package's parent; that must not bring the client, nor anything else."""
+    code = (
+        f"import sys, {PACKAGE}; "
+        f"early = [m for m in sys.modules if m.startswith('{PACKAGE}.')]; "
+        f"missing = [n for n in {PACKAGE}.__all__ if not hasattr({PACKAGE}, n)]; print(early, missing)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] []"
 
 
 @pytest.mark.parametrize("part", ENGINE)
@@ -105,10 +166,13 @@ def test_nothing_unpickles(part: str) -> None:
 
 def test_every_package_is_listed_for_the_wheel() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    there = {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for part in ENGINE
-        if part != "launch"
-        for path in (ROOT / part).rglob("*.py")
-    }
+    there = {module_name(path.parent / "__init__.py") for part in (PACKAGE, *FOLDERS) for path in files(part)}
     assert listed == there
+
+
+def test_the_package_links_to_every_folder() -> None:
+    """So that a checkout, an editable installation and a wheel all know one name (docs/architecture.md)."""
+    for folder in FOLDERS:
+        link = ROOT / PACKAGE / folder
+        assert link.is_symlink(), folder
+        assert link.readlink() == Path("..") / folder

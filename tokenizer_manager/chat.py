@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.chat_format import THINK_CLOSE, THINK_CLOSE_LINES, THINK_OPEN, TextFormat
-from runtime.errors import RequestError
-from runtime.sampling_params import ThinkingRules
-from runtime.tokenizer import Tokenizer
+from vibe_sgl_lite.runtime.errors import RequestError
+from vibe_sgl_lite.runtime.messages.parts import TextFormat
+from vibe_sgl_lite.runtime.settings.sampling_params import ThinkingRules
+from vibe_sgl_lite.runtime.text.chat_format import THINK_CLOSE, THINK_CLOSE_LINES, THINK_OPEN
+from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
 
 
 def text_format(prompt: str, template_kwargs: Mapping[str, Any], tokenizer: Tokenizer) -> TextFormat:

@@ -15,9 +15,9 @@ from typing import Any
 
 import msgspec
 
-from runtime.child import PipelineSpec
-from runtime.errors import EngineDeadError, EngineError, OverloadedError, ProtocolError, RequestError
-from runtime.messages import (
+from vibe_sgl_lite.runtime.errors import EngineDeadError, EngineError, OverloadedError, ProtocolError, RequestError
+from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
+from vibe_sgl_lite.runtime.messages import (
     PROTOCOL,
     Abort,
     AbortRequest,
@@ -44,11 +44,11 @@ from runtime.messages import (
     Usage,
     Welcome,
 )
-from runtime.tokenizer import Tokenizer
-from tokenizer_manager.queries import ANSWER_S, Pending, Queries
-from tokenizer_manager.requests import Request, RequestTable
-from tokenizer_manager.sessions import Session, Sessions
-from tokenizer_manager.validate import Checked, Limits, Prepared, Unreadable, check, prepare, read_frame
+from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
+from vibe_sgl_lite.tokenizer_manager.queries import ANSWER_S, Pending, Queries
+from vibe_sgl_lite.tokenizer_manager.requests import Request, RequestTable
+from vibe_sgl_lite.tokenizer_manager.sessions import Session, Sessions
+from vibe_sgl_lite.tokenizer_manager.validate import Checked, Limits, Prepared, Unreadable, check, prepare, read_frame
 
 DRAINING = ErrorInfo(
     OverloadedError.code, "the engine is draining and takes no new requests; ask another one, or later"

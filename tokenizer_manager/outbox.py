@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from runtime.messages import Chunk
+from vibe_sgl_lite.runtime.messages import Chunk
 
 MERGE_AT = 16  # waiting chunks of one sample before they are merged, so that each byte is copied a few times at most
 

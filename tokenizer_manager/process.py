@@ -1,4 +1,4 @@
-"""The tokenizer manager process: `python -m tokenizer_manager.process <spec file>`.
+"""The tokenizer manager process: `python -m vibe_sgl_lite.tokenizer_manager.process <spec file>`.
 
 One event loop (uvloop where there is one) over plain ZeroMQ sockets. A ZeroMQ socket's file descriptor tells only of
 changes, and any call on the socket may take such a change in; so every wake-up goes round all sockets until a whole
@@ -20,14 +20,14 @@ from functools import partial
 import msgspec
 import zmq
 
-from runtime.channels import Receiver, new_socket
-from runtime.child import Child, run_child
-from runtime.chrome_trace import TOKENIZER_MANAGER, ChromeTrace
-from runtime.messages import AbortAll, Drain, SchedulerInput, Shutdown, TokenizerInput
-from runtime.tokenizer import Tokenizer
-from tokenizer_manager.manager import TokenizerManager
-from tokenizer_manager.sessions import ClientSocket, Sessions
-from tokenizer_manager.validate import Limits, Prepared, check_tokenizer
+from vibe_sgl_lite.runtime.chrome_trace import TOKENIZER_MANAGER, ChromeTrace
+from vibe_sgl_lite.runtime.launcher.child import Child, run_child
+from vibe_sgl_lite.runtime.messages import AbortAll, Drain, SchedulerInput, Shutdown, TokenizerInput
+from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
+from vibe_sgl_lite.runtime.transport.channels import Receiver, new_socket
+from vibe_sgl_lite.tokenizer_manager.manager import TokenizerManager
+from vibe_sgl_lite.tokenizer_manager.sessions import ClientSocket, Sessions
+from vibe_sgl_lite.tokenizer_manager.validate import Limits, Prepared, check_tokenizer
 
 FRAMES_AT_ONCE = 256  # of one socket, before the others have their turn
 TICK_S = 0.25

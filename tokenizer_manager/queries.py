@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from tokenizer_manager.sessions import Session
+from vibe_sgl_lite.tokenizer_manager.sessions import Session
 
 ANSWER_S = 2.0
 MAX_PENDING = 1024

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tokenizer_manager.sessions import Session
+from vibe_sgl_lite.tokenizer_manager.sessions import Session
 
 
 class Request:

@@ -14,9 +14,9 @@ from enum import Enum, auto
 import msgspec
 import zmq
 
-from runtime.channels import LINGER_MS, bind_ipc, new_socket
-from runtime.messages import MAX_FRAME_BYTES, ServerMessage
-from tokenizer_manager.outbox import Outbox
+from vibe_sgl_lite.runtime.messages import MAX_FRAME_BYTES, ServerMessage
+from vibe_sgl_lite.runtime.transport.channels import LINGER_MS, bind_ipc, new_socket
+from vibe_sgl_lite.tokenizer_manager.outbox import Outbox
 
 MAX_SESSIONS = 4096
 SILENCE_S = 2.5  # clients ping every 0.5 s

@@ -13,14 +13,14 @@ from typing import Any
 
 import msgspec
 
-from runtime.chat_format import TextFormat
-from runtime.child import PipelineSpec
-from runtime.errors import RequestError, TokenizerError
-from runtime.grammar import make_grammar
-from runtime.messages import ClientMessage, Generate
-from runtime.sampling_params import ResolvedSampling, SamplingParams, resolve
-from runtime.tokenizer import Tokenizer
-from tokenizer_manager.chat import text_format, thinking_rules
+from vibe_sgl_lite.runtime.errors import RequestError, TokenizerError
+from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
+from vibe_sgl_lite.runtime.messages import ClientMessage, Generate
+from vibe_sgl_lite.runtime.messages.parts import TextFormat
+from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, resolve
+from vibe_sgl_lite.runtime.text.grammar import make_grammar
+from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
+from vibe_sgl_lite.tokenizer_manager.chat import text_format, thinking_rules
 
 BYTES_PER_TOKEN = 16  # text beyond this many bytes for each token of the context is not even tokenized
 MIN_TEXT_BYTES = 64 * 1024

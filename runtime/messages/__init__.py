@@ -15,12 +15,12 @@ never reused; sample i of a request with n > 1 has uid + i. A *slot* is the row 
 the ranks' tensors; slots are reused.
 """
 
-from runtime.messages.base import (
+from vibe_sgl_lite.runtime.messages.base import (
     Message,
     pack_ids,
     unpack_ids,
 )
-from runtime.messages.client import (
+from vibe_sgl_lite.runtime.messages.client import (
     MAX_FRAME_BYTES,
     PROTOCOL,
     Abort,
@@ -40,7 +40,7 @@ from runtime.messages.client import (
     ServerMessage,
     Welcome,
 )
-from runtime.messages.control import (
+from vibe_sgl_lite.runtime.messages.control import (
     AbortAll,
     ChildFailed,
     ChildMessage,
@@ -51,7 +51,7 @@ from runtime.messages.control import (
     LauncherMessage,
     Shutdown,
 )
-from runtime.messages.detokenizer import (
+from vibe_sgl_lite.runtime.messages.detokenizer import (
     ChunkBatch,
     DetokenizerInput,
     OpenText,
@@ -60,13 +60,13 @@ from runtime.messages.detokenizer import (
     TokenizerInput,
     TokenOutput,
 )
-from runtime.messages.parts import (
+from vibe_sgl_lite.runtime.messages.parts import (
     ErrorInfo,
     Finish,
     TokenLogprob,
     Usage,
 )
-from runtime.messages.ranks import (
+from vibe_sgl_lite.runtime.messages.ranks import (
     FailedRow,
     ForwardBatch,
     NewSlot,
@@ -78,7 +78,7 @@ from runtime.messages.ranks import (
     StepTimes,
     StopRank,
 )
-from runtime.messages.scheduler import (
+from vibe_sgl_lite.runtime.messages.scheduler import (
     AbortRequest,
     AddRequest,
     RequestRejected,

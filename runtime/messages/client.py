@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from runtime.messages.base import Message
-from runtime.messages.parts import ErrorInfo, Finish, Usage
-from runtime.sampling_params import ResolvedSampling
+from vibe_sgl_lite.runtime.messages.base import Message
+from vibe_sgl_lite.runtime.messages.parts import ErrorInfo, Finish, Usage
+from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 
 PROTOCOL = 1
 # The tokenizer manager names its own limit, from the context length, up to this size; a larger frame would cost the

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from runtime.messages.base import Message
-from runtime.messages.parts import ErrorInfo
+from vibe_sgl_lite.runtime.messages.base import Message
+from vibe_sgl_lite.runtime.messages.parts import ErrorInfo
 
 
 class ChildReady(Message, frozen=True):

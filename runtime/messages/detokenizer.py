@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from runtime.chat_format import TextFormat
-from runtime.messages.base import Message
-from runtime.messages.parts import Finish, TokenLogprob, Usage
-from runtime.messages.scheduler import RequestRejected, SchedulerReply
+from vibe_sgl_lite.runtime.messages.base import Message
+from vibe_sgl_lite.runtime.messages.parts import Finish, TextFormat, TokenLogprob, Usage
+from vibe_sgl_lite.runtime.messages.scheduler import RequestRejected, SchedulerReply
 
 
 class OpenText(Message, frozen=True):

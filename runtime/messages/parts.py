@@ -37,3 +37,12 @@ class TokenLogprob(msgspec.Struct, array_like=True, frozen=True):
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+class TextFormat(msgspec.Struct, array_like=True, frozen=True):
+    """What to take out of a chat's text. think: a leading thinking block; inside: the prompt has opened it already.
+    tools: tool calls."""
+
+    think: bool = False
+    inside: bool = False
+    tools: bool = False

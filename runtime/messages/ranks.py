@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from runtime.messages.base import Message
-from runtime.messages.parts import TokenLogprob
-from runtime.sampling_params import ResolvedSampling
+from vibe_sgl_lite.runtime.messages.base import Message
+from vibe_sgl_lite.runtime.messages.parts import TokenLogprob
+from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 
 
 class NewSlot(msgspec.Struct, array_like=True, frozen=True):

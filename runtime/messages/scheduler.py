@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from runtime.chat_format import TextFormat
-from runtime.messages.base import Message
-from runtime.messages.parts import ErrorInfo
-from runtime.sampling_params import ResolvedSampling
+from vibe_sgl_lite.runtime.messages.base import Message
+from vibe_sgl_lite.runtime.messages.parts import ErrorInfo, TextFormat
+from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 
 
 class AddRequest(Message, frozen=True):

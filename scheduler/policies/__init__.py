@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from runtime.errors import ConfigError
-from scheduler.policies.base import SchedulePolicy
-from scheduler.policies.dfs_weight import DfsWeight
-from scheduler.policies.fcfs import Fcfs
-from scheduler.policies.lpm import LongestPrefixMatch
-from scheduler.policies.priority import Priority
+from vibe_sgl_lite.runtime.errors import ConfigError
+from vibe_sgl_lite.scheduler.policies.base import SchedulePolicy
+from vibe_sgl_lite.scheduler.policies.dfs_weight import DfsWeight
+from vibe_sgl_lite.scheduler.policies.fcfs import Fcfs
+from vibe_sgl_lite.scheduler.policies.lpm import LongestPrefixMatch
+from vibe_sgl_lite.scheduler.policies.priority import Priority
 
 __all__ = ["POLICIES", "SchedulePolicy", "make_policy"]
 

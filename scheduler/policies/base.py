@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from scheduler.memory import KVMemory
-from scheduler.request import Request
+from vibe_sgl_lite.scheduler.memory import KVMemory
+from vibe_sgl_lite.scheduler.request import Request
 
 
 class SchedulePolicy(Protocol):

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from scheduler.memory import KVMemory
-from scheduler.radix_cache import RadixNode
-from scheduler.request import Request
+from vibe_sgl_lite.scheduler.memory import KVMemory
+from vibe_sgl_lite.scheduler.radix_cache import RadixNode
+from vibe_sgl_lite.scheduler.request import Request
 
 MOST_LOOKED_UP = 512  # waiting requests that are placed in the tree; the rest follows in order of arrival
 WEIGHT_PER_SECOND = 0.5  # aging: a branch gains so many requests' weight a second of its oldest request's waiting

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from scheduler.memory import KVMemory
-from scheduler.request import Request
+from vibe_sgl_lite.scheduler.memory import KVMemory
+from vibe_sgl_lite.scheduler.request import Request
 
 
 class Fcfs:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from scheduler.memory import KVMemory
-from scheduler.request import Request
+from vibe_sgl_lite.scheduler.memory import KVMemory
+from vibe_sgl_lite.scheduler.request import Request
 
 MOST_WAITING = 128  # looking all of them up costs more than it brings beyond this: order of arrival for that pass
 TOKENS_PER_SECOND = 100.0  # aging: a second of waiting is worth so many cached tokens

@@ -11,7 +11,7 @@ from benchmarks.processes import module_name, peak_mb, peak_memory
 
 
 def test_processes_are_called_by_their_module() -> None:
-    assert module_name(["python", "-P", "-m", "runtime.boot", "scheduler", "--x"]) == "scheduler"
+    assert module_name(["python", "-P", "-m", "vibe_sgl_lite.runtime.launcher.boot", "scheduler", "--x"]) == "scheduler"
     assert module_name(["python", "-m", "benchmarks.vllm_run"]) == "benchmarks.vllm_run"
     assert module_name(["python", "script.py"]) is None
 

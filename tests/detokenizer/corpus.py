@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from runtime.tokenizer import Tokenizer
+from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
 
 QWEN3 = os.environ.get("QWEN3_MODEL", "")
 HAS_QWEN3 = (Path(QWEN3) / "tokenizer.json").is_file()

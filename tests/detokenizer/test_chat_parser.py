@@ -2,8 +2,9 @@
 
 import pytest
 
-from detokenizer.chat_parser import ChatParser, Parsed
-from runtime.chat_format import TextFormat, parse_tool_call
+from vibe_sgl_lite.detokenizer.chat_parser import ChatParser, Parsed
+from vibe_sgl_lite.runtime.messages.parts import TextFormat
+from vibe_sgl_lite.runtime.text.chat_format import parse_tool_call
 
 BOTH = TextFormat(think=True, tools=True)
 CALL = '{"name": "add", "arguments": {"a": 1}}'

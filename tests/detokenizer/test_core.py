@@ -6,9 +6,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from detokenizer.core import Detokenizer
-from runtime.chat_format import TextFormat
-from runtime.messages import (
+from tests.detokenizer.corpus import small_tokenizer
+from vibe_sgl_lite.detokenizer.core import Detokenizer
+from vibe_sgl_lite.runtime.messages import (
     Chunk,
     ErrorInfo,
     Finish,
@@ -22,7 +22,7 @@ from runtime.messages import (
     pack_ids,
     unpack_ids,
 )
-from tests.detokenizer.corpus import small_tokenizer
+from vibe_sgl_lite.runtime.messages.parts import TextFormat
 
 TOKENIZER = small_tokenizer()
 END = 2  # <|im_end|>

@@ -9,11 +9,11 @@ import numpy as np
 import psutil
 import torch
 
-from model_worker.parallel import build_state, relay_group
-from model_worker.rank_digest import RankDigest
-from model_worker.relay import INLINE_BYTES, BatchRelay
-from qwen3.moe import DispatchKind
 from tests.qwen3.harness import DENSE, MOE, PagedRun, Row, load_model, random_tokens
+from vibe_sgl_lite.model_worker.parallel import build_state, relay_group
+from vibe_sgl_lite.model_worker.rank_digest import RankDigest
+from vibe_sgl_lite.model_worker.relay import INLINE_BYTES, BatchRelay
+from vibe_sgl_lite.qwen3.layers.moe import DispatchKind
 
 SHAPES: dict[str, dict[str, Any]] = {
     "dense": DENSE | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16},

@@ -45,7 +45,7 @@ def run_ranks(function: str, world_size: int, folder: Path) -> list[Any]:
 def _main() -> None:
     import torch
 
-    from model_worker.parallel import init_parallel
+    from vibe_sgl_lite.model_worker.parallel import init_parallel
 
     function, rank, world_size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from model_worker.parallel import interface_towards
-from runtime.errors import ConfigError
 from tests.distributed.spawn import run_ranks
+from vibe_sgl_lite.model_worker.parallel import interface_towards
+from vibe_sgl_lite.runtime.errors import ConfigError
 
 
 def test_frames_arrive_as_sent(tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ from vibe_sgl_lite import AsyncClient, Client
 ROOT = Path(__file__).resolve().parent.parent.parent
 READY_S = 120.0  # a busy machine, and the kernels' first compilation
 PROCESS_NAMES = {
-    "tokenizer_manager.process": "tokenizer_manager",
-    "scheduler.process": "scheduler",
-    "detokenizer.process": "detokenizer",
-    "model_worker.worker": "model_worker",
+    "vibe_sgl_lite.tokenizer_manager.process": "tokenizer_manager",
+    "vibe_sgl_lite.scheduler.process": "scheduler",
+    "vibe_sgl_lite.detokenizer.process": "detokenizer",
+    "vibe_sgl_lite.model_worker.worker": "model_worker",
 }
 
 
@@ -70,7 +70,7 @@ class Daemon:
     @property
     def address(self) -> str:
         """The default address of this daemon's name."""
-        from runtime.rundir import default_address
+        from vibe_sgl_lite.runtime.transport.rundir import default_address
 
         return default_address(self.name)
 
@@ -94,7 +94,7 @@ class Daemon:
             line = process.cmdline()
             module = next((word for word in line if word in PROCESS_NAMES), None)
             if module is not None:
-                rank = f".{line[-1]}" if module == "model_worker.worker" else ""
+                rank = f".{line[-1]}" if module == "vibe_sgl_lite.model_worker.worker" else ""
                 found[PROCESS_NAMES[module] + rank] = process
         return found
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from runtime.errors import EngineError, RequestError
-from runtime.messages import Usage
 from tests.integration.daemon import Daemon, running, wait_until
 from vibe_sgl_lite import Client, Output, SamplingParams
+from vibe_sgl_lite.runtime.errors import EngineError, RequestError
+from vibe_sgl_lite.runtime.messages import Usage
 
 TOKENS = 8  # of an answer: a step of the 0.6B shape in float32 takes a fifth of a second
 GREEDY = SamplingParams(max_new_tokens=TOKENS, temperature=0, ignore_eos=True)

@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runtime.model_source import embedded_folder
 from tests.integration.daemon import ROOT, Daemon, running, wait_until
 from vibe_sgl_lite import Client, OverloadedError, SamplingParams, VibeError
+from vibe_sgl_lite.runtime.settings.model_source import embedded_folder
 
 READY_LINE = re.compile(
     r"ready (ipc|tcp)://\S+ model=\S+ device=(cpu|cuda) dtype=(float32|bfloat16|float16) tp=1 kv_pages=\d+ "

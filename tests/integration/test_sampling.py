@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import vibe_sgl_lite
-from runtime.tokenizer import Tokenizer
 from tests.integration.daemon import Daemon, running
 from vibe_sgl_lite import Client, Output, SamplingParams
+from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
 
 EMBEDDED = Path(vibe_sgl_lite.__file__).parent / "models" / "tiny"
 PROMPTS = ["Once upon a time", "The little dog", "In the garden", "Anna and Ben went to the park because"]

@@ -63,18 +63,20 @@ def test_a_recorded_run_is_replayed(tmp_path: Path) -> None:
         assert int(stats["num_retractions"]) > 0
         assert daemon.stop() == 0
 
-    identical, replayed = command("scheduler.replay", str(trace)).splitlines()
+    identical, replayed = command("vibe_sgl_lite.scheduler.tools.replay", str(trace)).splitlines()
     assert identical.startswith("identical: ")
     assert f"{stats['steps_total']} steps" in identical
     for counter in ("completion_tokens_total", "cached_tokens_total", "num_retractions", "evicted_pages_total"):
         assert f"'{counter}': {stats[counter]}" in replayed
 
     report = json.loads(
-        command("scheduler.simulate", "--trace", str(trace), "--policies", "fcfs,lpm", "--pages", "40").splitlines()[-1]
+        command(
+            "vibe_sgl_lite.scheduler.tools.simulate", "--trace", str(trace), "--policies", "fcfs,lpm", "--pages", "40"
+        ).splitlines()[-1]
     )
     assert [policy["requests"] for policy in report["reports"]] == [SAMPLES] * 2
 
-    merged = Path(command("runtime.chrome_trace", str(profile)).strip())
+    merged = Path(command("vibe_sgl_lite.runtime.chrome_trace", str(profile)).strip())
     events = json.loads(merged.read_text())
     tracks = {event["args"]["name"]: event["pid"] for event in events if event["name"] == "process_name"}
     assert set(tracks) == {"scheduler", "model_worker", "requests", "detokenizer", "tokenizer_manager"}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from runtime.model_source import find_model
 from tests.integration.daemon import Daemon
 from vibe_sgl_lite import AsyncClient, Client, SamplingParams
+from vibe_sgl_lite.runtime.settings.model_source import find_model
 
 PROMPT = "请用中文写一个故事 👩‍👩‍👧‍👦 नमस्ते, café, ¡olé!"
 HANDFUL = 40  # tokens a stream

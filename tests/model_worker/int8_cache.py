@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from model_worker.cpu_kernels import LayerCache
-from model_worker.kv_int8 import SCALE_BYTES, dequantize, quantize
+from vibe_sgl_lite.model_worker.cpu import LayerCache
+from vibe_sgl_lite.model_worker.kv_int8 import SCALE_BYTES, dequantize, quantize
 
 
 def empty_int8_cache(pages: int, page_size: int, kv_heads: int, head_dim: int) -> LayerCache:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from model_worker.batch import SlotStates, StepInput
-from runtime.messages import ForwardBatch, NewSlot, pack_ids
-from runtime.sampling_params import ResolvedSampling, SamplingParams, resolve
+from vibe_sgl_lite.model_worker.batch import SlotStates, StepInput
+from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, pack_ids
+from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, resolve
 
 PAGE = 4
 CONTEXT = 40

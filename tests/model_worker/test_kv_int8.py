@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_worker.attention_metadata import AttentionMetadata
-from model_worker.kv_int8 import dequantize, quantize
-from model_worker.kv_pool import KVPool
-from qwen3.norm import RMSNorm
-from qwen3.rope import RopeAngles
-from runtime.model_config import ModelConfig
 from tests.qwen3.harness import compute_of
-from tests.runtime.test_model_config import DENSE, read
+from tests.runtime.settings.test_model_config import DENSE, read
+from vibe_sgl_lite.model_worker.attention.metadata import AttentionMetadata
+from vibe_sgl_lite.model_worker.kv_int8 import dequantize, quantize
+from vibe_sgl_lite.model_worker.kv_pool import KVPool
+from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
+from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 HEADS, KV_HEADS, DIM = 8, 2, 16  # of DENSE
 CPU = torch.device("cpu")

@@ -7,13 +7,13 @@ import psutil
 import pytest
 import torch
 
-from model_worker import kv_pool
-from model_worker.kv_pool import CPU_LIMIT_BYTES, KVPool, bytes_per_token, choose_num_pages
-from qwen3.parallel import Group
-from runtime.errors import ConfigError
-from runtime.model_config import ModelConfig
-from tests.model_worker.test_commit_ahead import resident_bytes
-from tests.runtime.test_model_config import DENSE, read
+from tests.model_worker.cpu.test_commit_ahead import resident_bytes
+from tests.runtime.settings.test_model_config import DENSE, read
+from vibe_sgl_lite.model_worker import kv_pool
+from vibe_sgl_lite.model_worker.kv_pool import CPU_LIMIT_BYTES, KVPool, bytes_per_token, choose_num_pages
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group
+from vibe_sgl_lite.runtime.errors import ConfigError
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 CPU = torch.device("cpu")
 

@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from model_worker.cpu_kernels import CpuKernels, load
-from model_worker.matrix_formats import choose_formats
-from model_worker.slab_matrix import QuantizedSlabMatrix, SlabMatrix
-from model_worker.weights import load_dummy_weights
-from qwen3.checkpoint import weight_bytes
-from qwen3.model import Qwen3
-from qwen3.operations import TorchOperations
-from qwen3.parallel import ParallelState
-from qwen3.weight import PackedMatrix
-from runtime.model_config import ModelConfig
 from tests.qwen3.harness import DENSE, MOE, make_checkpoint
+from vibe_sgl_lite.model_worker.cpu import CpuKernels, load
+from vibe_sgl_lite.model_worker.cpu.slab_matrix import QuantizedSlabMatrix, SlabMatrix
+from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
+from vibe_sgl_lite.model_worker.weights import load_dummy_weights
+from vibe_sgl_lite.qwen3.checkpoint import weight_bytes
+from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
+from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
+from vibe_sgl_lite.qwen3.layers.weight import PackedMatrix
+from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32

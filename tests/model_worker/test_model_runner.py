@@ -7,14 +7,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from model_worker import prompt_logprobs
-from model_worker.compute import Compute, torch_compute
-from model_worker.kv_pool import KVPool
-from model_worker.model_runner import ModelRunner
-from qwen3.model import Qwen3
-from runtime.messages import FailedRow, ForwardBatch, NewSlot, StepResult, pack_ids, unpack_ids
-from runtime.sampling_params import ResolvedSampling, SamplingParams, resolve
 from tests.qwen3.harness import DENSE, MOE, compute_of, load_model, make_checkpoint, random_tokens, reference_logits
+from vibe_sgl_lite.model_worker.compute import Compute, torch_compute
+from vibe_sgl_lite.model_worker.kv_pool import KVPool
+from vibe_sgl_lite.model_worker.model_runner import ModelRunner
+from vibe_sgl_lite.model_worker.sampling import prompt_logprobs
+from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.messages import FailedRow, ForwardBatch, NewSlot, StepResult, pack_ids, unpack_ids
+from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, resolve
 
 PAGE = 8
 PAGES_A_SLOT = 12

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from model_worker.step_timer import OTHER, StepTimer, time_collectives, time_parts
-from qwen3.parallel import Group, ParallelState
 from tests.model_worker.test_model_runner import Driver, new_slot, runner_of, sampling
 from tests.qwen3.harness import DENSE, MOE, compute_of, load_model, make_checkpoint, random_tokens
+from vibe_sgl_lite.model_worker.step_timer import OTHER, StepTimer, time_collectives, time_parts
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
 
 # Parts of a step by what the model is; what is fused has one name.
 EVERYWHERE = {"apply", "prepare", "embedding", "qkv", "rope", "attention", "o", "norm", "silu", "gate_up", "down",

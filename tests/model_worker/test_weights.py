@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from model_worker.weights import load_dummy_weights, load_weights
-from qwen3.checkpoint import load_items
-from qwen3.mlp import MLP
-from qwen3.model import Qwen3
-from qwen3.moe import MoEBlock
-from qwen3.operations import TorchOperations
-from qwen3.parallel import Group, ParallelState
-from runtime.errors import UserError, WeightsError
-from runtime.model_config import ModelConfig
 from tests.qwen3.harness import DENSE, MOE, load_model, make_checkpoint
+from vibe_sgl_lite.model_worker.weights import load_dummy_weights, load_weights
+from vibe_sgl_lite.qwen3.checkpoint import load_items
+from vibe_sgl_lite.qwen3.layers.moe import MoEBlock
+from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
+from vibe_sgl_lite.qwen3.mlp import MLP
+from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.errors import UserError, WeightsError
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 CPU = torch.device("cpu")
 PLAIN = torch.float16  # never packed on a CPU, so that what was loaded can be read back

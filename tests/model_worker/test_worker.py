@@ -14,11 +14,11 @@ import msgspec
 import pytest
 import zmq
 
-from runtime.channels import Receiver, Sender
-from runtime.child import PipelineSpec
-from runtime.control import ControlLine
-from runtime.endpoints import Endpoints
-from runtime.messages import (
+from tests.model_worker.test_model_runner import expected_tokens, sampling
+from tests.qwen3.harness import DENSE, MOE, make_checkpoint, random_tokens
+from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
+from vibe_sgl_lite.runtime.launcher.control import ControlLine
+from vibe_sgl_lite.runtime.messages import (
     ChildFailed,
     ChildMessage,
     ChildReady,
@@ -32,10 +32,10 @@ from runtime.messages import (
     pack_ids,
     unpack_ids,
 )
-from runtime.model_config import ModelConfig
-from runtime.server_args import ServerArgs
-from tests.model_worker.test_model_runner import expected_tokens, sampling
-from tests.qwen3.harness import DENSE, MOE, make_checkpoint, random_tokens
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
+from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
+from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
+from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
 
 LIMIT_S = 60.0
 
@@ -66,7 +66,14 @@ class Launcher:
         self.results: Receiver[RankOutput] = Receiver(self.context, self.endpoints.results, RankOutput)
         self.ranks = [
             subprocess.Popen(
-                [sys.executable, "-m", "runtime.boot", "model_worker.worker", str(spec_file), str(rank)],
+                [
+                    sys.executable,
+                    "-m",
+                    "vibe_sgl_lite.runtime.launcher.boot",
+                    "vibe_sgl_lite.model_worker.worker",
+                    str(spec_file),
+                    str(rank),
+                ],
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
             for rank in range(settings.tp)

@@ -3,8 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detokenizer.chat_parser import ChatParser, Parsed
-from runtime.chat_format import TextFormat
+from vibe_sgl_lite.detokenizer.chat_parser import ChatParser, Parsed
+from vibe_sgl_lite.runtime.messages.parts import TextFormat
 
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 PARTS = ["<", "th", "</", "think>", "<tool_", "call>", "\n", "\n\n", " ", "a", "語"]

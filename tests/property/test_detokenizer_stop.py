@@ -7,11 +7,11 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detokenizer.core import Detokenizer
-from detokenizer.incremental import Vocabulary
-from detokenizer.stop import StopMatcher
-from runtime.messages import Chunk, OpenText, StepOutput, TokenOutput, Usage, pack_ids, unpack_ids
 from tests.detokenizer.corpus import CORPUS, small_tokenizer
+from vibe_sgl_lite.detokenizer.core import Detokenizer
+from vibe_sgl_lite.detokenizer.incremental import Vocabulary
+from vibe_sgl_lite.detokenizer.stop import StopMatcher
+from vibe_sgl_lite.runtime.messages import Chunk, OpenText, StepOutput, TokenOutput, Usage, pack_ids, unpack_ids
 
 ALPHABET = "ab\u0301你"
 STOPS = st.lists(st.text(ALPHABET, min_size=1, max_size=4), min_size=1, max_size=3)

@@ -7,8 +7,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from detokenizer.incremental import MAX_HELD_TOKENS, TextStream, Vocabulary, WindowStream
-from runtime.tokenizer import Tokenizer
 from tests.detokenizer.corpus import (
     CORPUS,
     HAS_QWEN3,
@@ -16,6 +14,8 @@ from tests.detokenizer.corpus import (
     qwen3_tokenizer,
     small_tokenizer,
 )
+from vibe_sgl_lite.detokenizer.incremental import MAX_HELD_TOKENS, TextStream, Vocabulary, WindowStream
+from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
 
 BYTE_LEVEL = [
     "small",

@@ -14,9 +14,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from runtime.messages import pack_ids
-from scheduler.page_allocator import PageAllocator
-from scheduler.radix_cache import RadixCache, RadixNode
+from vibe_sgl_lite.runtime.messages import pack_ids
+from vibe_sgl_lite.scheduler.page_allocator import PageAllocator
+from vibe_sgl_lite.scheduler.radix_cache import RadixCache, RadixNode
 
 NUM_PAGES = 24
 EXAMPLES = int(os.environ.get("SCHEDULER_EXAMPLES", "1000"))

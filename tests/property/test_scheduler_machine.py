@@ -26,15 +26,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from runtime.messages import unpack_ids
-from scheduler.batch import BatchBuilder
-from scheduler.page_allocator import PageAllocator
-from scheduler.policies import POLICIES
-from scheduler.radix_cache import RadixCache
-from scheduler.request import Request
-from scheduler.results import ResultApplier
-from scheduler.state import SchedulerState
 from tests.scheduler.harness import VOCAB, Harness, config, request
+from vibe_sgl_lite.runtime.messages import unpack_ids
+from vibe_sgl_lite.scheduler.batch import BatchBuilder
+from vibe_sgl_lite.scheduler.page_allocator import PageAllocator
+from vibe_sgl_lite.scheduler.policies import POLICIES
+from vibe_sgl_lite.scheduler.radix_cache import RadixCache
+from vibe_sgl_lite.scheduler.request import Request
+from vibe_sgl_lite.scheduler.results import ResultApplier
+from vibe_sgl_lite.scheduler.state import SchedulerState
 
 EXAMPLES = int(os.environ.get("SCHEDULER_EXAMPLES", "1000"))
 RULES = int(os.environ.get("SCHEDULER_RULES", "50"))

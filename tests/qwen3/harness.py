@@ -10,15 +10,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from model_worker.attention_metadata import AttentionMetadata
-from model_worker.compute import Compute, choose_compute, torch_compute
-from model_worker.kv_pool import KVPool
-from model_worker.matrix_formats import choose_formats
-from model_worker.weights import load_weights
-from qwen3.model import Qwen3
-from qwen3.moe import DispatchKind
-from qwen3.parallel import ParallelState
-from runtime.model_config import ModelConfig
+from vibe_sgl_lite.model_worker.attention.metadata import AttentionMetadata
+from vibe_sgl_lite.model_worker.compute import Compute, choose_compute, torch_compute
+from vibe_sgl_lite.model_worker.kv_pool import KVPool
+from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
+from vibe_sgl_lite.model_worker.weights import load_weights
+from vibe_sgl_lite.qwen3.layers.moe import DispatchKind
+from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
+from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 DENSE: dict[str, Any] = {
     "vocab_size": 256,

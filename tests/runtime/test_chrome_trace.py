@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.chrome_trace import (
+from vibe_sgl_lite.runtime.chrome_trace import (
     DETOKENIZER,
     MERGED,
     SCHEDULER,
@@ -18,7 +18,7 @@ from runtime.chrome_trace import (
     merge,
     read_events,
 )
-from runtime.errors import ConfigError
+from vibe_sgl_lite.runtime.errors import ConfigError
 
 
 def test_files_are_valid_and_are_merged(tmp_path: Path) -> None:

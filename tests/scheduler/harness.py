@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from runtime.messages import (
+from vibe_sgl_lite.runtime.messages import (
     AddRequest,
     FailedRow,
     Finish,
@@ -27,11 +27,11 @@ from runtime.messages import (
     pack_ids,
     unpack_ids,
 )
-from runtime.sampling_params import DEFAULTS, ResolvedSampling
-from scheduler.config import SchedulerConfig
-from scheduler.core import Scheduler
-from scheduler.observer import ObservedScheduler, SchedulerObserver
-from scheduler.results import Outputs
+from vibe_sgl_lite.runtime.settings.sampling_params import DEFAULTS, ResolvedSampling
+from vibe_sgl_lite.scheduler.config import SchedulerConfig
+from vibe_sgl_lite.scheduler.core import Scheduler
+from vibe_sgl_lite.scheduler.observer import ObservedScheduler, SchedulerObserver
+from vibe_sgl_lite.scheduler.results import Outputs
 
 VOCAB = 50
 NAN = -1  # the "KV" that a poisoned token leaves behind

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from runtime.messages import unpack_ids
 from tests.scheduler.harness import VOCAB, Harness, check_pages, config, random_prompt, request
+from vibe_sgl_lite.runtime.messages import unpack_ids
 
 
 @pytest.mark.parametrize("overlap", [False, True])

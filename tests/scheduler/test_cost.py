@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from runtime.messages import StepResult
-from scheduler.cost import CostModel, Work, chunk_work, decode_work
 from tests.scheduler.harness import Harness, config, request
+from vibe_sgl_lite.runtime.messages import StepResult
+from vibe_sgl_lite.scheduler.cost import CostModel, Work, chunk_work, decode_work
 
 
 def test_it_learns_what_work_costs() -> None:

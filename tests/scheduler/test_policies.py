@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from runtime.errors import ConfigError
-from scheduler.policies import POLICIES, make_policy
 from tests.scheduler.harness import VOCAB, Harness, config, request
+from vibe_sgl_lite.runtime.errors import ConfigError
+from vibe_sgl_lite.scheduler.policies import POLICIES, make_policy
 
 
 def order_of(h: Harness) -> list[int]:

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from scheduler.admission import DECAY_STEPS, NewTokenRatio
-from scheduler.request import Request
-from scheduler.state import MAX_RETRACTIONS
 from tests.scheduler.harness import VOCAB, Harness, config, request
+from vibe_sgl_lite.scheduler.admission import DECAY_STEPS, NewTokenRatio
+from vibe_sgl_lite.scheduler.request import Request
+from vibe_sgl_lite.scheduler.state import MAX_RETRACTIONS
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -15,10 +15,9 @@ import psutil
 import pytest
 import zmq
 
-from runtime.channels import Receiver, Sender, bind_ipc
-from runtime.child import PipelineSpec
-from runtime.endpoints import Endpoints
-from runtime.messages import (
+from tests.scheduler.harness import FakeRank, config, reference, request, sampling
+from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
+from vibe_sgl_lite.runtime.messages import (
     AbortRequest,
     ChildFailed,
     ChildMessage,
@@ -39,14 +38,15 @@ from runtime.messages import (
     TokenOutput,
     unpack_ids,
 )
-from runtime.model_config import GenerationDefaults, ModelConfig
-from runtime.server_args import ServerArgs
-from scheduler.core import Scheduler
-from scheduler.observer import ObservedScheduler
-from scheduler.process import make_core
-from scheduler.replay import replay
-from scheduler.timeline import FILE_NAME
-from tests.scheduler.harness import FakeRank, config, reference, request, sampling
+from vibe_sgl_lite.runtime.settings.model_config import GenerationDefaults, ModelConfig
+from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
+from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender, bind_ipc
+from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
+from vibe_sgl_lite.scheduler.core import Scheduler
+from vibe_sgl_lite.scheduler.observer import ObservedScheduler
+from vibe_sgl_lite.scheduler.process import make_core
+from vibe_sgl_lite.scheduler.tools.replay import replay
+from vibe_sgl_lite.scheduler.tools.timeline import FILE_NAME
 
 NUM_PAGES = 32
 
@@ -79,7 +79,7 @@ class Neighbours:
         self.inputs = Sender(self.context, endpoints.scheduler)
         self.results = Sender(self.context, endpoints.results)
         self.rank = FakeRank(NUM_PAGES, 4, 4)
-        self.process = subprocess.Popen([sys.executable, "-m", "scheduler.process", str(path)])
+        self.process = subprocess.Popen([sys.executable, "-m", "vibe_sgl_lite.scheduler.process", str(path)])
 
     def control_message(self, kind: type, timeout_s: float = 10.0) -> Any:
         deadline = time.monotonic() + timeout_s

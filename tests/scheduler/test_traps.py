@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.messages import RowLogprobs, StepResult, TokenLogprob, pack_ids, unpack_ids
-from runtime.sampling_params import ResolvedSampling
-from scheduler.core import Scheduler
 from tests.scheduler.harness import Harness, config, reference, request, sampling
+from vibe_sgl_lite.runtime.messages import RowLogprobs, StepResult, TokenLogprob, pack_ids, unpack_ids
+from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
+from vibe_sgl_lite.scheduler.core import Scheduler
 
 
 def finish_of(h: Harness, uid: int) -> tuple[str, int | str | None]:

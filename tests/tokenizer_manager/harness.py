@@ -16,10 +16,9 @@ from typing import Any
 import msgspec
 import zmq
 
-from runtime.channels import Receiver, Sender
-from runtime.child import PipelineSpec
-from runtime.endpoints import Endpoints
-from runtime.messages import (
+from tests.detokenizer.corpus import small_backend
+from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
+from vibe_sgl_lite.runtime.messages import (
     PROTOCOL,
     AbortRequest,
     AddRequest,
@@ -48,9 +47,10 @@ from runtime.messages import (
     pack_ids,
     unpack_ids,
 )
-from runtime.model_config import GenerationDefaults, ModelConfig
-from runtime.server_args import ServerArgs
-from tests.detokenizer.corpus import small_backend
+from vibe_sgl_lite.runtime.settings.model_config import GenerationDefaults, ModelConfig
+from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
+from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
+from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 512

@@ -9,14 +9,14 @@ import msgspec
 import pytest
 
 import vibe_sgl_lite
-from runtime.chat_format import TextFormat
-from runtime.child import PipelineSpec
-from runtime.errors import RequestError
-from runtime.messages import Generate
-from runtime.sampling_params import ThinkingRules
-from runtime.tokenizer import Tokenizer
 from tests.tokenizer_manager.harness import make_spec
-from tokenizer_manager.validate import Limits, Prepared, check, prepare
+from vibe_sgl_lite.runtime.errors import RequestError
+from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
+from vibe_sgl_lite.runtime.messages import Generate
+from vibe_sgl_lite.runtime.messages.parts import TextFormat
+from vibe_sgl_lite.runtime.settings.sampling_params import ThinkingRules
+from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
+from vibe_sgl_lite.tokenizer_manager.validate import Limits, Prepared, check, prepare
 
 FOLDER = Path(vibe_sgl_lite.__file__).parent / "models" / "tiny"
 TOKENIZER = Tokenizer.from_folder(FOLDER)

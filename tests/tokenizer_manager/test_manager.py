@@ -11,9 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from runtime.child import PipelineSpec
-from runtime.errors import RequestError
-from runtime.messages import (
+from tests.detokenizer.corpus import small_tokenizer
+from tests.tokenizer_manager.harness import make_spec
+from vibe_sgl_lite.runtime.errors import RequestError
+from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
+from vibe_sgl_lite.runtime.messages import (
     PROTOCOL,
     Abort,
     AbortRequest,
@@ -35,11 +37,9 @@ from runtime.messages import (
     Usage,
     pack_ids,
 )
-from tests.detokenizer.corpus import small_tokenizer
-from tests.tokenizer_manager.harness import make_spec
-from tokenizer_manager.manager import TokenizerManager
-from tokenizer_manager.sessions import Sent, Sessions
-from tokenizer_manager.validate import Prepared
+from vibe_sgl_lite.tokenizer_manager.manager import TokenizerManager
+from vibe_sgl_lite.tokenizer_manager.sessions import Sent, Sessions
+from vibe_sgl_lite.tokenizer_manager.validate import Prepared
 
 
 class FakeSocket:

@@ -13,10 +13,20 @@ import msgspec
 import pytest
 import zmq
 
-from runtime.messages import Abort, AbortRequest, Chunk, Finish, LogprobEntry, Ping, Usage, pack_ids, unpack_ids
 from tests.tokenizer_manager.harness import text_side
-from tokenizer_manager.outbox import Outbox
-from tokenizer_manager.process import SchedulerLine, _new_loop
+from vibe_sgl_lite.runtime.messages import (
+    Abort,
+    AbortRequest,
+    Chunk,
+    Finish,
+    LogprobEntry,
+    Ping,
+    Usage,
+    pack_ids,
+    unpack_ids,
+)
+from vibe_sgl_lite.tokenizer_manager.outbox import Outbox
+from vibe_sgl_lite.tokenizer_manager.process import SchedulerLine, _new_loop
 
 
 def encoded(uid: int, first: int, size: int, finish: Finish | None = None, logprobs: bool = False) -> bytes:
@@ -99,7 +109,7 @@ def test_line_to_a_scheduler_that_is_not_there_does_not_block(tmp_path: Path) ->
     os.unlink(address.removeprefix("ipc://"))
 
 
-@pytest.mark.parametrize("module", ["tokenizer_manager.process", "detokenizer.process"])
+@pytest.mark.parametrize("module", ["vibe_sgl_lite.tokenizer_manager.process", "vibe_sgl_lite.detokenizer.process"])
 def test_imports_are_light(module: str) -> None:
     code = f"import sys, {module}; assert not {{'torch', 'transformers', 'numpy'}} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

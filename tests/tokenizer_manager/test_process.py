@@ -9,7 +9,9 @@ import msgspec
 import pytest
 import zmq
 
-from runtime.messages import (
+from tests.detokenizer.corpus import CORPUS, small_tokenizer
+from tests.tokenizer_manager.harness import CONTEXT, VOCAB, RawClient, TextSide, text_side
+from vibe_sgl_lite.runtime.messages import (
     PROTOCOL,
     Abort,
     AbortAll,
@@ -34,8 +36,6 @@ from runtime.messages import (
     pack_ids,
     unpack_ids,
 )
-from tests.detokenizer.corpus import CORPUS, small_tokenizer
-from tests.tokenizer_manager.harness import CONTEXT, VOCAB, RawClient, TextSide, text_side
 
 TOKENIZER = small_tokenizer()
 
@@ -578,9 +578,9 @@ def test_garbage_on_the_inner_sockets(side: TextSide) -> None:
 
 
 def test_the_client_library(side: TextSide) -> None:
-    from runtime.client import Client
-    from runtime.errors import RequestError
-    from runtime.sampling_params import SamplingParams
+    from vibe_sgl_lite.runtime.client.client import Client
+    from vibe_sgl_lite.runtime.errors import RequestError
+    from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams
 
     with Client(address=side.spec.endpoints.api) as client:
         outputs = client.generate(["hello", CORPUS["emoji"]], SamplingParams(max_new_tokens=300))

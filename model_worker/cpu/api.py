@@ -1,0 +1,398 @@
+"""The CPU kernels on torch tensors: paged attention, KV store, RMSNorm, q/k norm + rotary embedding, SiLU x up, argmax.
+
+bf16 and fp32. Values are fp32 inside and rounded where transformers' Qwen3 rounds them. The methods check shapes and
+dtypes with assertions, allocate nothing but their result, and run on torch's own OpenMP threads.
+Legend: T tokens, R rows (requests), Hq query heads, Hk KV heads, D head dim, N any size.
+"""
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vibe_sgl_lite.model_worker.cpu.build import COMPILERS, BuildError, build
+from vibe_sgl_lite.model_worker.cpu.library import open_library
+from vibe_sgl_lite.model_worker.cpu.linear import SlabWeights, WeightFormat
+from vibe_sgl_lite.model_worker.cpu.openmp import parallel_function
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as native/kernels.cpp numbers them
+
+
+def load(
+    cache_dir: Path | None = None,
+    compilers: Sequence[str] = COMPILERS,
+    threads: int | None = None,
+    target: Sequence[str] | None = None,
+) -> "CpuKernels | None":
+    """Build (at first use) and load the kernels; None, with the reason logged, where that is not possible.
+
+    threads: at most this many run a kernel; None: torch.get_num_threads() as it is now. target: compiler flags that
+    say for which CPU; None: this one.
+    """
+    try:
+        path = build(cache_dir, compilers, target)
+        library = open_library(path)
+    except (BuildError, OSError) as error:
+        logger.warning("CPU kernels are not available, plain torch is used: %s", error)
+        return None
+    return CpuKernels(library, torch.get_num_threads() if threads is None else threads)
+
+
+class LayerCache:
+    """One layer's keys and values in the paged pool, with their addresses taken once. Keeps the tensors alive.
+
+    keys, values: [pages, page size, Hk, D], of one dtype and with the same strides, D contiguous: the model's dtype, or
+    int8 codes. key_scales, value_scales: the codes' scales (kv_int8.py), [pages, Hk, page size] fp32, as far behind the
+    codes of their page in both.
+    """
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
+    ) -> None:
+        assert keys.dtype == values.dtype
+        assert keys.dtype in (*DTYPES, torch.int8)
+        assert keys.shape == values.shape
+        assert keys.stride() == values.stride()
+        assert keys.stride(3) == 1
+        assert keys.shape[3] % 8 == 0, f"head_dim {keys.shape[3]} is no multiple of 8"
+        self.keys, self.values = keys, values
+        self.key_scales, self.value_scales = key_scales, value_scales
+        self.dtype = keys.dtype
+        self.kv_heads, self.head_dim = keys.shape[2], keys.shape[3]
+        page_stride, token_stride, head_stride, _ = keys.stride()
+        self.arguments = (
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.shape[1],
+            page_stride,
+            token_stride,
+            head_stride,
+            self._scales_offset(keys, key_scales),
+        )
+        assert self.arguments[-1] == self._scales_offset(values, value_scales)
+
+    @staticmethod
+    def _scales_offset(codes: Tensor, scales: Tensor | None) -> int:
+        """Bytes from a page's start to its scales; 0 where there are none."""
+        assert (scales is not None) == (codes.dtype == torch.int8)
+        if scales is None:
+            return 0
+        pages, page_size, heads, _ = codes.shape
+        assert scales.dtype == torch.float32
+        assert scales.shape == (pages, heads, page_size)
+        assert scales.stride()[1:] == (page_size, 1)
+        assert pages == 1 or scales.stride(0) * 4 == codes.stride(0)
+        assert codes.stride(0) % 4 == codes.data_ptr() % 4 == 0
+        return scales.data_ptr() - codes.data_ptr()
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether it holds keys and values of a model of this dtype."""
+        return dtype in DTYPES and self.dtype in (dtype, torch.int8)
+
+
+class CpuKernels:
+    """Made by `load()`. Not for several threads at once: the scratch memory is one call's."""
+
+    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+        parallel = parallel_function()
+        if parallel is None and threads > 1:
+            logger.warning("torch's OpenMP runtime was not found: CPU kernels run on one thread")
+        self.threads = threads if parallel is not None else 1
+        self.library = library
+        self._destroy = library.vsl_destroy
+        self.context = library.vsl_create(parallel, self.threads)
+        self._attention = library.vsl_paged_attention
+        self._store = library.vsl_store_kv
+        self._norm = library.vsl_rms_norm
+        self._rope = library.vsl_qkv_rope_store
+        self._silu = library.vsl_silu_mul
+        self._argmax = library.vsl_argmax
+        self._linear = library.vsl_linear
+        self._can_multiply = library.vsl_can_multiply
+        self._gather = library.vsl_gather_rows
+        self.instruction_set: str = library.vsl_instruction_set(self.context).decode()
+
+    def __del__(self) -> None:
+        self._destroy(self.context)
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        cache: LayerCache,
+        query_start: Tensor,
+        context_lengths: Tensor,
+        page_table: Tensor,
+        *,
+        scale: float,
+        out: Tensor | None = None,
+        split_tokens: int = 0,
+    ) -> Tensor:
+        """Causal attention of every row's new tokens over its cached ones, the new ones (stored before) included.
+
+        query: [T, Hq, D], heads contiguous in a token, tokens any distance apart; head h reads KV head h // (Hq / Hk).
+        query_start: [R + 1] int32; row r has tokens query_start[r] .. query_start[r + 1], perhaps none.
+        context_lengths: [R] int32, cached tokens of the row after this step; 0 marks padding, whose output is zero.
+        page_table: [R, pages] int32; position p of row r is in page page_table[r, p // page size].
+        split_tokens: a row's context is worked on in ranges of this length, so that the sums' order depends on nothing
+        else (a multiple of 64); 0: chosen by how much there is to share among the threads.
+        Returns [T, Hq, D], contiguous: `out` if given. Tokens of no row are left as they are.
+        """
+        tokens, heads, head_dim = query.shape
+        rows = context_lengths.shape[0]
+        assert cache.takes(query.dtype)
+        assert query.stride()[1:] == (head_dim, 1)
+        assert head_dim == cache.head_dim
+        assert heads % cache.kv_heads == 0
+        assert query_start.dtype == context_lengths.dtype == page_table.dtype == torch.int32
+        assert query_start.shape[0] == rows + 1
+        assert page_table.shape[0] == rows
+        assert query_start.is_contiguous()
+        assert context_lengths.is_contiguous()
+        assert page_table.stride(1) == 1
+        assert split_tokens % 64 == 0
+        assert scale > 0
+        out = _output(out, query, (tokens, heads, head_dim))
+        self._attention(
+            self.context,
+            DTYPES[query.dtype],
+            query.data_ptr(),
+            query.stride(0),
+            *cache.arguments,
+            query_start.data_ptr(),
+            context_lengths.data_ptr(),
+            page_table.data_ptr(),
+            page_table.stride(0),
+            rows,
+            heads,
+            cache.kv_heads,
+            head_dim,
+            scale,
+            split_tokens,
+            out.data_ptr(),
+        )
+        return out
+
+    def store_kv(self, key: Tensor, value: Tensor, cache: LayerCache, slots: Tensor) -> None:
+        """Put new keys and values into the pool.
+
+        key, value: [T, Hk, D], D contiguous. slots: [T] int64, page x page size + place in the page.
+        """
+        tokens, kv_heads, head_dim = key.shape
+        assert key.dtype == value.dtype
+        assert cache.takes(key.dtype)
+        assert key.shape == value.shape
+        assert (kv_heads, head_dim) == (cache.kv_heads, cache.head_dim)
+        assert key.stride(2) == 1
+        assert value.stride(2) == 1
+        assert slots.dtype == torch.int64
+        assert slots.shape[0] == tokens
+        assert slots.is_contiguous()
+        self._store(
+            self.context,
+            DTYPES[key.dtype],
+            key.data_ptr(),
+            key.stride(0),
+            key.stride(1),
+            value.data_ptr(),
+            value.stride(0),
+            value.stride(1),
+            *cache.arguments,
+            slots.data_ptr(),
+            tokens,
+            kv_heads,
+            head_dim,
+        )
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+        """x / rms(x), rounded to x's dtype, times weight. x: [T, N], N contiguous. weight: [N]. Returns [T, N]."""
+        rows, size = x.shape
+        assert x.stride(1) == 1
+        assert weight.dtype == x.dtype
+        assert weight.is_contiguous()
+        assert weight.shape[0] == size
+        out = _output(out, x, (rows, size))
+        self._norm(
+            self.context,
+            DTYPES[x.dtype],
+            x.data_ptr(),
+            x.stride(0),
+            None,
+            weight.data_ptr(),
+            out.data_ptr(),
+            rows,
+            size,
+            eps,
+        )
+        return out
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
+    ) -> Tensor:
+        """residual += x, in place, and the RMSNorm of the sum, returned. x, residual: [T, N]; residual contiguous.
+
+        `out` may be x.
+        """
+        rows, size = x.shape
+        assert x.stride(1) == 1
+        assert weight.dtype == x.dtype == residual.dtype
+        assert weight.is_contiguous()
+        assert weight.shape[0] == size
+        assert residual.shape == x.shape
+        assert residual.is_contiguous()
+        out = _output(out, x, (rows, size))
+        self._norm(
+            self.context,
+            DTYPES[x.dtype],
+            x.data_ptr(),
+            x.stride(0),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            rows,
+            size,
+            eps,
+        )
+        return out
+
+    def qkv_rope_store(
+        self,
+        qkv: Tensor,
+        query_weight: Tensor,
+        key_weight: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache,
+        slots: Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Per-head RMSNorm and rotary embedding of queries and keys; keys and values go into the pool.
+
+        qkv: [T, (Hq + 2 Hk) x D], queries first, then keys, then values. query_weight, key_weight: [D].
+        cos, sin: [T, D / 2] in qkv's dtype, rows the same distance apart, sin with its own sign (no half negated):
+        dimension i turns together with i + D / 2. slots: [T] int64, as for `store_kv`.
+        Returns the queries, [T, Hq, D], contiguous.
+        """
+        tokens, width = qkv.shape
+        head_dim, kv_heads = cache.head_dim, cache.kv_heads
+        heads = width // head_dim - 2 * kv_heads
+        assert cache.takes(qkv.dtype)
+        assert qkv.dtype == cos.dtype == sin.dtype == query_weight.dtype == key_weight.dtype
+        assert (heads + 2 * kv_heads) * head_dim == width
+        assert qkv.stride(1) == 1
+        assert query_weight.shape[0] == key_weight.shape[0] == head_dim
+        assert query_weight.is_contiguous()
+        assert key_weight.is_contiguous()
+        assert cos.shape == sin.shape == (tokens, head_dim // 2)
+        assert cos.stride() == sin.stride() == (cos.stride(0), 1)
+        assert slots.dtype == torch.int64
+        assert slots.shape[0] == tokens
+        assert slots.is_contiguous()
+        out = _output(out, qkv, (tokens, heads, head_dim))
+        self._rope(
+            self.context,
+            DTYPES[qkv.dtype],
+            qkv.data_ptr(),
+            qkv.stride(0),
+            query_weight.data_ptr(),
+            key_weight.data_ptr(),
+            eps,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.stride(0),
+            out.data_ptr(),
+            *cache.arguments,
+            slots.data_ptr(),
+            tokens,
+            heads,
+            kv_heads,
+            head_dim,
+        )
+        return out
+
+    def silu_mul(self, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+        """silu(gate), rounded to the dtype, times up. gate_up: [T, 2 N], gate first. Returns [T, N]."""
+        rows, width = gate_up.shape
+        size = width // 2
+        assert width % 2 == 0
+        assert gate_up.stride(1) == 1
+        out = _output(out, gate_up, (rows, size))
+        gate = gate_up.data_ptr()
+        self._silu(
+            self.context,
+            DTYPES[gate_up.dtype],
+            gate,
+            gate + size * gate_up.element_size(),
+            gate_up.stride(0),
+            out.data_ptr(),
+            rows,
+            size,
+        )
+        return out
+
+    def can_multiply(self, weight_format: WeightFormat) -> bool:
+        """Whether this CPU has the instructions for it."""
+        return bool(self._can_multiply(weight_format))
+
+    def linear(self, x: Tensor, weights: SlabWeights) -> Tensor:
+        """x times the matrix, transposed. x: [T, inputs], its last dimension contiguous, its rows an even number of
+        elements apart; fp32 for int8 and int4 weights only. Returns [T, outputs], in x's dtype.
+        """
+        rows, inputs = x.shape
+        assert inputs == weights.inputs
+        assert x.stride(1) == 1
+        assert x.stride(0) % 2 == 0
+        assert x.dtype == torch.bfloat16 or weights.format != WeightFormat.BF16
+        out = x.new_empty((rows, weights.outputs))
+        self._linear(
+            self.context,
+            DTYPES[x.dtype],
+            *weights.arguments,
+            x.data_ptr(),
+            x.stride(0),
+            rows,
+            out.data_ptr(),
+        )
+        return out
+
+    def gather_rows(self, weights: SlabWeights, ids: Tensor) -> Tensor:
+        """Rows of a bf16 matrix as it was. ids: [n] int32 or int64, below `weights.outputs`. Returns [n, inputs]."""
+        assert weights.format is WeightFormat.BF16
+        ids = ids.to(torch.int64).contiguous()
+        out = torch.empty((len(ids), weights.inputs), dtype=torch.bfloat16)
+        self._gather(self.context, weights.data.data_ptr(), weights.inputs, ids.data_ptr(), len(ids), out.data_ptr())
+        return out
+
+    def argmax(self, logits: Tensor, out: Tensor | None = None) -> Tensor:
+        """The index of each row's largest element, the lowest index on ties. logits: [T, N]. Returns [T] int64."""
+        rows, size = logits.shape
+        assert size > 0
+        assert logits.stride(1) == 1
+        if out is None:
+            out = torch.empty(rows, dtype=torch.int64)
+        else:
+            assert out.dtype == torch.int64
+            assert out.shape == (rows,)
+            assert out.is_contiguous()
+        self._argmax(
+            self.context, DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), out.data_ptr(), rows, size
+        )
+        return out
+
+
+def _output(out: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if out is None:
+        return like.new_empty(shape)
+    assert out.dtype == like.dtype
+    assert out.shape == shape
+    assert out.is_contiguous()
+    return out

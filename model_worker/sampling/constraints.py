@@ -1,0 +1,184 @@
+"""What a slot's tokens so far allow as its next one: a spent thinking budget forces the block's end, a grammar masks.
+
+The state lives per slot on every rank: each follows the same tokens, so all mask alike. It depends on the last token,
+which the host has at the end of a step; what the grammar library computes for the next step runs in a thread while the
+forward does, and is waited for only before sampling, only by steps with such rows. Rows without constraints, and steps
+without such rows, pay nothing.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vibe_sgl_lite.model_worker.sampling.grammar import Grammar, GrammarLibrary
+from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, ThinkingRules
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+class _Phase(Enum):
+    START = auto()  # a thinking block may begin with the next token
+    THINKING = auto()
+    OUTPUT = auto()  # the grammar holds, if there is one
+    ENDED = auto()  # an end token was drawn; what follows is thrown away
+
+
+class SlotConstraint:
+    """One slot's state. grammar: None for a thinking budget alone."""
+
+    def __init__(self, sampling: ResolvedSampling, grammar: Grammar | None) -> None:
+        self.grammar = grammar
+        self._ends = {*sampling.end_token_ids, *sampling.stop_token_ids}
+        self._thinking = sampling.thinking
+        self._forced: deque[int] = deque()
+        self._spent = 0
+        if sampling.thinking is None:
+            self._phase = _Phase.OUTPUT
+        elif sampling.thinking.inside:
+            self._phase = _Phase.THINKING
+            self._spend(sampling.thinking, 0)
+        else:
+            self._phase = _Phase.START
+
+    @property
+    def is_free(self) -> bool:
+        """Any token may come next."""
+        if self._forced:
+            return False
+        return self.grammar is None or self._phase is _Phase.ENDED
+
+    def accept(self, token: int) -> None:
+        """`token` was drawn."""
+        thinking = self._thinking
+        if self._phase is _Phase.ENDED:
+            return
+        if self._forced:
+            self._forced.popleft()
+            if thinking is not None and token == thinking.end:
+                self._phase = _Phase.OUTPUT
+        elif thinking is not None and self._phase is _Phase.START and token == thinking.start:
+            self._phase = _Phase.THINKING
+            self._spend(thinking, 0)
+        elif thinking is not None and self._phase is _Phase.THINKING:
+            if token == thinking.end:
+                self._phase = _Phase.OUTPUT
+                if self.grammar is not None:
+                    self._forced.extend(thinking.tail)
+            elif token in self._ends:
+                self._phase = _Phase.ENDED
+            else:
+                self._spend(thinking, 1)
+        else:
+            self._phase = _Phase.ENDED if token in self._ends else _Phase.OUTPUT
+            if self.grammar is not None and self._phase is _Phase.OUTPUT:
+                self.grammar.follow(token)
+
+    def fill(self, allowed: BoolArray) -> None:
+        """Write which tokens may come next, [vocabulary]; all False before. Not to be called when `is_free`."""
+        if self._forced:
+            allowed[self._forced[0]] = True
+            return
+        assert self.grammar is not None
+        if self._phase is _Phase.THINKING:
+            allowed[:] = True  # the block must be closed before the output can end
+            allowed[list(self._ends)] = False
+            return
+        self.grammar.fill(allowed)
+        if self._thinking is not None and self._phase is _Phase.START:
+            allowed[self._thinking.start] = True
+
+    def _spend(self, thinking: ThinkingRules, tokens: int) -> None:
+        self._spent += tokens
+        if thinking.limit is not None and self._spent >= thinking.limit:
+            self._forced.extend(thinking.close)
+
+
+@dataclass
+class StepMask:
+    """Of one step: `rows` of its sampling rows are masked. failed: those of them whose grammar can go no further."""
+
+    rows: list[int]
+    vocab: slice
+    forbidden: "Future[BoolArray]"
+    constraints: list[SlotConstraint]
+    failed: list[int] = field(default_factory=list)
+
+    def apply(self, logits: Tensor) -> None:
+        """logits [sampling rows, local vocabulary]: -inf where a token is not allowed, in place. Waits for the mask."""
+        forbidden = torch.from_numpy(self.forbidden.result()[:, self.vocab]).to(logits.device)
+        if len(self.rows) == len(logits):
+            logits.masked_fill_(forbidden, float("-inf"))
+        else:
+            rows = torch.tensor(self.rows, device=logits.device)
+            logits[rows] = logits[rows].masked_fill_(forbidden, float("-inf"))
+        self.failed = [
+            row
+            for row, slot in zip(self.rows, self.constraints, strict=True)
+            if slot.grammar is not None and slot.grammar.error is not None
+        ]
+
+
+class Constraints:
+    """Constraints of all slots of a rank. vocab: this rank's range of a vocabulary of `vocab_size` ids."""
+
+    def __init__(self, vocab_size: int, vocab: slice, library: GrammarLibrary | None) -> None:
+        self._vocab_size = vocab_size
+        self._vocab = vocab
+        self._library = library
+        self._slots: dict[int, SlotConstraint] = {}
+        self._thread: ThreadPoolExecutor | None = None
+
+    def admit(self, slot: int, sampling: ResolvedSampling, generated: Iterable[int]) -> None:
+        """A row comes to `slot`; generated: the tokens that it had drawn before a retraction."""
+        self._slots.pop(slot, None)
+        if sampling.grammar is None and sampling.thinking is None:
+            return
+        grammar = None
+        if sampling.grammar is not None:
+            assert self._library is not None, "a grammar came to a rank without a tokenizer"
+            grammar = Grammar(self._library, sampling.grammar)
+        constraint = self._slots[slot] = SlotConstraint(sampling, grammar)
+        for token in generated:
+            constraint.accept(token)
+
+    def release(self, slot: int) -> None:
+        """The slot is free; releasing a free one is no error."""
+        self._slots.pop(slot, None)
+
+    def begin(self, slots: npt.NDArray[np.int64]) -> StepMask | None:
+        """Start to compute the mask of a step that samples these slots, in order; None when all may draw freely."""
+        if not self._slots:
+            return None
+        found = [(row, self._slots.get(slot)) for row, slot in enumerate(slots.tolist())]
+        masked = [(row, constraint) for row, constraint in found if constraint is not None and not constraint.is_free]
+        if not masked:
+            return None
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "masks")
+        constraints = [constraint for _, constraint in masked]
+        return StepMask(
+            [row for row, _ in masked], self._vocab, self._thread.submit(self._forbidden, constraints), constraints
+        )
+
+    def accept(self, slots: npt.NDArray[np.int64], token_ids: Sequence[int]) -> None:
+        """These tokens were drawn, one a slot; between the mask of their step and the next `begin`."""
+        if not self._slots:
+            return
+        for slot, token in zip(slots.tolist(), token_ids, strict=True):
+            constraint = self._slots.get(slot)
+            if constraint is not None:
+                constraint.accept(token)
+
+    def _forbidden(self, constraints: Sequence[SlotConstraint]) -> BoolArray:
+        """[rows, vocabulary]; in the thread."""
+        allowed = np.zeros((len(constraints), self._vocab_size), dtype=np.bool_)
+        for row, constraint in enumerate(constraints):
+            constraint.fill(allowed[row])
+        return np.logical_not(allowed, out=allowed)

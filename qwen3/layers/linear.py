@@ -1,0 +1,93 @@
+"""Parallel linear layers and the vocabulary-parallel embedding and head. With one rank they are the plain layers.
+
+Shapes: T tokens, H hidden size. Column-parallel layers split their output over the TP group and need no collective;
+row-parallel ones split their input and end in one all-reduce.
+"""
+
+import torch
+from torch import Tensor
+
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group, kv_head_shard, shard
+from vibe_sgl_lite.qwen3.layers.weight import EmbeddingWeight, MatrixWeight
+
+
+class ColumnParallelLinear:
+    """[T, in] -> [T, out / group], replicated input."""
+
+    def __init__(
+        self, in_features: int, out_features: int, group: Group, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        part = shard(out_features, group)
+        self.weight = MatrixWeight(part.stop - part.start, in_features, dtype, device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.weight.multiply(x)
+
+
+class RowParallelLinear:
+    """[T, in / group] -> [T, out], summed over the group: the same on every rank."""
+
+    def __init__(
+        self, in_features: int, out_features: int, group: Group, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        part = shard(in_features, group)
+        self.group = group
+        self.weight = MatrixWeight(out_features, part.stop - part.start, dtype, device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.group.all_reduce(self.weight.multiply(x))
+
+
+class QKVLinear:
+    """Queries, keys and values of this rank's heads in one matrix, rows in that order.
+
+    [T, H] -> [T, (heads + 2 x kv heads) x head_dim], local heads. KV heads are replicated when ranks exceed them.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        group: Group,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.heads = shard(num_heads, group)
+        self.kv_heads = kv_head_shard(num_kv_heads, group)
+        self.num_heads = self.heads.stop - self.heads.start
+        self.num_kv_heads = self.kv_heads.stop - self.kv_heads.start
+        rows = (self.num_heads + 2 * self.num_kv_heads) * head_dim
+        self.weight = MatrixWeight(rows, hidden_size, dtype, device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.weight.multiply(x)
+
+
+class VocabParallelEmbedding:
+    """Token ids [T] -> [T, H]. Each rank holds an equal range of the vocabulary and contributes the rows it has.
+
+    tied: the head's weight, where the embedding has the same values.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        group: Group,
+        dtype: torch.dtype,
+        device: torch.device,
+        tied: MatrixWeight | None = None,
+    ) -> None:
+        self.group = group
+        self.vocab = shard(vocab_size, group)
+        self.weight = EmbeddingWeight(self.vocab.stop - self.vocab.start, hidden_size, dtype, device, tied)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return self.weight.rows(token_ids)
+        local = token_ids - self.vocab.start
+        elsewhere = (local < 0) | (local >= self.vocab.stop - self.vocab.start)
+        rows = self.weight.rows(local.masked_fill(elsewhere, 0))
+        return self.group.all_reduce(rows.masked_fill_(elsewhere.unsqueeze(-1), 0))

@@ -1,0 +1,162 @@
+"""The mixture-of-experts feed-forward block: a router, merged expert weights, and two ways to bring tokens to experts.
+
+Shapes: T tokens, H hidden size, K experts a token, E experts, P (token, expert) pairs. Experts are split over the EP
+group; each expert's intermediate dimension over the expert-TP group. Every path sorts pairs by expert and runs one
+matmul an expert (one grouped matmul on a GPU); nothing loops over tokens.
+"""
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
+from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState, shard
+from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, MatrixWeight
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
+
+DispatchKind = Literal["all_reduce", "all_to_all"]
+
+
+class Router:
+    """Chooses experts: softmax over all of them in fp32, the K largest, renormalised if the config says so."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.top_k = config.num_experts_per_tok
+        self.normalize = config.norm_topk_prob
+        self.weight = MatrixWeight(config.num_experts, config.hidden_size, dtype, device)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, H] -> weights [T, K] in x's dtype, expert ids [T, K] int64."""
+        probabilities = torch.softmax(self.weight.multiply(x), dim=-1, dtype=torch.float32)
+        weights, experts = torch.topk(probabilities, self.top_k, dim=-1)
+        if self.normalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights.to(x.dtype), experts
+
+
+class Experts:
+    """This rank's experts, SwiGLU each, over rows already sorted by expert."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: ParallelState,
+        operations: LayerOperations,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.operations = operations
+        self.ids = shard(config.num_experts, parallel.ep)
+        self.count = self.ids.stop - self.ids.start
+        part = shard(config.moe_intermediate_size, parallel.expert_tp)
+        width = part.stop - part.start
+        self.gate_up = ExpertWeight(self.count, 2 * width, config.hidden_size, dtype, device)
+        self.down = ExpertWeight(self.count, config.hidden_size, width, dtype, device)
+
+    def __call__(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x: [P, H] sorted by local expert, counts: [local experts] int64 -> [P, H], partial over expert-TP."""
+        gate_up = self.gate_up.multiply_grouped(x, counts)
+        return self.down.multiply_grouped(self.operations.silu_multiply(gate_up), counts)
+
+
+class ExpertDispatch(Protocol):
+    """Routes the tokens of one layer through the experts of all ranks. Input and output [T, H] are replicated."""
+
+    def __call__(self, x: Tensor, router: Router, experts: Experts) -> Tensor: ...
+
+
+class AllReduceDispatch:
+    """Every rank has every token: it runs those that chose its experts, and one all-reduce adds up the parts.
+
+    One collective of T x H a layer, whatever the routing: best for few tokens and few ranks.
+    """
+
+    def __init__(self, parallel: ParallelState) -> None:
+        self.group = parallel.tp
+
+    def __call__(self, x: Tensor, router: Router, experts: Experts) -> Tensor:
+        weights, expert_ids = router(x)
+        local = expert_ids.flatten() - experts.ids.start
+        local = torch.where((local >= 0) & (local < experts.count), local, experts.count)
+        order = torch.argsort(local, stable=True)  # pairs of other ranks' experts sort to the end
+        counts = torch.bincount(local, minlength=experts.count + 1)[: experts.count]
+        order = order[: int(counts.sum())]
+        rows = experts(x[order // router.top_k], counts)
+        return self.group.all_reduce(_combine(rows, order, weights))
+
+
+class AllToAllDispatch:
+    """Each EP rank takes an equal part of the tokens and sends their rows only to the ranks whose experts they chose.
+
+    Two exchanges of the routed rows and one all-gather of the result: best for many tokens over many ranks.
+    """
+
+    def __init__(self, parallel: ParallelState) -> None:
+        self.ep = parallel.ep
+        self.expert_tp = parallel.expert_tp
+
+    def __call__(self, x: Tensor, router: Router, experts: Experts) -> Tensor:
+        num_tokens = x.shape[0]
+        part = -(-num_tokens // self.ep.size)
+        mine = x[self.ep.rank * part : (self.ep.rank + 1) * part]  # shorter or empty on the last ranks
+        weights, expert_ids = router(mine)
+        flat = expert_ids.flatten()
+        order = torch.argsort(flat, stable=True)  # experts lie on the EP ranks in order, so this also sorts by rank
+
+        # counts_sent[r, e]: pairs for expert e of rank r; counts_received[r, e]: pairs of rank r for our expert e.
+        counts_sent = torch.bincount(flat, minlength=self.ep.size * experts.count).view(self.ep.size, experts.count)
+        ones = [1] * self.ep.size
+        counts_received = self.ep.all_to_all(counts_sent, ones, ones)
+        send_rows: list[int] = counts_sent.sum(dim=1).tolist()
+        receive_rows: list[int] = counts_received.sum(dim=1).tolist()
+
+        received = self.ep.all_to_all(mine[order // router.top_k], send_rows, receive_rows)
+        local = torch.arange(experts.count, device=x.device).repeat(self.ep.size)
+        by_expert = torch.argsort(local.repeat_interleave(counts_received.flatten()), stable=True)
+        rows = torch.empty_like(received)
+        rows[by_expert] = experts(received[by_expert], counts_received.sum(dim=0))
+        returned = self.ep.all_to_all(rows, receive_rows, send_rows)
+
+        output = x.new_zeros((part, x.shape[1]))
+        output[: mine.shape[0]] = _combine(returned, order, weights)
+        return self.ep.all_gather(self.expert_tp.all_reduce(output))[:num_tokens]
+
+
+def _combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of each token's expert outputs.
+
+    rows: [P, H], output of pair order[i] (token order[i] // K); pairs that are missing count as zero.
+    weights: [T, K]. Returns [T, H]. Needs no atomics, so the order of additions never changes.
+    """
+    num_tokens, top_k = weights.shape
+    pairs = rows.new_zeros((num_tokens * top_k, rows.shape[1]))
+    pairs[order] = rows
+    return torch.bmm(weights.unsqueeze(1), pairs.view(num_tokens, top_k, rows.shape[1])).squeeze(1)
+
+
+def make_dispatch(kind: DispatchKind, parallel: ParallelState) -> ExpertDispatch:
+    """The dispatch path of that name; every rank must choose the same."""
+    if kind == "all_to_all":
+        return AllToAllDispatch(parallel)
+    return AllReduceDispatch(parallel)
+
+
+class MoEBlock:
+    """[T, H] -> [T, H], the same on every rank."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: ParallelState,
+        operations: LayerOperations,
+        dispatch: ExpertDispatch,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.router = Router(config, dtype, device)
+        self.experts = Experts(config, parallel, operations, dtype, device)
+        self.dispatch = dispatch
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.dispatch(x, self.router, self.experts)

@@ -1,0 +1,61 @@
+"""The offline engine: a pipeline of one's own and the sync client to it, in one object."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import weakref
+from typing import Any
+
+from vibe_sgl_lite.runtime.client.client import Client
+from vibe_sgl_lite.runtime.client.connection import Connection
+from vibe_sgl_lite.runtime.errors import ConfigError
+from vibe_sgl_lite.runtime.launcher.pipeline import Pipeline
+from vibe_sgl_lite.runtime.settings.server_args import make_args
+
+CAUSE_WAIT_S = 0.5  # a broken connection is seen at once, the watch knows a little later which process died
+
+
+class LLM(Client):
+    """Spawns an engine, the same processes as `launch.py`, and is its client; `close` stops it. A context manager.
+
+    model_path and settings: the flags of `launch.py`, with underscores. The name is random unless given. Works from
+    any thread, without a main guard, from stdin and in notebooks; the engine dies with this process.
+    Raises ConfigError, ModelConfigError and the like for what the user can fix, StartupError when a process did not
+    come up. When a process dies later, calls raise EngineDeadError with the cause.
+    """
+
+    def __init__(self, model_path: str = "embedded", **settings: Any) -> None:
+        name = f"llm-{secrets.token_hex(4)}"
+        args = make_args({"name": name, "model_path": model_path, **settings})
+        if args.node_rank > 0:
+            raise ConfigError(
+                f"--node-rank {args.node_rank} only hosts ranks, which needs launch.py; LLM runs on node 0",
+                field="node_rank",
+            )
+        pipeline = Pipeline(args)
+        self._pipeline = pipeline
+        weakref.finalize(self, pipeline.request_stop, 0.0).atexit = False  # at exit the pipeline stops itself
+
+        def cause() -> str | None:
+            deadline = time.monotonic() + CAUSE_WAIT_S
+            while pipeline.failure is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return pipeline.failure
+
+        try:
+            pipeline.start()
+            self._attach(Connection(pipeline.address, cause))
+        except BaseException:
+            pipeline.stop(0.0)
+            raise
+
+    @property
+    def facts(self) -> dict[str, int | float | str]:
+        """What the ready line of `launch.py` tells: address, model, device, dtype, tp, kv_pages, startup, ..."""
+        return self._pipeline.facts
+
+    def close(self) -> None:
+        """Abort what runs and stop the engine's processes; returns when they are gone. Safe to call again."""
+        super().close()
+        self._pipeline.stop(0.0)

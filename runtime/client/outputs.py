@@ -1,0 +1,183 @@
+"""What callers get: whole outputs, and the chunks of a stream. Built here from the engine's messages.
+
+Knows nothing of sockets and threads.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from vibe_sgl_lite.runtime.errors import UserError, VibeError, error_from_code
+from vibe_sgl_lite.runtime.messages import Accepted, Chunk, Finish, LogprobEntry, Usage, unpack_ids
+from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
+from vibe_sgl_lite.runtime.text.chat_format import ToolCall, parse_tool_call
+
+
+class OutputChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """What is new of sample `index` since its chunk before. Its last one has `finish_reason`, `matched` and `usage`.
+
+    token_ids: new tokens; text: new text, which may lag behind the tokens (characters that are not complete yet, text
+    that may become a stop string or a tag). reasoning, tool_calls: of chats, as in `Output`; a call comes when it is
+    complete. prompt_logprobs: in the first chunk. error: why this sample of several ended with "error".
+    """
+
+    rid: str
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    matched: int | str | None = None
+    usage: Usage | None = None
+    logprobs: list[LogprobEntry] | None = None
+    prompt_logprobs: list[LogprobEntry | None] | None = None
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = []
+    error: VibeError | None = None
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True):
+    """All that was generated for one prompt; with n > 1, by sample `index`.
+
+    text: of a chat, without the thinking block and the tool calls. reasoning: what the thinking block holds, "" without
+    one. tool_calls: each with name, arguments and the raw JSON text; only chats with `tools` have them, and what cannot
+    be read as a call stays in the text.
+    token_ids: every generated token, the one that ended it included. finish_reason: "stop" (`matched` says which token
+    id or string), "length", "abort", or "error" (`error` says why; what was generated before is kept).
+    usage: None when the engine died before it could say. sampling: what the sample ran with, its own seed included;
+    None when the request was never accepted.
+    logprobs: one entry a token (token_id, logprob, text, top), if asked for. prompt_logprobs: one a prompt token, the
+    first of which is None.
+    """
+
+    rid: str
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    matched: int | str | None = None
+    usage: Usage | None = None
+    sampling: ResolvedSampling | None = None
+    error: VibeError | None = None
+    logprobs: list[LogprobEntry] | None = None
+    prompt_logprobs: list[LogprobEntry | None] | None = None
+    index: int = 0
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = []
+
+
+def chunk_from_message(chunk: Chunk) -> OutputChunk:
+    finish = chunk.finish
+    return OutputChunk(
+        rid=chunk.rid,
+        index=chunk.index,
+        text=chunk.text,
+        token_ids=unpack_ids(chunk.token_ids),
+        finish_reason=None if finish is None else finish.reason,
+        matched=None if finish is None else finish.matched,
+        usage=chunk.usage,
+        logprobs=None if chunk.logprobs is None else list(chunk.logprobs),
+        prompt_logprobs=None if chunk.prompt_logprobs is None else list(chunk.prompt_logprobs),
+        reasoning=chunk.reasoning,
+        tool_calls=_tool_calls(chunk),
+        error=_error(finish),
+    )
+
+
+class Collector:
+    """Joins one request's events. `done` after the last sample's end; `error` is set when all of it failed."""
+
+    def __init__(self, rid: str, n: int = 1) -> None:
+        self.rid = rid
+        self.done = False
+        self.error: VibeError | None = None
+        self.sampling: ResolvedSampling | None = None
+        self._samples = [_Sample() for _ in range(n)]
+        self._running = n
+
+    def add(self, event: Accepted | Chunk | VibeError) -> None:
+        """Must not be called again once `done`."""
+        match event:
+            case Accepted():
+                self.sampling = event.sampling
+            case Chunk():
+                self._samples[event.index].add(event)
+                if event.finish is not None:
+                    self._running -= 1
+                    self.done = self._running == 0
+                if self.done and all(sample.error is not None for sample in self._samples):
+                    self.error = self._samples[0].error
+            case _:
+                self.error = event
+                self.done = True
+
+    def result(self) -> Output | list[Output]:
+        """Everything that came, a list when n > 1; call it once `done`."""
+        outputs = [sample.output(index, self) for index, sample in enumerate(self._samples)]
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def failure(self) -> VibeError:
+        """The error to raise; an engine's error carries what was generated before it as `output`."""
+        assert self.error is not None
+        if not isinstance(self.error, UserError):
+            self.error.output = self.result()
+        return self.error
+
+
+class _Sample:
+    """What came of one sample."""
+
+    def __init__(self) -> None:
+        self.error: VibeError | None = None
+        self._texts: list[str] = []
+        self._reasoning: list[str] = []
+        self._tool_calls: list[ToolCall] = []
+        self._ids = bytearray()
+        self._logprobs: list[LogprobEntry] | None = None
+        self._prompt_logprobs: list[LogprobEntry | None] | None = None
+        self._finish: Finish | None = None
+        self._usage: Usage | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        self._texts.append(chunk.text)
+        self._reasoning.append(chunk.reasoning)
+        self._tool_calls += _tool_calls(chunk)
+        self._ids += chunk.token_ids
+        if chunk.logprobs is not None:
+            self._logprobs = self._logprobs or []
+            self._logprobs.extend(chunk.logprobs)
+        if chunk.prompt_logprobs is not None:
+            self._prompt_logprobs = list(chunk.prompt_logprobs)
+        if chunk.finish is not None:
+            self._finish, self._usage = chunk.finish, chunk.usage
+            self.error = _error(chunk.finish)
+
+    def output(self, index: int, request: Collector) -> Output:
+        finish = self._finish or Finish("error")  # without one, the request as a whole has failed
+        sampling = request.sampling
+        if index and sampling is not None:
+            sampling = msgspec.structs.replace(sampling, seed=(sampling.seed + index) % 2**64)
+        return Output(
+            rid=request.rid,
+            text="".join(self._texts),
+            token_ids=unpack_ids(bytes(self._ids)),
+            finish_reason=finish.reason,
+            matched=finish.matched,
+            usage=self._usage,
+            sampling=sampling,
+            error=self.error if self._finish is not None else request.error,
+            logprobs=self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
+            index=index,
+            reasoning="".join(self._reasoning),
+            tool_calls=self._tool_calls,
+        )
+
+
+def _tool_calls(chunk: Chunk) -> list[ToolCall]:
+    calls = [parse_tool_call(raw) for raw in chunk.tool_calls]
+    return [call for call in calls if call is not None]
+
+
+def _error(finish: Finish | None) -> VibeError | None:
+    if finish is None or finish.error is None:
+        return None
+    return error_from_code(finish.error.code, finish.error.message, finish.error.field)

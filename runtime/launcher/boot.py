@@ -1,0 +1,57 @@
+"""How a child process starts.
+
+`python -P -m vibe_sgl_lite.runtime.launcher.boot MODULE SPEC [RANK]` runs MODULE as `__main__`.
+
+What must hold from a child's first moment is set up here, before its module's imports (torch alone takes seconds): it
+dies with the launcher, Ctrl-C does not reach it, and it can be asked for a stack dump. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import runpy
+import signal
+import sys
+import threading
+
+LIFE_PIPE_ENV = "VIBE_SGL_LITE_LIFE_FD"  # read end of a pipe that only the launcher holds open for writing
+PR_SET_PDEATHSIG = 1
+
+
+def prepare_child() -> None:
+    """Die with the parent, leave SIGINT and SIGTERM to it, dump all stacks on SIGUSR1. A second call is harmless."""
+    faulthandler.enable()
+    if hasattr(signal, "SIGUSR1"):
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _die_with_parent()
+
+
+def _die_with_parent() -> None:
+    """PR_SET_PDEATHSIG on Linux, backed everywhere by a pipe whose end-of-file means that the launcher is gone."""
+    fd = os.environ.pop(LIFE_PIPE_ENV, None)
+    if fd is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch(pipe: int) -> None:
+        os.read(pipe, 1)  # returns only at end of file: nobody writes
+        os.killpg(0, signal.SIGKILL) if os.getpgid(0) == os.getpid() else os._exit(1)
+
+    os.set_inheritable(int(fd), False)
+    threading.Thread(target=watch, args=(int(fd),), name="life", daemon=True).start()
+
+
+def main() -> None:
+    prepare_child()
+    module = sys.argv[1]
+    del sys.argv[1]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What every child process of the pipeline shares: its spec, its line to the launcher, and dying with its parent.
+
+The launcher starts a child through `runtime/launcher/boot.py`. A child's entry module ends in
+
+    if __name__ == "__main__":
+        run_child("scheduler", main)          # main(child: Child) -> None
+
+`run_child` reads the spec file named on the command line and turns an exception into one `ChildFailed` message and a
+non-zero exit. `main` returns when `Child.commands` brings a `Shutdown`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from vibe_sgl_lite.runtime.errors import UserError
+from vibe_sgl_lite.runtime.launcher.boot import prepare_child
+from vibe_sgl_lite.runtime.logs import setup_logging
+from vibe_sgl_lite.runtime.messages import ChildFailed, ChildMessage, ChildReady, Drained, Heartbeat, LauncherMessage
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
+from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
+from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
+
+HEARTBEAT_S = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class PipelineSpec(msgspec.Struct, frozen=True):
+    """All that a child needs to start, written by the launcher as JSON into the private directory.
+
+    model_folder: resolved local folder. context_length, chunked_prefill_size, device, dtype: resolved from "auto".
+    epoch: random, one per start of the pipeline.
+    """
+
+    args: ServerArgs
+    endpoints: Endpoints
+    model: ModelConfig
+    model_name: str
+    model_folder: str
+    tokenizer_folder: str
+    context_length: int
+    chunked_prefill_size: int
+    device: str
+    dtype: str
+    epoch: str
+
+
+class Child:
+    """One child's context: spec, ZeroMQ context, the control line to the launcher. For the main thread only."""
+
+    def __init__(self, name: str, spec: PipelineSpec, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self.name = name
+        self.spec = spec
+        self.context = context
+        self.control = context.socket(zmq.DEALER)
+        self.control.setsockopt(zmq.IDENTITY, name.encode())
+        self.control.setsockopt(zmq.LINGER, 500)
+        self.control.connect(spec.endpoints.control)
+        self._decoder: msgspec.msgpack.Decoder[LauncherMessage] = msgspec.msgpack.Decoder(LauncherMessage)
+        self._last_beat = 0.0
+
+    def _send(self, message: ChildMessage) -> None:
+        self.control.send(msgspec.msgpack.encode(message))
+
+    def ready(self, **facts: int | float | str) -> None:
+        self._send(ChildReady(name=self.name, facts=facts))
+
+    def drained(self) -> None:
+        self._send(Drained(name=self.name))
+
+    def failed(self, message: str, *, user: bool = False, culprit: str | None = None) -> None:
+        self._send(ChildFailed(name=self.name, message=message, user=user, culprit=culprit))
+
+    def heartbeat(self) -> None:
+        """Call once per turn of the work loop; sends at most one message every HEARTBEAT_S seconds."""
+        now = time.monotonic()
+        if now - self._last_beat >= HEARTBEAT_S:
+            self._last_beat = now
+            self._send(Heartbeat(name=self.name))
+
+    def commands(self) -> list[LauncherMessage]:
+        """Commands waiting on `control`, without blocking. Poll `control` (it is a ZeroMQ socket) beside your own."""
+        messages: list[LauncherMessage] = []
+        while True:
+            try:
+                frame = self.control.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return messages
+            messages.append(self._decoder.decode(frame))
+
+
+def run_child(name: str, main: Callable[[Child], None]) -> None:
+    """Run one child process to its end; never returns. Exit code 0 after a normal return of `main`, else 1."""
+    prepare_child()
+    spec = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=PipelineSpec)
+    setup_logging(name, spec.args.log_level)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    child = Child(name, spec, context)
+    code = 0
+    try:
+        main(child)
+    except UserError as error:
+        child.failed(str(error), user=True)
+        code = 1
+    except Exception as error:
+        log.exception("%s failed", name)
+        child.failed(f"{type(error).__name__}: {error}")
+        code = 1
+    child.control.close()
+    context.destroy(linger=500)
+    sys.stderr.flush()
+    os._exit(code)  # no interpreter teardown: worker threads of native libraries must not delay or crash the exit

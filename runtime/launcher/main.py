@@ -1,0 +1,73 @@
+"""The daemon, behind `launch.py` and the installed command.
+
+Parses flags, runs the pipeline and prints one line on stdout when it can serve.
+
+Exit code 0 after SIGTERM or Ctrl-C, 1 when a process failed, 2 when the user can fix it.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from vibe_sgl_lite.runtime.errors import StartupError, UserError
+from vibe_sgl_lite.runtime.launcher.pipeline import Pipeline
+from vibe_sgl_lite.runtime.launcher.watch import DRAIN_S, HURRY_S
+from vibe_sgl_lite.runtime.logs import setup_logging
+from vibe_sgl_lite.runtime.settings.cli import parse
+
+READY = (
+    "ready {address} model={model} device={device} dtype={dtype} tp={tp} kv_pages={kv_pages} page_size={page_size} "
+    "startup={startup:.2f}"
+)
+READY_NODE = "ready node={node} ranks={ranks} startup={startup:.2f}"  # of a node that only hosts ranks
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    # Imports are CPU time. The system's own record of a process's start is off by up to a second on Linux.
+    started = time.monotonic() - time.process_time()
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        setup_logging("launcher", args.log_level)
+        return _serve(Pipeline(args, started=started, on_progress=_show_progress))
+    except UserError as error:
+        return _fail(error, 2)
+    except StartupError as error:
+        return _fail(error, 1)
+
+
+def _serve(pipeline: Pipeline) -> int:
+    signals = 0
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal signals
+        signals += 1
+        if not pipeline.request_stop(DRAIN_S if signals == 1 else HURRY_S):
+            raise SystemExit(0)  # nothing was started yet
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    try:
+        facts = pipeline.start()
+    except StartupError:
+        if signals and pipeline.failure is None:
+            return 0
+        raise
+    print((READY_NODE if "node" in facts else READY).format(**facts), flush=True)  # noqa: T201
+    pipeline.wait()
+    return 0 if pipeline.failure is None else _fail(pipeline.failure, 1)
+
+
+def _show_progress(ready: int, of: int) -> None:
+    if sys.stderr.isatty():
+        end = "\n" if ready == of else ""
+        sys.stderr.write(f"\rstarting: {ready} of {of} processes ready{end}")
+        sys.stderr.flush()
+
+
+def _fail(error: object, code: int) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    return code

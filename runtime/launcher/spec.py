@@ -1,0 +1,108 @@
+"""From the user's settings to what the children need: the model found and read, every "auto" made concrete.
+
+Nothing here imports torch: what only a rank can know (free memory, pages) comes back in its ready message.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import secrets
+import sys
+from pathlib import Path
+
+from vibe_sgl_lite.runtime.errors import ConfigError
+from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig, check_parallel_degrees
+from vibe_sgl_lite.runtime.settings.model_source import find_model
+from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
+from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
+
+CHUNK_CPU = 512  # tokens
+CHUNK_CUDA = 2048
+INT8_HEAD_DIM_MULTIPLE = 8  # what model_worker/kv_int8.py needs
+
+
+def make_spec(args: ServerArgs, endpoints: Endpoints) -> PipelineSpec:
+    """Find and read the model and resolve what is "auto". May download, with a progress bar on a terminal.
+
+    Raises UserError (ConfigError, ModelConfigError) for what the user can fix; no process has been started by then.
+    """
+    source = find_model(args.model_path, weights=args.load_format != "dummy")
+    tokenizer = source.folder
+    if args.tokenizer_path is not None:
+        tokenizer = find_model(args.tokenizer_path, weights=False, flag="--tokenizer-path").folder
+    model = ModelConfig.from_folder(source.folder)
+    check_parallel_degrees(model, args.tp, args.ep)
+    device = _device(args.device)
+    _check_kv_cache(args, model, device)
+    return PipelineSpec(
+        args=args,
+        endpoints=endpoints,
+        model=model,
+        model_name=source.name,
+        model_folder=str(source.folder),
+        tokenizer_folder=str(tokenizer),
+        context_length=_context_length(args, model),
+        chunked_prefill_size=args.chunked_prefill_size or (CHUNK_CUDA if device == "cuda" else CHUNK_CPU),
+        device=device,
+        dtype=model.dtype if args.dtype == "auto" else args.dtype,
+        epoch=secrets.token_hex(8),
+    )
+
+
+def threads_per_rank(args: ServerArgs) -> int:
+    """--num-threads, else this machine's share of the cores that this process may use, at least 1."""
+    if args.num_threads is not None:
+        return args.num_threads
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // len(args.local_ranks))
+
+
+def _context_length(args: ServerArgs, model: ModelConfig) -> int:
+    if args.context_length is None:
+        return model.max_position_embeddings
+    if args.context_length > model.max_position_embeddings:
+        raise ConfigError(
+            f"--context-length {args.context_length} is above the model's max_position_embeddings="
+            f"{model.max_position_embeddings}: ask for at most that",
+            field="context_length",
+        )
+    return args.context_length
+
+
+def _check_kv_cache(args: ServerArgs, model: ModelConfig, device: str) -> None:
+    if args.kv_cache_dtype == "auto":
+        return
+    flag = f"--kv-cache-dtype {args.kv_cache_dtype}"
+    if device != "cpu":
+        raise ConfigError(
+            f"{flag} runs on CPU only, not on {device}: give --device cpu, or --kv-cache-dtype auto",
+            field="kv_cache_dtype",
+        )
+    if model.head_dim % INT8_HEAD_DIM_MULTIPLE:
+        raise ConfigError(
+            f"{flag} needs a head_dim that is a multiple of {INT8_HEAD_DIM_MULTIPLE}, and this model's is "
+            f"{model.head_dim}: use --kv-cache-dtype auto",
+            field="kv_cache_dtype",
+        )
+
+
+def _device(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    return "cuda" if _has_gpu() and _torch_has_cuda() else "cpu"
+
+
+def _has_gpu() -> bool:
+    return any(Path(node).exists() for node in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg"))
+
+
+def _torch_has_cuda() -> bool:
+    """Whether the installed torch was built for CUDA, read from its version file: importing it takes seconds."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return False
+    version_file = Path(torch.origin).with_name("version.py")
+    return version_file.is_file() and re.search(r"^cuda\b.*=\s*['\"]", version_file.read_text(), re.M) is not None

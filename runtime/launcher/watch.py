@@ -1,0 +1,298 @@
+"""The watch over a pipeline's processes, from the first spawn to the last reaped: one thread, one state machine.
+
+    spawn -> wait until all are ready -> serve -> drain -> shut down -> killed and reaped
+               any unexpected exit, failure or silence -> every request is told -> killed and reaped
+
+On a node that only hosts ranks there is nobody to drain, and the ranks end it: they exit with 0 when node 0 stops.
+
+Children are spawned by the thread that runs `Watch.run`, which lives as long as they do: PR_SET_PDEATHSIG follows the
+thread that forked, so a caller's thread that ends would take the engine with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from vibe_sgl_lite.runtime.errors import EngineDeadError
+from vibe_sgl_lite.runtime.launcher.control import ControlLine
+from vibe_sgl_lite.runtime.launcher.spawn import STACK_DUMP_S, ChildProcess, ChildSpec
+from vibe_sgl_lite.runtime.logs import one_line
+from vibe_sgl_lite.runtime.messages import (
+    AbortAll,
+    ChildFailed,
+    ChildReady,
+    Drain,
+    Drained,
+    ErrorInfo,
+    LauncherMessage,
+    Shutdown,
+)
+
+POLL_S = 0.05  # an exit is noticed after this long at most, plus SETTLE_S
+SETTLE_S = 0.05  # after the first sign of trouble: let its other signs come in, to name the cause and not a consequence
+FAILED_EXIT_S = 1.0  # a child that said it failed may take this long to exit
+HEARTBEAT_LOST_S = 15.0
+OWN_PAUSE_S = 2.0  # between two checks; longer means that the launcher itself did not run (Ctrl-Z, a debugger)
+STARTUP_LIMIT_S = 3600.0  # large models on slow disks; beyond this something hangs
+DRAIN_S = 30.0  # what running requests get after a stop was asked for
+HURRY_S = 1.5  # what is left of that after a second signal: all is over within 5 s of it
+TELL_S = 1.0  # for the tokenizer manager to send every client its terminal event
+EXIT_S = 2.0  # from Shutdown to SIGKILL
+TOKENIZER_MANAGER = "tokenizer_manager"
+
+Facts = Mapping[str, int | float | str]
+
+log = logging.getLogger(__name__)
+
+
+class _Failed(Exception):
+    """The pipeline cannot go on; the text names process and cause."""
+
+
+class _Stopped(Exception):
+    """Asked to stop before all children were ready."""
+
+
+class _Child:
+    """What the watch knows of one child."""
+
+    def __init__(self, process: ChildProcess, now: float) -> None:
+        self.process = process
+        self.facts: Facts | None = None
+        self.last_seen = now
+        self.failed: ChildFailed | None = None
+        self.failed_at = 0.0
+
+
+class Watch:
+    """Runs the children of one pipeline. `run` blocks to the end; `request_stop` may be called from any thread and from
+    a signal handler. After `run`, `failure` is None or the cause of death in one line.
+
+    hosts_only: the children are ranks of an engine whose other processes are on another node.
+    on_ready: called with each child's facts once all are ready. rank_silence_s: how long a rank may be busy in one
+    step without a heartbeat.
+    """
+
+    def __init__(
+        self,
+        children: Sequence[ChildSpec],
+        *,
+        control_address: str,
+        spec_file: Path,
+        threads: int,
+        rank_silence_s: float,
+        hosts_only: bool,
+        on_ready: Callable[[Mapping[str, Facts]], None],
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        self.failure: str | None = None
+        self._specs = children
+        self._spec_file = spec_file
+        self._threads = threads
+        self._rank_silence_s = rank_silence_s
+        self._hosts_only = hosts_only
+        self._on_ready = on_ready
+        self._on_progress = on_progress
+        self._control = ControlLine(control_address)
+        self._children: dict[str, _Child] = {}
+        self._drained = False
+        self._hung: tuple[str, str] | None = None  # a child and why
+        self._checked_at = time.monotonic()
+        self._stop_at: float | None = None  # end of the drain; None while nobody asked to stop
+
+    def request_stop(self, drain_s: float) -> None:
+        """Stop within `drain_s` seconds plus about 3. A later call can only hurry: the earlier deadline holds."""
+        deadline = time.monotonic() + drain_s
+        if self._stop_at is None or deadline < self._stop_at:
+            self._stop_at = deadline
+        self._control.wake()
+
+    def run(self) -> None:
+        life_read, life_write = os.pipe()
+        try:
+            for spec in self._specs:
+                process = ChildProcess(spec, self._spec_file, self._threads, life_read)
+                self._children[spec.name] = _Child(process, time.monotonic())
+            self._wait_until_ready()
+            self._on_ready({name: child.facts or {} for name, child in self._children.items()})
+            self._serve()
+            self._drain()
+            self._shut_down()
+        except _Stopped:
+            pass
+        except _Failed as failure:
+            self.failure = str(failure)
+            log.error("%s", self.failure)
+            self._tell_clients()
+        except Exception as error:
+            log.exception("the launcher failed")
+            self.failure = f"launcher failed: {type(error).__name__}: {one_line(error)}"
+        finally:
+            for child in self._children.values():
+                child.process.kill()
+            for child in self._children.values():
+                child.process.reap()
+            os.close(life_read)
+            os.close(life_write)
+            self._control.close()
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + STARTUP_LIMIT_S
+        shown = -1
+        while True:
+            ready = sum(child.facts is not None for child in self._children.values())
+            if ready != shown:
+                self._on_progress(ready, len(self._children))
+                shown = ready
+            if ready == len(self._children):
+                return
+            if self._stop_at is not None:
+                raise _Stopped
+            if time.monotonic() > deadline:
+                silent = ", ".join(name for name, child in self._children.items() if child.facts is None)
+                raise _Failed(f"{silent} not ready after {STARTUP_LIMIT_S:.0f} s")
+            self._turn(POLL_S)
+            self._check_exits()
+
+    def _serve(self) -> None:
+        for child in self._children.values():
+            child.last_seen = time.monotonic()  # heartbeats are owed from now on
+        while self._stop_at is None:
+            self._turn(POLL_S)
+            self._check_exits()
+            self._check_heartbeats()
+            if self._hosts_only and all(child.process.exit_code() == 0 for child in self._children.values()):
+                self.request_stop(0.0)
+
+    def _drain(self) -> None:
+        """No new requests; wait for those that run, then abort the rest."""
+        assert self._stop_at is not None
+        if self._hosts_only:
+            return
+        draining = self._stop_at > time.monotonic() and self._send(TOKENIZER_MANAGER, Drain())
+        while not self._drained and time.monotonic() < self._stop_at:
+            self._turn(min(POLL_S, self._stop_at - time.monotonic()))
+            self._check_exits()
+            self._check_heartbeats()
+        if not self._drained:
+            if draining:
+                log.warning("the drain's time is up, aborting what still runs")
+            self._abort_all(None)
+
+    def _shut_down(self) -> None:
+        for name in self._children:
+            self._send(name, Shutdown())
+        deadline = time.monotonic() + EXIT_S
+        while time.monotonic() < deadline:
+            self._turn(POLL_S)
+            if all(child.process.exit_code() is not None for child in self._children.values()):
+                return
+        late = [name for name, child in self._children.items() if child.process.exit_code() is None]
+        log.warning("killing %s: still there %.0f s after being asked to leave", ", ".join(late), EXIT_S)
+
+    def _tell_clients(self) -> None:
+        """After a failure: let a living tokenizer manager end every request as `engine_dead`."""
+        manager = self._children.get(TOKENIZER_MANAGER)
+        if manager is not None and manager.process.exit_code() is None and manager.facts is not None:
+            self._drained = False
+            self._abort_all(ErrorInfo(EngineDeadError.code, f"the engine died: {self.failure}"))
+
+    def _abort_all(self, error: ErrorInfo | None) -> None:
+        if not self._send(TOKENIZER_MANAGER, AbortAll(error=error)):
+            return
+        manager = self._children[TOKENIZER_MANAGER].process
+        deadline = time.monotonic() + TELL_S
+        while not self._drained and time.monotonic() < deadline and manager.exit_code() is None:
+            self._turn(POLL_S)
+
+    def _send(self, name: str, message: LauncherMessage) -> bool:
+        return name in self._children and self._control.send(name, message)
+
+    def _turn(self, timeout_s: float) -> None:
+        """Take in what the children say, waiting at most `timeout_s` for it."""
+        for message in self._control.receive(timeout_s):
+            child = self._children.get(message.name)
+            if child is None:
+                log.error("message from an unknown child %r", message.name)
+                continue
+            child.last_seen = time.monotonic()
+            match message:
+                case ChildReady(facts=facts):
+                    child.facts = facts
+                    log.debug("%s is ready: %s", message.name, facts)
+                case Drained():
+                    self._drained = True
+                case ChildFailed(culprit=culprit):
+                    child.failed = child.failed or message
+                    child.failed_at = time.monotonic()
+                    if culprit is not None and self._hung is None:
+                        self._hung = (culprit, message.message)
+
+    def _check_exits(self) -> None:
+        """Raises _Failed when a child is gone, has said that it failed and stays, or hangs as another one says."""
+        if self._hung is not None:
+            self._end_hung(*self._hung)
+        if not self._in_trouble():
+            return
+        deadline = time.monotonic() + SETTLE_S
+        while (left := deadline - time.monotonic()) > 0:
+            self._turn(left)
+        raise _Failed(self._cause())
+
+    def _in_trouble(self) -> bool:
+        now = time.monotonic()
+        fine = (None, 0) if self._hosts_only else (None,)
+        return any(
+            child.process.exit_code() not in fine
+            or (child.failed is not None and now - child.failed_at > FAILED_EXIT_S)
+            for child in self._children.values()
+        )
+
+    def _cause(self) -> str:
+        """The likeliest first cause: a kill, then a user's mistake, then what a child said, then a bare exit."""
+
+        def rank(child: _Child) -> int:
+            code = child.process.exit_code()
+            if code is not None and code < 0:
+                return 0
+            if child.failed is not None:
+                return 1 if child.failed.user else 2
+            return 3 if code is not None else 4
+
+        child = min(self._children.values(), key=rank)
+        if rank(child) in (1, 2) and child.failed is not None:
+            return f"{child.process.name}: {one_line(child.failed.message)}"
+        when = "" if child.facts is not None else " while starting"
+        return f"{child.process.name} {child.process.exit_words()}{when}"
+
+    def _check_heartbeats(self) -> None:
+        now = time.monotonic()
+        if now - self._checked_at > OWN_PAUSE_S:  # what children sent meanwhile is still on its way
+            for child in self._children.values():
+                child.last_seen = now
+        self._checked_at = now
+        for child in self._children.values():
+            limit = self._rank_silence_s if child.process.spec.is_rank else HEARTBEAT_LOST_S
+            if now - child.last_seen > limit:
+                self._end_hung(child.process.name, f"no heartbeat for {limit:.0f} s")
+
+    def _end_hung(self, name: str, why: str) -> None:
+        """Dump a hung child's stacks (of a rank: all ranks', they wait for each other), kill it. Raises _Failed."""
+        named = self._children.get(name)
+        suspects = [] if named is None else [named]
+        if named is not None and named.process.spec.is_rank:
+            suspects = [child for child in self._children.values() if child.process.spec.is_rank]
+        # Whoever misses an answer cannot tell which rank holds the others up; one that was stopped is the one.
+        culprit = next((child for child in suspects if child.process.is_stopped()), named)
+        name = name if culprit is None else culprit.process.name
+        log.error("%s hangs: %s; dumping its stacks and killing it", name, why)
+        for child in suspects:
+            child.process.dump_stacks()
+        time.sleep(STACK_DUMP_S)
+        if culprit is not None:
+            culprit.process.kill()
+        raise _Failed(f"{name} hung and was killed: {one_line(why)}")

@@ -1,0 +1,60 @@
+"""Names and addresses of a daemon: which are allowed. Where they lie is runtime/transport/rundir.py's matter."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+
+from vibe_sgl_lite.runtime.errors import ConfigError
+
+MAX_IPC_PATH = 103  # bytes; macOS has room for 104 with the closing zero, Linux for 108
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError unless `name` can be a folder's name in the run directory."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise ConfigError(
+            f"--name {name!r}: must be 1 to 40 letters, digits, dots, dashes or underscores, "
+            "starting with a letter or digit",
+            field="name",
+        )
+
+
+def check_address(address: str) -> None:
+    """Raises ConfigError unless `address` is ipc://PATH, or tcp://HOST:PORT on the loopback interface."""
+    if address.startswith("ipc://"):
+        path = os.path.abspath(address.removeprefix("ipc://"))
+        if address == "ipc://" or address.startswith("ipc://@"):
+            raise ConfigError(f"--address {address}: give a file path after ipc://", field="address")
+        if len(os.fsencode(path)) > MAX_IPC_PATH:
+            raise ConfigError(
+                f"--address {address}: the path has {len(os.fsencode(path))} bytes, a socket's path may have at most "
+                f"{MAX_IPC_PATH}; choose a shorter one",
+                field="address",
+            )
+        return
+    host, _ = split_tcp(address)
+    try:
+        loopback = ipaddress.IPv4Address(host).is_loopback
+    except ValueError as error:
+        raise ConfigError(
+            f"--address {address}: give the host as an IPv4 address, like 127.0.0.1", field="address"
+        ) from error
+    if not loopback:
+        raise ConfigError(
+            f"--address {address}: listening beyond loopback is not supported yet; use tcp://127.0.0.1:PORT or ipc://",
+            field="address",
+        )
+
+
+def split_tcp(address: str) -> tuple[str, int]:
+    """Host and port of tcp://HOST:PORT. Raises ConfigError for anything else."""
+    host, colon, port = address.removeprefix("tcp://").rpartition(":")
+    if not address.startswith("tcp://") or not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(
+            f"--address {address}: must be ipc://PATH or tcp://127.0.0.1:PORT (port 0 picks a free one)",
+            field="address",
+        )
+    return host, int(port)

@@ -1,0 +1,155 @@
+"""All layers in one call give the bits that one operation after another gives, and are used only where they can be."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.model_worker.test_model_runner import Driver, new_slot, runner_of
+from tests.qwen3.harness import (
+    DENSE,
+    MOE,
+    PagedRun,
+    Row,
+    load_model,
+    make_checkpoint,
+    random_tokens,
+    reference_logits,
+)
+from vibe_sgl_lite.model_worker.compute import Compute, kernel_compute, torch_compute
+from vibe_sgl_lite.model_worker.cpu import load
+from vibe_sgl_lite.model_worker.cpu.fused_layers import FusedLayers, fuse_layers
+from vibe_sgl_lite.model_worker.step_timer import OTHER, StepTimer, time_parts
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
+from vibe_sgl_lite.qwen3.model import Qwen3
+
+SHAPE = DENSE | {"intermediate_size": 192}
+
+
+def compute_on(threads: int) -> Compute:
+    kernels = load(threads=threads)
+    assert kernels is not None, "these tests need a C++ compiler"
+    return kernel_compute(kernels)
+
+
+def steps(model: Qwen3, compute: Compute, *, int8: bool, fused: bool) -> list[Tensor]:
+    """Logits of a chunk of many rows, of one beside decoding rows, and of decoding rows alone."""
+    run = PagedRun(model, num_pages=64, page_size=16, compute=compute, int8=int8)
+    if fused:
+        fuse_layers(model, run.backend)
+        assert isinstance(model.all_layers, FusedLayers)
+    long, short, third = (Row(random_tokens(n, seed=n)) for n in (150, 20, 80))
+    with torch.inference_mode():
+        return [
+            run.step([(long, 130), (short, 17)]),
+            run.step([(long, 1), (third, 40), (short, 1)]),
+            run.step([(long, 1), (third, 1), (short, 1)]),
+            run.step([(third, 1)]),
+        ]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8-kv"])
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [
+        (torch.bfloat16, "none"),
+        (torch.bfloat16, "int8"),
+        (torch.bfloat16, "int4"),
+        (torch.float32, "int8"),
+        (torch.float32, "int4"),
+    ],
+)
+def test_the_same_bits(tmp_path: Path, dtype: torch.dtype, quantization: str, int8: bool, threads: int) -> None:
+    make_checkpoint(tmp_path, SHAPE)
+    compute = compute_on(threads)
+    apart, fused = (
+        steps(
+            load_model(tmp_path, dtype=dtype, compute=compute, quantization=quantization), compute, int8=int8, fused=f
+        )
+        for f in (False, True)
+    )
+    for number, (one, other) in enumerate(zip(apart, fused, strict=True)):
+        assert bool(torch.isfinite(one).all())
+        rows = (one != other).any(1).nonzero().flatten().tolist()
+        assert not rows, f"step {number}, rows {rows}: {one[rows]} and {other[rows]}"
+
+
+def test_close_to_transformers(tmp_path: Path) -> None:
+    reference = make_checkpoint(tmp_path, SHAPE)
+    compute = compute_on(2)
+    model = load_model(tmp_path, dtype=torch.bfloat16, compute=compute, quantization="none")
+    logits = steps(model, compute, int8=False, fused=True)
+    wanted = reference_logits(reference, random_tokens(150, seed=150))
+    scale = wanted.abs().max()
+    assert (logits[0][:130].float() - wanted[:130]).abs().max() < 0.05 * scale
+    assert (logits[1][0].float() - wanted[130]).abs().max() < 0.05 * scale
+
+
+def test_parts_are_timed(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, SHAPE)
+    compute = compute_on(2)
+    tokens = []
+    for timed in (False, True):
+        runner = runner_of(
+            load_model(tmp_path, dtype=torch.bfloat16, compute=compute, quantization="none"), compute=compute
+        )
+        fuse_layers(runner.model, runner.backend)
+        timer = StepTimer()
+        if timed:
+            time_parts(runner, timer)
+        driver = Driver(runner)
+        driver.run([(0, 13)], new=[new_slot(0, random_tokens(13))])
+        timer.take()
+        result = driver.run([(0, 1)])
+        taken = timer.take()
+        if timed:
+            assert {"norm", "qkv", "rope", "attention", "o", "gate_up", "down", "head"} < {*taken}
+            assert result.total_s <= sum(taken.values())
+            assert sum(taken.values()) - taken[OTHER] <= result.total_s
+        tokens.append(driver.tokens)
+    assert tokens[0] == tokens[1]
+
+
+def test_parts_inside_a_call_have_their_own_time() -> None:
+    now = [100.0]
+    timer = StepTimer(lambda: now[0])
+
+    def call() -> int:
+        now[0] += 10
+        return 7
+
+    inside = timer.timed_inside(["a", "b", "a"], call, lambda: [1.0, 2.0, 4.0])
+    now[0] += 5
+    assert inside() == 7
+    now[0] += 1
+    assert timer.take() == {"a": 5, "b": 2, OTHER: 5 + 3 + 1}
+
+
+def not_fused(folder: Path, shape: dict[str, Any], **options: Any) -> bool:
+    make_checkpoint(folder, shape)
+    compute = compute_on(1)
+    model = load_model(folder, dtype=torch.bfloat16, compute=compute, **options)
+    fuse_layers(model, PagedRun(model, compute=compute).backend)
+    return model.all_layers is None
+
+
+def test_only_where_it_can_be(tmp_path: Path) -> None:
+    """Experts, a feed-forward of no whole slabs, matrices in torch's formats, several ranks, plain torch."""
+    assert not_fused(tmp_path / "moe", MOE, quantization="none")
+    assert not_fused(tmp_path / "odd", DENSE, quantization="none")
+    assert not_fused(tmp_path / "plain", SHAPE)
+    model = load_model(tmp_path / "plain", dtype=torch.bfloat16, compute=compute_on(1), quantization="none")
+    torch_backend = PagedRun(model, compute=torch_compute()).backend
+    fuse_layers(model, torch_backend)
+    assert model.all_layers is None
+    backend = PagedRun(model, compute=compute_on(1)).backend
+    model.parallel = replace(ParallelState(), tp=Group(0, 2, object()), ep=Group(0, 2, object()))  # type: ignore[arg-type]
+    fuse_layers(model, backend)
+    assert model.all_layers is None
+    model.parallel = ParallelState()
+    fuse_layers(model, backend)
+    assert model.all_layers is not None

@@ -1,0 +1,194 @@
+"""The linear kernels against exact products of what the weights store, for every way in which rows are multiplied."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.model_worker.cpu.slab_packing import pack_int4, pack_int8
+from vibe_sgl_lite.model_worker.cpu import CpuKernels, load
+from vibe_sgl_lite.model_worker.cpu.huge_memory import HugeMemory
+from vibe_sgl_lite.model_worker.cpu.linear import GROUP, SlabWeights, WeightFormat
+from vibe_sgl_lite.model_worker.cpu.packing import pack_bf16
+from vibe_sgl_lite.model_worker.cpu.packing import pack_int4 as kernels_pack_int4
+from vibe_sgl_lite.model_worker.cpu.packing import pack_int8 as kernels_pack_int8
+from vibe_sgl_lite.qwen3.layers.quantization_int4 import GROUP_SIZE, quantize_groups
+from vibe_sgl_lite.qwen3.layers.quantization_int8 import quantize_rows
+
+BF16, FP32 = torch.bfloat16, torch.float32
+# Of a row's norm. In bf16 the output is rounded; int4 weights may be too; and a value in the middle between two codes
+# of 8 bits may go either way, which moves a row of few inputs by some of 1/127.
+ROUNDING = {FP32: 2e-6, BF16: 4e-3}
+SLACK = {WeightFormat.BF16: 0.0, WeightFormat.INT4: 2e-3, WeightFormat.INT8: 8e-3}
+# Few and many outputs, whole slabs of 64 and parts of one, inputs that are no multiple of 64; several blocks of rows.
+SHAPES = [(64, 32), (200, 96), (130, 448), (1024, 1024)]
+ROWS = [1, 2, 3, 4, 5, 6, 7, 9, 16, 17, 31, 32, 33, 48, 49, 100]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> CpuKernels:
+    """On two threads, whatever OMP_NUM_THREADS says, so that work is split."""
+    loaded = load(threads=2)
+    assert loaded is not None, "these tests need a C++ compiler"
+    return loaded
+
+
+def values(*shape: int, seed: int, dtype: torch.dtype = BF16) -> Tensor:
+    """Rows of different sizes with a few large values, as activations and weights have them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    x[:, :: shape[1] // 4] *= 8
+    return (x * torch.logspace(-2, 2, shape[0]).unsqueeze(1)).to(dtype)
+
+
+def pack(kind: WeightFormat, matrix: Tensor) -> tuple[SlabWeights, Tensor]:
+    """The packed matrix, and what it stores in fp64."""
+    if kind is WeightFormat.BF16:
+        return pack_bf16(matrix, HugeMemory()), matrix.double()
+    if kind is WeightFormat.INT8:
+        codes, scales = quantize_rows(matrix)
+        return pack_int8(matrix), codes.double() * scales.double().unsqueeze(1)
+    codes, scales, offsets = quantize_groups(matrix)
+    grouped = codes.double().view(matrix.shape[0], -1, GROUP_SIZE)
+    stored = (grouped - 8) * scales.double().unsqueeze(2) + offsets.double().unsqueeze(2)
+    return pack_int4(matrix), stored.view(matrix.shape)
+
+
+def in_eight_bits(x: Tensor) -> Tensor:
+    """x as int8 weights meet it: whole numbers of 1/127 of a row's largest value."""
+    largest = x.float().abs().amax(1, keepdim=True)
+    return (x.double() * (127 / largest).double()).round() * (largest / 127).double()
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """The largest error of any row, in units of that row's norm."""
+    return float(((actual.double() - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+def limit(kind: WeightFormat, dtype: torch.dtype) -> float:
+    return ROUNDING[dtype] + (SLACK[kind] if dtype is BF16 else 0.0)
+
+
+def able(kernels: CpuKernels, kind: WeightFormat) -> None:
+    if not kernels.can_multiply(kind):
+        pytest.skip(f"{kernels.instruction_set} has no kernels for {kind.name}")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", WeightFormat)
+def test_products_are_those_of_what_is_stored(kernels: CpuKernels, kind: WeightFormat, shape: tuple[int, int]) -> None:
+    able(kernels, kind)
+    weights, stored = pack(kind, values(*shape, seed=1))
+    for dtype in (BF16,) if kind is WeightFormat.BF16 else (BF16, FP32):
+        for rows in ROWS if dtype is BF16 else (1, 5, 33):
+            x = values(rows, shape[1], seed=rows, dtype=dtype)
+            exact = in_eight_bits(x) if kind is WeightFormat.INT8 else x.double()
+            product = kernels.linear(x, weights)
+            assert product.dtype == dtype
+            assert relative(product, exact @ stored.T) < limit(kind, dtype), (dtype, rows)
+
+
+@pytest.mark.parametrize("kind", WeightFormat)
+def test_several_blocks_of_rows(kernels: CpuKernels, kind: WeightFormat) -> None:
+    """1,300 rows come in three blocks."""
+    able(kernels, kind)
+    weights, stored = pack(kind, values(1000, 1024, seed=2))
+    x = values(1300, 1024, seed=3)
+    exact = in_eight_bits(x) if kind is WeightFormat.INT8 else x.double()
+    assert relative(kernels.linear(x, weights), exact @ stored.T) < limit(kind, BF16)
+
+
+@pytest.mark.parametrize("kind", WeightFormat)
+@pytest.mark.parametrize("rows", [1, 4, 12, 40])
+def test_rows_apart(kernels: CpuKernels, kind: WeightFormat, rows: int) -> None:
+    """Rows that are part of wider ones."""
+    able(kernels, kind)
+    weights, _ = pack(kind, values(96, 64, seed=4))
+    wide = values(rows, 160, seed=5)
+    x = wide[:, 32:96]
+    assert torch.equal(kernels.linear(x, weights), kernels.linear(x.contiguous(), weights))
+
+
+@pytest.mark.parametrize("kind", WeightFormat)
+@pytest.mark.parametrize("rows", [3, 12, 40])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_shows_and_stays_alone(
+    kernels: CpuKernels, kind: WeightFormat, rows: int, value: float
+) -> None:
+    able(kernels, kind)
+    weights, _ = pack(kind, values(64, 64, seed=6))
+    x = values(rows, 64, seed=7)
+    expected = kernels.linear(x, weights)
+    x[1, 5] = value
+    product = kernels.linear(x, weights)
+    assert not product[1].isfinite().any()
+    others = torch.arange(rows) != 1
+    assert torch.equal(product[others], expected[others])
+
+
+@pytest.mark.parametrize("kind", WeightFormat)
+def test_zeros(kernels: CpuKernels, kind: WeightFormat) -> None:
+    able(kernels, kind)
+    weights, _ = pack(kind, values(64, 64, seed=8))
+    assert torch.equal(kernels.linear(torch.zeros(2, 64, dtype=BF16), weights), torch.zeros(2, 64, dtype=BF16))
+    nothing, _ = pack(kind, torch.zeros(64, 64, dtype=BF16))
+    assert torch.equal(kernels.linear(values(2, 64, seed=9), nothing), torch.zeros(2, 64, dtype=BF16))
+
+
+def test_an_int8_row_does_not_depend_on_the_others(kernels: CpuKernels) -> None:
+    able(kernels, WeightFormat.INT8)
+    weights, _ = pack(WeightFormat.INT8, values(200, 448, seed=10))
+    x = values(130, 448, seed=11)
+    whole = kernels.linear(x, weights)
+    for rows in (1, 2, 3, 16, 17, 64):
+        assert torch.equal(kernels.linear(x[:rows], weights), whole[:rows]), rows
+
+
+def test_rows_of_a_bf16_matrix_come_back(kernels: CpuKernels) -> None:
+    matrix = values(200, 96, seed=12)
+    weights = pack_bf16(matrix, HugeMemory())
+    few = torch.tensor([199, 0, 64, 63, 0])
+    many = torch.arange(1000) * 7 % 200
+    for ids in (few, many, few.to(torch.int32), torch.stack((few, few), 1)[:, 0], few[:0]):
+        assert torch.equal(kernels.gather_rows(weights, ids), matrix[ids])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_is_packed_as_torch_does_it(kernels: CpuKernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = values(*shape, seed=13, dtype=dtype)
+    matrix[shape[0] // 2] = 0
+    packed, wanted = kernels_pack_int8(kernels, matrix, HugeMemory()), pack_int8(matrix)
+    rows = len(wanted.data) * 64
+    assert wanted.scales is not None
+    assert packed.scales is not None
+    assert torch.equal(packed.scales, wanted.scales)
+    filled = torch.arange(rows).view(-1, 64) < shape[0]  # what fills up the last slab may be anything
+    assert torch.equal(packed.data.transpose(1, 2)[filled], wanted.data.transpose(1, 2)[filled])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int4_is_packed_as_torch_does_it(kernels: CpuKernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Sums in another order may move a scale by a unit of bf16, and with it codes in the middle between two."""
+    matrix = values(*shape, seed=14, dtype=dtype)
+    matrix[shape[0] // 2] = 0
+    matrix[0, :GROUP] = 3
+    packed, wanted = kernels_pack_int4(kernels, matrix, HugeMemory()), pack_int4(matrix.to(BF16))
+    ends = [weights.data[:, :, GROUP // 8].contiguous().view(BF16) for weights in (packed, wanted)]
+    torch.testing.assert_close(*ends, rtol=2**-6, atol=1e-6)
+    nibbles = [
+        torch.stack([weights.data[:, :, : GROUP // 8] >> (4 * place) & 15 for place in range(8)])
+        for weights in (packed, wanted)
+    ]
+    assert (nibbles[0] == nibbles[1]).float().mean() > 0.99
+    assert (nibbles[0] - nibbles[1]).abs().max() <= 1
+
+
+def test_memory_is_used_once_and_aligned() -> None:
+    memory = HugeMemory()
+    parts = [memory.empty((n, 33), torch.bfloat16) for n in (1, 7, 3_000_000, 5)]
+    for number, part in enumerate(parts):
+        assert part.data_ptr() % 64 == 0
+        assert part.is_contiguous()
+        part.fill_(number)
+    assert [int(part.float().min()) for part in parts] == [int(part.float().max()) for part in parts] == [0, 1, 2, 3]
