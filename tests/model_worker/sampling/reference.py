@@ -76,7 +76,9 @@ def noise(seed: int, position: int, vocab_size: int) -> Floats:
     golden = 0x9E3779B97F4A7C15
     key = splitmix((splitmix((seed + golden) & MASK_64) + position) & MASK_64)
     bits = [splitmix((key + (token + 1) * golden) & MASK_64) >> 12 for token in range(vocab_size)]
-    return -np.log(-np.log((np.array(bits, np.float64) + 0.5) / 2.0**52))
+    uniform: Floats = (np.array(bits, np.float64) + 0.5) / 2.0**52
+    gumbel: Floats = -np.log(-np.log(uniform))
+    return gumbel
 
 
 def draw(x: Floats, p: ResolvedSampling, position: int) -> int:

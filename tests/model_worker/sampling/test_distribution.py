@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.model_worker.sampling.reference import adjusted, chi_square_p, distribution, on_ranks, params
+from tests.model_worker.sampling.reference import Floats, adjusted, chi_square_p, distribution, on_ranks, params
 from vibe_sgl_lite.model_worker.sampling.sampler import Sampler
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group
 
@@ -137,4 +137,5 @@ def test_consecutive_draws_are_independent() -> None:
     by_position = found.view(-1, DRAWS // 50)
     for first, second in ((by_position[::2], by_position[1::2]), (by_position[:, ::2], by_position[:, 1::2])):
         pairs = torch.bincount((first * 8 + second).flatten(), minlength=64).double().numpy()
-        assert chi_square_p(pairs, np.outer(exact, exact).flatten()) > P_VALUE
+        product: Floats = np.outer(exact, exact).flatten().astype(np.float64)
+        assert chi_square_p(pairs, product) > P_VALUE
