@@ -36,7 +36,6 @@ from vibe_sgl_lite.runtime.messages import ForwardBatch, RankInput, RankReady, S
 from vibe_sgl_lite.runtime.settings.server_args import flag_name, split_host_port
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 
-RENDEZVOUS_FILE = "rendezvous"  # in the pipeline's private directory
 SHUTDOWN_GRACE_S = 1.0  # for the scheduler's StopRank, which ends all ranks at the same step
 # Settings that nodes may have of their own.
 NODES_OWN = {
@@ -90,8 +89,7 @@ def _join(spec: PipelineSpec, rank: int, device: torch.device) -> tuple[Parallel
     """This rank's groups; and, on rank 0 and on other nodes, the way of batches from the one to the others."""
     args = spec.args
     if args.dist_init_addr is None:
-        rendezvous = Path(spec.endpoints.directory) / RENDEZVOUS_FILE
-        return init_parallel(rank, args.tp, args.ep, device, rendezvous), None
+        return init_parallel(rank, args.tp, args.ep, device, Path(spec.endpoints.rendezvous)), None
     meeting = split_host_port(args.dist_init_addr)
     parallel = init_parallel_nodes(rank, args.tp, args.ep, device, meeting, _shared_settings(spec))
     local_size = len(args.local_ranks)

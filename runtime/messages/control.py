@@ -47,8 +47,26 @@ class AbortAll(Message, frozen=True):
     error: ErrorInfo | None = None
 
 
+class RanksLost(Message, frozen=True):
+    """To the scheduler: the rank group is gone. Put its requests back in the queue and wait for the group of `epoch`,
+    whose inner sockets are `Endpoints.of_epoch(epoch)`."""
+
+    epoch: int
+
+
+class ClientsLost(Message, frozen=True):
+    """To the scheduler: the tokenizer manager died with its table of requests. Abort them all, tell nobody."""
+
+
+class EngineLost(Message, frozen=True):
+    """To the tokenizer manager: a process behind it died with the state of every request. End them all with `error`,
+    which clients resume from, and go on taking new ones."""
+
+    error: ErrorInfo
+
+
 class Shutdown(Message, frozen=True):
     """To every child: leave the work loop and exit 0."""
 
 
-LauncherMessage = Drain | AbortAll | Shutdown
+LauncherMessage = Drain | AbortAll | RanksLost | ClientsLost | EngineLost | Shutdown

@@ -6,10 +6,17 @@ import msgspec
 
 
 class Endpoints(msgspec.Struct, frozen=True):
-    """directory: 0700, random, one per pipeline. api: where clients connect (ipc:// or tcp://)."""
+    """directory: 0700, random, one per pipeline. api: where clients connect (ipc:// or tcp://).
+
+    epoch: of the rank group. Each group has sockets of its own, so that nothing sent to one reaches the next.
+    """
 
     directory: str
     api: str
+    epoch: int = 0
+
+    def of_epoch(self, epoch: int) -> Endpoints:
+        return msgspec.structs.replace(self, epoch=epoch)
 
     @property
     def control(self) -> str:
@@ -35,4 +42,9 @@ class Endpoints(msgspec.Struct, frozen=True):
         return f"ipc://{self.directory}/detok"
 
     def rank(self, rank: int) -> str:
-        return f"ipc://{self.directory}/rank{rank}"
+        return f"ipc://{self.directory}/rank{rank}.{self.epoch}"
+
+    @property
+    def rendezvous(self) -> str:
+        """The file through which the ranks of one machine meet."""
+        return f"{self.directory}/rendezvous.{self.epoch}"

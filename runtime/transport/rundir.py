@@ -29,7 +29,7 @@ from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.settings.address import MAX_IPC_PATH, check_address, check_name, split_tcp
 
 INNER_BYTES = 4  # randomness of the inner folder's name, which is a lock-protected 0700 folder's child
-LONGEST_INNER_NAME = "rank9999"  # of runtime/transport/endpoints.py
+LONGEST_INNER_NAME = "rank999.9999"  # of runtime/transport/endpoints.py
 LOCK_FILE = "lock"
 OWNER_PID_WAIT_S = 1.0  # how long a holder of the lock may take to write its pid
 
