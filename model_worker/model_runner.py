@@ -68,7 +68,7 @@ class ModelRunner:
         self.apply(batch)
         step = self.slots.prepare()
         if len(step.slots) == 0:
-            return StepResult(step=batch.step, token_ids=b"", total_s=time.perf_counter() - started)
+            return StepResult(step=batch.step, token_ids=b"", total_s=time.perf_counter() - started, epoch=batch.epoch)
         mask = self.constraints.begin(step.sampling_slots)
         hidden = self.model.forward(step.token_ids, step.positions, self.backend, step.metadata)
         failed = _failed_rows(hidden, step)
@@ -93,6 +93,7 @@ class ModelRunner:
             logprobs=_merge(sampled, prompts, failed),
             forward_s=forward_done - started,
             total_s=time.perf_counter() - started,
+            epoch=batch.epoch,
         )
 
     def warm_up(self) -> None:
@@ -145,9 +146,9 @@ class ModelRunner:
 def _merge(sampled: dict[int, TokenLogprob], prompts: dict[int, PromptScores], failed: list[int]) -> list[RowLogprobs]:
     """What each row that did not fail asked for, by row."""
     return [
-        RowLogprobs(row, sampled.get(row), prompts[row].first, prompts[row].entries)
+        RowLogprobs(row, (sampled[row],) if row in sampled else (), prompts[row].first, prompts[row].entries)
         if row in prompts
-        else RowLogprobs(row, sampled[row])
+        else RowLogprobs(row, (sampled[row],))
         for row in sorted({*sampled, *prompts} - {*failed})
     ]
 

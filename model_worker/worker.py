@@ -72,7 +72,7 @@ def main(child: Child) -> None:
     if timer is not None:
         time_parts(runner, timer)
     if outbox is not None:
-        outbox.send(RankReady(kv_pages=runner.pool.num_pages, device=spec.device, dtype=spec.dtype))
+        outbox.send(RankReady(runner.pool.num_pages, spec.device, spec.dtype, spec.endpoints.epoch))
     child.ready()
     steps = StepRunner(runner, RankDigest(parallel.tp, device) if args.debug_rank_digest else None, timer)
     if inbox is None:
@@ -223,6 +223,8 @@ def _serve(
         if message is None:
             # The other ranks decoded the same bytes or will fail too; going on would leave ranks that disagree.
             raise RuntimeError("a batch from the scheduler could not be decoded")
+        if message.epoch != child.spec.endpoints.epoch:
+            continue
         if relay is not None:
             relay.send(msgspec.msgpack.encode(message))
         if isinstance(message, StopRank):

@@ -124,4 +124,5 @@ class BatchBuilder:
             pages=request.pages.tobytes(),
             sampling=request.sampling,
             sample_index=request.index,
+            attributes=request.attributes,
         )

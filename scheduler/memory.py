@@ -54,7 +54,7 @@ class KVMemory:
         assert request.node is None
         if not request.uses_cache:
             return
-        request.node, request.pages = self.cache.match(request.namespace, request.tokens, self._readable(request))
+        request.node, request.pages = self.cache.match(request.cache_salt, request.tokens, self._readable(request))
         self.cache.lock(request.node)
         request.num_shared_pages = len(request.pages)
         request.num_computed_tokens = len(request.pages) * self.page_size
@@ -84,12 +84,12 @@ class KVMemory:
         """Tokens that `attach` would find for a waiting request. Changes nothing; looked up anew only if need be."""
         if request.cached_version != self.cache.version:
             request.cached_version = self.cache.version
-            request.cached_depth = self.cache.match_length(request.namespace, request.tokens, self._readable(request))
+            request.cached_depth = self.cache.match_length(request.cache_salt, request.tokens, self._readable(request))
         return request.cached_depth
 
     def locate(self, request: Request) -> RadixNode | None:
         """The tree node in which a waiting request's cached prefix ends; None without one. Changes nothing."""
-        return self.cache.locate(request.namespace, request.tokens, self._readable(request))[0]
+        return self.cache.locate(request.cache_salt, request.tokens, self._readable(request))[0]
 
     # --------------------------------------------------------------------------------------------- pages come and go
 

@@ -14,7 +14,7 @@ child's. Eviction trims the tail of the least recently used unlocked leaf, no mo
 children becomes a candidate. Candidates wait in a heap, at most one entry a node, keyed by an access number that is
 never above the node's real one; a stale entry is pushed back when it comes up, so the order is exactly LRU.
 
-Every namespace (`salt`) has a root of its own. A root without children and users is forgotten.
+Every cache salt has a root of its own. A root without children and users is forgotten.
 
 Knows nothing of requests or of who computes pages. Method: radix tree KV reuse as in "SGLang: Efficient Execution of
 Structured Language Model Programs" (Zheng et al., 2024), section 3.
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 TOKEN_BYTES = 4
 
@@ -32,10 +32,10 @@ TOKEN_BYTES = 4
 class RadixNode:
     """One edge of the tree with the node at its lower end. `key`: packed tokens; `pages`: one number a page of key."""
 
-    __slots__ = ("children", "key", "last_access", "locks", "pages", "parent", "queued", "salt")
+    __slots__ = ("cache_salt", "children", "key", "last_access", "locks", "pages", "parent", "queued")
 
-    def __init__(self, salt: str, key: bytes, pages: array[int], parent: RadixNode | None) -> None:
-        self.salt = salt
+    def __init__(self, cache_salt: Hashable, key: bytes, pages: array[int], parent: RadixNode | None) -> None:
+        self.cache_salt = cache_salt
         self.key = key
         self.pages = pages
         self.parent = parent
@@ -60,20 +60,20 @@ class RadixCache:
         self.version = 0  # changes whenever a match could have another length
         self._page_bytes = page_size * TOKEN_BYTES
         self._release = release
-        self._roots: dict[str, RadixNode] = {}
+        self._roots: dict[Hashable, RadixNode] = {}
         self._heap: list[tuple[int, int, RadixNode]] = []
         self._pushes = 0
         self._access = 0
 
     # ------------------------------------------------------------------------------------------------------ reading
 
-    def match(self, salt: str, tokens: bytes | bytearray, limit: int) -> tuple[RadixNode, array[int]]:
+    def match(self, cache_salt: Hashable, tokens: bytes | bytearray, limit: int) -> tuple[RadixNode, array[int]]:
         """The node that ends the longest cached prefix of `tokens[:limit]`, and that prefix's pages.
 
         The path counts as used now. A node that only begins like the tokens is split, so the prefix ends at a node.
         """
         self._access += 1
-        node = self._root(salt)
+        node = self._root(cache_salt)
         pages = array("i")
         at, end = 0, limit // self.page_size * self._page_bytes
         while at < end:
@@ -90,13 +90,13 @@ class RadixCache:
         node.last_access = self._access
         return node, pages
 
-    def match_length(self, salt: str, tokens: bytes | bytearray, limit: int) -> int:
+    def match_length(self, cache_salt: Hashable, tokens: bytes | bytearray, limit: int) -> int:
         """Tokens that `match` would find. Changes nothing, not even what counts as recently used."""
-        return self.locate(salt, tokens, limit)[1]
+        return self.locate(cache_salt, tokens, limit)[1]
 
-    def locate(self, salt: str, tokens: bytes | bytearray, limit: int) -> tuple[RadixNode | None, int]:
+    def locate(self, cache_salt: Hashable, tokens: bytes | bytearray, limit: int) -> tuple[RadixNode | None, int]:
         """The node in which the longest cached prefix ends, perhaps inside it, and the prefix' length in tokens."""
-        node = self._roots.get(salt)
+        node = self._roots.get(cache_salt)
         at, end = 0, limit // self.page_size * self._page_bytes
         while node is not None and at < end:
             child = node.children.get(bytes(tokens[at : at + self._page_bytes]))
@@ -125,7 +125,7 @@ class RadixCache:
             child = node.children.get(key[at : at + self._page_bytes])
             if child is None:
                 fresh = pages[len(held) :]
-                child = RadixNode(node.salt, key[at:] if at else key, fresh, node)
+                child = RadixNode(node.cache_salt, key[at:] if at else key, fresh, node)
                 node.children[key[at : at + self._page_bytes]] = child
                 self.num_cached += len(fresh)
                 self.num_evictable += len(fresh)
@@ -187,9 +187,9 @@ class RadixCache:
         assert self.num_evictable == self.num_cached, "flush while pages are in use"
         return self.evict(self.num_cached)
 
-    def drop(self, salt: str) -> int:
-        """Give back every unlocked page of one namespace."""
-        root = self._roots.get(salt)
+    def drop(self, cache_salt: Hashable) -> int:
+        """Give back every unlocked page of one cache salt."""
+        root = self._roots.get(cache_salt)
         freed = 0
         for node in self._leaves_up(root) if root is not None else []:
             if node.locks == 0 and not node.children:
@@ -210,15 +210,15 @@ class RadixCache:
             stack.extend(node.children.values())
 
     @property
-    def num_namespaces(self) -> int:
+    def num_roots(self) -> int:
         return len(self._roots)
 
     # ------------------------------------------------------------------------------------------------------- helpers
 
-    def _root(self, salt: str) -> RadixNode:
-        root = self._roots.get(salt)
+    def _root(self, cache_salt: Hashable) -> RadixNode:
+        root = self._roots.get(cache_salt)
         if root is None:
-            root = self._roots[salt] = RadixNode(salt, b"", array("i"), None)
+            root = self._roots[cache_salt] = RadixNode(cache_salt, b"", array("i"), None)
         return root
 
     def _common(self, key: bytes, tokens: bytes | bytearray, at: int, most: int) -> int:
@@ -241,7 +241,7 @@ class RadixCache:
         assert parent is not None
         assert 0 < at < len(node.key)
         cut = at // self._page_bytes
-        upper = RadixNode(node.salt, node.key[:at], node.pages[:cut], parent)
+        upper = RadixNode(node.cache_salt, node.key[:at], node.pages[:cut], parent)
         upper.locks = node.locks
         upper.last_access = node.last_access
         parent.children[node.key[: self._page_bytes]] = upper
@@ -256,7 +256,7 @@ class RadixCache:
         if node.children or node.locks:
             return
         if node.parent is None:
-            self._roots.pop(node.salt, None)
+            self._roots.pop(node.cache_salt, None)
         elif not node.queued:
             node.queued = True
             self._pushes += 1

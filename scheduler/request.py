@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Hashable
 
 import msgspec
 
@@ -24,11 +25,14 @@ class Request:
     limit: number of tokens, prompt included, at which it ends by length. The last one is never fed back, so the KV of
         `kv_limit` = limit - 1 tokens is all it can need.
     last_step: the last step with a row of it; it is in flight until that step's result is in.
+    cache_salt: only requests of the same one share cached prefixes; with an adapter, the client's and the adapter.
     pages: the slot's page table. The first `num_shared_pages` belong to the radix tree, up to `node`, which it locks.
     """
 
     __slots__ = (
         "arrival",
+        "attributes",
+        "cache_salt",
         "cached_depth",
         "cached_tokens",
         "cached_version",
@@ -41,7 +45,6 @@ class Request:
         "kv_limit",
         "last_step",
         "limit",
-        "namespace",
         "node",
         "num_computed_tokens",
         "num_prompt_tokens",
@@ -71,8 +74,11 @@ class Request:
         self.rid = message.rid
         self.sampling = sampling
         self.priority = message.priority
-        self.namespace = message.cache_salt
+        self.cache_salt: Hashable = message.cache_salt
+        if message.attributes is not None:
+            self.cache_salt = message.cache_salt, message.attributes.adapter
         self.text_format = message.text_format
+        self.attributes = message.attributes
         self.uses_cache = True
         self.seq = seq
         self.arrival = arrival

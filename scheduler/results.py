@@ -139,7 +139,7 @@ class ResultApplier:
         if first >= request.kv_limit or token in request.ends:
             self._finish(request, token, one, logprobs, outputs)
         else:
-            sampled = (logprobs.sampled,) if logprobs is not None and logprobs.sampled is not None else None
+            sampled = logprobs.sampled or None if logprobs is not None else None
             index = first - request.num_prompt_tokens
             outputs.tokens.append(
                 TokenOutput(
@@ -150,7 +150,7 @@ class ResultApplier:
     def _finish(self, request: Request, token: int, one: bytes, logprobs: RowLogprobs | None, outputs: Outputs) -> None:
         """Its last token is in: an end token, or the one that makes it full."""
         finish = Finish("stop", matched=token) if token in request.ends else Finish("length")
-        sampled = (logprobs.sampled,) if logprobs is not None and logprobs.sampled is not None else None
+        sampled = logprobs.sampled or None if logprobs is not None else None
         index = request.num_generated - 1
         outputs.tokens.append(
             TokenOutput(

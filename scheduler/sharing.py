@@ -11,6 +11,8 @@ A hash finds the leader; the whole prefix is then compared token by token.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from vibe_sgl_lite.scheduler.request import TOKEN_BYTES, Request
 
 SHARED_TOKENS = 32
@@ -22,9 +24,9 @@ class PrefixLeaders:
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
         self._span = -(-SHARED_TOKENS // page_size) * page_size
-        self._by_prefix: dict[tuple[str, int, bytes], Request] = {}
+        self._by_prefix: dict[tuple[Hashable, int, bytes], Request] = {}
         self._by_group: dict[int, Request] = {}
-        self._keys: dict[int, tuple[str, int, bytes]] = {}
+        self._keys: dict[int, tuple[Hashable, int, bytes]] = {}
 
     def begin(self, request: Request) -> None:
         """The request got a slot, or the cache got more of its prompt: register it under what comes next."""
@@ -36,7 +38,7 @@ class PrefixLeaders:
             self._by_group.setdefault(request.group, request)
         following = self._rest(request, depth, self._span)
         if following is not None:
-            key = (request.namespace, depth, following)
+            key = (request.cache_salt, depth, following)
             if self._by_prefix.setdefault(key, request) is request:
                 self._keys[request.uid] = key
 
@@ -59,7 +61,7 @@ class PrefixLeaders:
         following = self._rest(request, depth, self._span)
         if following is None:
             return False
-        leader = self._by_prefix.get((request.namespace, depth, following))
+        leader = self._by_prefix.get((request.cache_salt, depth, following))
         end = depth * TOKEN_BYTES
         return leader is not None and leader.tokens[:end] == request.tokens[:end]
 

@@ -63,7 +63,7 @@ class SchedulerState:
         """A new sample."""
         if not self.config.radix_cache:
             request.uses_cache = request.sampling.n > 1
-            request.namespace = f"request {request.group}"
+            request.cache_salt = f"request {request.group}"
         self.num_arrived += 1
         self.requests[request.uid] = request
         self.groups.setdefault(request.group, []).append(request.uid)
@@ -144,4 +144,4 @@ class SchedulerState:
     def _forget_private_prefix(self, request: Request) -> None:
         """Without the radix cache, only the samples of one request share; nothing of it stays after them."""
         if not self.config.radix_cache and request.uses_cache and request.group not in self.groups:
-            self.memory.cache.drop(request.namespace)
+            self.memory.cache.drop(request.cache_salt)

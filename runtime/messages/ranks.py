@@ -1,4 +1,8 @@
-"""Scheduler <-> model workers: one step to every rank, and what came of it from rank 0."""
+"""Scheduler <-> model workers: one step to every rank, and what came of it from rank 0.
+
+Ranks start and die together, as a group; groups are numbered from 0, and the number, the *epoch*, is in every message
+here. Whoever gets a message of another epoch than its own drops it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,16 @@ from vibe_sgl_lite.runtime.messages.parts import TokenLogprob
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 
 
+class RowAttributes(msgspec.Struct, array_like=True, frozen=True):
+    """What tells the rows of one request from others in the model itself, down to its linear layers; the defaults are
+    those of a plain row.
+
+    adapter: a number, 0 is the model without an adapter. KV of different adapters is never shared.
+    """
+
+    adapter: int = 0
+
+
 class NewSlot(msgspec.Struct, array_like=True, frozen=True):
     """A row newly admitted to a slot. The ranks forget whatever the slot held before.
 
@@ -16,6 +30,7 @@ class NewSlot(msgspec.Struct, array_like=True, frozen=True):
     num_computed: tokens whose KV is already in `pages` (radix cache hit), less than the number of token_ids.
     pages: int32 bytes, the slot's page table so far: page_table[slot, 0:len].
     sample_index: which of the request's n samples; its seed is already sampling.seed + sample_index.
+    attributes: of all its rows; None for the plain ones.
     """
 
     slot: int
@@ -26,6 +41,7 @@ class NewSlot(msgspec.Struct, array_like=True, frozen=True):
     pages: bytes
     sampling: ResolvedSampling
     sample_index: int = 0
+    attributes: RowAttributes | None = None
 
 
 class ForwardBatch(Message, frozen=True):
@@ -37,8 +53,12 @@ class ForwardBatch(Message, frozen=True):
         (new pages at the end of a slot's table, and pages replaced by a shared duplicate).
     row_slots, row_tokens: int32 each: row i runs the next row_tokens[i] tokens of slot row_slots[i]. None means:
         the same rows as in the last step (the common case of pure decode).
-    A row *samples* when after it every known token of its slot is computed; the sampled token is appended to the slot's
-    tokens by the ranks themselves, so that step N+1 may be sent before the result of step N is back.
+    A row's tokens are first those that its slot knows and has not computed. If there are more of them, the row computes
+        so many and yields nothing (a prefill chunk's). Else the rest, at most, are *drafts*, which the ranks propose;
+        the row *samples*: it yields the drafts that hold and one token more, so 1 to row_tokens[i], and these are
+        appended to the slot's tokens by the ranks themselves, so that step N+1 may be sent before the result of step N
+        is back. The KV of a rejected draft does not count as computed: the slot's next row begins there.
+    The page table always reaches as far as if every draft had held.
     want_logprobs etc. are read from each slot's sampling parameters.
     """
 
@@ -50,10 +70,13 @@ class ForwardBatch(Message, frozen=True):
     page_ids: bytes = b""
     row_slots: bytes | None = None
     row_tokens: bytes | None = None
+    epoch: int = 0
 
 
 class StopRank(Message, frozen=True):
     """Scheduler -> rank: leave the loop and exit 0."""
+
+    epoch: int = 0
 
 
 RankInput = ForwardBatch | StopRank
@@ -67,11 +90,11 @@ class FailedRow(msgspec.Struct, array_like=True, frozen=True):
 
 
 class RowLogprobs(msgspec.Struct, array_like=True, frozen=True):
-    """Asked-for logprobs of row `row`: of its sampled token (None when the row did not sample), and of the prompt
-    positions that this step computed (prompt_first: position of the first of them)."""
+    """Asked-for logprobs of row `row`: of the tokens that it yielded, in their order, and of the prompt positions that
+    this step computed (prompt_first: position of the first of them)."""
 
     row: int
-    sampled: TokenLogprob | None = None
+    sampled: tuple[TokenLogprob, ...] = ()
     prompt_first: int = 0
     prompt: tuple[TokenLogprob, ...] = ()
 
@@ -90,8 +113,11 @@ class StepTimes(msgspec.Struct, array_like=True, frozen=True):
 
 
 class StepResult(Message, frozen=True):
-    """Rank 0 -> scheduler. token_ids: int32 bytes, one a row, -1 for a row that did not sample.
+    """Rank 0 -> scheduler: what each row yielded.
 
+    token_ids: int32 bytes. Without `counts` one a row, -1 for a row that yielded none; with them the tokens of all rows
+    behind each other. counts: int32 bytes, how many tokens each row yielded, 0 to its row_tokens; left out when none
+    yielded more than one. A failed row yields none.
     forward_s, total_s: seconds of the forward and of the whole step on rank 0. times: only with --profile.
     """
 
@@ -102,10 +128,12 @@ class StepResult(Message, frozen=True):
     forward_s: float = 0.0
     total_s: float = 0.0
     times: StepTimes | None = None
+    counts: bytes = b""
+    epoch: int = 0
 
 
 class RankReady(Message, frozen=True):
-    """Rank 0 -> scheduler, once, after the weights are loaded and the KV pool stands on all ranks.
+    """Rank 0 -> scheduler, once an epoch, after the weights are loaded and the KV pool stands on all ranks.
 
     kv_pages: usable pages, ids 0..kv_pages-1; the padding page is not among them.
     """
@@ -113,6 +141,7 @@ class RankReady(Message, frozen=True):
     kv_pages: int
     device: str
     dtype: str
+    epoch: int = 0
 
 
 RankOutput = RankReady | StepResult

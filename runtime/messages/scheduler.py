@@ -6,13 +6,14 @@ from typing import Literal
 
 from vibe_sgl_lite.runtime.messages.base import Message
 from vibe_sgl_lite.runtime.messages.parts import ErrorInfo, TextFormat
+from vibe_sgl_lite.runtime.messages.ranks import RowAttributes
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 
 
 class AddRequest(Message, frozen=True):
-    """A tokenized request. token_ids: int32 bytes. cache_salt: the radix namespace, "" is the shared one.
+    """A tokenized request. token_ids: int32 bytes. cache_salt: only requests of the same one share cached prefixes.
 
-    text_format: for the detokenizer; None leaves the text as it is.
+    text_format: for the detokenizer; None leaves the text as it is. attributes: of its rows; None for the plain ones.
     """
 
     uid: int
@@ -22,6 +23,7 @@ class AddRequest(Message, frozen=True):
     priority: int = 0
     cache_salt: str = ""
     text_format: TextFormat | None = None
+    attributes: RowAttributes | None = None
 
 
 class AbortRequest(Message, frozen=True):

@@ -170,10 +170,10 @@ def test_logprobs_are_those_of_the_model(tmp_path: Path) -> None:
     expected = reference_logits(reference, prompt)[-1].log_softmax(-1)
     (entry,) = result.logprobs
     assert entry.row == 1
-    assert entry.sampled is not None
-    assert entry.sampled.token_id == int(expected.argmax())
-    assert math.isclose(entry.sampled.logprob, float(expected.max()), abs_tol=1e-4)
-    assert [token for token, _ in entry.sampled.top] == expected.topk(3).indices.tolist()
+    (token,) = entry.sampled
+    assert token.token_id == int(expected.argmax())
+    assert math.isclose(token.logprob, float(expected.max()), abs_tol=1e-4)
+    assert [alternative for alternative, _ in token.top] == expected.topk(3).indices.tolist()
 
 
 @pytest.mark.parametrize("head_rows", [128, 3])

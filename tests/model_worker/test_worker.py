@@ -43,8 +43,8 @@ LIMIT_S = 60.0
 class Launcher:
     """Ranks started as the launcher starts them, and the sockets of launcher and scheduler."""
 
-    def __init__(self, folder: Path, directory: Path, **args: Any) -> None:
-        self.endpoints = Endpoints(directory=str(directory), api="")
+    def __init__(self, folder: Path, directory: Path, *, epoch: int = 0, **args: Any) -> None:
+        self.endpoints = Endpoints(directory=str(directory), api="", epoch=epoch)
         settings = ServerArgs(**({"max_total_tokens": 512, "max_running_requests": 8, "page_size": 8} | args))
         spec = PipelineSpec(
             args=settings,
@@ -175,6 +175,26 @@ def test_two_steps_may_be_in_flight(tmp_path: Path) -> None:
         results = [launcher.results.receive(LIMIT_S) for _ in range(8)]
         tokens = [unpack_ids(result.token_ids)[0] for result in results if isinstance(result, StepResult)]
         assert tokens == expected_tokens(reference, prompt, 8)
+
+
+def test_a_rank_knows_its_group(tmp_path: Path) -> None:
+    """It says which group it belongs to, in all that it sends, and drops what is meant for another."""
+    reference = make_checkpoint(tmp_path, DENSE)
+    prompt = random_tokens(13)
+    with launched(tmp_path, epoch=2) as launcher:
+        ready = launcher.results.receive(LIMIT_S)
+        assert isinstance(ready, RankReady)
+        assert ready.epoch == 2
+        new = NewSlot(0, 1, pack_ids(prompt), 13, 0, pack_ids(range(4)), sampling())
+        batch = ForwardBatch(0, new=[new], row_slots=pack_ids([0]), row_tokens=pack_ids([13]), epoch=2)
+        for epoch in (0, 1, 3):
+            launcher.senders[0].send(msgspec.structs.replace(batch, step=9, epoch=epoch))
+        launcher.senders[0].send(StopRank(epoch=1))
+        result = launcher.step(batch)
+        assert (result.epoch, result.step) == (2, 0)
+        assert unpack_ids(result.token_ids) == expected_tokens(reference, prompt, 1)
+        launcher.senders[0].send(StopRank(epoch=2))
+        assert launcher.exit_codes() == [0]
 
 
 @pytest.mark.parametrize("tp", [1, 2])

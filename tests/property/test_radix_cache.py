@@ -1,6 +1,6 @@
 """The radix cache against a brute-force model: a dictionary of every cached page-long prefix.
 
-The model knows a page by its namespace and all tokens up to its end. A prefix is matched page by page; eviction looks
+The model knows a page by its cache salt and all tokens up to its end. A prefix is matched page by page; eviction looks
 at all pages for the unlocked one without a continuation that was used longest ago.
 """
 
@@ -138,7 +138,7 @@ class RadixCacheMachine(RuleBasedStateMachine):
         assert set(self.allocator.free_pages()) - before == set(evicted)
 
     @rule(salt=salts)
-    def drop_a_namespace(self, salt: str) -> None:
+    def drop_a_cache_salt(self, salt: str) -> None:
         freed = self.cache.drop(salt)
         doomed = [key for key, page in self.model.items() if key[0] == salt and page.locks == 0]
         assert freed == len(doomed)
@@ -150,7 +150,7 @@ class RadixCacheMachine(RuleBasedStateMachine):
     def flush(self) -> None:
         assert self.cache.flush() == len(self.model)
         self.model.clear()
-        assert self.cache.num_namespaces == 0
+        assert self.cache.num_roots == 0
 
     # ------------------------------------------------------------------------------------------------ invariants
 

@@ -1,6 +1,6 @@
 """Shared by the scheduler's tests: factories, a fake rank that catches wrong pages, and the page equation.
 
-`FakeRank` mimics a model worker without a model. A position's "KV" is a hash of the namespace and of all tokens up to
+`FakeRank` mimics a model worker without a model. A position's "KV" is a hash of the cache salt and of all tokens up to
 it; it is written to and read back from the pages that the scheduler named. A row that reads a page whose content is not
 its own prefix raises `Corruption`, and the next token is a function of what was read, so that any mistake in page
 tables, slots or lengths also changes the output. `reference` computes the same tokens without pages or batches.
@@ -62,9 +62,9 @@ def extend(state: int, token: int) -> int:
     return hash((state, token)) & 0x7FFFFFFF
 
 
-def start(salt: str) -> int:
+def start(salt: object) -> int:
     state = 17
-    for character in salt:
+    for character in str(salt):
         state = extend(state, ord(character))
     return state
 
@@ -73,7 +73,7 @@ def next_token(state: int, seed: int) -> int:
     return extend(extend(state, 7), seed % 1009) % VOCAB
 
 
-def reference(tokens: Sequence[int], params: ResolvedSampling, salt: str = "", seed_offset: int = 0) -> list[int]:
+def reference(tokens: Sequence[int], params: ResolvedSampling, salt: object = "", seed_offset: int = 0) -> list[int]:
     """What a sample generates, computed alone."""
     state = start(salt)
     for token in tokens:
@@ -104,14 +104,14 @@ class _Slot:
 
 
 class FakeRank:
-    """salt_of: a sample's namespace, by uid. poison: a token whose row fails and leaves NaN in its page."""
+    """salt_of: a sample's cache salt, by uid. poison: a token whose row fails and leaves NaN in its page."""
 
     def __init__(
         self,
         num_pages: int,
         page_size: int,
         slots: int,
-        salt_of: Callable[[int], str] = lambda uid: "",
+        salt_of: Callable[[int], object] = lambda uid: "",
         poison: int | None = None,
     ) -> None:
         self.page_size = page_size
@@ -259,7 +259,7 @@ def check_cache_contents(scheduler: Scheduler, rank: FakeRank) -> None:
     states: dict[int, int] = {}
     for node in cache.nodes():  # parents before children
         assert node.parent is not None
-        state = states.get(id(node.parent), start(node.salt))
+        state = states.get(id(node.parent), start(node.cache_salt))
         tokens = unpack_ids(node.key)
         for index, page in enumerate(node.pages):
             expected: list[int | None] = []
@@ -303,13 +303,15 @@ class Harness:
             scheduler_config.num_pages,
             scheduler_config.page_size,
             scheduler_config.max_running_requests,
-            self._namespace,
+            self._cache_salt,
             poison,
         )
 
-    def _namespace(self, uid: int) -> str:
+    def _cache_salt(self, uid: int) -> object:
         message = self.samples[uid].message
-        return message.cache_salt if self.config.radix_cache else f"request {message.uid}"
+        if not self.config.radix_cache:
+            return f"request {message.uid}"
+        return message.cache_salt if message.attributes is None else (message.cache_salt, message.attributes.adapter)
 
     def add(self, message: AddRequest) -> bool:
         rejected = self.observed.add(message, self.now)
@@ -378,15 +380,15 @@ class Harness:
             tokens = sample.message.token_ids + pack_ids(sample.tokens)
             end = min(len(tokens), 4 * self.rank.computed.get(uid, 0))
             for stop in range(page_bytes, end + 1, page_bytes):
-                expected.add((self._namespace(uid), tokens[:stop]))
+                expected.add((self._cache_salt(uid), tokens[:stop]))
                 if not ended_before:
-                    required.add((self._namespace(uid), tokens[:stop]))
+                    required.add((self._cache_salt(uid), tokens[:stop]))
         cached = set()
         paths: dict[int, bytes] = {}
         for node in cache.nodes():
             path = paths[id(node)] = paths.get(id(node.parent), b"") + node.key
             for stop in range(len(path) - len(node.key) + page_bytes, len(path) + 1, page_bytes):
-                cached.add((node.salt, path[:stop]))
+                cached.add((node.cache_salt, path[:stop]))
         assert len(cached) == cache.num_cached, "a prefix is cached twice"
         assert cached <= expected
         if cache.num_evicted == 0 and self.config.radix_cache:
@@ -403,7 +405,7 @@ class Harness:
 
     def check_tokens(self, sample: Sample) -> None:
         params = sample.message.sampling
-        salt = self._namespace(sample.message.uid)
+        salt = self._cache_salt(sample.message.uid)
         expected = reference(unpack_ids(sample.message.token_ids), params, salt, sample.index)
         reason = sample.finish.reason if sample.finish is not None else None
         if reason in ("stop", "length"):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from tests.scheduler.harness import VOCAB, Harness, check_pages, config, random_prompt, request
-from vibe_sgl_lite.runtime.messages import unpack_ids
+from vibe_sgl_lite.runtime.messages import RowAttributes, unpack_ids
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -62,3 +63,18 @@ def test_one_request_alone() -> None:
     assert h.samples[1].finish is not None
     assert h.samples[1].finish.reason == "length"
     assert unpack_ids(h.samples[1].message.token_ids) == [1, 2, 3]
+
+
+def test_attributes_reach_the_ranks_and_part_the_cache() -> None:
+    """Left out for plain rows; and what one adapter has computed is never another's prefix."""
+    h = Harness(config())
+    plain = request(1, [5] * 12, max_new_tokens=1)
+    seen = []
+    for uid, attributes in ((1, None), (2, RowAttributes(adapter=3)), (3, RowAttributes(adapter=4)), (4, None)):
+        h.add(msgspec.structs.replace(plain, uid=uid, attributes=attributes))
+        batch = h.scheduler.schedule(0.0)
+        assert batch is not None
+        seen.append((batch.new[0].attributes, batch.new[0].num_computed))
+        h.results.append(h.rank.run(batch))
+        h.run()
+    assert seen == [(None, 0), (RowAttributes(adapter=3), 0), (RowAttributes(adapter=4), 0), (None, 8)]

@@ -191,7 +191,7 @@ def test_samples_share_the_prompt_and_differ_by_seed() -> None:
         assert h.rank.tokens_run == 30 + 2 * 2 + 3 * 3
         assert [h.samples[10 + i].cached_tokens for i in range(3)] == [0, 28, 28]
         assert h.scheduler.stats()["kv_pages_free"] == (64 if not radix_cache else 64 - 7 - 3)
-        assert h.scheduler.state.memory.cache.num_namespaces == (1 if radix_cache else 0)
+        assert h.scheduler.state.memory.cache.num_roots == (1 if radix_cache else 0)
 
 
 def test_an_abort_ends_every_sample() -> None:
@@ -216,14 +216,14 @@ def test_logprobs_go_with_their_tokens() -> None:
         return TokenLogprob(token, -float(token))
 
     assert scheduler.schedule(0.0) is not None
-    rows = [RowLogprobs(0, None, 1, (entry(2), entry(3), entry(4)))]
+    rows = [RowLogprobs(0, (), 1, (entry(2), entry(3), entry(4)))]
     assert not scheduler.complete(StepResult(0, pack_ids([-1]), logprobs=rows), 0.0)
     assert scheduler.schedule(0.0) is not None
-    rows = [RowLogprobs(0, entry(9), 4, (entry(5), entry(6)))]
+    rows = [RowLogprobs(0, (entry(9),), 4, (entry(5), entry(6)))]
     (first,) = scheduler.complete(StepResult(1, pack_ids([9]), logprobs=rows), 0.0).tokens
     assert first.logprobs == (entry(9),)
     assert first.prompt_logprobs == (None, entry(2), entry(3), entry(4), entry(5), entry(6))
     assert scheduler.schedule(0.0) is not None
-    (last,) = scheduler.complete(StepResult(2, pack_ids([8]), logprobs=[RowLogprobs(0, entry(8))]), 0.0).tokens
+    (last,) = scheduler.complete(StepResult(2, pack_ids([8]), logprobs=[RowLogprobs(0, (entry(8),))]), 0.0).tokens
     assert last.logprobs == (entry(8),)
     assert last.prompt_logprobs is None
