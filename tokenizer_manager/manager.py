@@ -306,7 +306,10 @@ class TokenizerManager:
         """End every request now, with `error` or as aborted; then as `drain`."""
         self._closed = error or self._closed or DRAINING
         self._ending = True
-        finish = Finish("abort") if error is None else Finish("error", error=error)
+        self.end_all(Finish("abort") if error is None else Finish("error", error=error))
+
+    def end_all(self, finish: Finish) -> None:
+        """End every request now; new ones are still taken."""
         for request in self.requests:
             if request.uid is not None:
                 self._to_scheduler(AbortRequest(request.uid))

@@ -22,7 +22,7 @@ import zmq
 
 from vibe_sgl_lite.runtime.chrome_trace import TOKENIZER_MANAGER, ChromeTrace
 from vibe_sgl_lite.runtime.launcher.child import Child, run_child
-from vibe_sgl_lite.runtime.messages import AbortAll, Drain, SchedulerInput, Shutdown, TokenizerInput
+from vibe_sgl_lite.runtime.messages import AbortAll, Drain, EngineLost, Finish, SchedulerInput, Shutdown, TokenizerInput
 from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
 from vibe_sgl_lite.runtime.transport.channels import Receiver, new_socket
 from vibe_sgl_lite.tokenizer_manager.manager import TokenizerManager
@@ -163,6 +163,8 @@ class Service:
                     self._manager.drain()
                 case AbortAll(error=error):
                     self._manager.abort_all(error)
+                case EngineLost(error=error):
+                    self._manager.end_all(Finish("error", error=error))
                 case Shutdown():
                     self._ended.set_result(None)
                     return

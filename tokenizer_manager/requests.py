@@ -5,6 +5,7 @@ A request ends when its last sample has had its terminal event; the table is wha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from vibe_sgl_lite.tokenizer_manager.sessions import Session
@@ -33,7 +34,7 @@ class RequestTable:
     """uids are never reused; sample i of a request has uid + i."""
 
     def __init__(self) -> None:
-        self._next_uid = 1
+        self._next_uid = time.monotonic_ns() // 1000  # beyond whatever a predecessor that died has given away
         self._by_uid: dict[int, Request] = {}
         self._by_session: dict[str, dict[str, Request]] = {}  # session token -> rid -> request
         self._count = 0

@@ -67,25 +67,26 @@ class Child:
         self.control.connect(spec.endpoints.control)
         self._decoder: msgspec.msgpack.Decoder[LauncherMessage] = msgspec.msgpack.Decoder(LauncherMessage)
         self._last_beat = 0.0
+        self._pid = os.getpid()
 
     def _send(self, message: ChildMessage) -> None:
         self.control.send(msgspec.msgpack.encode(message))
 
     def ready(self, **facts: int | float | str) -> None:
-        self._send(ChildReady(name=self.name, facts=facts))
+        self._send(ChildReady(self.name, facts, self._pid))
 
     def drained(self) -> None:
-        self._send(Drained(name=self.name))
+        self._send(Drained(self.name, self._pid))
 
     def failed(self, message: str, *, user: bool = False, culprit: str | None = None) -> None:
-        self._send(ChildFailed(name=self.name, message=message, user=user, culprit=culprit))
+        self._send(ChildFailed(self.name, message, user, culprit, self._pid))
 
     def heartbeat(self) -> None:
         """Call once per turn of the work loop; sends at most one message every HEARTBEAT_S seconds."""
         now = time.monotonic()
         if now - self._last_beat >= HEARTBEAT_S:
             self._last_beat = now
-            self._send(Heartbeat(name=self.name))
+            self._send(Heartbeat(self.name, self._pid))
 
     def commands(self) -> list[LauncherMessage]:
         """Commands waiting on `control`, without blocking. Poll `control` (it is a ZeroMQ socket) beside your own."""

@@ -23,6 +23,7 @@ class ControlLine:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = new_socket(self._context, zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a child that starts again has its predecessor's name
         bind_ipc(self._socket, address)
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)

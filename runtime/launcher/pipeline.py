@@ -8,9 +8,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 
 import msgspec
@@ -50,6 +52,7 @@ class Pipeline:
         self._started = started
         self._on_progress = on_progress
         self._spec: PipelineSpec | None = None
+        self._pool_tokens: int | None = None  # what the KV pool holds, once known
         self._watch: Watch | None = None
         self._begun = False
         self._settled = threading.Event()  # ready, or ended
@@ -81,16 +84,15 @@ class Pipeline:
             run = cleanup.enter_context(RunDir(self.args.name, self.args.address))
             endpoints = Endpoints(directory=str(run.inner), api=run.address)
             self._spec = make_spec(self.args, endpoints)
-            spec_file = run.inner / "spec.json"
-            spec_file.touch(mode=0o600)
-            spec_file.write_bytes(msgspec.json.encode(self._spec))
             self._watch = Watch(
                 self._children,
                 control_address=endpoints.control,
-                spec_file=spec_file,
+                write_spec=self._write_spec,
                 threads=threads_per_rank(self.args),
                 rank_silence_s=HEARTBEAT_LOST_S + RANK_SILENCE_STEPS * self.args.step_timeout,
                 hosts_only=self.args.node_rank > 0,
+                # A group over several nodes would have to form anew on all of them.
+                max_restarts=0 if self.args.restart == "never" or self.args.nnodes > 1 else self.args.max_restarts,
                 on_ready=self._note_facts,
                 on_progress=self._on_progress,
             )
@@ -136,6 +138,22 @@ class Pipeline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.stop(0.0)
 
+    def _write_spec(self, epoch: int) -> Path:
+        """The spec file of processes that start now; those that start again find the pool as large as it was."""
+        assert self._spec is not None
+        spec = msgspec.structs.replace(
+            self._spec, endpoints=self._spec.endpoints.of_epoch(epoch), epoch=secrets.token_hex(8)
+        )
+        if self._pool_tokens is not None:
+            spec = msgspec.structs.replace(
+                spec, args=msgspec.structs.replace(spec.args, max_total_tokens=self._pool_tokens)
+            )
+        file = Path(spec.endpoints.directory) / "spec.json"
+        fresh = file.with_suffix(".new")
+        fresh.touch(mode=0o600)
+        fresh.write_bytes(msgspec.json.encode(spec))
+        return fresh.replace(file)  # at once: a child may be reading the one before
+
     def _keep(self, watch: Watch, cleanup: contextlib.ExitStack) -> None:
         """The watch's thread."""
         try:
@@ -156,6 +174,7 @@ class Pipeline:
             self.facts = {"node": self.args.node_rank, "ranks": f"{ranks.start}-{ranks.stop - 1}", "startup": started}
             self._settled.set()
             return
+        self._pool_tokens = int(found["kv_pages"]) * self.args.page_size
         self.facts = {
             "address": found.get("address", self._spec.endpoints.api),  # port 0 was read back by who bound it
             "model": self._spec.model_name,

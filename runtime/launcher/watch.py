@@ -1,7 +1,10 @@
 """The watch over a pipeline's processes, from the first spawn to the last reaped: one thread, one state machine.
 
     spawn -> wait until all are ready -> serve -> drain -> shut down -> killed and reaped
-               any unexpected exit, failure or silence -> every request is told -> killed and reaped
+               a death at the start, or too many later -> every request is told -> killed and reaped
+
+While serving, an unexpected exit, a failure or silence of a child ends its group (supervisor.py says who that is),
+which is started again; the others are told what was lost with it, and requests go on from the tokens they have.
 
 On a node that only hosts ranks there is nobody to drain, and the ranks end it: they exit with 0 when node 0 stops.
 
@@ -20,15 +23,19 @@ from pathlib import Path
 from vibe_sgl_lite.runtime.errors import EngineDeadError
 from vibe_sgl_lite.runtime.launcher.control import ControlLine
 from vibe_sgl_lite.runtime.launcher.spawn import STACK_DUMP_S, ChildProcess, ChildSpec
+from vibe_sgl_lite.runtime.launcher.supervisor import WINDOW_S, Supervisor
 from vibe_sgl_lite.runtime.logs import one_line
 from vibe_sgl_lite.runtime.messages import (
     AbortAll,
     ChildFailed,
     ChildReady,
+    ClientsLost,
     Drain,
     Drained,
+    EngineLost,
     ErrorInfo,
     LauncherMessage,
+    RanksLost,
     Shutdown,
 )
 
@@ -42,7 +49,7 @@ DRAIN_S = 30.0  # what running requests get after a stop was asked for
 HURRY_S = 1.5  # what is left of that after a second signal: all is over within 5 s of it
 TELL_S = 1.0  # for the tokenizer manager to send every client its terminal event
 EXIT_S = 2.0  # from Shutdown to SIGKILL
-TOKENIZER_MANAGER = "tokenizer_manager"
+TOKENIZER_MANAGER, SCHEDULER, DETOKENIZER = "tokenizer_manager", "scheduler", "detokenizer"
 
 Facts = Mapping[str, int | float | str]
 
@@ -50,7 +57,11 @@ log = logging.getLogger(__name__)
 
 
 class _Failed(Exception):
-    """The pipeline cannot go on; the text names process and cause."""
+    """The pipeline cannot go on as it is; the text names process and cause, `names` whom to start again."""
+
+    def __init__(self, message: str, *names: str) -> None:
+        super().__init__(message)
+        self.names = names
 
 
 class _Stopped(Exception):
@@ -58,10 +69,11 @@ class _Stopped(Exception):
 
 
 class _Child:
-    """What the watch knows of one child."""
+    """What the watch knows of one child's process; a child that starts again gets a new one."""
 
     def __init__(self, process: ChildProcess, now: float) -> None:
         self.process = process
+        self.started = now
         self.facts: Facts | None = None
         self.last_seen = now
         self.failed: ChildFailed | None = None
@@ -72,9 +84,10 @@ class Watch:
     """Runs the children of one pipeline. `run` blocks to the end; `request_stop` may be called from any thread and from
     a signal handler. After `run`, `failure` is None or the cause of death in one line.
 
-    hosts_only: the children are ranks of an engine whose other processes are on another node.
-    on_ready: called with each child's facts once all are ready. rank_silence_s: how long a rank may be busy in one
-    step without a heartbeat.
+    write_spec: makes the children's spec file; its argument is the rank group's epoch, counted from 0. hosts_only: the
+    children are ranks of an engine whose other processes are on another node. on_ready: called with each child's facts
+    once all are ready. rank_silence_s: how long a rank may be busy in one step without a heartbeat. max_restarts: of a
+    child within WINDOW_S; 0 never restarts.
     """
 
     def __init__(
@@ -82,16 +95,21 @@ class Watch:
         children: Sequence[ChildSpec],
         *,
         control_address: str,
-        spec_file: Path,
+        write_spec: Callable[[int], Path],
         threads: int,
         rank_silence_s: float,
         hosts_only: bool,
+        max_restarts: int,
         on_ready: Callable[[Mapping[str, Facts]], None],
         on_progress: Callable[[int, int], None],
     ) -> None:
         self.failure: str | None = None
-        self._specs = children
-        self._spec_file = spec_file
+        self._specs = {spec.name: spec for spec in children}
+        self._write_spec = write_spec
+        self._supervisor = Supervisor(children, 0 if hosts_only else max_restarts)
+        self._max_restarts = max_restarts
+        self._epoch = 0  # of the rank group
+        self._recovering: tuple[str, float] | None = None  # why and since when
         self._threads = threads
         self._rank_silence_s = rank_silence_s
         self._hosts_only = hosts_only
@@ -112,11 +130,9 @@ class Watch:
         self._control.wake()
 
     def run(self) -> None:
-        life_read, life_write = os.pipe()
+        life_read, life_write = self._life = os.pipe()
         try:
-            for spec in self._specs:
-                process = ChildProcess(spec, self._spec_file, self._threads, life_read)
-                self._children[spec.name] = _Child(process, time.monotonic())
+            self._spawn(list(self._specs))
             self._wait_until_ready()
             self._on_ready({name: child.facts or {} for name, child in self._children.items()})
             self._serve()
@@ -132,13 +148,24 @@ class Watch:
             log.exception("the launcher failed")
             self.failure = f"launcher failed: {type(error).__name__}: {one_line(error)}"
         finally:
-            for child in self._children.values():
-                child.process.kill()
-            for child in self._children.values():
-                child.process.reap()
+            self._end(list(self._children))
             os.close(life_read)
             os.close(life_write)
             self._control.close()
+
+    def _spawn(self, names: Sequence[str]) -> None:
+        spec_file = self._write_spec(self._epoch)
+        for name in names:
+            process = ChildProcess(self._specs[name], spec_file, self._threads, self._life[0])
+            self._children[name] = _Child(process, time.monotonic())
+
+    def _end(self, names: Sequence[str]) -> None:
+        """Kill and reap."""
+        ended = [self._children.pop(name) for name in names if name in self._children]
+        for child in ended:
+            child.process.kill()
+        for child in ended:
+            child.process.reap()
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + STARTUP_LIMIT_S
@@ -148,7 +175,7 @@ class Watch:
             if ready != shown:
                 self._on_progress(ready, len(self._children))
                 shown = ready
-            if ready == len(self._children):
+            if self._supervisor.all_running:
                 return
             if self._stop_at is not None:
                 raise _Stopped
@@ -163,10 +190,51 @@ class Watch:
             child.last_seen = time.monotonic()  # heartbeats are owed from now on
         while self._stop_at is None:
             self._turn(POLL_S)
-            self._check_exits()
-            self._check_heartbeats()
+            self._supervise()
             if self._hosts_only and all(child.process.exit_code() == 0 for child in self._children.values()):
                 self.request_stop(0.0)
+
+    def _supervise(self) -> None:
+        """Start again what has died, within limits. Raises _Failed beyond them."""
+        try:
+            self._check_exits()
+            self._check_heartbeats()
+        except _Failed as failure:
+            self._recover(failure)
+        due = self._supervisor.due(time.monotonic())
+        if due:
+            self._spawn(due)
+        if self._recovering is not None and self._supervisor.all_running:
+            why, since = self._recovering
+            self._recovering = None
+            log.warning("serving again %.1f s after: %s", time.monotonic() - since, why)
+
+    def _recover(self, failure: _Failed) -> None:
+        """End the group of whatever is gone and tell the others what they lost."""
+        now = time.monotonic()
+        gone = {
+            name: child
+            for name, child in self._children.items()
+            if child.process.exit_code() is not None or child.failed is not None or name in failure.names
+        }
+        if not gone:
+            return  # somebody accused a child that is starting again already
+        ended = self._supervisor.died(gone, now)
+        if ended is None or any(child.failed is not None and child.failed.user for child in gone.values()):
+            if self._max_restarts and not self._hosts_only:
+                raise _Failed(f"{failure}; given up after {self._max_restarts} restarts in {WINDOW_S:.0f} s")
+            raise failure
+        log.warning("%s; restarting %s", failure, ", ".join(ended))
+        self._recovering = (str(failure), now if self._recovering is None else self._recovering[1])
+        self._end(ended)
+        self._turn(0)  # their last words are not their successors'
+        if any(self._specs[name].is_rank for name in ended):
+            self._epoch += 1
+            self._send(SCHEDULER, RanksLost(self._epoch))
+        if SCHEDULER in ended or DETOKENIZER in ended:
+            self._send(TOKENIZER_MANAGER, EngineLost(ErrorInfo("engine_dead", f"{failure}; the engine restarts")))
+        if TOKENIZER_MANAGER in ended:
+            self._send(SCHEDULER, ClientsLost())
 
     def _drain(self) -> None:
         """No new requests; wait for those that run, then abort the rest."""
@@ -176,8 +244,7 @@ class Watch:
         draining = self._stop_at > time.monotonic() and self._send(TOKENIZER_MANAGER, Drain())
         while not self._drained and time.monotonic() < self._stop_at:
             self._turn(min(POLL_S, self._stop_at - time.monotonic()))
-            self._check_exits()
-            self._check_heartbeats()
+            self._supervise()
         if not self._drained:
             if draining:
                 log.warning("the drain's time is up, aborting what still runs")
@@ -195,7 +262,7 @@ class Watch:
         log.warning("killing %s: still there %.0f s after being asked to leave", ", ".join(late), EXIT_S)
 
     def _tell_clients(self) -> None:
-        """After a failure: let a living tokenizer manager end every request as `engine_dead`."""
+        """Before the end: let a living tokenizer manager end every request as `engine_dead`."""
         manager = self._children.get(TOKENIZER_MANAGER)
         if manager is not None and manager.process.exit_code() is None and manager.facts is not None:
             self._drained = False
@@ -216,20 +283,23 @@ class Watch:
         """Take in what the children say, waiting at most `timeout_s` for it."""
         for message in self._control.receive(timeout_s):
             child = self._children.get(message.name)
-            if child is None:
-                log.error("message from an unknown child %r", message.name)
+            if child is None or message.pid != child.process.pid:
+                log.debug("a late message of a former %s: %s", message.name, message)
                 continue
             child.last_seen = time.monotonic()
             match message:
                 case ChildReady(facts=facts):
                     child.facts = facts
+                    self._supervisor.ready(message.name)
+                    child.last_seen = time.monotonic()  # heartbeats are owed from now on
                     log.debug("%s is ready: %s", message.name, facts)
                 case Drained():
                     self._drained = True
                 case ChildFailed(culprit=culprit):
-                    child.failed = child.failed or message
-                    child.failed_at = time.monotonic()
-                    if culprit is not None and self._hung is None:
+                    if culprit is None:
+                        child.failed = child.failed or message
+                        child.failed_at = time.monotonic()
+                    elif self._hung is None:
                         self._hung = (culprit, message.message)
 
     def _check_exits(self) -> None:
@@ -241,7 +311,7 @@ class Watch:
         deadline = time.monotonic() + SETTLE_S
         while (left := deadline - time.monotonic()) > 0:
             self._turn(left)
-        raise _Failed(self._cause())
+        raise _Failed(*self._cause())
 
     def _in_trouble(self) -> bool:
         now = time.monotonic()
@@ -252,8 +322,8 @@ class Watch:
             for child in self._children.values()
         )
 
-    def _cause(self) -> str:
-        """The likeliest first cause: a kill, then a user's mistake, then what a child said, then a bare exit."""
+    def _cause(self) -> tuple[str, str]:
+        """The likeliest first cause and whose it is: a kill, then a user's mistake, a child's words, a bare exit."""
 
         def rank(child: _Child) -> int:
             code = child.process.exit_code()
@@ -265,9 +335,9 @@ class Watch:
 
         child = min(self._children.values(), key=rank)
         if rank(child) in (1, 2) and child.failed is not None:
-            return f"{child.process.name}: {one_line(child.failed.message)}"
+            return f"{child.process.name}: {one_line(child.failed.message)}", child.process.name
         when = "" if child.facts is not None else " while starting"
-        return f"{child.process.name} {child.process.exit_words()}{when}"
+        return f"{child.process.name} {child.process.exit_words()}{when}", child.process.name
 
     def _check_heartbeats(self) -> None:
         now = time.monotonic()
@@ -276,6 +346,10 @@ class Watch:
                 child.last_seen = now
         self._checked_at = now
         for child in self._children.values():
+            if child.facts is None:  # still starting: it may be reading weights
+                if now - child.started > STARTUP_LIMIT_S:
+                    self._end_hung(child.process.name, f"not ready after {STARTUP_LIMIT_S:.0f} s")
+                continue
             limit = self._rank_silence_s if child.process.spec.is_rank else HEARTBEAT_LOST_S
             if now - child.last_seen > limit:
                 self._end_hung(child.process.name, f"no heartbeat for {limit:.0f} s")
@@ -295,4 +369,5 @@ class Watch:
         time.sleep(STACK_DUMP_S)
         if culprit is not None:
             culprit.process.kill()
-        raise _Failed(f"{name} hung and was killed: {one_line(why)}")
+        self._hung = None
+        raise _Failed(f"{name} hung and was killed: {one_line(why)}", name)

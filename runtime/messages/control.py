@@ -7,16 +7,21 @@ from vibe_sgl_lite.runtime.messages.parts import ErrorInfo
 
 
 class ChildReady(Message, frozen=True):
-    """A child can do its work. `facts`: what it found at run time (the scheduler tells kv_pages, device, dtype)."""
+    """A child can do its work. `facts`: what it found at run time (the scheduler tells kv_pages, device, dtype).
+
+    pid, here and below: tells a child's last words from those of its successor, which has the same name.
+    """
 
     name: str
     facts: dict[str, int | float | str]
+    pid: int = 0
 
 
 class Heartbeat(Message, frozen=True):
     """From the child's work loop, at least every second."""
 
     name: str
+    pid: int = 0
 
 
 class ChildFailed(Message, frozen=True):
@@ -26,12 +31,14 @@ class ChildFailed(Message, frozen=True):
     message: str
     user: bool = False
     culprit: str | None = None
+    pid: int = 0
 
 
 class Drained(Message, frozen=True):
     """Tokenizer manager: after `Drain`, no request is left."""
 
     name: str
+    pid: int = 0
 
 
 ChildMessage = ChildReady | Heartbeat | ChildFailed | Drained

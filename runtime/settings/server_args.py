@@ -62,6 +62,8 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
     num_threads: int | None = None
     seed: int = 0
     step_timeout: float = 30.0
+    restart: str = "never"
+    max_restarts: int = 3
     log_level: str = "info"
     trace: str | None = None
     profile: str | None = None
@@ -202,6 +204,14 @@ FLAGS: Mapping[str, Flag] = {
         low=0,
         high=86_400,
         above_low=True,
+    ),
+    "restart": Flag(
+        help="when a process of the engine dies: on-failure starts it again, and requests go on from the tokens they "
+        "have; never ends the engine with one clear error for every request",
+        choices=("on-failure", "never"),
+    ),
+    "max_restarts": Flag(
+        help="restarts of one process within a minute; when it dies once more, the engine ends", low=0, high=1_000_000
     ),
     "log_level": Flag(help="how much is logged to stderr", choices=("debug", "info", "warning", "error")),
     "trace": Flag(

@@ -11,8 +11,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -60,14 +61,17 @@ def children(**behaviours: str) -> list[ChildSpec]:
 
 
 def pipeline(model: Path, args: ServerArgs | None = None, **behaviours: str) -> Pipeline:
-    args = args or ServerArgs(model_path=str(model), log_level="error")
+    args = args or ServerArgs(model_path=str(model), log_level="error", restart="never")
     return Pipeline(args, children=children(**behaviours))
 
 
 def processes() -> dict[str, psutil.Process]:
     found = {}
     for process in psutil.Process().children():
-        line = process.cmdline()
+        try:
+            line = process.cmdline()
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
         if "tests.runtime.launcher.fake_child" in line:
             found[line[line.index("tests.runtime.launcher.fake_child") + 2]] = process
     return found
@@ -355,3 +359,96 @@ def test_no_descendant_outlives_a_killed_launcher(model: Path, run_base: Path, m
     launcher.wait()
     launcher.stdout.close()
     assert alive_after(descendants, 2) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- restarts
+
+
+def restarting(model: Path, max_restarts: int = 3, **behaviours: str) -> Pipeline:
+    args = ServerArgs(model_path=str(model), log_level="error", restart="on-failure", max_restarts=max_restarts)
+    return Pipeline(args, children=children(tokenizer_manager="note", **behaviours))
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("victim", "together", "told_manager"),
+    [
+        ("model_worker.0", {"model_worker.0"}, False),
+        ("scheduler", {"model_worker.0", "scheduler"}, True),
+        ("detokenizer", {"detokenizer"}, True),
+    ],
+)
+def test_a_killed_child_starts_again_alone_or_with_its_group(
+    model: Path, victim: str, together: set[str], told_manager: bool
+) -> None:
+    with restarting(model) as engine:
+        before = processes()
+        before[victim].kill()
+        wait_for(lambda: len(processes()) == 4 and processes()[victim].pid != before[victim].pid)
+        after = processes()
+        assert {name for name in NAMES if after[name].pid != before[name].pid} == together
+        if told_manager:
+            wait_for(lambda: any("EngineLost" in line and victim in line for line in told(model)))
+        assert engine.failure is None
+        assert not any("AbortAll" in line for line in told(model))
+
+
+def test_the_scheduler_hears_of_lost_ranks_and_lost_clients(model: Path) -> None:
+    args = ServerArgs(model_path=str(model), log_level="error", restart="on-failure")
+    with Pipeline(args, children=children(scheduler="note ready")):
+        processes()["model_worker.0"].kill()
+        wait_for(lambda: [line for line in told(model) if "RanksLost(epoch=1)" in line])
+        processes()["tokenizer_manager"].kill()
+        wait_for(lambda: [line for line in told(model) if "ClientsLost" in line])
+        wait_for(lambda: "model_worker.0" in processes())
+        processes()["model_worker.0"].kill()
+        wait_for(lambda: [line for line in told(model) if "RanksLost(epoch=2)" in line])
+
+
+def test_a_restarted_rank_has_sockets_and_a_pool_of_its_own(model: Path, run_base: Path) -> None:
+    def spec() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(next((run_base / "default").glob("*/spec.json")).read_text())
+        return found
+
+    with restarting(model):
+        first = spec()
+        assert (first["endpoints"]["epoch"], first["args"]["max_total_tokens"]) == (0, None)
+        processes()["model_worker.0"].kill()
+        wait_for(lambda: spec()["endpoints"]["epoch"] == 1)
+        assert spec()["args"]["max_total_tokens"] == 7 * 16
+        assert spec()["epoch"] != first["epoch"]
+
+
+def test_it_gives_up_after_the_restarts_it_may_try(model: Path) -> None:
+    engine = restarting(model, max_restarts=1)
+    engine.start()
+    for _ in range(2):
+        wait_for(lambda: "detokenizer" in processes())
+        time.sleep(0.3)
+        processes()["detokenizer"].kill()
+    assert engine.wait(5)
+    assert engine.failure == "detokenizer was killed by SIGKILL; given up after 1 restarts in 60 s"
+    assert [line for line in told(model) if "AbortAll" in line and "engine_dead" in line]
+    assert processes() == {}
+
+
+def test_a_hung_child_starts_again(model: Path) -> None:
+    with restarting(model, scheduler="accuse=model_worker.0 ready") as engine:
+        first = processes()["model_worker.0"].pid
+        wait_for(lambda: "model_worker.0" in processes() and processes()["model_worker.0"].pid != first)
+        assert engine.failure is None
+
+
+def test_a_stop_while_a_child_starts_again_is_clean(model: Path) -> None:
+    engine = restarting(model)
+    engine.start()
+    processes()["detokenizer"].kill()
+    engine.stop()
+    assert engine.wait(0)
+    assert processes() == {}
