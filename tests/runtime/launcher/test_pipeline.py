@@ -433,7 +433,9 @@ def test_it_gives_up_after_the_restarts_it_may_try(model: Path) -> None:
         time.sleep(0.3)
         processes()["detokenizer"].kill()
     assert engine.wait(5)
-    assert engine.failure == "detokenizer was killed by SIGKILL; given up after 1 restarts in 60 s"
+    assert engine.failure is not None
+    assert engine.failure.startswith("detokenizer was killed by SIGKILL")  # "while starting" where it was quick
+    assert engine.failure.endswith("given up after 1 restarts in 60 s")
     assert [line for line in told(model) if "AbortAll" in line and "engine_dead" in line]
     assert processes() == {}
 
