@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
+from vibe_sgl_lite.runtime.settings.checkpoint import settle
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig, check_parallel_degrees
 from vibe_sgl_lite.runtime.settings.model_source import find_model
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
@@ -21,6 +22,7 @@ from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
 
 CHUNK_CPU = 512  # tokens
 CHUNK_CUDA = 2048
+DUMMY_DTYPE = "float32"  # of weights that are made up where config.json names no dtype, as in transformers
 INT8_HEAD_DIM_MULTIPLE = 8  # what model_worker/kv_int8.py needs
 
 
@@ -35,6 +37,8 @@ def make_spec(args: ServerArgs, endpoints: Endpoints) -> PipelineSpec:
         tokenizer = find_model(args.tokenizer_path, weights=False, flag="--tokenizer-path").folder
     model = ModelConfig.from_folder(source.folder)
     check_parallel_degrees(model, args.tp, args.ep)
+    if args.load_format != "dummy":
+        model = settle(model, source.folder)
     device = _device(args.device)
     _check_kv_cache(args, model, device)
     return PipelineSpec(
@@ -47,7 +51,7 @@ def make_spec(args: ServerArgs, endpoints: Endpoints) -> PipelineSpec:
         context_length=_context_length(args, model),
         chunked_prefill_size=args.chunked_prefill_size or (CHUNK_CUDA if device == "cuda" else CHUNK_CPU),
         device=device,
-        dtype=model.dtype if args.dtype == "auto" else args.dtype,
+        dtype=(model.dtype or DUMMY_DTYPE) if args.dtype == "auto" else args.dtype,
         epoch=secrets.token_hex(8),
     )
 

@@ -34,7 +34,10 @@ class GenerationDefaults(msgspec.Struct, frozen=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """One model's shape. `num_experts` is 0 for a dense model; `dtype` is that of the checkpoint."""
+    """One model's shape. `num_experts` is 0 for a dense model.
+
+    dtype: that of the checkpoint; None where config.json names none (runtime/settings/checkpoint.py finds it).
+    """
 
     architecture: str
     vocab_size: int
@@ -48,7 +51,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool
-    dtype: str
+    dtype: str | None
     initializer_range: float
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
@@ -243,11 +246,11 @@ def _rope_theta(fields: "_Fields") -> float:
     return float(theta)
 
 
-def _dtype(fields: "_Fields") -> str:
+def _dtype(fields: "_Fields") -> str | None:
     key = "dtype" if fields.get("dtype") is not None else "torch_dtype"
     name = fields.get(key)
     if name is None:
-        return "float32"
+        return None
     if name not in SUPPORTED_DTYPES:
         raise fields.error(key, name, f"is not supported; it must be one of {', '.join(SUPPORTED_DTYPES)}")
     return str(name)

@@ -19,7 +19,7 @@ from vibe_sgl_lite.runtime.logs import one_line
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = ("models", "tiny")  # in the package vibe_sgl_lite
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-TEXT_FILES = ("*.json", "*.jinja", "*.txt")  # configs, tokenizer, chat template
+TEXT_FILES = ("*.json", "*.jinja", "*.txt")  # configs, tokenizer, chat templates
 WEIGHT_FILES = ("*.safetensors",)
 HUB_TIMEOUT_S = 5.0  # for the first answer of the hub; a missing network must be told within 10 s
 
@@ -31,25 +31,56 @@ class ModelSource(msgspec.Struct, frozen=True):
     name: str
 
 
-def find_model(model_path: str, *, weights: bool, flag: str = "--model-path") -> ModelSource:
+def find_model(
+    model_path: str, *, weights: bool, revision: str | None = None, flag: str = "--model-path"
+) -> ModelSource:
     """The local folder of `model_path`, downloaded first when it is a hub id. `weights`: whether they are needed.
 
-    Raises ConfigError naming `flag` when there is no such folder, and when the hub cannot be reached or lacks it.
+    revision: of a hub id, a branch, tag or commit; None: the newest.
+    Raises ConfigError naming `flag` when there is no such folder, when a file in it is a link that leads out of it,
+    and when the hub cannot be reached or lacks it.
     """
     if model_path == EMBEDDED:
         folder = embedded_folder()
         return ModelSource(folder, folder.name)
-    folder = Path(model_path).expanduser()
-    if folder.is_dir():
-        folder = folder.resolve()
+    field = flag.removeprefix("--").replace("-", "_")
+    try:
+        model_path.encode()
+        folder = Path(model_path).expanduser()
+        found, is_folder = folder.exists(), folder.is_dir()
+        if is_folder:
+            folder = folder.resolve()
+            str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{flag} {model_path!r}: its path is not UTF-8, rename it", field=field) from error
+    except (OSError, RuntimeError, ValueError) as error:  # no right to look, no such user, a name that is too long
+        raise ConfigError(f"{flag} {model_path} cannot be looked at: {one_line(error)}", field=field) from error
+    if is_folder:
+        _check_links(folder)
         return ModelSource(folder, folder.name)
-    if HUB_ID.fullmatch(model_path) and not folder.exists():
-        return ModelSource(_download(model_path, weights, flag), model_path)
-    problem = "is a file, not a folder" if folder.exists() else "does not exist"
+    if HUB_ID.fullmatch(model_path) and not found:
+        folder = _download(model_path, revision, weights, flag)
+        _check_links(folder)
+        return ModelSource(folder, model_path)
+    problem = "is a file, not a folder" if found else "does not exist"
     raise ConfigError(
-        f"{flag} {model_path} {problem}: give a folder, a hub id like Qwen/Qwen3-0.6B, or '{EMBEDDED}'",
-        field=flag.removeprefix("--").replace("-", "_"),
+        f"{flag} {model_path} {problem}: give a folder, a hub id like Qwen/Qwen3-0.6B, or '{EMBEDDED}'", field=field
     )
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links that leave the model folder; a hub cache's links into its own blobs are its layout."""
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        roots.append(folder.parent.parent.resolve() / "blobs")
+    for pattern in (*TEXT_FILES, *WEIGHT_FILES):
+        for path in (*folder.glob(pattern), *folder.glob(f"*/{pattern}")):
+            target = path.resolve()
+            if not any(target.is_relative_to(root) for root in roots):
+                raise ConfigError(
+                    f"{path} leads out of the model folder, to {target}; put the file itself into {folder}",
+                    field="model_path",
+                )
 
 
 def embedded_folder() -> Path:
@@ -65,7 +96,7 @@ def embedded_folder() -> Path:
     )
 
 
-def _download(hub_id: str, weights: bool, flag: str) -> Path:
+def _download(hub_id: str, revision: str | None, weights: bool, flag: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, rarely needed
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -73,7 +104,7 @@ def _download(hub_id: str, weights: bool, flag: str) -> Path:
         disable_progress_bars()
     patterns = [*TEXT_FILES, *(WEIGHT_FILES if weights else ())]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_S))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_S))
     except (OSError, ValueError) as error:  # every error of the hub library is one of the two
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ConfigError(

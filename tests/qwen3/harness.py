@@ -18,6 +18,7 @@ from vibe_sgl_lite.model_worker.weights import load_weights
 from vibe_sgl_lite.qwen3.layers.moe import DispatchKind
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
 from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.settings.checkpoint import settle
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 DENSE: dict[str, Any] = {
@@ -71,7 +72,7 @@ def load_model(
     """quantization: None keeps matrices in torch's own formats, whatever `compute` has."""
     compute = compute or torch_compute()
     model = Qwen3(
-        ModelConfig.from_folder(folder),
+        settle(ModelConfig.from_folder(folder), folder),
         parallel or ParallelState(),
         dtype,
         torch.device("cpu"),

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import zmq
 
+from tests.runtime.settings.files import write_zeros
 from vibe_sgl_lite.runtime.errors import ConfigError, ModelConfigError, StartupError
 from vibe_sgl_lite.runtime.launcher.pipeline import Pipeline
 from vibe_sgl_lite.runtime.launcher.spawn import ChildSpec, pipeline_children
@@ -48,6 +49,7 @@ def model(tmp_path: Path) -> Path:
     folder = tmp_path / "toy"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
+    write_zeros(folder)
     return folder
 
 

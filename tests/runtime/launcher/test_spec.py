@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.runtime.settings.files import write_zeros
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.launcher.spec import make_spec, threads_per_rank
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
@@ -25,6 +26,7 @@ def model(tmp_path: Path) -> Path:
         "max_position_embeddings": 256, "torch_dtype": "bfloat16",
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
+    write_zeros(tmp_path)
     return tmp_path
 
 
@@ -78,6 +80,7 @@ def test_kv_cache_in_int8_is_for_cpus_and_whole_head_dims(model: Path, monkeypat
     monkeypatch.undo()
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"head_dim": 20}))
+    write_zeros(model)
     with pytest.raises(ConfigError, match=r"--kv-cache-dtype int8 needs .* multiple of 8, and this model's is 20"):
         make_spec(args, ENDPOINTS)
     make_spec(ServerArgs(model_path=str(model)), ENDPOINTS)

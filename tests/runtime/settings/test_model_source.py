@@ -69,3 +69,57 @@ def test_only_safe_files_are_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert asked["id"] == "Qwen/Qwen3-0.6B"
     assert ("*.safetensors" in asked["allow_patterns"]) == weights
     assert set(asked["allow_patterns"]) <= {"*.json", "*.jinja", "*.txt", "*.safetensors"}
+
+
+def test_a_revision_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, **o: asked.update(o) or str(tmp_path))
+    find_model("Qwen/Qwen3-0.6B", weights=False, revision="v1.0")
+    assert asked["revision"] == "v1.0"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "model.safetensors", "vocab.json", "merges.txt", "additional_chat_templates/tool_use.jinja",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("flag", ["--model-path", "--tokenizer-path"])
+def test_links_that_leave_the_folder(tmp_path: Path, name: str, flag: str) -> None:
+    outside = tmp_path / "secret"
+    outside.write_text("{}")
+    folder = tmp_path / "model"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(ConfigError, match="leads out of the model folder") as error:
+        find_model(str(folder), weights=True, flag=flag)
+    assert name in str(error.value)
+    (folder / name).unlink()
+    (folder / "inside").write_text("{}")
+    (folder / name).symlink_to(folder / "inside")
+    assert find_model(str(folder), weights=True, flag=flag).folder == folder
+
+
+def test_a_hub_caches_own_links_are_its_layout(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "1").write_text("{}")
+    (snapshot / "config.json").symlink_to(Path("..") / ".." / "blobs" / "1")
+    assert find_model(str(snapshot), weights=True).folder == snapshot
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("x" * 5000, "cannot be looked at"),
+        ("~no-such-user-here/model", "cannot be looked at"),
+        (b"/tmp/caf\xe9".decode(errors="surrogateescape"), "not UTF-8"),
+    ],
+)
+def test_paths_that_cannot_be(path: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as error:
+        find_model(path, weights=True)
+    assert "\n" not in str(error.value)
+    str(error.value).encode()  # it can be printed
