@@ -41,5 +41,5 @@ $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 
 $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 	@echo "installing into $(VENV), with what tests and checks need" >&2
-	$(PIP_INSTALL) -e '.[test,check,bench,yaml]'
+	$(PIP_INSTALL) -e '.[test,check,yaml]'
 	touch $@ $(VENV)/.installed

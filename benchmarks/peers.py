@@ -73,7 +73,7 @@ def find(name: str, *, vllm_python: str | None, llama_bin: str | None, gguf: str
 
 def _transformers() -> Peer:
     if importlib.util.find_spec("transformers") is None:
-        raise PeerError("transformers is not installed here: pip install '.[bench]'")
+        raise PeerError("transformers is not installed here: pip install 'transformers>=5'")
     return Peer(name="transformers", command=[sys.executable, "-m", "benchmarks.transformers_run"])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 
 import zmq
 
@@ -18,6 +19,7 @@ from vibe_sgl_lite.runtime.messages import DetokenizerInput, OpenText, Shutdown
 from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 
+FILE_POLL_S = 0.01
 AT_ONCE = 256  # messages between two looks at the launcher's line
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,8 @@ def main(child: Child) -> None:
     receiver: Receiver[DetokenizerInput] = Receiver(child.context, endpoints.detokenizer, DetokenizerInput)
     tokenizer_manager = Sender(child.context, endpoints.tokenizer_manager)
     scheduler = Sender(child.context, endpoints.scheduler)
-    detokenizer = Detokenizer(Tokenizer.from_folder(child.spec.tokenizer_folder))
+    _wait_for(Path(endpoints.tokenizer_file))
+    detokenizer = Detokenizer(Tokenizer.from_file(endpoints.tokenizer_file))
     profile = child.spec.args.profile
     trace = ChromeTrace(profile, "detokenizer", (DETOKENIZER,)) if profile is not None else None
     poller = zmq.Poller()
@@ -58,6 +61,12 @@ def main(child: Child) -> None:
     log.info("leaving: %d samples open, %d late outputs dropped", detokenizer.num_samples, detokenizer.late)
     for channel in (receiver, tokenizer_manager, scheduler):
         channel.close()
+
+
+def _wait_for(path: Path) -> None:
+    """Until the tokenizer manager has written it; should that fail, the launcher ends us."""
+    while not path.exists():
+        time.sleep(FILE_POLL_S)
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def build_runner(
         attention,
         max_slots=args.max_running_requests,
         context_length=spec.context_length,
-        tokenizer_file=Path(spec.tokenizer_folder) / "tokenizer.json",
+        tokenizer_file=Path(spec.endpoints.tokenizer_file),
         argmax=None if compute.kernels is None else compute.kernels.argmax,
     )
 

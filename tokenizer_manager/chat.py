@@ -9,10 +9,10 @@ from vibe_sgl_lite.runtime.errors import RequestError
 from vibe_sgl_lite.runtime.messages.parts import TextFormat
 from vibe_sgl_lite.runtime.settings.sampling_params import ThinkingRules
 from vibe_sgl_lite.runtime.text.chat_format import THINK_CLOSE, THINK_CLOSE_LINES, THINK_OPEN
-from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
+from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 
 
-def text_format(prompt: str, template_kwargs: Mapping[str, Any], tokenizer: Tokenizer) -> TextFormat:
+def text_format(prompt: str, template_kwargs: Mapping[str, Any], tokenizer: ChatTokenizer) -> TextFormat:
     """prompt: the rendered chat."""
     think = _think_ids(tokenizer) is not None
     inside = think and prompt.rstrip("\n").endswith(THINK_OPEN)
@@ -24,7 +24,7 @@ def thinking_rules(
     limit: int | None,
     constrained: bool,
     template_kwargs: Mapping[str, Any],
-    tokenizer: Tokenizer,
+    tokenizer: ChatTokenizer,
 ) -> ThinkingRules | None:
     """None where the ranks need not know of the thinking block. constrained: a grammar holds for what follows it.
 
@@ -47,7 +47,7 @@ def thinking_rules(
     return ThinkingRules(start, end, text_format.inside, limit, close, close[close.index(end) + 1 :])
 
 
-def _think_ids(tokenizer: Tokenizer) -> tuple[int, int] | None:
+def _think_ids(tokenizer: ChatTokenizer) -> tuple[int, int] | None:
     """The tags' ids, where the chat template knows them and each is one token that is shown in the text."""
     start, end = tokenizer.token_id(THINK_OPEN), tokenizer.token_id(THINK_CLOSE)
     if start is None or end is None or {start, end} & tokenizer.special_ids:

@@ -44,7 +44,7 @@ from vibe_sgl_lite.runtime.messages import (
     Usage,
     Welcome,
 )
-from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
+from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.tokenizer_manager.queries import ANSWER_S, Pending, Queries
 from vibe_sgl_lite.tokenizer_manager.requests import Request, RequestTable
 from vibe_sgl_lite.tokenizer_manager.sessions import Session, Sessions
@@ -79,7 +79,7 @@ class TokenizerManager:
     def __init__(
         self,
         spec: PipelineSpec,
-        tokenizer: Tokenizer,
+        tokenizer: ChatTokenizer,
         sessions: Sessions,
         in_thread: Callable[[Callable[[], Prepared], Callable[[Future[Prepared]], None]], None],
         to_scheduler: Callable[[SchedulerInput], None],

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -23,7 +24,7 @@ import zmq
 from vibe_sgl_lite.runtime.chrome_trace import TOKENIZER_MANAGER, ChromeTrace
 from vibe_sgl_lite.runtime.launcher.child import Child, run_child
 from vibe_sgl_lite.runtime.messages import AbortAll, Drain, EngineLost, Finish, SchedulerInput, Shutdown, TokenizerInput
-from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
+from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.runtime.transport.channels import Receiver, new_socket
 from vibe_sgl_lite.tokenizer_manager.manager import TokenizerManager
 from vibe_sgl_lite.tokenizer_manager.sessions import ClientSocket, Sessions
@@ -69,8 +70,9 @@ class Service:
     def __init__(self, child: Child, loop: asyncio.AbstractEventLoop) -> None:
         spec = child.spec
         endpoints = spec.endpoints
-        tokenizer = Tokenizer.from_folder(spec.tokenizer_folder)
+        tokenizer = ChatTokenizer.from_folder(spec.tokenizer_folder)
         check_tokenizer(tokenizer, spec)
+        tokenizer.write_json(Path(endpoints.tokenizer_file))
         self._child = child
         self._loop = loop
         self._inbound: Receiver[TokenizerInput] = Receiver(child.context, endpoints.tokenizer_manager, TokenizerInput)

@@ -18,8 +18,8 @@ from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.messages import ClientMessage, Generate
 from vibe_sgl_lite.runtime.messages.parts import TextFormat
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, resolve
+from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.runtime.text.grammar import make_grammar
-from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
 from vibe_sgl_lite.tokenizer_manager.chat import text_format, thinking_rules
 
 BYTES_PER_TOKEN = 16  # text beyond this many bytes for each token of the context is not even tokenized
@@ -33,7 +33,7 @@ MAX_SALT_CHARS = 256
 MAX_PRIORITY = 2**31 - 1
 ROLES = ("system", "user", "assistant", "tool")
 # Arguments of the template call that a request may not replace or that are not done here.
-RESERVED = ("messages", "chat_template", "tokenize", "continue_final_message", "documents")
+RESERVED = ("messages", "chat_template", "tokenize", "documents")
 
 _FRAME_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError)
 _decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
@@ -111,7 +111,7 @@ def read_frame(frame: bytes, limits: Limits) -> ClientMessage | Unreadable:
         return Unreadable(_frame_error(error), _rid_of(frame))
 
 
-def check(message: Generate, limits: Limits, tokenizer: Tokenizer) -> Checked:
+def check(message: Generate, limits: Limits, tokenizer: ChatTokenizer) -> Checked:
     """Everything about a request that is cheap to check. Raises RequestError naming the field."""
     if not 0 < len(message.rid) <= MAX_RID_CHARS:
         raise RequestError(f"rid has {len(message.rid)} characters: must have 1 to {MAX_RID_CHARS}", field="rid")
@@ -156,7 +156,7 @@ def check(message: Generate, limits: Limits, tokenizer: Tokenizer) -> Checked:
     )
 
 
-def prepare(request: Checked, tokenizer: Tokenizer, spec: PipelineSpec, limits: Limits) -> Prepared:
+def prepare(request: Checked, tokenizer: ChatTokenizer, spec: PipelineSpec, limits: Limits) -> Prepared:
     """Token ids and concrete sampling parameters; for a thread, it may take long. Raises RequestError."""
     chat = None
     if request.input_ids is not None:
@@ -164,13 +164,13 @@ def prepare(request: Checked, tokenizer: Tokenizer, spec: PipelineSpec, limits: 
         num_tokens = _check_ids(packed, spec.model.vocab_size)
     else:
         if request.messages is not None:
-            text = tokenizer.apply_chat_template(request.messages, **request.template_kwargs)
-            _check_text(text, limits, "messages")
-            chat = text_format(text, request.template_kwargs, tokenizer)
+            rendered = tokenizer.apply_chat_template(request.messages, **request.template_kwargs)
+            _check_text(rendered, limits, "messages")
+            chat = text_format(tokenizer.plain_text(rendered), request.template_kwargs, tokenizer)
+            ids = tokenizer.encode_chat(rendered)
         else:
             assert request.prompt is not None
-            text = request.prompt
-        ids = tokenizer.encode(text, add_special_tokens=request.messages is None)
+            ids = tokenizer.encode(request.prompt)
         assert max(ids, default=0) < spec.model.vocab_size, "the tokenizer has gaps, and ids beyond the model's"
         packed, num_tokens = array("i", ids).tobytes(), len(ids)
     if num_tokens == 0:
@@ -196,7 +196,7 @@ def prepare(request: Checked, tokenizer: Tokenizer, spec: PipelineSpec, limits: 
     return Prepared(packed, num_tokens, sampling, chat)
 
 
-def check_tokenizer(tokenizer: Tokenizer, spec: PipelineSpec) -> None:
+def check_tokenizer(tokenizer: ChatTokenizer, spec: PipelineSpec) -> None:
     """Refuse a tokenizer of another model. Raises TokenizerError."""
     if tokenizer.vocab_size > spec.model.vocab_size:
         raise TokenizerError(
@@ -289,13 +289,21 @@ def _check_messages(messages: list[dict[str, Any]]) -> None:
             raise RequestError(f"messages[{place}].tool_calls must be a list of objects", field="messages")
         if content is None and role == "assistant" and calls:
             message["content"] = ""
+        elif isinstance(content, list):
+            for number, part in enumerate(content):
+                if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                    raise RequestError(
+                        f"messages[{place}].content[{number}] is no part of type text: only text is taken",
+                        field="messages",
+                    )
         elif not isinstance(content, str):
             raise RequestError(
-                f"messages[{place}].content is a {type(content).__name__}: must be a text", field="messages"
+                f"messages[{place}].content is a {type(content).__name__}: must be a text or a list of text parts",
+                field="messages",
             )
 
 
-def _check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+def _check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: ChatTokenizer) -> None:
     _check_depth(kwargs, "template_kwargs")
     size = len(msgspec.msgpack.encode(kwargs))
     if size > MAX_TEMPLATE_BYTES:

@@ -41,6 +41,11 @@ class Endpoints(msgspec.Struct, frozen=True):
     def detokenizer(self) -> str:
         return f"ipc://{self.directory}/detok"
 
+    @property
+    def tokenizer_file(self) -> str:
+        """A path: tokenizer.json as the tokenizer manager read it, for the detokenizer and the ranks' grammars."""
+        return f"{self.directory}/tokenizer.json"
+
     def rank(self, rank: int) -> str:
         return f"ipc://{self.directory}/rank{rank}.{self.epoch}"
 

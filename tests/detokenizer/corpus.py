@@ -71,4 +71,4 @@ def byte_fallback_tokenizer() -> Tokenizer:
 
 @cache
 def qwen3_tokenizer() -> Tokenizer:
-    return Tokenizer.from_folder(QWEN3)
+    return Tokenizer.from_file(Path(QWEN3) / "tokenizer.json")

@@ -141,7 +141,7 @@ def check_logprobs(out: Output, prompt_ids: list[int], reference: Any) -> None:
 def test_logprobs_equal_transformers_cold_and_warm(client: Client, small: Client, reference: Any) -> None:
     """Of the raw distribution, whatever else shapes the draw."""
     prompt = "Once upon a time there was a little dog who lived in the garden with his friend"
-    ids = Tokenizer.from_folder(EMBEDDED).encode(prompt)
+    ids = Tokenizer.from_file(EMBEDDED / "tokenizer.json").encode(prompt)
     params = SamplingParams(
         temperature=1.3, seed=3, presence_penalty=1.0, max_new_tokens=12, top_logprobs=3, ignore_eos=True
     )

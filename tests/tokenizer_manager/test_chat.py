@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 import vibe_sgl_lite
 from tests.tokenizer_manager.harness import make_spec
@@ -15,11 +16,11 @@ from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.messages import Generate
 from vibe_sgl_lite.runtime.messages.parts import TextFormat
 from vibe_sgl_lite.runtime.settings.sampling_params import ThinkingRules
-from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
+from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.tokenizer_manager.validate import Limits, Prepared, check, prepare
 
 FOLDER = Path(vibe_sgl_lite.__file__).parent / "models" / "tiny"
-TOKENIZER = Tokenizer.from_folder(FOLDER)
+TOKENIZER = ChatTokenizer.from_folder(FOLDER)
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 OPEN, CLOSE = TOKENIZER.encode("<think>")[0], TOKENIZER.encode("</think>")[0]
@@ -32,11 +33,16 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> PipelineSpec:
     return msgspec.structs.replace(spec, model=model)
 
 
-def prepared(spec: PipelineSpec, tokenizer: Tokenizer = TOKENIZER, **fields: Any) -> Prepared:
+def prepared(spec: PipelineSpec, tokenizer: ChatTokenizer = TOKENIZER, **fields: Any) -> Prepared:
     values: dict[str, Any] = {"rid": "r", "prompt": None, "input_ids": None, "messages": None}
     message = Generate(**values | {"sampling": msgspec.Raw(msgspec.msgpack.encode({}))} | fields)
     limits = Limits.of(spec.context_length)
     return prepare(check(message, limits, tokenizer), tokenizer, spec, limits)
+
+
+def with_template(text: str) -> ChatTokenizer:
+    """The same vocabulary, another template."""
+    return ChatTokenizer(PreTrainedTokenizerFast.from_pretrained(FOLDER, chat_template=text))
 
 
 def test_only_chats_are_taken_apart(spec: PipelineSpec) -> None:
@@ -47,8 +53,7 @@ def test_only_chats_are_taken_apart(spec: PipelineSpec) -> None:
 
 
 def test_a_template_that_opens_the_block(spec: PipelineSpec) -> None:
-    backend = TOKENIZER._backend  # the same vocabulary, another template
-    always = Tokenizer(backend, {"chat_template": "{{ messages[0].content }}<think>\n{# </think> #}"})
+    always = with_template("{{ messages[0].content }}<think>\n{# </think> #}")
     got = prepared(spec, always, messages=HI, max_thinking_tokens=5)
     assert got.text_format == TextFormat(think=True, inside=True)
     assert got.sampling.thinking is not None
@@ -56,7 +61,7 @@ def test_a_template_that_opens_the_block(spec: PipelineSpec) -> None:
 
 
 def test_a_template_without_thinking(spec: PipelineSpec) -> None:
-    plain = Tokenizer(TOKENIZER._backend, {"chat_template": "{{ messages[0].content }}"})
+    plain = with_template("{{ messages[0].content }}")
     assert prepared(spec, plain, messages=HI).text_format == TextFormat()
     with pytest.raises(RequestError, match="no thinking block"):
         prepared(spec, plain, messages=HI, max_thinking_tokens=5)

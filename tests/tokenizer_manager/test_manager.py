@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.detokenizer.corpus import small_tokenizer
 from tests.tokenizer_manager.harness import make_spec
 from vibe_sgl_lite.runtime.errors import RequestError
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
@@ -37,6 +36,7 @@ from vibe_sgl_lite.runtime.messages import (
     Usage,
     pack_ids,
 )
+from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.tokenizer_manager.manager import TokenizerManager
 from vibe_sgl_lite.tokenizer_manager.sessions import Sent, Sessions
 from vibe_sgl_lite.tokenizer_manager.validate import Prepared
@@ -66,7 +66,7 @@ class World:
         self.sessions = Sessions(self.socket, self.time)  # type: ignore[arg-type]
         self.manager = TokenizerManager(
             spec,
-            small_tokenizer(),
+            ChatTokenizer.from_folder(spec.tokenizer_folder),
             self.sessions,
             lambda work, done: self.work.append((work, done)),
             self.to_scheduler.append,

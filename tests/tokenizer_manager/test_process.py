@@ -211,7 +211,8 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "bad role": ({"messages": [{"role": "boss", "content": "x"}]}, "messages", "messages[0].role='boss'"),
     "no role": ({"messages": [{"content": "x"}]}, "messages", "role=None"),
     "no content": ({"messages": [{"role": "user"}]}, "messages", "NoneType"),
-    "content parts": ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages", "must be a text"),
+    "content parts": ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages", "only text is taken"),
+    "content": ({"messages": [{"role": "user", "content": 3}]}, "messages", "must be a text"),
     "tool_calls": (
         {"messages": [{"role": "assistant", "content": "x", "tool_calls": "f"}]}, "messages", "tool_calls must be",
     ),

@@ -22,7 +22,7 @@ from vibe_sgl_lite.runtime.text.grammar import make_grammar
 from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
 
 FOLDER = Path(vibe_sgl_lite.__file__).parent / "models" / "tiny"
-TOKENIZER = Tokenizer.from_folder(FOLDER)
+TOKENIZER = Tokenizer.from_file(FOLDER / "tokenizer.json")
 VOCAB = 2048
 END = 2041
 OPEN, CLOSE = TOKENIZER.encode("<think>")[0], TOKENIZER.encode("</think>")[0]
