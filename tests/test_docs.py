@@ -6,31 +6,29 @@ import re
 import subprocess
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from vibe_sgl_lite.runtime.settings.server_args import FLAGS, ServerArgs, flag_name
+from docs.tables import fill
+from vibe_sgl_lite.runtime.settings.sampling_params import FIELDS
+from vibe_sgl_lite.runtime.settings.server_args import FLAGS, flag_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
-def test_every_flag_is_documented_with_its_default() -> None:
-    rows: dict[str, tuple[str, str]] = {}
-    for line in (ROOT / "docs" / "flags.md").read_text().splitlines():
-        if line.startswith("| `--"):
-            name, default, text = (cell.strip() for cell in line.strip("|").split("|", 2))
-            rows[name.strip("`")] = (default, text)
-    assert set(rows) == {"--config", *(flag_name(name) for name in FLAGS)}
-    for field in msgspec.structs.fields(ServerArgs):
-        flag = FLAGS[field.name]
-        value = str(field.default).lower() if field.type is bool else field.default
-        expected = flag.unset if field.default is None else f"`{value}` {flag.unit}".strip()
-        default, text = rows[flag_name(field.name)]
-        assert default == expected, field.name
-        assert len(text) > 20, field.name
-        for choice in flag.choices:
-            assert f"`{choice}`" in text, f"{field.name}: {choice}"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_of_fields_are_those_of_the_code(page: Path) -> None:
+    assert page.read_text() == fill(page.read_text()), "run `python docs/tables.py`"
+
+
+def test_every_field_is_in_a_table() -> None:
+    flags, sampling = ((ROOT / "docs" / name).read_text() for name in ("flags.md", "sampling.md"))
+    assert sorted(re.findall(r"^\| `(--.*?)`", flags, re.M)) == sorted(["--config", *map(flag_name, FLAGS)])
+    for name, field in FLAGS.items():
+        row = next(line for line in flags.splitlines() if line.startswith(f"| `{flag_name(name)}` "))
+        for choice in field.spec.choices:
+            assert f"`{choice}`" in row, f"{name}: {choice}"
+    assert [line.split("`")[1] for line in sampling.splitlines() if line.startswith("| `")][: len(FIELDS)] == [*FIELDS]
 
 
 def test_the_readme_tree_names_every_folder_and_nothing_else() -> None:

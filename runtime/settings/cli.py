@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import tomllib
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-import msgspec
-
 from vibe_sgl_lite.runtime.errors import ConfigError
-from vibe_sgl_lite.runtime.settings.server_args import FLAGS, Flag, ServerArgs, flag_name, make_args
+from vibe_sgl_lite.runtime.settings.schema import Field, hint
+from vibe_sgl_lite.runtime.settings.server_args import FLAGS, ServerArgs, flag_name, make_args
 
 DESCRIPTION = "Serve a Qwen3 model. Prints one line on stdout when ready; logs go to stderr; Ctrl-C stops it."
+SERVE = "serve"  # the subcommand of people who come from other engines; ours needs none
 CONFIG_HELP = "YAML or TOML file with the same settings, names with dashes or underscores; flags win over it"
 
 
 def parse(argv: Sequence[str]) -> ServerArgs:
-    """The settings of a command line. Raises ConfigError; `--help` and `--version` print and raise SystemExit(0)."""
+    """The settings of a command line: flags, and `serve MODEL` or just `MODEL` in front of them.
+
+    Raises ConfigError; `--help` and `--version` print and raise SystemExit(0).
+    """
     parser = _make_parser()
-    flags, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], parser.known_flags(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "see --help"
-        raise ConfigError(f"{unknown[0]} is not a flag; {hint}")
+    flags, rest = parser.parse_known_args(list(argv))
     given: dict[str, Any] = vars(flags)
     config = given.pop("config", None)
     values: dict[str, Any] = {} if config is None else _read_config(Path(config))
     values.update({name: _from_text(name, text) for name, text in given.items()})
+    if rest[:1] == [SERVE] == list(argv[:1]):
+        rest = rest[1:]
+        if len(rest) == 1 and not rest[0].startswith("-") and "model_path" not in given:
+            values["model_path"] = rest.pop()
+    if rest:
+        name = rest[0].split("=")[0].removeprefix("--").replace("-", "_")
+        raise ConfigError(f"{rest[0]} is not a flag; {hint(name, FLAGS, flag_name) or 'see --help'}")
     return make_args(values)
 
 
@@ -40,47 +45,42 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message.removeprefix("argument "))
 
-    def known_flags(self) -> list[str]:
-        return [option for action in self._actions for option in action.option_strings]
-
 
 def _make_parser() -> _Parser:
     parser = _Parser(prog="vibe-sgl-lite", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=CONFIG_HELP)
-    for field in msgspec.structs.fields(ServerArgs):
-        flag = FLAGS[field.name]
-        parser.add_argument(
-            flag_name(field.name),
-            dest=field.name,
-            default=argparse.SUPPRESS,
-            metavar=_metavar(flag, field.type),
-            nargs="?" if field.type is bool else None,
-            const="true" if field.type is bool else None,
-            help=_help(flag, field.default).replace("%", "%%"),
-        )
+    for name, field in FLAGS.items():
+        for flags, shown in (((flag_name(name),), True), (tuple(map(flag_name, field.spec.aliases)), False)):
+            if flags:
+                parser.add_argument(
+                    *flags,
+                    dest=name,
+                    default=argparse.SUPPRESS,
+                    metavar=_metavar(field),
+                    nargs="?" if field.kinds == (bool,) else None,
+                    const="true" if field.kinds == (bool,) else None,
+                    help=_help(field).replace("%", "%%") if shown else argparse.SUPPRESS,
+                )
     return parser
 
 
-def _metavar(flag: Flag, kind: Any) -> str:
-    if flag.choices:
-        return "|".join(flag.choices)
-    if kind is bool:
+def _metavar(field: Field) -> str:
+    if field.spec.choices:
+        return "|".join(field.spec.choices)
+    if field.kinds == (bool,):
         return "true|false"
-    if flag.unit and " " not in flag.unit:
-        return flag.unit.upper()
-    return "TEXT" if "str" in str(kind) else "NUMBER"
+    if field.spec.unit and " " not in field.spec.unit:
+        return field.spec.unit.upper()
+    return "TEXT" if field.kinds == (str,) else "NUMBER"
 
 
-def _help(flag: Flag, default: Any) -> str:
+def _help(field: Field) -> str:
     """`The help text (default: 16 tokens)`."""
-    if default is None:
-        shown = flag.unset
-    elif isinstance(default, bool):
-        shown = str(default).lower()
-    else:
-        shown = f"{default} {flag.unit}".strip()
-    return f"{flag.help} (default: {shown})"
+    spec, default = field.spec, field.default
+    value = str(default).lower() if isinstance(default, bool) else default
+    shown = spec.unset if default is None else f"{value} {spec.unit}".strip()
+    return f"{spec.help} (default: {shown})".replace("`", "")
 
 
 def _version() -> str:
@@ -92,13 +92,11 @@ def _version() -> str:
 
 def _from_text(name: str, text: str) -> Any:
     """The typed value of a flag's text; text that does not fit stays text, for `ServerArgs` to refuse by its rules."""
-    kind = next(field.type for field in msgspec.structs.fields(ServerArgs) if field.name == name)
-    if "str" in str(kind):
-        return text
+    (kind,) = FLAGS[name].kinds
     try:
         if kind is bool:
             return {"true": True, "false": False}.get(text.lower(), text)
-        return float(text) if "float" in str(kind) else int(text)
+        return kind(text)
     except ValueError:
         return text
 

@@ -1,123 +1,170 @@
 """Sampling parameters: what a caller may ask for, and what a request runs with once the model's defaults are filled in.
 
-`SamplingParams` is the caller's side: a field left out is `UNSET` and takes the model's own value
-(generation_config.json), else the default of `DEFAULTS`. `ResolvedSampling` is the engine's side: every field concrete.
-Knows nothing of tokenizers, schedulers or tensors.
+`SamplingParams` is the caller's side, and the table of all fields: one left out is `UNSET` and takes the model's own
+value (generation_config.json), else the default of its `Spec`. `ResolvedSampling` is the engine's side: every field
+concrete. Knows nothing of tokenizers, schedulers or tensors.
 """
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from vibe_sgl_lite.runtime.errors import RequestError
+from vibe_sgl_lite.runtime.settings.schema import Spec, Unfit, our_names, settle, table
 
 GREEDY_TEMPERATURE = 1e-6  # at or below: exact argmax
 MAX_N = 64
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
-MAX_STOP_TOKEN_IDS = 128
-MAX_TOP_LOGPROBS = 20
-MAX_LOGIT_BIAS = 1024
-
-DEFAULTS: Mapping[str, Any] = {
-    "max_new_tokens": 128,
-    "temperature": 1.0,
-    "top_k": -1,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "frequency_penalty": 0.0,
-    "presence_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "min_new_tokens": 0,
-    "stop": (),
-    "stop_token_ids": (),
-    "ignore_eos": False,
-    "include_stop": False,
-    "skip_special_tokens": True,
-    "logit_bias": {},
-    "seed": None,
-    "n": 1,
-    "logprobs": False,
-    "top_logprobs": 0,
-    "prompt_logprobs": False,
-}
-
-# field -> (lowest, highest, lowest is excluded); None is no bound
-_RANGES: Mapping[str, tuple[float | None, float | None, bool]] = {
-    "max_new_tokens": (1, None, False),
-    "temperature": (0.0, 100.0, False),
-    "top_p": (0.0, 1.0, True),
-    "min_p": (0.0, 1.0, False),
-    "frequency_penalty": (-2.0, 2.0, False),
-    "presence_penalty": (-2.0, 2.0, False),
-    "repetition_penalty": (0.0, 10.0, True),
-    "min_new_tokens": (0, None, False),
-    "seed": (-(2**63), 2**64 - 1, False),
-    "n": (1, MAX_N, False),
-    "top_logprobs": (0, MAX_TOP_LOGPROBS, False),
-}
-_INTS = frozenset({"max_new_tokens", "top_k", "min_new_tokens", "seed", "n", "top_logprobs"})
-_FLOATS = frozenset({"temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"})
-_BOOLS = frozenset({"ignore_eos", "include_stop", "skip_special_tokens", "logprobs", "prompt_logprobs"})
-_NONE_ALLOWED = frozenset({"max_new_tokens", "seed"})
+MAX_TOKENS = 2**31 - 1  # numbers of tokens and token ids are int32 on their way to the ranks
 
 
-class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """How to sample one request. A field left out takes the model's own default, else the one named here.
+class _Constructor(type(msgspec.Struct)):  # type: ignore[misc]
+    """Unknown names are refused as every bad field is, and aliases are taken."""
 
-    max_new_tokens: tokens to generate at most (128); None means up to the context length.
-    temperature: 0 is greedy: the exact argmax, ties to the lowest id (1.0).
-    top_k: keep the k most likely tokens; -1 is off (-1).
-    top_p: nucleus, the smallest set with at least this mass, 0 < top_p <= 1 (1.0).
-    min_p: drop tokens less likely than min_p times the most likely one (0.0).
-    frequency_penalty, presence_penalty: over generated tokens, -2..2 (0.0).
-    repetition_penalty: over prompt and generated tokens, above 0 (1.0).
-    min_new_tokens: end and stop tokens cannot be drawn before that many tokens (0).
-    stop: strings that end the text; one string or several (none).
-    stop_token_ids: ids that end the output in addition to the model's end tokens (none).
-    ignore_eos: go on past the model's end tokens; stop and stop_token_ids still hold (False).
-    include_stop: keep the matched stop string in the text (False).
-    skip_special_tokens: leave special tokens out of the text (True).
-    logit_bias: token id -> number added to its logit (none).
-    seed: 64 bits; the output then depends on nothing else in the batch. None draws one and reports it (None).
-    n: samples of this prompt (1).
-    logprobs, top_logprobs, prompt_logprobs: of the raw model distribution (off).
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        if args:
+            raise RequestError("SamplingParams takes its fields by name, as temperature=0", field="sampling_params")
+        if not values.keys() <= set(cls.__struct_fields__):
+            values = our_names(values, cls, "sampling parameter", RequestError)
+        return super().__call__(**values)
 
-    Raises RequestError (a ValueError) naming field, value and allowed range.
+
+class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, metaclass=_Constructor):
+    """How to sample one request. A field left out takes the model's own default, else the one named in its Spec here.
+
+    Raises RequestError (a ValueError) naming field, value and what is allowed.
     """
 
-    max_new_tokens: int | UnsetType | None = UNSET
-    temperature: float | UnsetType = UNSET
-    top_k: int | UnsetType = UNSET
-    top_p: float | UnsetType = UNSET
-    min_p: float | UnsetType = UNSET
-    frequency_penalty: float | UnsetType = UNSET
-    presence_penalty: float | UnsetType = UNSET
-    repetition_penalty: float | UnsetType = UNSET
-    min_new_tokens: int | UnsetType = UNSET
-    stop: str | Sequence[str] | UnsetType = UNSET
-    stop_token_ids: Sequence[int] | UnsetType = UNSET
-    ignore_eos: bool | UnsetType = UNSET
-    include_stop: bool | UnsetType = UNSET
-    skip_special_tokens: bool | UnsetType = UNSET
-    logit_bias: dict[int, float] | UnsetType = UNSET
-    seed: int | UnsetType | None = UNSET
-    n: int | UnsetType = UNSET
-    logprobs: bool | UnsetType = UNSET
-    top_logprobs: int | UnsetType = UNSET
-    prompt_logprobs: bool | UnsetType = UNSET
+    max_new_tokens: Annotated[
+        int | UnsetType | None,
+        Spec(
+            "tokens to generate at most; more than fit are refused, never clipped",
+            default=128,
+            low=1,
+            high=MAX_TOKENS,
+            allowed="at least 1, and with the prompt at most the context length; `None` is as many as context and KV "
+            "cache allow",
+            aliases=("max_tokens", "max_completion_tokens"),
+            like=("num_predict", "n_predict"),
+        ),
+    ] = UNSET
+    temperature: Annotated[
+        float | UnsetType,
+        Spec("0 is greedy: the exact argmax, ties to the lowest id", default=1.0, low=0, high=100),
+    ] = UNSET
+    top_k: Annotated[
+        int | UnsetType,
+        Spec(
+            "keep the k most likely tokens",
+            default=-1,
+            low=1,
+            high=MAX_TOKENS,
+            also=(-1,),
+            allowed="-1 (off), or 1 and above",
+        ),
+    ] = UNSET
+    top_p: Annotated[
+        float | UnsetType,
+        Spec(
+            "keep the smallest set with at least this mass, after `top_k`", default=1.0, low=0, high=1, above_low=True
+        ),
+    ] = UNSET
+    min_p: Annotated[
+        float | UnsetType,
+        Spec("drop tokens less likely than this times the most likely one", default=0.0, low=0, high=1),
+    ] = UNSET
+    frequency_penalty: Annotated[
+        float | UnsetType,
+        Spec("times how often a token was generated, off its logit", default=0.0, low=-2, high=2),
+    ] = UNSET
+    presence_penalty: Annotated[
+        float | UnsetType,
+        Spec("off the logit of every token that was generated", default=0.0, low=-2, high=2),
+    ] = UNSET
+    repetition_penalty: Annotated[
+        float | UnsetType,
+        Spec(
+            "divides positive and multiplies negative logits of tokens in prompt and output",
+            default=1.0,
+            low=0,
+            high=10,
+            above_low=True,
+            like=("repeat_penalty",),
+        ),
+    ] = UNSET
+    min_new_tokens: Annotated[
+        int | UnsetType,
+        Spec(
+            "end and stop tokens cannot be drawn before",
+            default=0,
+            low=0,
+            high=MAX_TOKENS,
+            allowed="at least 0 and at most `max_new_tokens`",
+            aliases=("min_tokens",),
+        ),
+    ] = UNSET
+    stop: Annotated[
+        str | Sequence[str] | UnsetType,
+        Spec("texts that end the output, also across tokens; one or several", default=(), items=16, chars=256),
+    ] = UNSET
+    stop_token_ids: Annotated[
+        Sequence[int] | UnsetType,
+        Spec("end the output in addition to the model's end tokens", default=(), items=128, low=0, high=MAX_TOKENS),
+    ] = UNSET
+    ignore_eos: Annotated[
+        bool | UnsetType,
+        Spec("go on past the model's end tokens; `stop` and `stop_token_ids` still hold", default=False),
+    ] = UNSET
+    include_stop: Annotated[
+        bool | UnsetType,
+        Spec("keep the matched stop string in the text", default=False, aliases=("include_stop_str_in_output",)),
+    ] = UNSET
+    skip_special_tokens: Annotated[bool | UnsetType, Spec("leave special tokens out of the text", default=True)] = UNSET
+    logit_bias: Annotated[
+        dict[int, float] | UnsetType,
+        Spec("token id -> number added to its logit", default={}, items=1024, low=-1000, high=1000),
+    ] = UNSET
+    seed: Annotated[
+        int | UnsetType | None,
+        Spec(
+            "the output then depends on nothing else in the batch; `None` draws one and reports it",
+            default=None,
+            low=-(2**63),
+            high=2**64 - 1,
+            allowed="64 bits",
+            aliases=("sampling_seed",),
+        ),
+    ] = UNSET
+    n: Annotated[
+        int | UnsetType, Spec("samples of the prompt; sample i has seed + i", default=1, low=1, high=MAX_N)
+    ] = UNSET
+    logprobs: Annotated[bool | UnsetType, Spec("of each generated token", default=False)] = UNSET
+    top_logprobs: Annotated[
+        int | UnsetType,
+        Spec("and of that many alternatives; turns `logprobs` on", default=0, low=0, high=20),
+    ] = UNSET
+    prompt_logprobs: Annotated[
+        bool | UnsetType,
+        Spec("of the prompt's tokens, with `top_logprobs` alternatives", default=False),
+    ] = UNSET
 
     def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            value = getattr(self, name)
-            if value is not UNSET:
-                _check(name, value)
+        settle(self, _refusal)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are set; `SamplingParams(**params.to_dict())` is equal."""
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if value is not UNSET}
+
+    def __repr__(self) -> str:
+        return f"SamplingParams({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+
+FIELDS = table(SamplingParams)
+DEFAULTS: Mapping[str, Any] = {name: field.default for name, field in FIELDS.items()}
 
 
 class ThinkingRules(msgspec.Struct, array_like=True, frozen=True):
@@ -210,11 +257,6 @@ def resolve(
             f"min_new_tokens={values['min_new_tokens']} is above max_new_tokens={values['max_new_tokens']}",
             field="min_new_tokens",
         )
-    if isinstance(values["stop"], str):
-        values["stop"] = (values["stop"],)
-    values["stop"] = tuple(values["stop"])
-    values["stop_token_ids"] = tuple(values["stop_token_ids"])
-    values["logit_bias"] = dict(values["logit_bias"])
     for name in ("stop_token_ids", "logit_bias"):
         for token_id in values[name]:
             if not 0 <= token_id < vocab_size:
@@ -227,61 +269,5 @@ def resolve(
     return ResolvedSampling(**values)
 
 
-def _check(name: str, value: Any) -> None:
-    if value is None and name in _NONE_ALLOWED:
-        return
-    if name in _BOOLS:
-        if not isinstance(value, bool):
-            raise _bad(name, value, "must be True or False")
-    elif name in _INTS:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise _bad(name, value, "must be a whole number")
-        if name == "top_k" and value != -1 and value < 1:
-            raise _bad(name, value, "must be -1 (off) or 1 and above")
-        _check_range(name, value)
-    elif name in _FLOATS:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise _bad(name, value, "must be a finite number")
-        _check_range(name, value)
-    elif name == "stop":
-        _check_stop(value)
-    elif name == "stop_token_ids":
-        if not isinstance(value, list | tuple) or any(isinstance(v, bool) or not isinstance(v, int) for v in value):
-            raise _bad(name, value, "must be a list of token ids")
-        if len(value) > MAX_STOP_TOKEN_IDS:
-            raise _bad(name, f"{len(value)} ids", f"may have at most {MAX_STOP_TOKEN_IDS} ids")
-    else:
-        _check_logit_bias(value)
-
-
-def _check_range(name: str, value: float) -> None:
-    low, high, open_low = _RANGES.get(name, (None, None, False))
-    too_low = low is not None and (value <= low if open_low else value < low)
-    if too_low or (high is not None and value > high):
-        bounds = f"{'above' if open_low else 'at least'} {low}" + ("" if high is None else f" and at most {high}")
-        raise _bad(name, value, f"must be {bounds}")
-
-
-def _check_stop(value: Any) -> None:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list | tuple) or any(not isinstance(s, str) for s in stops):
-        raise _bad("stop", value, "must be a string or a list of strings")
-    if len(stops) > MAX_STOPS:
-        raise _bad("stop", f"{len(stops)} strings", f"may have at most {MAX_STOPS} strings")
-    for s in stops:
-        if not 0 < len(s) <= MAX_STOP_CHARS:
-            raise _bad("stop", s[:40], f"each string must have 1 to {MAX_STOP_CHARS} characters")
-
-
-def _check_logit_bias(value: Any) -> None:
-    if not isinstance(value, dict) or len(value) > MAX_LOGIT_BIAS:
-        raise _bad("logit_bias", type(value).__name__, f"must be a dict of at most {MAX_LOGIT_BIAS} entries")
-    for token_id, bias in value.items():
-        if isinstance(token_id, bool) or not isinstance(token_id, int):
-            raise _bad("logit_bias", token_id, "keys must be token ids")
-        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -1000.0 <= bias <= 1000.0:
-            raise _bad("logit_bias", bias, "values must be numbers from -1000 to 1000")
-
-
-def _bad(name: str, value: Any, what: str) -> RequestError:
-    return RequestError(f"{name}={value!r}: {what}", field=name)
+def _refusal(name: str, unfit: Unfit) -> RequestError:
+    return RequestError(f"{name}={unfit.value}: {unfit.problem}", field=name)

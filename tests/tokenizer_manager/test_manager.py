@@ -373,4 +373,4 @@ def end_of(world: World, uid: int) -> bytes:
 def test_requests_error_keeps_its_field(world: World) -> None:
     world.generate(b"a", "r", min_p=7)
     [refused] = world.got(b"a", Refused)
-    assert refused.error == ErrorInfo(RequestError.code, "min_p=7.0: must be at least 0.0 and at most 1.0", "min_p")
+    assert refused.error == ErrorInfo(RequestError.code, "min_p=7.0: must be at least 0 and at most 1", "min_p")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from vibe_sgl_lite.runtime.errors import ConfigError
@@ -34,7 +33,11 @@ def test_flags_of_every_kind() -> None:
         (["--page-size"], "--page-size: expected one argument"),
         (["--page", "1"], r"--page is not a flag; did you mean --page-size\?"),
         (["--pagesize=3"], r"--pagesize=3 is not a flag; did you mean --page-size\?"),
-        (["serve"], "serve is not a flag; see --help"),
+        (["/m"], "/m is not a flag; see --help"),
+        (["serve", "/m", "/n"], "/m is not a flag; see --help"),
+        (["serve", "/m", "--model-path", "/n"], "/m is not a flag; see --help"),
+        (["--gpu-memory-utilization", "0.5"], "is not a flag; --mem-fraction-static is the nearest to it"),
+        (["--tp-sise", "2"], r"--tp-sise is not a flag; did you mean --tp-size\?"),
         (["--disable-overlap", "maybe"], "--disable-overlap maybe must be true or false"),
         (["--tp", "0"], "--tp 0 must be at least 1"),
         (["--config", "/nowhere/x.toml"], "--config /nowhere/x.toml: cannot be read"),
@@ -101,12 +104,19 @@ def test_help_explains_every_flag_with_default_and_unit(capsys: pytest.CaptureFi
         parse(["--help"])
     assert exit_.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for field in msgspec.structs.fields(ServerArgs):
-        flag = FLAGS[field.name]
-        default = flag.unset or f"{str(field.default).lower() if field.type is bool else field.default} {flag.unit}"
-        entry = f"{flag.help} (default: {default.strip()})"
-        assert f"{flag_name(field.name)} " in text
-        assert entry.replace(" ", "") in text.replace(" ", ""), field.name  # argparse breaks lines at dashes
+    for name, field in FLAGS.items():
+        value = str(field.default).lower() if field.kinds == (bool,) else field.default
+        default = field.spec.unset or f"{value} {field.spec.unit}"
+        entry = f"{field.spec.help} (default: {default.strip()})".replace("`", "")
+        assert f"{flag_name(name)} " in text
+        assert entry.replace(" ", "") in text.replace(" ", ""), name  # argparse breaks lines at dashes
+
+
+def test_serve_and_other_engines_names() -> None:
+    assert parse(["serve"]) == ServerArgs()
+    assert parse(["serve", "/m"]) == parse(["serve", "--model", "/m"]) == ServerArgs(model_path="/m")
+    args = ["serve", "/m", "--tensor-parallel-size", "2", "--max-model-len=64", "--disable-overlap-schedule"]
+    assert parse(args) == ServerArgs(model_path="/m", tp=2, context_length=64, disable_overlap=True)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,8 +62,11 @@ def test_a_bad_value_is_refused_by_name(field: str, value: Any) -> None:
 
 
 def test_an_unknown_field_is_refused_by_name() -> None:
-    with pytest.raises(TypeError, match="temperatur"):
+    with pytest.raises(RequestError, match=r"temperatur is not a sampling parameter; did you mean temp") as caught:
         SamplingParams(temperatur=1.0)  # type: ignore[call-arg]
+    assert caught.value.field == "temperatur"
+    with pytest.raises(RequestError, match="by name"):
+        SamplingParams(5)  # type: ignore[call-arg]
     with pytest.raises(msgspec.ValidationError, match="temperatur"):
         msgspec.msgpack.decode(msgspec.msgpack.encode({"temperatur": 1.0}), type=SamplingParams)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ def test_every_field_is_described_and_nothing_else() -> None:
 
 def test_every_default_of_none_says_what_it_stands_for() -> None:
     for field in msgspec.structs.fields(ServerArgs):
-        assert bool(FLAGS[field.name].unset) == (field.default is None), field.name
+        assert bool(FLAGS[field.name].spec.unset) == (field.default is None), field.name
 
 
 def test_defaults_are_valid() -> None:
@@ -104,6 +105,40 @@ def test_unknown_settings_name_the_nearest() -> None:
         make_args({"zzz": 1})
     with pytest.raises(ConfigError, match="set twice"):
         make_args({"page-size": 1, "page_size": 2})
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "value"),
+    [
+        ({"tensor_parallel_size": 2}, "tp", 2),
+        ({"tp-size": 2}, "tp", 2),
+        ({"max_model_len": 100}, "context_length", 100),
+        ({"model": "/m"}, "model_path", "/m"),
+        ({"max_num_seqs": 3}, "max_running_requests", 3),
+    ],
+)
+def test_names_that_other_engines_have_for_the_same(values: dict[str, Any], field: str, value: object) -> None:
+    assert getattr(make_args(values), field) == value
+    with pytest.raises(ConfigError, match="set twice"):
+        make_args({**values, field: value})
+
+
+def test_close_relatives_are_named_but_not_taken() -> None:
+    with pytest.raises(
+        ConfigError, match="gpu-memory-utilization is not a setting; mem_fraction_static is the nearest"
+    ):
+        make_args({"gpu-memory-utilization": 0.5})
+
+
+def test_aliases_are_nobodys_names() -> None:
+    aliases = [alias for field in FLAGS.values() for alias in (*field.spec.aliases, *field.spec.like)]
+    assert len(set(aliases) | set(FLAGS)) == len(aliases) + len(FLAGS)
+
+
+def test_a_path_is_a_path() -> None:
+    assert ServerArgs(model_path=Path("/m"), trace=Path("t")) == ServerArgs(model_path="/m", trace="t")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="--name"):
+        ServerArgs(name=Path("x"))  # type: ignore[arg-type]
 
 
 def test_args_are_frozen() -> None:

@@ -1,0 +1,68 @@
+"""The tables of fields in docs/, made from what the code checks: `python docs/tables.py` writes them anew.
+
+A table stands between `<!-- fields: NAME -->` and `<!-- end -->`; NAME is a group of server settings, or `sampling`.
+tests/test_docs.py checks that the pages are up to date.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from vibe_sgl_lite.runtime.settings.sampling_params import FIELDS
+from vibe_sgl_lite.runtime.settings.schema import Field
+from vibe_sgl_lite.runtime.settings.server_args import FLAGS, flag_name
+
+PAGES = tuple(Path(__file__).resolve().parent.glob("*.md"))
+PLACE = re.compile(r"(<!-- fields: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(page: str) -> str:
+    """A page's text with its tables as they should be."""
+    return PLACE.sub(lambda match: match[1] + "\n".join(_table(match[2])) + "\n" + match[3], page)
+
+
+def _table(name: str) -> Iterator[str]:
+    if name == "sampling":
+        yield "| field | default | allowed | meaning |\n|---|---|---|---|"
+        for field in FIELDS.values():
+            yield f"| `{field.name}` | `{field.default}` | {_allowed(field)} | {_meaning(field)} |"
+        return
+    yield "| flag | default | meaning |\n|---|---|---|"
+    fields = [field for field in FLAGS.values() if field.spec.group == name]
+    assert fields, f"there is no group {name!r} of settings"
+    for field in fields:
+        yield f"| `{flag_name(field.name)}` | {_default(field)} | {_meaning(field)} |"
+
+
+def _meaning(field: Field) -> str:
+    spec = field.spec
+    text = " ".join(filter(None, (f"{spec.help}.", spec.more)))
+    text = text if text.startswith("`") else text[0].upper() + text[1:]
+    if spec.aliases:
+        text += f" Also called {', '.join(f'`{alias}`' for alias in spec.aliases)}."
+    return text.replace("|", "\\|")
+
+
+def _default(field: Field) -> str:
+    default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    return field.spec.unset if default is None else f"`{default}` {field.spec.unit}".strip()
+
+
+def _allowed(field: Field) -> str:
+    spec, kind = field.spec, field.kinds[-1]
+    if kind == list[str]:
+        return f"at most {spec.items}, each of 1 to {spec.chars} characters"
+    if kind == list[int]:
+        return f"at most {spec.items} ids"
+    if kind == dict[int, float]:
+        return f"at most {spec.items} ids; {field.range_words}"
+    return "" if kind is bool else field.range_words
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(fill(path.read_text()))
+        sys.stdout.write(f"{path}\n")
