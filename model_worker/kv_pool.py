@@ -1,4 +1,4 @@
-"""The paged KV cache of one rank: one tensor, sized from free memory, and one extra page for padding.
+"""The paged KV cache of one rank: one tensor, and one extra page for padding (memory_plan.py says how many pages).
 
 The scheduler hands out pages 0 .. num_pages - 1 and never touches the tensor. Page `num_pages` is the padding page:
 whatever is written there is never read as anyone's context. Elements are of the model's dtype, or int8 with scales
@@ -9,19 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 
-import psutil
 import torch
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.cpu.commit_ahead import CommitAhead
 from vibe_sgl_lite.model_worker.cpu.huge_memory import HugeMemory
 from vibe_sgl_lite.model_worker.kv_int8 import HEAD_DIM_MULTIPLE, SCALE_BYTES
-from vibe_sgl_lite.qwen3.layers.parallel_state import Group
-from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
-# A laptop has other things to do with its memory; --max-total-tokens asks for more.
-CPU_LIMIT_BYTES = 4 << 30
 TOKENS_AHEAD = 1024  # so much room is made ready behind what is used: two chunks of a CPU
 # What a rank on CPU makes ready before it takes requests: enough for a handful of conversations.
 READY_TOKENS = 8192
@@ -129,56 +124,3 @@ def bytes_per_token(config: ModelConfig, tp_size: int, dtype: torch.dtype, *, in
     if int8:
         return config.kv_bytes_per_token(tp_size, torch.int8.itemsize, SCALE_BYTES)
     return config.kv_bytes_per_token(tp_size, dtype.itemsize)
-
-
-def choose_num_pages(
-    config: ModelConfig,
-    world: Group,
-    *,
-    page_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    memory_fraction: float,
-    max_total_tokens: int | None,
-    weight_bytes: int,
-    ranks_on_machine: int,
-    int8: bool = False,
-) -> int:
-    """Usable pages, the same on every rank; all ranks call it together, after their weights are loaded.
-
-    With `max_total_tokens`, the pages for that many tokens. Else weights and cache together take `memory_fraction` of
-    what is free without them; on CPU the ranks of a machine share that memory, and the cache takes at most
-    CPU_LIMIT_BYTES of it in all. The smallest rank decides. weight_bytes: what this rank's weights already take.
-
-    Raises ConfigError, on all ranks, when not even one page fits.
-    """
-    page_bytes = page_size * bytes_per_token(config, world.size, dtype, int8=int8)
-    if max_total_tokens is not None:
-        pages = max_total_tokens // page_size
-    else:
-        sharing = ranks_on_machine if device.type == "cpu" else 1  # a GPU belongs to one rank
-        budget = int((free_bytes(device) / sharing + weight_bytes) * memory_fraction) - weight_bytes
-        if device.type == "cpu":
-            budget = min(budget, CPU_LIMIT_BYTES // sharing)
-        pages = budget // page_bytes - 1  # one is for padding
-    smallest = torch.tensor([pages], dtype=torch.int64, device=device)
-    pages = int(world.all_reduce_min(smallest).item())
-    if pages < 1:
-        raise ConfigError(
-            f"the KV cache has no room for one page of page_size={page_size} tokens ({page_bytes / 2**20:.1f} MiB): "
-            + (
-                f"raise --max-total-tokens (now {max_total_tokens}) to {page_size} or more"
-                if max_total_tokens is not None
-                else f"free some memory or raise --mem-fraction-static (now {memory_fraction:g})"
-            ),
-            field="max_total_tokens" if max_total_tokens is not None else "mem_fraction_static",
-        )
-    return pages
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that could be allocated on `device` now."""
-    if device.type == "cuda":
-        free, _total = torch.cuda.mem_get_info(device)
-        return int(free)
-    return int(psutil.virtual_memory().available)

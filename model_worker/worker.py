@@ -18,8 +18,9 @@ import zmq
 
 from vibe_sgl_lite.model_worker.compute import choose_compute
 from vibe_sgl_lite.model_worker.cpu.fused_layers import fuse_layers
-from vibe_sgl_lite.model_worker.kv_pool import KVPool, choose_num_pages
+from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
+from vibe_sgl_lite.model_worker.memory_plan import plan_memory
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
 from vibe_sgl_lite.model_worker.parallel import init_parallel, init_parallel_nodes, relay_group
 from vibe_sgl_lite.model_worker.rank_digest import RankDigest
@@ -33,6 +34,7 @@ from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.launcher.child import HEARTBEAT_S, Child, PipelineSpec, run_child
 from vibe_sgl_lite.runtime.launcher.spawn import RANK_PREFIX
 from vibe_sgl_lite.runtime.messages import ForwardBatch, RankInput, RankReady, Shutdown, StepResult, StepTimes, StopRank
+from vibe_sgl_lite.runtime.settings.machine import usable_cores
 from vibe_sgl_lite.runtime.settings.server_args import flag_name, split_host_port
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 
@@ -124,7 +126,7 @@ def build_runner(
     else:
         load_weights(model, spec.model_folder, progress)
     int8_cache = args.kv_cache_dtype == "int8"
-    num_pages = choose_num_pages(
+    plan = plan_memory(
         spec.model,
         parallel.tp,
         page_size=args.page_size,
@@ -136,19 +138,16 @@ def build_runner(
         ranks_on_machine=len(args.local_ranks),
         int8=int8_cache,
     )
-    pool = KVPool(spec.model, parallel.tp.size, num_pages, args.page_size, dtype, device, int8=int8_cache)
+    pool = KVPool(spec.model, parallel.tp.size, plan.num_pages, args.page_size, dtype, device, int8=int8_cache)
     loaded = time.monotonic()
     pool.make_ready(len(args.local_ranks), heartbeat)
     log.info(
-        "%.2f GB of weights in %.1f s; %d KV pages of %d tokens in %s, %.2f GB; %s; %d threads",
-        weight_bytes(model) / 1e9,
+        "weights loaded in %.1f s: %s; %d threads (%s); %s",
         loaded - started,
-        num_pages,
-        args.page_size,
-        "int8" if int8_cache else spec.dtype,
-        pool.data.nbytes / 1e9,
-        compute.name,
+        plan.words,
         torch.get_num_threads(),
+        f"a share of {usable_cores().source}" if args.num_threads is None else "--num-threads",
+        compute.name,
     )
     attention = compute.attention(pool)
     fuse_layers(model, attention)

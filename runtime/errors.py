@@ -77,9 +77,13 @@ class EngineError(VibeError, RuntimeError):
 
 
 class StartupError(EngineError):
-    """The pipeline did not come up; the message names the process and its cause."""
+    """The pipeline did not come up; the message names the process and its cause. user: whether the user can fix it."""
 
     code = "startup"
+
+    def __init__(self, message: str, *, user: bool = False) -> None:
+        super().__init__(message)
+        self.user = user
 
 
 class EngineDeadError(EngineError):

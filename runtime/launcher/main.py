@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(error, 2)
     except StartupError as error:
-        return _fail(error, 1)
+        return _fail(error, 2 if error.user else 1)
 
 
 def _serve(pipeline: Pipeline) -> int:

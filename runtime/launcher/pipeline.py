@@ -106,7 +106,7 @@ class Pipeline:
             self.stop(0.0)
             raise
         if not self.facts:
-            raise StartupError(self.failure or "stopped while starting")
+            raise StartupError(self.failure or "stopped while starting", user=self._watch.users_mistake)
         return self.facts
 
     def request_stop(self, drain_s: float = DRAIN_S) -> bool:

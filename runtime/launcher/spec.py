@@ -6,15 +6,14 @@ Nothing here imports torch: what only a rank can know (free memory, pages) comes
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import secrets
-import sys
 from pathlib import Path
 
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.settings.checkpoint import settle
+from vibe_sgl_lite.runtime.settings.machine import usable_cores
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig, check_parallel_degrees
 from vibe_sgl_lite.runtime.settings.model_source import find_model
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
@@ -31,7 +30,7 @@ def make_spec(args: ServerArgs, endpoints: Endpoints) -> PipelineSpec:
 
     Raises UserError (ConfigError, ModelConfigError) for what the user can fix; no process has been started by then.
     """
-    source = find_model(args.model_path, weights=args.load_format != "dummy")
+    source = find_model(args.model_path, weights=args.load_format != "dummy", revision=args.revision)
     tokenizer = source.folder
     if args.tokenizer_path is not None:
         tokenizer = find_model(args.tokenizer_path, weights=False, flag="--tokenizer-path").folder
@@ -57,11 +56,10 @@ def make_spec(args: ServerArgs, endpoints: Endpoints) -> PipelineSpec:
 
 
 def threads_per_rank(args: ServerArgs) -> int:
-    """--num-threads, else this machine's share of the cores that this process may use, at least 1."""
+    """--num-threads, else a rank's share of the cores that this process may use, at least 1."""
     if args.num_threads is not None:
         return args.num_threads
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, cores // len(args.local_ranks))
+    return max(1, int(usable_cores().value) // len(args.local_ranks))
 
 
 def _context_length(args: ServerArgs, model: ModelConfig) -> int:

@@ -104,6 +104,7 @@ class Watch:
         on_progress: Callable[[int, int], None],
     ) -> None:
         self.failure: str | None = None
+        self.users_mistake = False  # whether the failure is one that the user can fix
         self._specs = {spec.name: spec for spec in children}
         self._write_spec = write_spec
         self._supervisor = Supervisor(children, 0 if hosts_only else max_restarts)
@@ -221,7 +222,7 @@ class Watch:
             return  # somebody accused a child that is starting again already
         ended = self._supervisor.died(gone, now)
         if ended is None or any(child.failed is not None and child.failed.user for child in gone.values()):
-            if self._max_restarts and not self._hosts_only:
+            if self._max_restarts and not self._hosts_only and not self.users_mistake:
                 raise _Failed(f"{failure}; given up after {self._max_restarts} restarts in {WINDOW_S:.0f} s")
             raise failure
         log.warning("%s; restarting %s", failure, ", ".join(ended))
@@ -334,6 +335,7 @@ class Watch:
             return 3 if code is not None else 4
 
         child = min(self._children.values(), key=rank)
+        self.users_mistake = rank(child) == 1
         if rank(child) in (1, 2) and child.failed is not None:
             return f"{child.process.name}: {one_line(child.failed.message)}", child.process.name
         when = "" if child.facts is not None else " while starting"

@@ -40,6 +40,9 @@ def find_model(
     Raises ConfigError naming `flag` when there is no such folder, when a file in it is a link that leads out of it,
     and when the hub cannot be reached or lacks it.
     """
+    is_id = HUB_ID.fullmatch(model_path) is not None and not os.path.lexists(model_path)
+    if revision is not None and not is_id:
+        raise ConfigError(f"--revision {revision} is for a hub id, and {flag} {model_path} is none", field="revision")
     if model_path == EMBEDDED:
         folder = embedded_folder()
         return ModelSource(folder, folder.name)
@@ -58,7 +61,7 @@ def find_model(
     if is_folder:
         _check_links(folder)
         return ModelSource(folder, folder.name)
-    if HUB_ID.fullmatch(model_path) and not found:
+    if is_id:
         folder = _download(model_path, revision, weights, flag)
         _check_links(folder)
         return ModelSource(folder, model_path)

@@ -44,6 +44,10 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
             aliases=("model",),
         ),
     ] = "embedded"
+    revision: Annotated[
+        str | None,
+        Spec("branch, tag or commit of the model's hub id", unset="the newest", group=MODEL, chars=200),
+    ] = None
     tokenizer_path: Annotated[
         str | None,
         Spec(

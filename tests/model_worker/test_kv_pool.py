@@ -1,4 +1,4 @@
-"""The pool's size: from memory, from --max-total-tokens, and refused when nothing fits."""
+"""The pool's layout, and memory that is committed as it is used."""
 
 import sys
 from pathlib import Path
@@ -10,9 +10,7 @@ import torch
 from tests.model_worker.cpu.test_commit_ahead import resident_bytes
 from tests.runtime.settings.test_model_config import DENSE, read
 from vibe_sgl_lite.model_worker import kv_pool
-from vibe_sgl_lite.model_worker.kv_pool import CPU_LIMIT_BYTES, KVPool, bytes_per_token, choose_num_pages
-from vibe_sgl_lite.qwen3.layers.parallel_state import Group
-from vibe_sgl_lite.runtime.errors import ConfigError
+from vibe_sgl_lite.model_worker.kv_pool import KVPool, bytes_per_token
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -21,29 +19,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def config(tmp_path: Path) -> ModelConfig:
     return read(tmp_path, DENSE)
-
-
-def pages(
-    config: ModelConfig,
-    *,
-    fraction: float = 0.5,
-    tokens: int | None = None,
-    ranks: int = 1,
-    weights: int = 0,
-    int8: bool = False,
-) -> int:
-    return choose_num_pages(
-        config,
-        Group(),
-        page_size=16,
-        dtype=torch.float32,
-        device=CPU,
-        memory_fraction=fraction,
-        max_total_tokens=tokens,
-        weight_bytes=weights,
-        ranks_on_machine=ranks,
-        int8=int8,
-    )
 
 
 def test_layout_and_padding_page(config: ModelConfig) -> None:
@@ -109,37 +84,6 @@ def test_int8_layout(config: ModelConfig, tp_size: int, heads: int) -> None:
         assert scales.eq(0).all()
     assert not pool.data.any()
     assert KVPool(config, 1, 10, 4, torch.float32, CPU).key_scales(0) is None
-
-
-def test_int8_makes_the_pool_larger(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 elements of 4 bytes, in fp32 here, against 16 of 1 and a scale of 4."""
-    monkeypatch.setattr(kv_pool, "free_bytes", lambda device: 1 << 50)
-    assert pages(config, int8=True) + 1 == (pages(config) + 1) * 64 // 20
-    assert pages(config, int8=True, tokens=1000) == 62
-
-
-def test_asked_for_tokens_decide_alone(config: ModelConfig) -> None:
-    assert pages(config, tokens=1000) == 62
-    assert pages(config, tokens=16) == 1
-
-
-def test_free_memory_is_shared_and_capped(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    page_bytes = 16 * config.kv_bytes_per_token(1, 4)
-    monkeypatch.setattr(kv_pool, "free_bytes", lambda device: 200 * page_bytes)
-    assert pages(config, fraction=0.5) == 99  # one of the 100 is for padding
-    assert pages(config, fraction=0.5, ranks=4) == 24
-    assert pages(config, fraction=0.5, weights=50 * page_bytes) == 74  # half of 250, less the 50 of the weights
-    monkeypatch.setattr(kv_pool, "free_bytes", lambda device: 1 << 50)
-    assert pages(config) == CPU_LIMIT_BYTES // page_bytes - 1
-
-
-@pytest.mark.parametrize(("tokens", "flag"), [(15, "--max-total-tokens"), (None, "--mem-fraction-static")])
-def test_no_room_names_the_flag(
-    config: ModelConfig, monkeypatch: pytest.MonkeyPatch, tokens: int | None, flag: str
-) -> None:
-    monkeypatch.setattr(kv_pool, "free_bytes", lambda device: 1000)
-    with pytest.raises(ConfigError, match=f"{flag}.*now"):
-        pages(config, tokens=tokens)
 
 
 def test_pool_memory_is_committed_only_when_written(config: ModelConfig) -> None:

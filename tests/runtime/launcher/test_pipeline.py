@@ -160,6 +160,7 @@ def test_a_child_that_does_not_come_up(model: Path, run_base: Path, behaviours: 
     assert time.monotonic() - start < 10
     assert str(error.value).startswith(says)
     assert "\n" not in str(error.value)
+    assert error.value.user == ("user_fail" in behaviours.values())
     assert processes() == {}
     assert list(run_base.iterdir()) == []
 

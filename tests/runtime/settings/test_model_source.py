@@ -76,6 +76,10 @@ def test_a_revision_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, **o: asked.update(o) or str(tmp_path))
     find_model("Qwen/Qwen3-0.6B", weights=False, revision="v1.0")
     assert asked["revision"] == "v1.0"
+    for path in ("embedded", str(tmp_path)):
+        with pytest.raises(ConfigError, match=r"--revision v1\.0 is for a hub id") as error:
+            find_model(path, weights=False, revision="v1.0")
+        assert error.value.field == "revision"
 
 
 @pytest.mark.parametrize(
