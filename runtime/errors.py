@@ -15,6 +15,7 @@
         ├── OverloadedError                "overloaded": the queue is full, or the engine is draining
         ├── KVExhaustedError               "kv_exhausted": the request cannot fit the empty KV pool
         ├── NumericalError                 "numerical_error": NaN or inf in this request's hidden states
+        ├── PoisonError                    "poison": model workers died again and again while they ran this request
         └── ProtocolError                  "protocol": wrong protocol version, or a frame that makes no sense
 
 On a wire an error is an `ErrorInfo` (runtime/messages.py); `error_from_code` turns it back into one of these.
@@ -114,6 +115,10 @@ class NumericalError(EngineError):
     code = "numerical_error"
 
 
+class PoisonError(EngineError):
+    code = "poison"
+
+
 class ProtocolError(EngineError):
     code = "protocol"
 
@@ -122,7 +127,15 @@ def error_from_code(code: str, message: str, field: str | None = None) -> VibeEr
     """The exception that stands for an error that came over a wire; an unknown code becomes a plain EngineError."""
     if code in (RequestError.code, UserError.code):
         return RequestError(message, field=field)
-    for kind in (EngineDeadError, OverloadedError, KVExhaustedError, NumericalError, ProtocolError, StartupError):
+    for kind in (
+        EngineDeadError,
+        OverloadedError,
+        KVExhaustedError,
+        NumericalError,
+        PoisonError,
+        ProtocolError,
+        StartupError,
+    ):
         if kind.code == code:
             return kind(message)
     return EngineError(message)

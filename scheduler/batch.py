@@ -25,9 +25,10 @@ class Chunk(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct):
-    """A step in flight. Row order: `decode`, one token each, then `chunks`.
+    """A step in flight. Row order: `decode`, then `chunks`.
 
-    estimate_s: what it should take; 0 when nothing has been measured yet.
+    tokens: of each decode row, drafts included; None: one each. estimate_s: what it should take; 0 when nothing was
+        measured yet.
     """
 
     number: int
@@ -36,6 +37,7 @@ class Step(msgspec.Struct):
     sent_at: float
     work: Work
     estimate_s: float
+    tokens: array[int] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -43,9 +45,10 @@ class Step(msgspec.Struct):
 
 
 class BatchBuilder:
-    """Remembers what was told to the ranks; `build` says the rest."""
+    """Remembers what was told to the ranks of one epoch; `build` says the rest."""
 
-    def __init__(self) -> None:
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
         self._released: list[int] = []
         self._new: dict[int, Request] = {}
         self._page_slots: list[int] = []
@@ -86,7 +89,8 @@ class BatchBuilder:
         self._replaced += [(request, index, page) for index, page in changes]
 
     def build(self, step: Step) -> ForwardBatch:
-        slots, tokens = array("i", [r.slot for r in step.decode]), array("i", [1]) * len(step.decode)
+        slots = array("i", [r.slot for r in step.decode])
+        tokens = array("i", [1]) * len(step.decode) if step.tokens is None else step.tokens[:]
         for chunk in step.chunks:
             slots.append(chunk.request.slot)
             tokens.append(chunk.count)
@@ -108,6 +112,7 @@ class BatchBuilder:
             page_ids=array("i", self._page_ids).tobytes(),
             row_slots=None if same else row_slots,
             row_tokens=None if same else row_tokens,
+            epoch=self._epoch,
         )
         self._released, self._new, self._replaced = [], {}, []
         self._page_slots, self._page_index, self._page_ids = [], [], []

@@ -13,6 +13,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     overlap: two steps in flight instead of one.
     max_step_stretch: while requests decode, a step with chunks takes at most so many times what decoding alone would.
     conservativeness: factor on the share of the remaining output that admission keeps room for.
+    draft_tokens: what a decode row may run beyond its one known token; the ranks propose and check them.
+    epoch: the number of the first rank group.
     base_tokens: a guess, until steps are measured, at how many tokens' work an empty step costs.
     """
 
@@ -27,3 +29,5 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_step_stretch: float = 3.0
     conservativeness: float = 1.0
     base_tokens: float = 16.0
+    draft_tokens: int = 0
+    epoch: int = 0

@@ -3,7 +3,7 @@
 It has no sockets, no clock, no torch and no globals; time comes in as arguments, in seconds of any monotonic clock. The
 same object is driven by the process (scheduler/process.py), by tests, by the simulator and by a recorded trace.
 
-    core.py            the interface: add, abort, stop_matched, schedule, complete, flush_cache, stats
+    core.py            the interface: add, abort, stop_matched, schedule, complete, lose_ranks, flush_cache, stats
     planner.py         what runs next                     policies/      who is next
     results.py         what a result means                sharing.py     who waits for whose prefix
     state.py           where every request is             admission.py   how much room is kept
@@ -14,6 +14,8 @@ same object is driven by the process (scheduler/process.py), by tests, by the si
 Around it: process.py moves messages; observer.py lets others watch: trace.py (with replay.py) and timeline.py;
 simulator.py, workloads.py, simulate.py and plot.py compare policies without ranks.
 
+Ranks may die: `lose_ranks` puts everything that ran back into the queue, and the ranks of the next epoch go on with it.
+
 One step: `schedule(now)` gives a `ForwardBatch` to send to every rank, or None. `complete(result, now)` takes rank 0's
 answer, in order. With overlap a second step may be scheduled before the first one's result is in: a decode row's token
 is then not known here, but the ranks keep it. What is learned late (an end token, an abort) costs one row, whose result
@@ -22,7 +24,7 @@ is dropped; its slot and pages are given up when no step in flight has the row.
 
 from __future__ import annotations
 
-from vibe_sgl_lite.runtime.errors import KVExhaustedError, OverloadedError
+from vibe_sgl_lite.runtime.errors import KVExhaustedError, OverloadedError, PoisonError
 from vibe_sgl_lite.runtime.messages import AddRequest, ErrorInfo, Finish, ForwardBatch, RequestRejected, StepResult
 from vibe_sgl_lite.scheduler.admission import NewTokenRatio
 from vibe_sgl_lite.scheduler.batch import Step
@@ -30,7 +32,7 @@ from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.cost import CostModel
 from vibe_sgl_lite.scheduler.planner import StepPlanner
 from vibe_sgl_lite.scheduler.policies import make_policy
-from vibe_sgl_lite.scheduler.request import samples_of
+from vibe_sgl_lite.scheduler.request import Request, samples_of
 from vibe_sgl_lite.scheduler.results import Outputs, ResultApplier
 from vibe_sgl_lite.scheduler.state import SchedulerState
 
@@ -52,23 +54,15 @@ class Scheduler:
 
     def add(self, message: AddRequest, now: float) -> RequestRejected | None:
         """Queue a request; returns the refusal of one that cannot fit the empty pool or finds the queue full."""
-        state, memory = self.state, self.state.memory
+        state = self.state
         samples = samples_of(message, self._arrivals, now)
         self._arrivals += len(samples)
         first = samples[0]
         assert first.num_prompt_tokens > 0
         assert message.uid not in state.groups
-        pages = memory.pages_for(first.kv_limit)
-        if pages > memory.num_pages:
-            return RequestRejected(
-                message.uid,
-                ErrorInfo(
-                    KVExhaustedError.code,
-                    f"prompt of {first.num_prompt_tokens} tokens with max_new_tokens={first.sampling.max_new_tokens} "
-                    f"needs {pages} KV pages of {memory.page_size} tokens, the pool has {memory.num_pages}: ask for "
-                    "less or raise --max-total-tokens",
-                ),
-            )
+        error = self._too_long(first)
+        if error is not None:
+            return RequestRejected(message.uid, error)
         limit = self.config.max_queued_requests
         if len(state.waiting) - len(state.free_slots) >= limit:
             return RequestRejected(
@@ -92,6 +86,33 @@ class Scheduler:
         if request is not None:
             self.state.finish(request)
 
+    # --------------------------------------------------------------------------------------------------------- ranks
+
+    def lose_ranks(self, epoch: int, now: float) -> Outputs:
+        """The rank group is gone; that of `epoch` is to come. Every request that ran waits again, with its tokens.
+
+        One that several groups have been lost with ends as an error. Nothing runs until `ranks_ready`.
+        """
+        state, outputs = self.state, Outputs()
+        assert epoch > state.epoch
+        for request in state.lose_ranks(epoch):
+            message = f"{request.losses} rank groups died while they ran this request, without a token in between"
+            self._results.end(request, Finish("error", error=ErrorInfo(PoisonError.code, message)), outputs)
+        return outputs
+
+    def ranks_ready(self, num_pages: int, now: float) -> Outputs:
+        """The group of the newest epoch is there, with so many KV pages; requests that these cannot hold are ended."""
+        state, outputs = self.state, Outputs()
+        assert not state.has_ranks
+        state.has_ranks = True
+        if num_pages != state.memory.num_pages:
+            state.memory.resize(num_pages)
+            for request in list(state.requests.values()):
+                error = self._too_long(request)
+                if error is not None:
+                    self._results.end(request, Finish("error", error=error), outputs)
+        return outputs
+
     # --------------------------------------------------------------------------------------------------------- steps
 
     def schedule(self, now: float) -> ForwardBatch | None:
@@ -105,16 +126,22 @@ class Scheduler:
         return None if step is None else self.state.builder.build(step)
 
     def complete(self, result: StepResult, now: float) -> Outputs:
-        """Apply the result of the oldest step in flight."""
+        """Apply the result of the oldest step in flight. One that comes from ranks that are lost means nothing."""
+        if self.is_stale(result):
+            return Outputs()
         step = self.state.in_flight.popleft()
         assert result.step == step.number, f"result of step {result.step}, {step.number} was due"
         self.cost.observe(step.work, result.total_s)
         return self._results.apply(step, result)
 
+    def is_stale(self, result: StepResult) -> bool:
+        """It comes from ranks that are lost."""
+        return result.epoch != self.state.epoch
+
     @property
     def can_schedule(self) -> bool:
-        """Fewer steps are in flight than may be."""
-        return len(self.state.in_flight) < self._max_in_flight
+        """There are ranks, and fewer steps in flight than may be."""
+        return len(self.state.in_flight) < self._max_in_flight and self.state.has_ranks
 
     @property
     def newest_step(self) -> Step | None:
@@ -135,6 +162,19 @@ class Scheduler:
     def idle(self) -> bool:
         """No request is there and no step in flight."""
         return not self.state.requests and not self.state.in_flight
+
+    def _too_long(self, request: Request) -> ErrorInfo | None:
+        """Why the empty pool could not hold the request."""
+        memory = self.state.memory
+        pages = memory.pages_for(request.kv_limit)
+        if pages <= memory.num_pages:
+            return None
+        return ErrorInfo(
+            KVExhaustedError.code,
+            f"prompt of {request.num_prompt_tokens} tokens with max_new_tokens={request.sampling.max_new_tokens} "
+            f"needs {pages} KV pages of {memory.page_size} tokens, the pool has {memory.num_pages}: ask for less or "
+            "raise --max-total-tokens",
+        )
 
     # ------------------------------------------------------------------------------------------------------- queries
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from vibe_sgl_lite.scheduler.page_allocator import PageAllocator
 from vibe_sgl_lite.scheduler.radix_cache import RadixCache, RadixNode
@@ -113,6 +113,21 @@ class KVMemory:
                 self.reserved -= 1
         return pages
 
+    def shrink(self, request: Request) -> None:
+        """Take back what the rest of its tokens does not reach; what a request is promised stays set aside for it.
+
+        A step in flight may have been planned with these pages, but the ranks, who know how many tokens it began with,
+        do not touch them.
+        """
+        keep = self.pages_for(request.num_computed_tokens)
+        freed = request.pages[keep:]
+        if freed:
+            del request.pages[keep:]
+            self.allocator.free(freed)
+            if request.guaranteed:
+                request.reserved_pages += len(freed)
+                self.reserved += len(freed)
+
     def store(self, request: Request, num_tokens: int, *, in_flight: bool) -> list[tuple[int, int]]:
         """Hand the full pages of the first `num_tokens` tokens, all computed and finite, to the cache.
 
@@ -171,6 +186,24 @@ class KVMemory:
     def unreserve(self, request: Request) -> None:
         self.reserved -= request.reserved_pages
         request.reserved_pages = 0
+
+    def lose(self, holders: Iterable[Request]) -> None:
+        """The ranks are gone, and with them what every page held: all are free, and the `holders` have none."""
+        self.cache.clear()
+        self.allocator.reset(self.num_pages)
+        self._deferred.clear()
+        self.num_deferred = 0
+        for request in holders:
+            self.unreserve(request)
+            request.node = None
+            self._forget(request)
+
+    def resize(self, num_pages: int) -> None:
+        """New ranks with so many pages, before any is taken."""
+        assert self.allocator.num_free == self.num_pages
+        self.num_pages = num_pages
+        self._evict_batch = min(EVICT_BATCH, num_pages // 64)
+        self.allocator.reset(num_pages)
 
     @staticmethod
     def _forget(request: Request) -> None:

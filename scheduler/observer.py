@@ -28,6 +28,10 @@ class SchedulerObserver(Protocol):
 
     def completed(self, result: StepResult, now: float, step: Step, outputs: Outputs) -> None: ...
 
+    def ranks_lost(self, epoch: int, now: float, outputs: Outputs) -> None: ...
+
+    def ranks_ready(self, num_pages: int, now: float, outputs: Outputs) -> None: ...
+
     def flushed(self, freed: int | None) -> None: ...
 
     def close(self) -> None: ...
@@ -67,11 +71,25 @@ class ObservedScheduler:
         return batch
 
     def complete(self, result: StepResult, now: float) -> Outputs:
+        if self.core.is_stale(result):
+            return Outputs()  # of ranks that are lost: nothing to tell
         step = self.core.oldest_step
         outputs = self.core.complete(result, now)
         assert step is not None
         for observer in self._observers:
             observer.completed(result, now, step, outputs)
+        return outputs
+
+    def lose_ranks(self, epoch: int, now: float) -> Outputs:
+        outputs = self.core.lose_ranks(epoch, now)
+        for observer in self._observers:
+            observer.ranks_lost(epoch, now, outputs)
+        return outputs
+
+    def ranks_ready(self, num_pages: int, now: float) -> Outputs:
+        outputs = self.core.ranks_ready(num_pages, now)
+        for observer in self._observers:
+            observer.ranks_ready(num_pages, now, outputs)
         return outputs
 
     def flush_cache(self) -> int | None:

@@ -11,6 +11,10 @@ class PageAllocator:
     __slots__ = ("_free", "num_pages")
 
     def __init__(self, num_pages: int) -> None:
+        self.reset(num_pages)
+
+    def reset(self, num_pages: int) -> None:
+        """All pages are free."""
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
 

@@ -11,11 +11,12 @@ the cost model's estimate; with none decoding a step takes a full chunk.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator
 
 from vibe_sgl_lite.scheduler.admission import NewTokenRatio
 from vibe_sgl_lite.scheduler.batch import Chunk, Step
-from vibe_sgl_lite.scheduler.cost import CostModel, chunk_work, decode_work
+from vibe_sgl_lite.scheduler.cost import CostModel, Work, chunk_work, decode_work
 from vibe_sgl_lite.scheduler.policies import SchedulePolicy
 from vibe_sgl_lite.scheduler.request import NO_SLOT, Request
 from vibe_sgl_lite.scheduler.state import SchedulerState
@@ -33,6 +34,7 @@ class StepPlanner:
         self._ratio = ratio
         self._cost = cost
         self._page_size = state.config.page_size
+        self._draft_tokens = state.config.draft_tokens
         self._blocked: tuple[int, int, int] | None = None  # how things were when memory was last found short
         # of the step being planned
         self._tokens_left = 0
@@ -44,9 +46,9 @@ class StepPlanner:
         """The next step, already entered into the state; None when nothing can run before a result comes or at all."""
         state = self._state
         self._retracted = False
-        stalled = self._secure_decode_pages()
-        decode, context = self._decode_rows(stalled)
-        work = decode_work(len(decode), context)
+        tokens = self._secure_draft_pages() if self._draft_tokens else None
+        stalled = self._secure_decode_pages() if tokens is None else set()
+        decode, work = self._decode_rows(stalled, tokens)
         self._chunks = []
         self._tokens_left = state.config.chunked_prefill_size
         self._cost_left = math.inf
@@ -63,7 +65,7 @@ class StepPlanner:
         for chunk in self._chunks:
             work += chunk_work(chunk.end - chunk.count, chunk.count)
         estimate = self._cost.seconds(work) if self._cost.measured else 0.0
-        step = Step(state.next_step, decode, self._chunks, now, work, estimate)
+        step = Step(state.next_step, decode, self._chunks, now, work, estimate, tokens)
         state.next_step += 1
         state.in_flight.append(step)
         if decode:
@@ -71,6 +73,24 @@ class StepPlanner:
         return step
 
     # ------------------------------------------------------------------------------------------------------ decoding
+
+    def _secure_draft_pages(self) -> array[int] | None:
+        """Give every decode row the pages that it needs if all its drafts hold; None, and no page, if they are short.
+
+        Returns the rows' tokens: no more than their requests may still get.
+        """
+        state, memory = self._state, self._state.memory
+        most, tokens, needs = 1 + self._draft_tokens, array("i"), []
+        for request in state.decoding.values():
+            count = min(most, request.kv_limit - request.num_computed_tokens)
+            tokens.append(count)
+            needs.append(memory.pages_for(request.num_computed_tokens + count) - len(request.pages))
+        if sum(needs) > memory.spare:
+            return None
+        for request, need in zip(state.decoding.values(), needs, strict=True):
+            if need:
+                state.builder.add_pages(request, len(request.pages), memory.grow(request, need))
+        return tokens
 
     def _secure_decode_pages(self) -> set[int]:
         """Give a page to every decode row that begins one. Returns the uids that must sit this step out.
@@ -94,25 +114,35 @@ class StepPlanner:
                 state.builder.add_page_each(needy, memory.grow_each(needy))
             return {r.uid for r in stalled}
 
-    def _decode_rows(self, stalled: set[int]) -> tuple[list[Request], int]:
-        """One token of every decoding request that is not stalled; and the sum of their contexts."""
+    def _decode_rows(self, stalled: set[int], tokens: array[int] | None) -> tuple[list[Request], Work]:
+        """One token, or so many `tokens`, of every decoding request that is not stalled; and what that comes to."""
         state, number = self._state, self._state.next_step
         rows = list(state.decoding.values())
         if stalled:
             rows = [r for r in rows if r.uid not in stalled]
         context = 0
         ending = []
-        for request in rows:
-            computed = request.num_computed_tokens + 1
-            request.num_computed_tokens = computed
-            request.last_step = number
-            context += computed
-            if computed >= request.kv_limit:
-                ending.append(request)
+        if tokens is None:
+            for request in rows:
+                computed = request.num_computed_tokens + 1
+                request.num_computed_tokens = computed
+                request.last_step = number
+                context += computed
+                if computed >= request.kv_limit:
+                    ending.append(request)
+            work = decode_work(len(rows), context)
+        else:
+            work = decode_work(0, 0)
+            for request, count in zip(rows, tokens, strict=True):
+                work += chunk_work(request.num_computed_tokens, count)
+                request.num_computed_tokens += count
+                request.last_step = number
+                if request.num_computed_tokens >= request.kv_limit:
+                    ending.append(request)
         for request in ending:
             del state.decoding[request.uid]
             state.ending[request.uid] = request
-        return rows, context
+        return rows, work
 
     def _retract_one(self) -> None:
         """Retract the running request with the fewest generated tokens (ties: the longest prompt, the latest)."""
@@ -186,7 +216,12 @@ class StepPlanner:
         if self._blocked == (state.num_arrived, state.num_released, state.next_step // RETRY_STEPS):
             return
         to_come: int | None = None  # costs a look at every running request, so not before it matters
-        for request in self._policy.order(state.waiting.snapshot(), state.memory, now):
+        suspect = state.suspect()
+        if suspect is None:
+            order = self._policy.order(state.waiting.snapshot(), state.memory, now)
+        else:
+            order = (suspect,) if suspect.queued else ()
+        for request in order:
             if self._tokens_left <= 0:
                 return
             if request.slot != NO_SLOT:

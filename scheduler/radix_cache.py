@@ -187,6 +187,13 @@ class RadixCache:
         assert self.num_evictable == self.num_cached, "flush while pages are in use"
         return self.evict(self.num_cached)
 
+    def clear(self) -> None:
+        """Forget every page, locked or not, and release none: what they held is gone."""
+        self._roots.clear()
+        self._heap.clear()
+        self.num_cached = self.num_evictable = 0
+        self.version += 1
+
     def drop(self, cache_salt: Hashable) -> int:
         """Give back every unlocked page of one cache salt."""
         root = self._roots.get(cache_salt)

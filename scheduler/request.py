@@ -19,7 +19,10 @@ class Request:
     """One sample of one client request; a request with n > 1 is n of these with the same `group`.
 
     tokens: packed int32, the prompt and every generated token known so far.
-    num_computed_tokens: tokens whose KV is in `pages`, steps in flight included. A row of k tokens moves it by k.
+    num_computed_tokens: tokens whose KV is in `pages`, steps in flight included. A row of t tokens moves it by t, and
+        back by as many as its result says were rejected drafts.
+    losses: rank groups in a row that were lost while they ran it and before it had gained a token; tokens_at_loss: how
+        many tokens it had at the last of them.
     prefill_end: tokens known when it got its slot; below that it is prefilling, from there on a decode row has one
         token, which may still be on its way back from the step before.
     limit: number of tokens, prompt included, at which it ends by length. The last one is never fed back, so the KV of
@@ -45,6 +48,7 @@ class Request:
         "kv_limit",
         "last_step",
         "limit",
+        "losses",
         "node",
         "num_computed_tokens",
         "num_prompt_tokens",
@@ -63,6 +67,7 @@ class Request:
         "slot",
         "text_format",
         "tokens",
+        "tokens_at_loss",
         "uid",
         "uses_cache",
     )
@@ -102,6 +107,8 @@ class Request:
 
         self.cached_tokens = -1  # unknown until it first gets a slot
         self.retractions = 0
+        self.losses = 0
+        self.tokens_at_loss = 0
         self.guaranteed = False  # retracted so often that it now runs with its whole need reserved
         self.queued = False  # in the waiting queue
         self.opened = False

@@ -1,6 +1,6 @@
 """Applies a step's result: new tokens, ends, failures, and what the cache may now keep.
 
-A row of a request that has finished meanwhile is dropped. A row of a retracted request counts: its token is kept, and
+A row of a request that has finished meanwhile is dropped. A row of a retracted request counts: its tokens are kept, and
 may even be its last.
 """
 
@@ -20,10 +20,13 @@ from vibe_sgl_lite.runtime.messages import (
     StepResult,
     TokenLogprob,
     TokenOutput,
+    unpack_ids,
 )
 from vibe_sgl_lite.scheduler.batch import Chunk, Step
 from vibe_sgl_lite.scheduler.request import TOKEN_BYTES, Request
 from vibe_sgl_lite.scheduler.state import SchedulerState
+
+NO_TOKEN = b"\xff" * TOKEN_BYTES  # -1
 
 
 class Outputs(msgspec.Struct):
@@ -49,19 +52,23 @@ class ResultApplier:
 
     def apply(self, step: Step, result: StepResult) -> Outputs:
         """`result` is that of `step`, the oldest one in flight."""
-        ids = array("i")
-        ids.frombytes(result.token_ids)
-        assert len(ids) == step.num_rows, f"step {step.number}: {len(ids)} results for {step.num_rows} rows"
         self._state.completed_step = step.number
         outputs = Outputs()
         failed = {row.row: row.code for row in result.failed}
         logprobs = {row.row: row for row in result.logprobs}
-        if failed or logprobs:
-            self._decode_rows_checked(step, ids, failed, logprobs, outputs)
+        plain = not (result.counts or failed or logprobs or step.tokens)
+        rows = [] if plain and not step.chunks else tokens_by_row(result, step.num_rows)
+        if plain:
+            self._decode_rows(step, result.token_ids, outputs)
         else:
-            self._decode_rows(step, ids, result.token_ids, outputs)
+            for row, request in enumerate(step.decode):
+                if row in failed:
+                    self._fail(request, failed[row], outputs)
+                else:
+                    planned = 1 if step.tokens is None else step.tokens[row]
+                    self._sampled(request, rows[row], planned, logprobs.get(row), outputs)
         for row, chunk in enumerate(step.chunks, len(step.decode)):
-            self._chunk(chunk, ids[row], failed.get(row), logprobs.get(row), outputs)
+            self._chunk(chunk, rows[row], failed.get(row), logprobs.get(row), outputs)
         self._state.step_done(step)
         return outputs
 
@@ -73,46 +80,35 @@ class ResultApplier:
         )
         self._state.finish(request)
 
-    def _decode_rows(self, step: Step, ids: array[int], packed: bytes, outputs: Outputs) -> None:
+    def _decode_rows(self, step: Step, packed: bytes, outputs: Outputs) -> None:
         """The hot loop: rows that sampled one token each, with nothing else to tell."""
-        before = len(outputs.tokens)
+        ids = array("i")
+        ids.frombytes(packed)
+        assert len(ids) == step.num_rows, f"step {step.number}: {len(ids)} results for {step.num_rows} rows"
         append = outputs.tokens.append
-        at = 0
+        at = taken = 0
         for request, token in zip(step.decode, ids, strict=False):
             if not request.finished:
                 tokens = request.tokens
                 first = len(tokens) // TOKEN_BYTES
                 one = packed[at : at + TOKEN_BYTES]
-                tokens += one
                 if first >= request.kv_limit or token in request.ends:
-                    self._finish(request, token, one, None, outputs)
+                    self._sampled(request, one, 1, None, outputs)
                 else:
+                    tokens += one
+                    taken += 1
                     append(TokenOutput(request.uid, first - request.num_prompt_tokens, one))
             at += TOKEN_BYTES
-        self.num_completion_tokens += len(outputs.tokens) - before
-
-    def _decode_rows_checked(
-        self,
-        step: Step,
-        ids: array[int],
-        failed: dict[int, str],
-        logprobs: dict[int, RowLogprobs],
-        outputs: Outputs,
-    ) -> None:
-        for row, request in enumerate(step.decode):
-            if row in failed:
-                self._fail(request, failed[row], outputs)
-            else:
-                self._sampled(request, ids[row], logprobs.get(row), outputs)
+        self.num_completion_tokens += taken
 
     def _chunk(
-        self, chunk: Chunk, token: int, failed: str | None, logprobs: RowLogprobs | None, outputs: Outputs
+        self, chunk: Chunk, tokens: bytes, failed: str | None, logprobs: RowLogprobs | None, outputs: Outputs
     ) -> None:
         request, state = chunk.request, self._state
         if failed is not None:
             self._fail(request, failed, outputs)
             return
-        assert (token >= 0) == chunk.samples, f"{request}: a row that {'' if chunk.samples else 'does not '}sample"
+        assert bool(tokens) == chunk.samples, f"{request}: a row that {'' if chunk.samples else 'does not '}sample"
         if logprobs is not None and request.prompt_logprobs is not None:
             for position, entry in enumerate(logprobs.prompt, logprobs.prompt_first):
                 request.prompt_logprobs[position] = entry
@@ -125,45 +121,45 @@ class ResultApplier:
             else:
                 state.leaders.begin(request)
         if chunk.samples:
-            self._sampled(request, token, logprobs, outputs)
+            self._sampled(request, tokens, 1, logprobs, outputs)
 
-    def _sampled(self, request: Request, token: int, logprobs: RowLogprobs | None, outputs: Outputs) -> None:
-        """A token of a request that may have finished meanwhile."""
+    def _sampled(
+        self, request: Request, tokens: bytes, planned: int, logprobs: RowLogprobs | None, outputs: Outputs
+    ) -> None:
+        """What a row yielded that could have yielded `planned` tokens; its request may have finished meanwhile.
+
+        Tokens behind an end are not the request's any more.
+        """
         if request.finished:
             return
-        self.num_completion_tokens += 1
+        ids = unpack_ids(tokens)
+        assert 0 < len(ids) <= planned, f"{request}: {len(ids)} tokens from a row of {planned}"
+        if len(ids) < planned:
+            self._state.reject_drafts(request, planned - len(ids))
         self._open(request, outputs)
-        one = token.to_bytes(TOKEN_BYTES, "little")
-        first = request.num_tokens
-        request.tokens += one
-        if first >= request.kv_limit or token in request.ends:
-            self._finish(request, token, one, logprobs, outputs)
-        else:
-            sampled = logprobs.sampled or None if logprobs is not None else None
-            index = first - request.num_prompt_tokens
-            outputs.tokens.append(
-                TokenOutput(
-                    request.uid, index, one, logprobs=sampled, prompt_logprobs=self._prompt_logprobs(request, index)
-                )
-            )
-
-    def _finish(self, request: Request, token: int, one: bytes, logprobs: RowLogprobs | None, outputs: Outputs) -> None:
-        """Its last token is in: an end token, or the one that makes it full."""
-        finish = Finish("stop", matched=token) if token in request.ends else Finish("length")
-        sampled = logprobs.sampled or None if logprobs is not None else None
-        index = request.num_generated - 1
+        first, finish = request.num_tokens, None
+        for count, token in enumerate(ids, 1):
+            if token in request.ends or first + count > request.kv_limit:
+                finish = Finish("stop", matched=token) if token in request.ends else Finish("length")
+                tokens = tokens[: count * TOKEN_BYTES]
+                break
+        request.tokens += tokens
+        count = len(tokens) // TOKEN_BYTES
+        self.num_completion_tokens += count
+        index = first - request.num_prompt_tokens
         outputs.tokens.append(
             TokenOutput(
                 request.uid,
                 index,
-                one,
+                tokens,
                 finish=finish,
-                usage=request.usage(),
-                logprobs=sampled,
+                usage=None if finish is None else request.usage(),
+                logprobs=logprobs.sampled[:count] or None if logprobs is not None else None,
                 prompt_logprobs=self._prompt_logprobs(request, index),
             )
         )
-        self._state.finish(request)
+        if finish is not None:
+            self._state.finish(request)
 
     def _fail(self, request: Request, code: str, outputs: Outputs) -> None:
         request.failed = True
@@ -183,3 +179,17 @@ class ResultApplier:
         if not request.opened:
             request.opened = True
             outputs.opens.append(request.open_text())
+
+
+def tokens_by_row(result: StepResult, num_rows: int) -> list[bytes]:
+    """The packed ids that each row yielded."""
+    packed = result.token_ids
+    counts = unpack_ids(result.counts) if result.counts else [1] * num_rows
+    assert (len(counts), sum(counts) * TOKEN_BYTES) == (num_rows, len(packed)), (
+        f"step {result.step}: {len(counts)} results with {len(packed)} bytes of tokens for {num_rows} rows"
+    )
+    rows, at = [], 0
+    for count in counts:
+        rows.append(packed[at : at + count * TOKEN_BYTES])
+        at += count * TOKEN_BYTES
+    return rows if result.counts else [b"" if row == NO_TOKEN else row for row in rows]

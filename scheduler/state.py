@@ -22,15 +22,21 @@ from vibe_sgl_lite.scheduler.sharing import PrefixLeaders
 from vibe_sgl_lite.scheduler.waiting import WaitingQueue
 
 MAX_RETRACTIONS = 3
+MAX_LOSSES = 3  # rank groups that one request may be suspected of having killed
 
 
 class SchedulerState:
-    """`requests`: every live sample by uid. `groups`: the live samples' uids of each client request."""
+    """`requests`: every live sample by uid. `groups`: the live samples' uids of each client request.
+
+    epoch: the number of the rank group that runs the steps, or, unless `has_ranks`, of the one to come.
+    """
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.memory = KVMemory(config.num_pages, config.page_size)
-        self.builder = BatchBuilder()
+        self.epoch = config.epoch
+        self.has_ranks = True
+        self.builder = BatchBuilder(config.epoch)
         self.leaders = PrefixLeaders(config.page_size)
         self.requests: dict[int, Request] = {}
         self.groups: dict[int, list[int]] = {}
@@ -39,6 +45,7 @@ class SchedulerState:
         self.decoding: dict[int, Request] = {}
         self.ending: dict[int, Request] = {}
         self.leaving: dict[int, Request] = {}
+        self._suspects: list[Request] = []
         self.free_slots = list(range(config.max_running_requests))
         self.in_flight: deque[Step] = deque()
         self.next_step = 0
@@ -118,6 +125,54 @@ class SchedulerState:
                 del self.leaving[request.uid]
                 self._release(request)
 
+    def reject_drafts(self, request: Request, count: int) -> None:
+        """So many tokens of its oldest row in flight do not count."""
+        request.num_computed_tokens -= count
+        if request.uid not in self.leaving:
+            self.memory.shrink(request)
+            if self.ending.pop(request.uid, None) is not None:
+                self.decoding[request.uid] = request
+
+    def lose_ranks(self, epoch: int) -> list[Request]:
+        """Everything that runs waits again, with its tokens; steps in flight, pages and cache are gone.
+
+        Returns the requests that `MAX_LOSSES` groups in a row have been lost with, without a token in between. Who was
+        there at one loss less runs next, one at a time and with no newcomer beside it, so that the next loss tells the
+        guilty from those that only ran beside them.
+        """
+        holders = {**self.prefilling, **self.decoding, **self.ending, **self.leaving}
+        for request in holders.values():
+            if request.last_step > self.completed_step and not request.finished:
+                gained = request.num_tokens > request.tokens_at_loss
+                request.losses = 1 if gained else request.losses + 1
+                request.tokens_at_loss = request.num_tokens
+        self.memory.lose(holders.values())
+        for place in (self.prefilling, self.decoding, self.ending, self.leaving):
+            place.clear()
+        for request in holders.values():
+            self._wait_anew(request)
+            if not request.finished and not request.queued:
+                self.waiting.add(request)
+        self.free_slots = list(range(self.config.max_running_requests))
+        self.in_flight.clear()
+        self.completed_step = self.next_step - 1
+        self.num_released += 1
+        self.leaders = PrefixLeaders(self.config.page_size)
+        self.epoch, self.has_ranks = epoch, False
+        self.builder = BatchBuilder(epoch)
+        suspects = sorted((r for r in self.requests.values() if r.losses >= MAX_LOSSES - 1), key=lambda r: r.seq)
+        self._suspects = [r for r in suspects if r.losses < MAX_LOSSES]
+        return [r for r in suspects if r.losses >= MAX_LOSSES]
+
+    def suspect(self) -> Request | None:
+        """The next, or the one that runs, of those that may have killed ranks; one that gains a token is cleared."""
+        while self._suspects:
+            request = self._suspects[0]
+            if not request.finished and request.num_tokens == request.tokens_at_loss:
+                return request
+            del self._suspects[0]
+        return None
+
     def _leave(self, request: Request) -> None:
         for place in (self.decoding, self.prefilling, self.ending):
             if place.pop(request.uid, None) is not None:
@@ -136,10 +191,14 @@ class SchedulerState:
         self.memory.detach(request)
         self.builder.release_slot(request)
         heapq.heappush(self.free_slots, request.slot)
+        self._wait_anew(request)
+        self._forget_private_prefix(request)
+
+    @staticmethod
+    def _wait_anew(request: Request) -> None:
         request.slot = NO_SLOT
         request.prefill_end = request.num_tokens
         request.cached_version = -1
-        self._forget_private_prefix(request)
 
     def _forget_private_prefix(self, request: Request) -> None:
         """Without the radix cache, only the samples of one request share; nothing of it stays after them."""

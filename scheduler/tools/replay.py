@@ -19,6 +19,8 @@ from vibe_sgl_lite.scheduler.tools.trace import (
     Added,
     Completed,
     Flushed,
+    RanksCame,
+    RanksDied,
     Scheduled,
     StopSeen,
     digest_of,
@@ -62,6 +64,10 @@ def replay(path: str | Path) -> tuple[ReplaySummary, Scheduler]:
                 summary.steps += bool(event.digest)
             case Completed():
                 same = digest_of(core.complete(event.result, event.now)) == event.digest
+            case RanksDied():
+                same = digest_of(core.lose_ranks(event.epoch, event.now)) == event.digest
+            case RanksCame():
+                same = digest_of(core.ranks_ready(event.num_pages, event.now)) == event.digest
             case Flushed():
                 same = core.flush_cache() == event.freed
         if not same:

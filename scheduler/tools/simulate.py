@@ -54,6 +54,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunked-prefill-size", type=int, default=2048, help="prompt tokens a step (2048)")
     parser.add_argument("--disable-radix-cache", action="store_true", help="no sharing between requests")
     parser.add_argument("--disable-overlap", action="store_true", help="one step in flight")
+    parser.add_argument("--draft-tokens", type=int, default=0, help="drafts a decode row (0)")
+    parser.add_argument("--acceptance", type=float, default=0.7, help="how likely the next draft holds (0.7)")
     parser.add_argument("--calibrate", help="JSON of a benchmark run: take the step costs from its rates")
     parser.add_argument("--decode-rows", type=int, default=16, help="rows of that run's decode steps (16)")
     parser.add_argument("--base-ms", type=float, default=5.0, help="cost of an empty step (5)")
@@ -81,12 +83,13 @@ def simulate(args: argparse.Namespace) -> list[Report]:
             radix_cache=not args.disable_radix_cache,
             overlap=not args.disable_overlap,
             base_tokens=cost.base_s / cost.token_s if cost.token_s else 16.0,
+            draft_tokens=args.draft_tokens,
         )
         if args.trace:
             arrivals = iter(from_trace(args.trace))
         else:
             arrivals = WORKLOADS[args.workload](args.requests, args.rate, args.seed)
-        reports.append(Simulation(config, cost).run(arrivals))
+        reports.append(Simulation(config, cost, args.acceptance).run(arrivals))
     return reports
 
 

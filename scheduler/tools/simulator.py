@@ -1,21 +1,25 @@
 """The real scheduler core against a cost model in place of the ranks: hours of serving in seconds, without a GPU.
 
 Time is simulated. Steps run one after the other, each for as long as the cost model says, while up to two are in
-flight; every row that samples gets a filler token until its request's output is as long as the workload says, then an
-end token. What is measured is what the core decides: order, batching, cache hits, retractions.
+flight; every row that samples gets a filler token (with drafts one or more, at random) until its request's output is as
+long as the workload says, then an end token. What is measured is what the core decides: order, batching, cache hits,
+retractions.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from array import array
 from collections import deque
 from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 import msgspec
 
 from vibe_sgl_lite.runtime.messages import StepResult
+from vibe_sgl_lite.scheduler.batch import Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.core import Scheduler
 from vibe_sgl_lite.scheduler.cost import Work
@@ -102,12 +106,15 @@ class Report(msgspec.Struct):
 
 
 class Simulation:
-    """One run of one configuration."""
+    """One run of one configuration. acceptance: how likely the next draft of a row holds, 0 to 1."""
 
-    def __init__(self, config: SchedulerConfig, cost: StepCost) -> None:
+    def __init__(self, config: SchedulerConfig, cost: StepCost, acceptance: float = 0.0) -> None:
         self.core = Scheduler(config)
         self.now = 0.0
         self._cost = cost
+        self._acceptance = acceptance
+        self._rng = random.Random(0)
+        self._known: dict[int, int] = {}  # uid -> tokens on the ranks, with drafts
         self._results: deque[tuple[float, StepResult]] = deque()  # when it is back, and what
         self._rank_free_at = 0.0
         self._ends_at: dict[int, int] = {}  # live uid -> total tokens at which it ends
@@ -151,33 +158,54 @@ class Simulation:
         while core.schedule(self.now) is not None:
             step = core.newest_step
             assert step is not None
-            ids = array("i", [FILLER]) * len(step.decode)
-            for row, request in enumerate(step.decode):
-                # a request that has ended meanwhile still has a row; its result is dropped
-                if request.num_computed_tokens + 1 >= ends_at.get(request.uid, 0):
-                    ids[row] = END
+            counts = array("i")
+            if core.config.draft_tokens:
+                ids = self._yield_drafts(step, counts)
+            else:
+                ids = array("i", [FILLER]) * len(step.decode)
+                for row, request in enumerate(step.decode):
+                    # a request that has ended meanwhile still has a row; its result is dropped
+                    if request.num_computed_tokens + 1 >= ends_at.get(request.uid, 0):
+                        ids[row] = END
             for chunk in step.chunks:
                 last = chunk.end + 1 >= ends_at.get(chunk.request.uid, 0)
                 ids.append(-1 if not chunk.samples else END if last else FILLER)
+                self._known[chunk.request.uid] = chunk.end + 1
+            if counts:
+                counts.extend(int(chunk.samples) for chunk in step.chunks)
+                ids = array("i", [token for token in ids if token != -1])
             seconds = self._cost.seconds(step.work)
             self._rank_free_at = max(self.now, self._rank_free_at) + seconds
-            self._results.append(
-                (self._rank_free_at, StepResult(step.number, ids.tobytes(), forward_s=seconds, total_s=seconds))
-            )
+            result = StepResult(step.number, ids.tobytes(), forward_s=seconds, total_s=seconds, counts=counts.tobytes())
+            self._results.append((self._rank_free_at, result))
+
+    def _yield_drafts(self, step: Step, counts: array[int]) -> array[int]:
+        """The tokens of the decode rows behind each other, and in `counts` how many are each row's."""
+        ids = array("i")
+        for request, planned in zip(step.decode, step.tokens or repeat(1), strict=False):
+            count = 1
+            while count < planned and self._rng.random() < self._acceptance:
+                count += 1
+            self._known[request.uid] = known = self._known[request.uid] + count
+            past = known - self._ends_at.get(request.uid, 0)
+            ids.extend([FILLER] * (count - 1 - past) + [END] * (past + 1) if 0 <= past < count else [FILLER] * count)
+            counts.append(count)
+        return ids
 
     def _complete(self, result: StepResult) -> None:
         now, last_token = self.now, self._last_token
         gaps: dict[float, int] = {}
         for output in self.core.complete(result, now).tokens:
-            uid = output.uid
+            uid, count = output.uid, len(output.token_ids) // 4
             before = last_token.get(uid)
             if before is None:
                 self._ttft.add(now - self._arrived[uid][0])
             else:
-                gaps[now - before] = gaps.get(now - before, 0) + 1
+                gap = (now - before) / count
+                gaps[gap] = gaps.get(gap, 0) + count
             last_token[uid] = now
             if output.finish is not None:
-                self._end(uid, output.first + 1)
+                self._end(uid, output.first + count)
         for gap, count in gaps.items():
             self._itl.add(gap, count)
 
@@ -187,7 +215,7 @@ class Simulation:
         self._slowness_sum += slowness
         self._slowness_squares += slowness * slowness
         self._finished += 1
-        del self._ends_at[uid], self._last_token[uid]
+        del self._ends_at[uid], self._last_token[uid], self._known[uid]
 
     def _report(self) -> Report:
         stats = self.core.stats()

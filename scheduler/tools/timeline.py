@@ -38,6 +38,7 @@ class Timeline:
         self._trace = ChromeTrace(folder, "scheduler", (SCHEDULER, WORKERS, REQUESTS))
         self._clock = clock
         self._worker_free_at = 0.0
+        self._in_flight = 0
         self._live: set[int] = set()  # uids of samples without an end
         self._means = {kind: _Mean() for kind in ("decode steps", "steps with prompts")}
 
@@ -63,6 +64,7 @@ class Timeline:
 
     def scheduled(self, now: float, batch: ForwardBatch | None, step: Step | None) -> None:
         if step is not None:
+            self._in_flight += 1
             self._trace.span(
                 SCHEDULER, f"schedule {step.number}", now, self._clock() - now, {"new": len(batch.new if batch else [])}
             )
@@ -71,6 +73,7 @@ class Timeline:
         self._trace.span(
             SCHEDULER, f"complete {step.number}", now, self._clock() - now, {"outputs": len(outputs.tokens)}
         )
+        self._in_flight -= 1
         if result.times is None:
             began = max(step.sent_at, self._worker_free_at)
             if result.total_s > 0:
@@ -97,6 +100,15 @@ class Timeline:
         if result.times is not None:
             self._parts(result.times)
             self._means["steps with prompts" if step.chunks else "decode steps"].add(result.times)
+        self._outputs(outputs, now)
+
+    def ranks_lost(self, epoch: int, now: float, outputs: Outputs) -> None:
+        self._trace.event("i", WORKERS, now, name="ranks lost", args={"steps": self._in_flight})
+        self._in_flight = 0
+        self._outputs(outputs, now)
+
+    def ranks_ready(self, num_pages: int, now: float, outputs: Outputs) -> None:
+        self._trace.event("i", WORKERS, now, name="ranks ready", args={"kv_pages": num_pages})
         self._outputs(outputs, now)
 
     def flushed(self, freed: int | None) -> None:

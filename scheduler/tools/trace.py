@@ -66,7 +66,19 @@ class Flushed(Message, frozen=True):
     freed: int | None
 
 
-TraceEvent = Added | Aborted | StopSeen | Scheduled | Completed | Flushed
+class RanksDied(Message, frozen=True):
+    now: float
+    epoch: int
+    digest: bytes
+
+
+class RanksCame(Message, frozen=True):
+    now: float
+    num_pages: int
+    digest: bytes
+
+
+TraceEvent = Added | Aborted | StopSeen | Scheduled | Completed | Flushed | RanksDied | RanksCame
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -103,6 +115,12 @@ class TraceWriter:
 
     def completed(self, result: StepResult, now: float, step: Step, outputs: Outputs) -> None:
         self._write(Completed(now, result, digest_of(outputs)))
+
+    def ranks_lost(self, epoch: int, now: float, outputs: Outputs) -> None:
+        self._write(RanksDied(now, epoch, digest_of(outputs)))
+
+    def ranks_ready(self, num_pages: int, now: float, outputs: Outputs) -> None:
+        self._write(RanksCame(now, num_pages, digest_of(outputs)))
 
     def flushed(self, freed: int | None) -> None:
         self._write(Flushed(freed))

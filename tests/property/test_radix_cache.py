@@ -152,6 +152,15 @@ class RadixCacheMachine(RuleBasedStateMachine):
         self.model.clear()
         assert self.cache.num_roots == 0
 
+    @rule()
+    def clear(self) -> None:
+        """What the pages held is gone, locked or not; whoever holds a node has nothing."""
+        self.cache.clear()
+        self.allocator.reset(NUM_PAGES)
+        self.model.clear()
+        self.held.clear()
+        assert self.cache.num_roots == 0
+
     # ------------------------------------------------------------------------------------------------ invariants
 
     @invariant()

@@ -11,9 +11,10 @@ SCHEDULER_EXAMPLES and SCHEDULER_RULES make longer runs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -27,8 +28,10 @@ from hypothesis.stateful import (
 )
 
 from tests.scheduler.harness import VOCAB, Harness, config, request
-from vibe_sgl_lite.runtime.messages import unpack_ids
+from vibe_sgl_lite.runtime.messages import TokenOutput, unpack_ids
 from vibe_sgl_lite.scheduler.batch import BatchBuilder
+from vibe_sgl_lite.scheduler.core import Scheduler
+from vibe_sgl_lite.scheduler.memory import KVMemory
 from vibe_sgl_lite.scheduler.page_allocator import PageAllocator
 from vibe_sgl_lite.scheduler.policies import POLICIES
 from vibe_sgl_lite.scheduler.radix_cache import RadixCache
@@ -53,9 +56,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(sorted(POLICIES)),
         overlap=st.booleans(),
         radix_cache=st.sampled_from([True, True, True, False]),
+        draft_tokens=st.sampled_from([0, 0, 1, 4]),
+        seed=st.integers(0, 2**32),
     )
     def begin(
-        self, page_size: int, tokens: int, slots: int, chunk: int, policy: str, overlap: bool, radix_cache: bool
+        self,
+        page_size: int,
+        tokens: int,
+        slots: int,
+        chunk: int,
+        policy: str,
+        overlap: bool,
+        radix_cache: bool,
+        draft_tokens: int,
+        seed: int,
     ) -> None:
         self.harness = Harness(
             config(
@@ -67,8 +81,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 policy=policy,
                 overlap=overlap,
                 radix_cache=radix_cache,
+                draft_tokens=draft_tokens,
             ),
             poison=POISON,
+            seed=seed,
         )
         self.uid = 0
 
@@ -99,7 +115,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             end_token_ids=tuple(end), prompt_logprobs=prompt_logprobs,
         )  # fmt: skip
         accepted = self.harness.add(message)
-        fits = -(-(len(prompt) + new - 1) // self.harness.config.page_size) <= self.harness.config.num_pages
+        fits = -(-(len(prompt) + new - 1) // self.harness.config.page_size) <= self.num_pages
         if not fits:
             assert self.harness.rejected[self.uid].error.code == "kv_exhausted"
         elif not accepted:
@@ -142,6 +158,33 @@ class SchedulerMachine(RuleBasedStateMachine):
         if candidates:
             state.retract(data.draw(st.sampled_from(candidates)))
 
+    @rule(
+        ready=st.sampled_from([True, True, False]),
+        more=st.sampled_from([0, 0, 0, -1, 3]),
+        again=st.lists(st.integers(0, 4), max_size=3),
+    )
+    def lose_ranks(self, ready: bool, more: int, again: list[int]) -> None:
+        """At any moment, and again after some steps; the next ones may need a while to come, and have other memory."""
+        self.harness.lose_ranks()
+        for steps in again:
+            if not self.harness.scheduler.state.has_ranks:
+                self.harness.ranks_ready()
+            for _ in range(steps):
+                self.harness.step()
+            self.harness.schedule()
+            self.harness.lose_ranks()
+        if ready:
+            self.ranks_ready(more)
+
+    @precondition(lambda self: not self.harness.scheduler.state.has_ranks)
+    @rule(more=st.sampled_from([0, 0, 0, -1, 3]))
+    def ranks_ready(self, more: int) -> None:
+        self.harness.ranks_ready(max(1, self.num_pages + more))
+
+    @property
+    def num_pages(self) -> int:
+        return self.harness.scheduler.state.memory.num_pages
+
     @rule(count=st.integers(1, 40))
     def evict(self, count: int) -> None:
         self.harness.scheduler.state.memory.cache.evict(count)
@@ -150,9 +193,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def flush(self) -> None:
         scheduler = self.harness.scheduler
         freed = scheduler.flush_cache()
-        assert (freed is None) == bool(self.harness.live() or self.harness.results)
+        assert (freed is None) == bool(self.harness.live() or self.harness.due())
         if freed is not None:
-            assert scheduler.stats()["kv_pages_free"] == scheduler.config.num_pages
+            assert scheduler.stats()["kv_pages_free"] == self.num_pages
 
     @invariant()
     def pages_add_up(self) -> None:
@@ -165,14 +208,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.harness.run(checked=False)
         self.harness.check()
         stats = self.harness.scheduler.stats()
-        assert int(stats["kv_pages_free"]) + int(stats["kv_pages_evictable"]) == self.harness.config.num_pages
+        assert int(stats["kv_pages_free"]) + int(stats["kv_pages_evictable"]) == self.num_pages
         for sample in self.harness.samples.values():
             poisoned = POISON in unpack_ids(sample.message.token_ids)
-            reason = sample.finish.reason if sample.finish is not None else None
-            assert (reason == "error") <= poisoned
-            if poisoned:
-                assert reason in ("error", "abort", None)
-                assert not sample.tokens
+            error = sample.finish.error if sample.finish is not None else None
+            if error is not None and error.code == "numerical_error":
+                assert poisoned
+            elif error is not None:
+                assert (error.code == "poison") == (sample.losses >= 3)
+                assert error.code in ("poison", "kv_exhausted")
+            elif poisoned:
+                assert sample.finish is None or sample.finish.reason == "abort"
+            assert not (poisoned and sample.tokens)
 
 
 TestScheduler = SchedulerMachine.TestCase
@@ -213,8 +260,28 @@ def nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
+SAMPLED, LOSE_RANKS, LOSE = ResultApplier._sampled, SchedulerState.lose_ranks, KVMemory.lose
+
+
 def lose_the_last_output(applier: ResultApplier, request: Request, *rest: Any) -> None:
-    applier._state.finish(request)
+    SAMPLED(applier, request, *rest)
+    if request.finished and rest[-1].tokens[-1].finish is not None:
+        rest[-1].tokens.pop()
+
+
+def count_a_dropped_row(applier: ResultApplier, request: Request, tokens: bytes, *rest: Any) -> None:
+    if request.finished:
+        rest[-1].tokens.append(TokenOutput(request.uid, request.num_generated, tokens))
+    else:
+        SAMPLED(applier, request, tokens, *rest)
+
+
+def keep_what_follows_an_end(applier: ResultApplier, request: Request, tokens: bytes, *rest: Any) -> None:
+    before = request.num_tokens
+    SAMPLED(applier, request, tokens, *rest)
+    output = rest[-1].tokens[-1] if rest[-1].tokens else None
+    if request.finished and output is not None and request.num_tokens - before < len(tokens) // 4:
+        rest[-1].tokens[-1] = msgspec.structs.replace(output, token_ids=tokens)
 
 
 def leave_at_once(state: SchedulerState, request: Request) -> None:
@@ -225,22 +292,83 @@ def leave_at_once(state: SchedulerState, request: Request) -> None:
     state._release(request)
 
 
+def leak_pages_of_drafts(memory: KVMemory, request: Request) -> None:
+    del request.pages[memory.pages_for(request.num_computed_tokens) :]
+
+
+def stay_at_the_end(state: SchedulerState, request: Request, count: int) -> None:
+    request.num_computed_tokens -= count
+    if request.uid not in state.leaving:
+        state.memory.shrink(request)
+
+
+def skip_a_requeue(state: SchedulerState, epoch: int) -> list[Request]:
+    ended = LOSE_RANKS(state, epoch)
+    running = [request for request in state.waiting if request.last_step >= 0]
+    if running:
+        state.waiting.remove(running[-1])
+    return ended
+
+
+def forget_the_new_epoch(state: SchedulerState, epoch: int) -> list[Request]:
+    ended = LOSE_RANKS(state, epoch)
+    state.builder = BatchBuilder(epoch - 1)
+    return ended
+
+
+def requeue_without_the_tokens(state: SchedulerState, epoch: int) -> list[Request]:
+    ended = LOSE_RANKS(state, epoch)
+    for waiting in state.waiting:
+        del waiting.tokens[4 * waiting.num_prompt_tokens :]
+    return ended
+
+
+def never_end_a_killer(state: SchedulerState, epoch: int) -> list[Request]:
+    LOSE_RANKS(state, epoch)
+    return []
+
+
+def suspect_too_many(state: SchedulerState, epoch: int) -> list[Request]:
+    for sample in state.requests.values():
+        sample.tokens_at_loss = sample.num_tokens
+    return LOSE_RANKS(state, epoch)
+
+
+def keep_the_cache(memory: KVMemory, holders: Iterable[Request]) -> None:
+    clear, memory.cache.clear = memory.cache.clear, nothing  # type: ignore[method-assign]
+    LOSE(memory, holders)
+    memory.cache.clear = clear  # type: ignore[method-assign]
+
+
 PLANTED = {
     "a free is skipped": Planted(PageAllocator, "free", 5, nothing),
     "a lock is dropped": Planted(RadixCache, "lock", 5, nothing),
     "an unlock is dropped": Planted(RadixCache, "unlock", 5, nothing),
-    "a terminal event is lost": Planted(ResultApplier, "_finish", 3, lose_the_last_output),
+    "a terminal event is lost": Planted(ResultApplier, "_sampled", 1, lose_the_last_output),
     "a slot is not released": Planted(SchedulerState, "_release", 3, nothing),
     "pages are free before their step is done": Planted(SchedulerState, "_leave", 1, leave_at_once),
     "the ranks do not learn of a page": Planted(BatchBuilder, "add_page_each", 3, nothing),
     "a failed row enters the cache": Planted(ResultApplier, "_fail", 1, lambda applier, r, *rest: None),
+    "a dropped row counts": Planted(ResultApplier, "_sampled", 1, count_a_dropped_row),
+    "what follows an end counts": Planted(ResultApplier, "_sampled", 1, keep_what_follows_an_end),
+    "a page of a rejected draft leaks": Planted(KVMemory, "shrink", 1, leak_pages_of_drafts),
+    "rejected drafts count as computed": Planted(SchedulerState, "reject_drafts", 1, nothing),
+    "rejected drafts leave a request at its end": Planted(SchedulerState, "reject_drafts", 1, stay_at_the_end),
+    "the ranks do not learn of a draft's pages": Planted(BatchBuilder, "add_pages", 3, nothing),
+    "one is not requeued": Planted(SchedulerState, "lose_ranks", 1, skip_a_requeue),
+    "a requeued one loses its tokens": Planted(SchedulerState, "lose_ranks", 1, requeue_without_the_tokens),
+    "batches have an old epoch": Planted(SchedulerState, "lose_ranks", 1, forget_the_new_epoch),
+    "results of an old epoch count": Planted(Scheduler, "is_stale", 1, lambda *args: False),
+    "the cache outlives its ranks": Planted(KVMemory, "lose", 1, keep_the_cache),
+    "who kills ranks goes on": Planted(SchedulerState, "lose_ranks", 1, never_end_a_killer),
+    "who gains tokens is suspected": Planted(SchedulerState, "lose_ranks", 1, suspect_too_many),
 }
 
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     PLANTED[bug].plant(monkeypatch)
-    with pytest.raises((AssertionError, KeyError, IndexError, ExceptionGroup)):
+    with pytest.raises((AssertionError, KeyError, IndexError, ValueError, ExceptionGroup)):
         run_state_machine_as_test(
             SchedulerMachine,
             settings=settings(

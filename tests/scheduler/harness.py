@@ -104,7 +104,11 @@ class _Slot:
 
 
 class FakeRank:
-    """salt_of: a sample's cache salt, by uid. poison: a token whose row fails and leaves NaN in its page."""
+    """salt_of: a sample's cache salt, by uid. poison: a token whose row fails and leaves NaN in its page.
+
+    Of the drafts that a row may have, it proposes some that hold, then one that does not, at random (`rng`). All of
+    them leave their KV in the pages, as on a real rank.
+    """
 
     def __init__(
         self,
@@ -113,14 +117,18 @@ class FakeRank:
         slots: int,
         salt_of: Callable[[int], object] = lambda uid: "",
         poison: int | None = None,
+        epoch: int = 0,
+        rng: random.Random | None = None,
     ) -> None:
+        self.epoch = epoch
+        self.rng = rng or random.Random(0)
         self.page_size = page_size
         self.num_slots = slots
         self.poison = poison
         self.pages: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
         self.slots: dict[int, _Slot] = {}
         self.rows: tuple[list[int], list[int]] | None = None
-        self.last_step = -1
+        self.last_step: int | None = None
         self.used: dict[int, set[int]] = {}  # step -> the pages its rows read and write
         self.row_uids: dict[int, list[int]] = {}
         self.tokens_run = 0
@@ -130,7 +138,8 @@ class FakeRank:
 
     def run(self, batch: ForwardBatch) -> StepResult:
         """What rank 0 would answer. Ranks run steps in order, so the answer does not depend on when it is read."""
-        check(batch.step == self.last_step + 1, f"step {batch.step} after {self.last_step}")
+        check(batch.epoch == self.epoch, f"a batch of epoch {batch.epoch} for ranks of {self.epoch}")
+        check(self.last_step in (None, batch.step - 1), f"step {batch.step} after {self.last_step}")
         self.last_step = batch.step
         for slot in unpack_ids(batch.released):
             check(slot in self.slots, f"slot {slot} released, but it is free")
@@ -155,17 +164,23 @@ class FakeRank:
         check(len(slots) == len(set(slots)) > 0, "a slot twice in one step, or an empty step")
         self.used[batch.step] = set()
         self.row_uids[batch.step] = [self.slots[slot].uid for slot in slots]
-        ids, failed = [], []
-        for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
-            token = self._row(self.slots[slot], count, self.used[batch.step])
-            if token is None:
-                failed.append(FailedRow(row))
-            ids.append(-1 if token is None else token)
-        return StepResult(batch.step, pack_ids(ids), failed=failed)
+        rows = [
+            self._row(self.slots[slot], count, self.used[batch.step]) for slot, count in zip(slots, counts, strict=True)
+        ]
+        failed = [FailedRow(row) for row, tokens in enumerate(rows) if tokens is None]
+        yielded = [tokens or [] for tokens in rows]
+        if max(len(tokens) for tokens in yielded) > 1 or self.rng.random() < 0.1:
+            packed, amounts = [token for tokens in yielded for token in tokens], [len(tokens) for tokens in yielded]
+            return StepResult(batch.step, pack_ids(packed), failed, counts=pack_ids(amounts), epoch=self.epoch)
+        return StepResult(batch.step, pack_ids([*tokens, -1][0] for tokens in yielded), failed, epoch=self.epoch)
 
-    def _row(self, slot: _Slot, count: int, used: set[int]) -> int | None:
-        check(0 < count <= len(slot.tokens) - slot.computed, f"{count} tokens to run, {len(slot.tokens)} known")
-        end = slot.computed + count
+    def _row(self, slot: _Slot, count: int, used: set[int]) -> list[int] | None:
+        """The tokens that a row yields; None when it fails."""
+        known, end = len(slot.tokens), slot.computed + count
+        check(count > 0, "a row without a token")
+        check(end <= known or slot.computed == known - 1, "drafts in the middle of a prompt")
+        held = self.rng.randint(0, max(0, end - known))
+        self._draft(slot, end, held)
         check(end <= len(slot.pages) * self.page_size, "a token without a page")
         table = slot.pages[: -(-end // self.page_size)]
         check(len(set(table)) == len(table), "a page twice in one table")
@@ -184,21 +199,34 @@ class FakeRank:
             bad = bad or (self.poison is not None and slot.tokens[position] == self.poison)
             content = NAN if bad else slot.hashes[position]
             self.pages[table[position // self.page_size]][position % self.page_size] = content
-        slot.computed = end
+        computed = min(end, known + held)
+        del slot.tokens[known + held :], slot.hashes[computed:]
+        slot.computed = computed
         self.tokens_run += count
         slot.failed = bad
-        if not bad:
-            self.computed[slot.uid] = max(end, self.computed.get(slot.uid, 0))
         if bad:
             self.failed.add(slot.uid)
-            if end == len(slot.tokens):
+            if computed == len(slot.tokens):
                 slot.tokens.append(0)
             return None
-        if end < len(slot.tokens):
-            return -1
-        token = next_token(slot.hashes[end - 1], slot.seed)
-        slot.tokens.append(token)
-        return token
+        self.computed[slot.uid] = max(computed, self.computed.get(slot.uid, 0))
+        if computed < len(slot.tokens):
+            return []
+        slot.tokens.append(next_token(slot.hashes[-1], slot.seed))
+        return slot.tokens[known:]
+
+    def _draft(self, slot: _Slot, end: int, held: int) -> None:
+        """Put drafts behind the known tokens, up to `end`: so many that hold, and then wrong ones."""
+        known = len(slot.tokens)
+        state = slot.hashes[-1] if slot.hashes else start(self._salt_of(slot.uid))
+        for token in slot.tokens[len(slot.hashes) :] if end > known else []:
+            state = extend(state, token)
+        while len(slot.tokens) < end:
+            token = next_token(state, slot.seed)
+            if len(slot.tokens) >= known + held:
+                token = (token + 1) % VOCAB
+            slot.tokens.append(token)
+            state = extend(state, token)
 
 
 def check(condition: bool, message: str) -> None:
@@ -280,6 +308,8 @@ class Sample:
     finish: Finish | None = None
     opened: bool = False
     silent: bool = False  # its stop string was found: the detokenizer ended it
+    losses: int = 0  # rank groups in a row that died while they ran it and before it gained a token
+    tokens_at_loss: int = 0
     cached_tokens: int = 0
 
 
@@ -291,6 +321,7 @@ class Harness:
         scheduler_config: SchedulerConfig,
         poison: int | None = None,
         observers: Callable[[Harness], Sequence[SchedulerObserver]] = lambda harness: (),
+        seed: int = 0,
     ) -> None:
         self.config = scheduler_config
         self.now = 0.0
@@ -299,12 +330,14 @@ class Harness:
         self.samples: dict[int, Sample] = {}
         self.rejected: dict[int, RequestRejected] = {}
         self.results: deque[StepResult] = deque()
-        self.rank = FakeRank(
-            scheduler_config.num_pages,
-            scheduler_config.page_size,
-            scheduler_config.max_running_requests,
-            self._cache_salt,
-            poison,
+        self.poison = poison
+        self.rng = random.Random(seed)
+        self.rank = self._new_rank(scheduler_config.num_pages, scheduler_config.epoch)
+
+    def _new_rank(self, num_pages: int, epoch: int) -> FakeRank:
+        settings = self.config
+        return FakeRank(
+            num_pages, settings.page_size, settings.max_running_requests, self._cache_salt, self.poison, epoch, self.rng
         )
 
     def _cache_salt(self, uid: int) -> object:
@@ -330,6 +363,31 @@ class Harness:
         self.samples[uid].silent = True
         self.observed.stop_matched(uid, self.now)
 
+    def lose_ranks(self) -> None:
+        """The ranks die. Results that they have sent may still come in, and who ran in vain thrice is ended."""
+        for uid in {uid for result in self.due() for uid in self.rank.row_uids[result.step]}:
+            sample = self.samples[uid]
+            sample.losses = 1 if len(sample.tokens) > sample.tokens_at_loss else sample.losses + 1
+            sample.tokens_at_loss = len(sample.tokens)
+        guilty = {uid for uid in self.live() if self.samples[uid].losses >= 3}
+        epoch = self.rank.epoch + 1
+        outputs = self.observed.lose_ranks(epoch, self.now)
+        self._take(outputs)
+        ended = {output.uid: output.finish.error for output in outputs.tokens if output.finish is not None}
+        assert {*ended} == guilty
+        assert all(error is not None and error.code == "poison" for error in ended.values())
+        self.rank = self._new_rank(self.scheduler.state.memory.num_pages, epoch)
+
+    def ranks_ready(self, num_pages: int | None = None) -> None:
+        """The next ranks are there, with as many pages as the last ones, or so many."""
+        if num_pages is not None:
+            self.rank = self._new_rank(num_pages, self.rank.epoch)
+        self._take(self.observed.ranks_ready(len(self.rank.pages), self.now))
+
+    def due(self) -> list[StepResult]:
+        """Results of the ranks that live which the scheduler has not got yet."""
+        return [result for result in self.results if result.epoch == self.rank.epoch]
+
     def schedule(self) -> bool:
         self.now += 0.001
         batch = self.observed.schedule(self.now)
@@ -342,7 +400,10 @@ class Harness:
         if not self.results:
             return False
         self.now += 0.001
-        self._take(self.observed.complete(self.results.popleft(), self.now))
+        result = self.results.popleft()
+        outputs = self.observed.complete(result, self.now)
+        assert result.epoch == self.rank.epoch or not outputs, "dead ranks still count"
+        self._take(outputs)
         return True
 
     def step(self) -> bool:
@@ -352,6 +413,8 @@ class Harness:
         return self.complete()
 
     def run(self, limit: int = 100_000, checked: bool = True) -> None:
+        if not self.scheduler.state.has_ranks:
+            self.ranks_ready()
         for _ in range(limit):
             if not self.step():
                 break

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from tests.scheduler.harness import Harness, config, request
-from vibe_sgl_lite.runtime.messages import StepResult
 from vibe_sgl_lite.scheduler.cost import CostModel, Work, chunk_work, decode_work
 
 
@@ -104,7 +104,7 @@ def test_chunks_shrink_beside_running_rows_and_with_their_context(stretch: float
         assert planned is not None
         seconds = base + token * planned.work.tokens + context * planned.work.context
         result = h.rank.run(batch)
-        h._take(h.scheduler.complete(StepResult(result.step, result.token_ids, total_s=seconds), h.now))
+        h._take(h.scheduler.complete(msgspec.structs.replace(result, total_s=seconds), h.now))
         return planned.work.tokens - len(planned.decode), seconds
 
     for uid in range(4):

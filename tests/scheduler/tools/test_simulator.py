@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from xml.etree import ElementTree
 
+import msgspec
 import pytest
 
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
@@ -41,6 +42,25 @@ def test_every_request_is_served(workload: str) -> None:
 
 def test_a_simulation_is_repeatable() -> None:
     assert simulate("lpm") == simulate("lpm")
+
+
+@pytest.mark.parametrize(("acceptance", "tokens_a_row"), [(0.0, 1.0), (1.0, 4.0)])
+def test_drafts_that_hold_save_steps(acceptance: float, tokens_a_row: float) -> None:
+    """One request of 400 tokens with 3 drafts a row: all are rejected, or none."""
+    config = SchedulerConfig(num_pages=2048, draft_tokens=3)
+    arrival = msgspec.structs.replace(next(WORKLOADS["poisson"](1, 1.0, 0)), output_tokens=400)
+    report = Simulation(config, COST, acceptance).run([arrival])
+    assert report.output_tokens_per_second * report.seconds == pytest.approx(400)
+    prefill_steps = -(-len(arrival.message.token_ids) // 4 // 512)
+    assert report.steps == pytest.approx(prefill_steps + 399 / tokens_a_row, abs=2)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_drafts_change_no_output(workload: str) -> None:
+    config = SchedulerConfig(num_pages=400, max_running_requests=16, max_queued_requests=10**6, draft_tokens=4)
+    arrivals = list(WORKLOADS[workload](100, 20.0, 0))
+    report = Simulation(config, COST, 0.6).run(arrivals)
+    assert report.output_tokens_per_second * report.seconds == pytest.approx(sum(a.output_tokens for a in arrivals))
 
 
 def test_policies_that_know_the_cache_win_when_it_is_small() -> None:

@@ -26,7 +26,9 @@ from vibe_sgl_lite.scheduler.tools.trace import TraceWriter, read_trace
 def record(folder: Path, policy: str = "fcfs", seed: int = 0, requests: int = 40) -> Path:
     """A run under pressure with everything in it; returns the trace's path. The timeline goes to `folder`."""
     rng = random.Random(seed)
-    settings = config(num_pages=40, policy=policy, max_queued_requests=12, conservativeness=0.1)
+    settings = config(
+        num_pages=40, policy=policy, max_queued_requests=12, conservativeness=0.1, draft_tokens=2 * (policy == "lpm")
+    )
     path = folder / "run.trace"
     h = Harness(settings, observers=lambda h: [TraceWriter(path, settings), Timeline(folder, lambda: h.now)])
     prefix = [rng.randrange(VOCAB) for _ in range(30)]
@@ -43,6 +45,9 @@ def record(folder: Path, policy: str = "fcfs", seed: int = 0, requests: int = 40
             h.abort(rng.choice(h.live()))
         if rng.random() < 0.1 and h.live():
             h.stop_matched(rng.choice(h.live()))
+        if rng.random() < 0.1:
+            h.lose_ranks()
+            h.ranks_ready()
         h.observed.flush_cache()
     h.run()
     h.observed.close()
@@ -57,6 +62,7 @@ def test_a_replay_decides_the_same(tmp_path: Path, policy: str) -> None:
     assert summary.requests == 40
     assert core.idle
     assert core.stats()["num_retractions"]
+    assert core.state.epoch > 1
 
 
 def test_another_decision_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +98,9 @@ def test_the_timeline_adds_up(tmp_path: Path) -> None:
     events = json.loads((tmp_path / FILE_NAME).read_text())
     assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"scheduler", "model_worker", "requests"}
     steps = [e for e in events if e["ph"] == "X" and e["pid"] == 2]
-    assert len(steps) == summary.steps
+    lost = [e["args"]["steps"] for e in events if e["name"] == "ranks lost"]
+    assert sum(lost) > 0
+    assert len(steps) == summary.steps - sum(lost)
     assert all(e["args"]["tokens"] >= e["args"]["decode_rows"] + e["args"]["prefill_rows"] > 0 for e in steps)
     ends = [e["ts"] + e["dur"] for e in steps]
     assert all(later["ts"] >= end - 0.2 for end, later in zip(ends, steps[1:], strict=False)), "steps overlap"
