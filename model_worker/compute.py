@@ -9,19 +9,24 @@ from vibe_sgl_lite.model_worker.attention.cpu_backend import KernelAttention
 from vibe_sgl_lite.model_worker.attention.torch_backend import TorchAttention
 from vibe_sgl_lite.model_worker.cpu import CpuKernels, load
 from vibe_sgl_lite.model_worker.cpu.operations import KernelOperations
-from vibe_sgl_lite.model_worker.kv_pool import KVPool
-from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend
+from vibe_sgl_lite.model_worker.device_batch import StepBackend, StepGraphs
+from vibe_sgl_lite.model_worker.kv_pool import KVLayout, KVPool
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations, TorchOperations
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Element-wise operations, and attention once there is a pool. name: for logs. kernels: for all else, if any."""
+    """Element-wise operations, and attention once there is a pool. name: for logs. kernels: for all else, if any.
+
+    kv_layout: what the attention wants of its pool. graphs: makes what captures the steps of one runner, if anything.
+    """
 
     name: str
     operations: LayerOperations
-    attention: Callable[[KVPool], AttentionBackend]
+    attention: Callable[[KVPool], StepBackend]
     kernels: CpuKernels | None = None
+    kv_layout: KVLayout = KVLayout.PAGES
+    graphs: Callable[[], StepGraphs] | None = None
 
 
 def torch_compute() -> Compute:

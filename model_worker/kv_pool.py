@@ -8,6 +8,7 @@ whatever is written there is never read as anyone's context. Elements are of the
 import sys
 import time
 from collections.abc import Callable
+from enum import Enum, auto
 
 import torch
 from torch import Tensor
@@ -25,8 +26,17 @@ READY_SECONDS = 0.5  # nobody waits longer for it; what is left is committed as 
 PIECE_BYTES = 32 << 20
 
 
+class KVLayout(Enum):
+    """Which attention backends choose from. PAGES: all layers of a page lie together. LAYERS: all pages of a layer's
+    keys lie together, and all of its values: a page is then a few kilobytes, and offsets within a layer are small."""
+
+    PAGES = auto()
+    LAYERS = auto()
+
+
 class KVPool:
-    """`data`: [page, layer, K/V, token, kv head, head dim], this rank's KV heads; in int8 [page, layer, K/V, bytes].
+    """`data`: [page, layer, K/V, token, kv head, head dim], this rank's KV heads; in int8 [page, layer, K/V, bytes]. It
+    is so in any layout: a view where layers come first in memory.
 
     On CPU the memory is only reserved here; `make_ready` commits the first of it, and the rest is committed as it is
     used, on Linux in huge pages (of 2 MiB on x86) where it has them: attention reads all over the pool, and spends less
@@ -45,6 +55,7 @@ class KVPool:
         device: torch.device,
         *,
         int8: bool = False,
+        layout: KVLayout = KVLayout.PAGES,
     ) -> None:
         """dtype: the model's, which is also that of the elements unless `int8`."""
         self.num_pages = num_pages
@@ -60,7 +71,10 @@ class KVPool:
             dtype, page_shape = torch.int8, (page_size * self.kv_heads * (self.head_dim + SCALE_BYTES),)
         shape = (num_pages + 1, self.num_layers, 2, *page_shape)
         self._commit: CommitAhead | None = None
-        if device.type == "cpu" and sys.platform == "linux":
+        if layout is KVLayout.LAYERS:
+            by_layer = torch.empty((self.num_layers, 2, num_pages + 1, *page_shape), dtype=dtype, device=device)
+            self.data = by_layer.movedim(2, 0)
+        elif device.type == "cpu" and sys.platform == "linux":
             self.data = HugeMemory().empty(shape, dtype)
             self._commit = CommitAhead(self.data, -(-TOKENS_AHEAD // page_size))
         else:
@@ -73,7 +87,7 @@ class KVPool:
         which it then takes only READY_SECONDS. Steps that commit as they go are slowed down by it for as long.
         `heartbeat` is called while it goes on.
         """
-        if self.data.device.type != "cpu":
+        if self.data.device.type != "cpu" or not self.data.is_contiguous():
             return
         size = min(-(-READY_TOKENS // self.page_size) * self.data[0].nbytes, self.data.nbytes)
         size = min(size, READY_LIMIT_BYTES // ranks_on_machine)

@@ -1,11 +1,17 @@
 """Runs steps on one rank: the slots' state, the model over its KV pool, the head and the sampler.
 
+A step has two halves. `launch` hands it to the device and reads nothing back; `collect` waits for the little that comes
+back. The next step may be launched before the last one is collected: what it needs of it stays on the device. On a CPU
+`launch` does all the work.
+
 Knows nothing of sockets; `model_worker/worker.py` feeds it. Every rank runs the same batches and ends each step with
 the same tokens.
 """
 
 import math
 import time
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +19,14 @@ import torch
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.batch import SlotStates, StepInput, unpack
+from vibe_sgl_lite.model_worker.device import Array, Device, ReadBack, device_of
+from vibe_sgl_lite.model_worker.device_batch import StepBackend, StepGraphs
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
-from vibe_sgl_lite.model_worker.sampling.constraints import Constraints, StepMask
+from vibe_sgl_lite.model_worker.sampling.constraints import Constrained, Constraints, StepMask
 from vibe_sgl_lite.model_worker.sampling.grammar import GrammarLibrary
+from vibe_sgl_lite.model_worker.sampling.logprobs import Logprobs
 from vibe_sgl_lite.model_worker.sampling.prompt_logprobs import PromptLogprobs, PromptScores
-from vibe_sgl_lite.model_worker.sampling.sampler import ArgmaxFunction, SampleOutput, Sampler
-from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend
+from vibe_sgl_lite.model_worker.sampling.sampler import ArgmaxFunction, Sampler
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import EngineError
 from vibe_sgl_lite.runtime.messages import (
@@ -35,71 +43,152 @@ from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams, resol
 WARM_UP_TOKENS = 32
 
 
+@dataclass
+class PendingStep:
+    """A step that was launched: what comes back of it, in order, and what the host has to know to read it.
+
+    The first of `read_back` are the sampled ids [Q], rows with bad hidden states [R] and with bad logits [Q], in one;
+    then logprobs, packed, of the sampled tokens and of each of `prompts`. results: on the host, once it has them.
+    """
+
+    number: int
+    epoch: int
+    step: StepInput
+    started: float
+    forward_s: float = 0.0
+    read_back: ReadBack | None = None
+    constrained: Constrained = field(default_factory=list)
+    mask: StepMask | None = None
+    logprobs: Logprobs | None = None
+    prompts: list[PromptScores] = field(default_factory=list)
+    results: list[Array] | None = None
+    total_s: float = 0.0
+
+    def done(self) -> bool:
+        """Whether `collect` would return at once."""
+        return self.read_back is None or self.read_back.done()
+
+
+@dataclass(frozen=True)
+class ForwardOutput:
+    """hidden: [T, H]. logits: [Q, vocab / ranks], None when no row samples. bad_rows [R], bad_logits [Q]: bool, rows
+    with NaN or inf in them; None where it is known that there are none."""
+
+    hidden: Tensor
+    logits: Tensor | None
+    bad_rows: Tensor | None
+    bad_logits: Tensor | None
+
+
 class ModelRunner:
-    """One rank's model at work. `run` is called with every step of the pipeline, in order."""
+    """One rank's model at work. Called with every step of the pipeline, in order."""
 
     def __init__(
         self,
         model: Qwen3,
         pool: KVPool,
-        backend: AttentionBackend,
+        backend: StepBackend,
         *,
         max_slots: int,
         context_length: int,
+        max_tokens: int | None = None,
         tokenizer_file: Path | None = None,
         argmax: ArgmaxFunction | None = None,
+        device: Device | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
-        """tokenizer_file: tokenizer.json, for grammars; without it no request may have one. argmax: see `Sampler`."""
+        """max_tokens: of a step; see `SlotStates`. tokenizer_file: tokenizer.json, for grammars; without it no request
+        may have one. argmax: see `Sampler`. device: by default, the model's. graphs: what captures steps, if anything.
+        """
         self.model = model
         self.pool = pool
         self.backend = backend
-        self.slots = SlotStates(max_slots, context_length, pool.page_size, pool.padding_page, model.device)
-        self.sampler = Sampler(model.config.vocab_size, model.parallel.tp, self.slots.tokens, argmax)
+        self.device = device or device_of(model.device)
+        self.graphs = graphs
+        self.slots = SlotStates(
+            max_slots,
+            context_length,
+            pool.page_size,
+            pool.padding_page,
+            self.device,
+            max_tokens=max_tokens,
+            row_buckets=() if graphs is None else graphs.row_buckets,
+        )
+        self.sampler = Sampler(model.config.vocab_size, model.parallel.tp, self.slots.tokens, argmax, self.device)
         library = None
         if tokenizer_file is not None:
             library = GrammarLibrary(tokenizer_file, model.config.vocab_size, model.config.eos_token_ids)
-        self.constraints = Constraints(model.config.vocab_size, self.sampler.vocab, library)
+        self.constraints = Constraints(model.config.vocab_size, self.sampler.vocab, library, self.device)
         self.prompt_logprobs = PromptLogprobs(self._logits, self.sampler, self.slots.tokens)
+        self._in_flight: deque[PendingStep] = deque()
+        self._last_done = 0.0
+
+    def run(self, batch: ForwardBatch) -> StepResult:
+        """Both halves."""
+        return self.collect(self.launch(batch))
 
     @torch.inference_mode()
-    def run(self, batch: ForwardBatch) -> StepResult:
-        """Apply what changed, run the rows, sample those that are at their end, and tell what came of each row."""
+    def launch(self, batch: ForwardBatch) -> PendingStep:
+        """Apply what changed, run the rows, sample those that are at their end.
+
+        Waits for the steps before only where rows' constraints have to know their tokens, and then with the forward
+        already under way.
+        """
         started = time.perf_counter()
         self.apply(batch)
         step = self.slots.prepare()
+        pending = PendingStep(batch.step, batch.epoch, step, started)
         if len(step.slots) == 0:
-            return StepResult(step=batch.step, token_ids=b"", total_s=time.perf_counter() - started, epoch=batch.epoch)
-        mask = self.constraints.begin(step.sampling_slots)
-        hidden = self.model.forward(step.token_ids, step.positions, self.backend, step.metadata)
-        failed = _failed_rows(hidden, step)
-        forward_done = time.perf_counter()
-        token_ids = np.full(len(step.slots), -1, dtype=np.int32)
-        prompts = self.prompt_logprobs.of_step(hidden, step)
-        sampled: dict[int, TokenLogprob] = {}
-        stuck: list[FailedRow] = []
-        if len(step.sampling_rows):
-            output = self._sample(hidden, step, mask)
-            token_ids[step.sampling_rows] = output.token_ids.cpu().numpy()
-            self.constraints.accept(step.sampling_slots, token_ids[step.sampling_rows].tolist())
-            if mask is not None:
-                stuck = [FailedRow(row, EngineError.code) for row in step.sampling_rows[mask.failed].tolist()]
+            return pending
+        pending.constrained = self.constraints.of(step.sampling_slots)
+        if not self._in_flight:
+            pending.mask = self.constraints.begin(pending.constrained)
+        output = self._forward(step)
+        pending.forward_s = time.perf_counter() - started
+        pending.prompts = self.prompt_logprobs.of_step(output.hidden, step)
+        if pending.constrained and self._in_flight:
+            self._land_until(self._in_flight[-1])
+            pending.mask = self.constraints.begin(pending.constrained)
+        pending.read_back = self.device.read_back(self._sample(pending, output))
+        self._in_flight.append(pending)
+        if self.device.synchronous:
+            self._land_until(pending)
+        return pending
+
+    def collect(self, pending: PendingStep) -> StepResult:
+        """Tell what came of each row. Waits until the step is done. Steps are collected in the order of launch."""
+        step, token_ids = pending.step, np.full(len(pending.step.slots), -1, dtype=np.int32)
+        if pending.read_back is None:
+            total_s = time.perf_counter() - pending.started
+            return StepResult(pending.number, token_ids.tobytes(), total_s=total_s, epoch=pending.epoch)
+        self._land_until(pending)
+        assert pending.results is not None
+        own, rows, sampled = len(step.sampling_rows), len(step.slots), len(step.places)
+        ids = pending.results[0]
+        token_ids[step.sampling_rows] = ids[:own]
+        failed: list[int] = []
+        if len(ids) > sampled:  # else there is no bad row
+            bad = ids[sampled : sampled + rows].astype(np.bool_)
+            bad[step.sampling_rows] |= ids[sampled + step.batch.num_rows :][:own].astype(np.bool_)
+            failed = np.flatnonzero(bad).tolist()
             token_ids[failed] = -1
-            if output.logprobs is not None:
-                sampled = {int(step.sampling_rows[row]): entry for row, entry in output.logprobs.entries()}
+        stuck = [] if pending.mask is None else step.sampling_rows[pending.mask.failed].tolist()
         return StepResult(
-            step=batch.step,
+            step=pending.number,
             token_ids=token_ids.tobytes(),
-            failed=[FailedRow(row) for row in failed] + stuck,
-            logprobs=_merge(sampled, prompts, failed),
-            forward_s=forward_done - started,
-            total_s=time.perf_counter() - started,
-            epoch=batch.epoch,
+            failed=[FailedRow(row) for row in failed]
+            + [FailedRow(row, EngineError.code) for row in stuck if row not in failed],
+            logprobs=_entries(pending, {*failed}),
+            forward_s=pending.forward_s,
+            total_s=pending.total_s,
+            epoch=pending.epoch,
         )
 
     def warm_up(self) -> None:
-        """Run a short prefill and a decode, so that thread pools, scratch memory and kernels are ready for requests.
+        """Run a short prefill and a decode, so that thread pools, scratch memory and kernels are ready for requests;
+        then capture what graphs there are to be.
 
-        Before the first `run`, on all ranks together. Writes only to the padding page and leaves no slot occupied.
+        Before the first step, on all ranks together. Writes only to the padding page and leaves no slot occupied.
         """
         count = min(WARM_UP_TOKENS, self.slots.tokens.shape[1] - 2)
         prompt = np.zeros(count, dtype=np.int32).tobytes()
@@ -116,9 +205,14 @@ class ModelRunner:
         self.run(ForwardBatch(0, new=[new], row_slots=slot, row_tokens=pack_ids([count])))
         self.run(ForwardBatch(1, row_slots=slot, row_tokens=pack_ids([1])))
         self.run(ForwardBatch(2, released=slot, row_slots=b"", row_tokens=b""))
+        if self.graphs is not None:
+            with self.graphs.capturing(), torch.inference_mode():
+                for rows in sorted(self.graphs.row_buckets, reverse=True):
+                    for context in sorted(self.backend.graph_contexts(), reverse=True):
+                        self._forward(self.slots.padding_step(rows, context))
 
     def apply(self, batch: ForwardBatch) -> None:
-        """Take over what the batch changes; the first thing that `run` does."""
+        """Take over what the batch changes; the first thing that `launch` does."""
         self.slots.apply(batch)
         self.pool.will_use(self.slots.highest_page)
         for slot in unpack(batch.released).tolist():
@@ -130,40 +224,108 @@ class ModelRunner:
             self.prompt_logprobs.admit(new.slot, new.sampling, new.num_prompt_tokens)
             self.constraints.admit(new.slot, new.sampling, unpack(new.token_ids)[new.num_prompt_tokens :].tolist())
 
-    def _sample(self, hidden: Tensor, step: StepInput, mask: StepMask | None) -> SampleOutput:
-        """Tokens for the rows at their end; they are also put behind their slots' tokens."""
+    def _forward(self, step: StepInput) -> ForwardOutput:
+        """The model and the head: as they are, or as a graph of them."""
+        batch = step.batch
+        metadata = self.backend.prepare(batch)
+        if self.graphs is not None and batch.decodes_only and len(step.places) == batch.num_rows:
+            key = self.backend.graph_key(batch)
+            if key is not None and batch.num_rows in self.graphs.row_buckets:
+                return self.graphs.run((batch.num_rows, key), lambda: self._compute(step, metadata))
+        return self._compute(step, metadata)
+
+    def _compute(self, step: StepInput, metadata: object) -> ForwardOutput:
+        batch = step.batch
+        hidden = self.model.forward(batch.token_ids, batch.positions, self.backend, metadata)
+        bad = self._bad(hidden)
+        bad_rows = None
+        if bad is not None:
+            hidden.masked_fill_(bad[:, None], 0)  # a NaN must not reach what other rows share
+            bad_rows = bad if batch.decodes_only else _any_in_row(bad, batch.query_start)
+        if len(step.last_tokens) == 0:
+            return ForwardOutput(hidden, None, bad_rows, None)
         logits = self._logits(hidden[step.last_tokens])
-        sampled = self.sampler.sample(logits, step.sampling_slots, step.sampling_positions, mask)
-        self.slots.append(step, sampled.token_ids)
-        return sampled
+        bad_logits = self._bad(logits)
+        group = self.model.parallel.tp
+        if group.size > 1:  # each rank has seen a part of the vocabulary
+            if bad_logits is None:
+                bad_logits = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+            bad_logits = group.all_reduce_max(bad_logits.to(torch.int32)).to(torch.bool)
+        return ForwardOutput(hidden, logits, bad_rows, bad_logits)
+
+    def _sample(self, pending: PendingStep, output: ForwardOutput) -> list[Tensor]:
+        """Draw, put the tokens behind their slots', and return what is to be read back; see `PendingStep`."""
+        step, parts = pending.step, []
+        if output.logits is not None and len(step.sampling_rows):
+            own = len(step.sampling_rows)
+            sampled = self.sampler.sample(
+                output.logits[:own], step.sampling_slots, step.sampling_positions, pending.mask, step.positions[:own]
+            )
+            self.slots.append(step, sampled.token_ids)
+            pending.logprobs = sampled.logprobs
+            parts.append(sampled.token_ids)
+            if len(step.places) > own:
+                parts.append(sampled.token_ids.new_zeros(len(step.places) - own))
+        if output.bad_rows is not None or output.bad_logits is not None:
+            parts.append(_flags(output.bad_rows, step.batch.num_rows, output.hidden))
+            parts.append(_flags(output.bad_logits, len(step.places), output.hidden))
+        ids = [part.to(torch.int32) for part in parts]
+        results = [torch.cat(ids) if len(ids) > 1 else ids[0] if ids else step.batch.token_ids[:0]]
+        if pending.logprobs is not None:
+            results.append(pending.logprobs.packed())
+        return results + [part.packed() for prompt in pending.prompts for part in prompt.parts]
+
+    def _land_until(self, pending: PendingStep) -> None:
+        """Wait for the results of this step and of those before it, and tell them to whom they concern."""
+        while pending.results is None:
+            step = self._in_flight.popleft()
+            assert step.read_back is not None
+            step.results = step.read_back.wait()
+            now = time.perf_counter()
+            step.total_s = now - max(step.started, self._last_done)
+            self._last_done = now
+            for row, constraint in step.constrained:
+                constraint.accept(int(step.results[0][row]))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, vocab / ranks], in a dtype that the sampler reads: float32 or bfloat16."""
         logits = self.model.logits(hidden)
         return logits.float() if logits.dtype == torch.float16 else logits
 
+    def _bad(self, x: Tensor) -> Tensor | None:
+        """bool [n], the rows of x [n, m] that have NaN or inf; None if the host knows that there are none."""
+        if not self.device.synchronous:
+            lowest, highest = torch.aminmax(x, dim=1)  # which let a NaN through
+            return torch.isfinite(lowest).logical_and_(torch.isfinite(highest)).logical_not_()
+        if math.isfinite(float(x.sum(dtype=torch.float32))):  # NaN and inf survive a sum
+            return None
+        bad = torch.isfinite(x).all(dim=1).logical_not_()
+        return bad if bool(bad.any()) else None  # else only the sum overflowed
 
-def _merge(sampled: dict[int, TokenLogprob], prompts: dict[int, PromptScores], failed: list[int]) -> list[RowLogprobs]:
+
+def _flags(bad: Tensor | None, count: int, like: Tensor) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=like.device) if bad is None else bad
+
+
+def _any_in_row(tokens: Tensor, query_start: Tensor) -> Tensor:
+    """bool [T] -> bool [R]: whether any token of the row is True."""
+    before = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
+    return before[query_start[1:]] > before[query_start[:-1]]
+
+
+def _entries(pending: PendingStep, failed: set[int]) -> list[RowLogprobs]:
     """What each row that did not fail asked for, by row."""
+    assert pending.results is not None
+    packed = iter(pending.results[1:])
+    sampled: dict[int, TokenLogprob] = {}
+    if pending.logprobs is not None:
+        rows = pending.step.sampling_rows
+        sampled = {int(rows[row]): entry for row, entry in pending.logprobs.entries(next(packed))}
+    prompts = {
+        prompt.row: (prompt.first, tuple(e for part in prompt.parts for _, e in part.entries(next(packed))))
+        for prompt in pending.prompts
+    }
     return [
-        RowLogprobs(row, (sampled[row],) if row in sampled else (), prompts[row].first, prompts[row].entries)
-        if row in prompts
-        else RowLogprobs(row, (sampled[row],))
-        for row in sorted({*sampled, *prompts} - {*failed})
+        RowLogprobs(row, (sampled[row],) if row in sampled else (), *prompts.get(row, (0, ())))
+        for row in sorted({*sampled, *prompts} - failed)
     ]
-
-
-def _failed_rows(hidden: Tensor, step: StepInput) -> list[int]:
-    """Rows with NaN or inf in any of their tokens' final hidden states, [T, H]; their hidden states are zeroed.
-
-    A NaN must not reach the sampler, which other rows share, nor the token that is embedded next.
-    """
-    if math.isfinite(float(hidden.sum(dtype=torch.float32))):  # NaN and inf survive a sum
-        return []
-    finite = torch.isfinite(hidden).all(dim=-1)  # [T]
-    if bool(finite.all()):
-        return []  # only the sum overflowed
-    bad_tokens = np.flatnonzero(~finite.cpu().numpy())
-    rows = np.searchsorted(step.metadata.host_query_start, bad_tokens, side="right") - 1
-    hidden.masked_fill_(~finite.unsqueeze(-1), 0)
-    return sorted({int(row) for row in rows})

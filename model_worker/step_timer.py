@@ -174,7 +174,6 @@ def time_parts(runner: ModelRunner, timer: StepTimer) -> None:
     for owner, attribute in (
         (runner.prompt_logprobs, "of_step"),
         (runner.constraints, "begin"),
-        (runner.constraints, "accept"),
         (runner.sampler, "sample"),
         (runner.slots, "append"),
     ):

@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from vibe_sgl_lite.model_worker.cpu.fused_layers import fuse_layers
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.memory_plan import plan_memory
-from vibe_sgl_lite.model_worker.model_runner import ModelRunner
+from vibe_sgl_lite.model_worker.model_runner import ModelRunner, PendingStep
 from vibe_sgl_lite.model_worker.parallel import init_parallel, init_parallel_nodes, relay_group
 from vibe_sgl_lite.model_worker.rank_digest import RankDigest
 from vibe_sgl_lite.model_worker.relay import BatchRelay
@@ -38,6 +39,7 @@ from vibe_sgl_lite.runtime.settings.machine import usable_cores
 from vibe_sgl_lite.runtime.settings.server_args import flag_name, split_host_port
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 
+MAX_IN_FLIGHT = 2  # steps: one runs while the next one waits on the device
 SHUTDOWN_GRACE_S = 1.0  # for the scheduler's StopRank, which ends all ranks at the same step
 # Settings that nodes may have of their own.
 NODES_OWN = {
@@ -76,12 +78,15 @@ def main(child: Child) -> None:
     if outbox is not None:
         outbox.send(RankReady(runner.pool.num_pages, spec.device, spec.dtype, spec.endpoints.epoch))
     child.ready()
-    steps = StepRunner(runner, RankDigest(parallel.tp, device) if args.debug_rank_digest else None, timer)
+    if outbox is not None and timer is not None:
+        timer.attach(outbox, "send", "send")
+    digest = RankDigest(parallel.tp, device) if args.debug_rank_digest else None
+    steps = StepPipeline(runner, (lambda _: None) if outbox is None else lambda r: outbox.send(r), digest, timer)
     if inbox is None:
         assert relay is not None
         _follow(child, steps, relay)
     else:
-        _serve(child, steps, inbox, outbox, relay)
+        _serve(child, steps, inbox, relay)
         inbox.close()
     if outbox is not None:
         outbox.close()
@@ -138,7 +143,10 @@ def build_runner(
         ranks_on_machine=len(args.local_ranks),
         int8=int8_cache,
     )
-    pool = KVPool(spec.model, parallel.tp.size, plan.num_pages, args.page_size, dtype, device, int8=int8_cache)
+    pool = KVPool(
+        spec.model, parallel.tp.size, plan.num_pages, args.page_size, dtype, device, int8=int8_cache,
+        layout=compute.kv_layout,
+    )  # fmt: skip
     loaded = time.monotonic()
     pool.make_ready(len(args.local_ranks), heartbeat)
     log.info(
@@ -157,39 +165,64 @@ def build_runner(
         attention,
         max_slots=args.max_running_requests,
         context_length=spec.context_length,
+        max_tokens=spec.chunked_prefill_size + args.max_running_requests,
         tokenizer_file=Path(spec.endpoints.tokenizer_file),
         argmax=None if compute.kernels is None else compute.kernels.argmax,
+        graphs=None if compute.graphs is None else compute.graphs(),
     )
 
 
-class StepRunner:
-    """Runs steps; with a digest, makes sure that all ranks do the same; with a timer, tells where the time went."""
+class StepPipeline:
+    """Launches steps as they come and hands on their results, the earliest first, with at most two in flight.
 
-    def __init__(self, runner: ModelRunner, digest: RankDigest | None, timer: StepTimer | None) -> None:
+    With a digest, makes sure that all ranks do the same; with a timer, tells where the time went. Either takes steps
+    one at a time.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        send: Callable[[StepResult], None],
+        digest: RankDigest | None = None,
+        timer: StepTimer | None = None,
+    ) -> None:
+        """send: called with every result, in order."""
         self.timer = timer
         self._runner = runner
+        self._send = send
         self._digest = digest
+        self.device = runner.device
+        self._in_flight: deque[PendingStep] = deque()
 
-    def run(self, batch: ForwardBatch) -> StepResult:
-        """Raises RuntimeError when the ranks disagree: before the step about its batch, after it about its tokens."""
-        if self.timer is None:
-            return self._run(batch)
-        between, began = self.timer.take(), self.timer.began
-        result = self._run(batch)
-        return msgspec.structs.replace(result, times=StepTimes(began, between, self.timer.take()))
+    def launch(self, batch: ForwardBatch) -> None:
+        """Run the batch; hand on what is done. Raises RuntimeError when the ranks disagree: before the step about its
+        batch, after it about its tokens."""
+        if len(self._in_flight) == MAX_IN_FLIGHT:
+            self._collect()
+        if self._digest is not None:
+            self._digest.check(batch.step, "batch", msgspec.msgpack.encode(batch))
+        between = {} if self.timer is None else self.timer.take()
+        began = 0.0 if self.timer is None else self.timer.began
+        self._in_flight.append(self._runner.launch(batch))
+        if self._digest is not None or self.timer is not None:
+            self._collect(began, between)
+        self.collect_done()
 
-    def _run(self, batch: ForwardBatch) -> StepResult:
-        if self._digest is None:
-            return self._runner.run(batch)
-        self._digest.check(batch.step, "batch", msgspec.msgpack.encode(batch))
-        result = self._runner.run(batch)
-        self._digest.check(batch.step, "sample", result.token_ids)
-        return result
+    def collect_done(self) -> None:
+        """Hand on the results of the steps that are done."""
+        while self._in_flight and self._in_flight[0].done():
+            self._collect()
+
+    def _collect(self, began: float = 0.0, between: Mapping[str, float] | None = None) -> None:
+        result = self._runner.collect(self._in_flight.popleft())
+        if self._digest is not None:
+            self._digest.check(result.step, "sample", result.token_ids)
+        if self.timer is not None and between is not None:
+            result = msgspec.structs.replace(result, times=StepTimes(began, dict(between), self.timer.take()))
+        self._send(result)
 
 
-def _serve(
-    child: Child, steps: StepRunner, inbox: Receiver[RankInput], outbox: Sender | None, relay: BatchRelay | None
-) -> None:
+def _serve(child: Child, steps: StepPipeline, inbox: Receiver[RankInput], relay: BatchRelay | None) -> None:
     """Run the scheduler's batches until StopRank, and pass them on. Sleeps in a poll while there is nothing to do.
 
     The launcher's Shutdown alone ends the loop a little later: the scheduler gets one too, and its StopRank comes after
@@ -198,14 +231,11 @@ def _serve(
     poller = zmq.Poller()
     poller.register(inbox.socket, zmq.POLLIN)
     poller.register(child.control, zmq.POLLIN)
+    device = steps.device
+    if device.completion_fd is not None:
+        poller.register(device.completion_fd, zmq.POLLIN)
     if steps.timer is not None:
-        parts = (
-            (outbox, "send", "send"),
-            (poller, "poll", "idle"),
-            (inbox, "receive", "unpack"),
-            (relay, "send", "relay"),
-        )
-        for owner, call, part in parts:
+        for owner, call, part in ((poller, "poll", "idle"), (inbox, "receive", "unpack"), (relay, "send", "relay")):
             if owner is not None:
                 steps.timer.attach(owner, call, part)
     leave_at = math.inf
@@ -214,8 +244,11 @@ def _serve(
         child.heartbeat()
         if child.control in ready and any(isinstance(command, Shutdown) for command in child.commands()):
             leave_at = time.monotonic() + SHUTDOWN_GRACE_S
+        if device.completion_fd in ready:
+            device.acknowledge()
+            steps.collect_done()
         if inbox.socket not in ready:
-            if relay is not None:
+            if relay is not None and not ready:
                 relay.send(b"")
             continue
         message = inbox.receive(0)
@@ -228,12 +261,10 @@ def _serve(
             relay.send(msgspec.msgpack.encode(message))
         if isinstance(message, StopRank):
             return
-        result = steps.run(message)
-        if outbox is not None:
-            outbox.send(result)
+        steps.launch(message)
 
 
-def _follow(child: Child, steps: StepRunner, relay: BatchRelay) -> None:
+def _follow(child: Child, steps: StepPipeline, relay: BatchRelay) -> None:
     """On a node without a scheduler: run what rank 0 passes on, until StopRank or this node's launcher's Shutdown."""
     decoder: msgspec.msgpack.Decoder[RankInput] = msgspec.msgpack.Decoder(RankInput)
     while True:
@@ -241,12 +272,13 @@ def _follow(child: Child, steps: StepRunner, relay: BatchRelay) -> None:
         child.heartbeat()
         if any(isinstance(command, Shutdown) for command in child.commands()):
             return
+        steps.collect_done()
         if not frame:
             continue
         message = decoder.decode(frame)
         if isinstance(message, StopRank):
             return
-        steps.run(message)
+        steps.launch(message)
 
 
 class _Progress:

@@ -1,15 +1,12 @@
 """Grouped-query attention with per-head RMSNorm on queries and keys, as Qwen3 has it."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend
+from vibe_sgl_lite.qwen3.attention_backend import ForwardContext
 from vibe_sgl_lite.qwen3.layers.linear import QKVLinear, RowParallelLinear
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
-from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 
@@ -35,6 +32,7 @@ class Attention:
             config.num_attention_heads * config.head_dim, config.hidden_size, parallel.tp, dtype, device
         )
 
-    def __call__(self, x: Tensor, angles: RopeAngles, backend: AttentionBackend, metadata: Any) -> Tensor:
-        attended = backend.forward(self.layer, self.qkv(x), self.query_norm, self.key_norm, angles, metadata)
+    def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
+        qkv, metadata = self.qkv(x), context.metadata
+        attended = context.attention.forward(self.layer, qkv, self.query_norm, self.key_norm, context.angles, metadata)
         return self.output(attended)

@@ -1,8 +1,11 @@
 """What the model asks of attention: one call a layer, over whatever cache the backend keeps.
 
-The model never looks into the metadata; it hands the step's metadata from its caller to the backend.
+A backend owns the layout of its cache and its metadata: what it wants to know of a step, made once outside the layers
+(model_worker/device_batch.py says of what and when). The model never looks into the metadata; it hands them on.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -25,6 +28,24 @@ class AttentionBackend(Protocol):
         layer: from 0. qkv: [T, (heads + 2 x kv heads) x head_dim], queries, then keys, then values; it may be
         overwritten. Heads are this rank's, and query head h reads kv head h // (heads / kv heads). metadata: which
         request each token belongs to and where its cache lies, in the backend's own form.
-        Returns [T, heads * head_dim] in qkv's dtype, scores scaled by head_dim ** -0.5.
+        Returns [T, heads * head_dim] in qkv's dtype, scores scaled by head_dim ** -0.5. Reads nothing back from the
+        device.
         """
         ...
+
+
+def nothing(_part: str) -> None:
+    """A `ForwardContext.mark` for when nobody takes the time."""
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """What all layers of one forward share.
+
+    mark: called with a part's name where that part of the work begins; parts follow one another.
+    """
+
+    angles: RopeAngles
+    attention: AttentionBackend
+    metadata: Any
+    mark: Callable[[str], None] = nothing

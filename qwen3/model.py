@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from vibe_sgl_lite.qwen3.attention import Attention
-from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend
+from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend, ForwardContext
 from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, VocabParallelEmbedding
 from vibe_sgl_lite.qwen3.layers.moe import DispatchKind, MoEBlock, make_dispatch
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
-from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles, RotaryEmbedding
+from vibe_sgl_lite.qwen3.layers.rotary import RotaryEmbedding
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
@@ -38,12 +38,10 @@ class DecoderLayer:
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.feed_forward = feed_forward
 
-    def __call__(
-        self, update: Tensor, residual: Tensor, angles: RopeAngles, backend: AttentionBackend, metadata: Any
-    ) -> Tensor:
+    def __call__(self, update: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
         """Add `update`, the last block's output, to `residual` in place; return the next update. All [T, H]."""
         x = self._normalise(update, residual, self.attention_norm)
-        update = self.attention(x, angles, backend, metadata)
+        update = self.attention(x, context)
         return self.feed_forward(self._normalise(update, residual, self.feed_forward_norm))
 
     def _normalise(self, update: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
@@ -53,7 +51,7 @@ class DecoderLayer:
 class AllLayers(Protocol):
     """All decoder layers at once, where a device has a faster way than one operation after another."""
 
-    def __call__(self, update: Tensor, residual: Tensor, angles: RopeAngles, metadata: Any) -> Tensor:
+    def __call__(self, update: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
         """As calling every layer in turn: `residual`, [T, H], in place, and the last layer's update returned.
 
         update may be overwritten.
@@ -111,14 +109,14 @@ class Qwen3:
         token_ids, positions: [T] int32 or int64, the tokens of all rows one after another. metadata: handed to
         `backend` as it is. Returns [T, H] in the model's dtype, the same on every rank.
         """
-        angles = self.rotary(positions)
+        context = ForwardContext(self.rotary(positions), backend, metadata)
         update = self.embedding(token_ids)  # the first one, to a residual stream that starts at zero
         residual = torch.zeros_like(update)
         if self.all_layers is not None:
-            update = self.all_layers(update, residual, angles, metadata)
+            update = self.all_layers(update, residual, context)
         else:
             for layer in self.layers:
-                update = layer(update, residual, angles, backend, metadata)
+                update = layer(update, residual, context)
         return self.operations.add_rms_norm(update, residual, self.norm.weight.tensor, self.norm.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

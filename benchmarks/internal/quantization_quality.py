@@ -81,8 +81,9 @@ class Variant:
             released = slot if start == 0 else b""
             batch = ForwardBatch(start, released=released, new=new, row_slots=slot, row_tokens=pack_ids([count]))
             runner.slots.apply(batch)
-            step = runner.slots.prepare()
-            hidden = runner.model.forward(step.token_ids, step.positions, runner.backend, step.metadata)
+            step = runner.slots.prepare().batch
+            metadata = runner.backend.prepare(step)
+            hidden = runner.model.forward(step.token_ids, step.positions, runner.backend, metadata)
             parts.append(runner.model.logits(hidden).float().log_softmax(-1))
             new = []
         return torch.cat(parts)

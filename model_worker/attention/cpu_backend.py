@@ -1,9 +1,11 @@
 """Attention over the paged pool through the CPU kernels: norm, rotation and store in one call, attention in another."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.attention.metadata import AttentionMetadata
 from vibe_sgl_lite.model_worker.cpu import CpuKernels, LayerCache
+from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
@@ -14,7 +16,7 @@ SPLIT_TOKENS = 128
 
 
 class KernelAttention:
-    """An `AttentionBackend` (qwen3/attention_backend.py) whose metadata is `AttentionMetadata`."""
+    """A `StepBackend` (model_worker/device_batch.py) whose metadata is the batch itself."""
 
     def __init__(self, kernels: CpuKernels, pool: KVPool) -> None:
         self.kernels = kernels
@@ -24,6 +26,15 @@ class KernelAttention:
         ]
         self.scale = float(pool.head_dim**-0.5)
 
+    def prepare(self, batch: DeviceBatch) -> DeviceBatch:
+        return batch
+
+    def graph_key(self, batch: DeviceBatch) -> None:
+        return None
+
+    def graph_contexts(self) -> Sequence[int]:
+        return ()
+
     def forward(
         self,
         layer: int,
@@ -31,7 +42,7 @@ class KernelAttention:
         query_norm: RMSNorm,
         key_norm: RMSNorm,
         angles: RopeAngles,
-        metadata: AttentionMetadata,
+        metadata: DeviceBatch,
     ) -> Tensor:
         cache = self.caches[layer]
         query = self.kernels.qkv_rope_store(
@@ -42,7 +53,7 @@ class KernelAttention:
             angles.cos,
             angles.sin,
             cache,
-            metadata.cache_slots,
+            metadata.slot_mapping,
         )
         attended = self.kernels.paged_attention(
             query,

@@ -5,11 +5,13 @@ memory is that of the longest request.
 Legend: G query heads a KV head, N new tokens of a row, C its context, D head dim.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.attention.metadata import AttentionMetadata
+from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
 from vibe_sgl_lite.model_worker.kv_int8 import dequantize, quantize
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
@@ -17,10 +19,19 @@ from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
 
 
 class TorchAttention:
-    """An `AttentionBackend` (qwen3/attention_backend.py) whose metadata is `AttentionMetadata`."""
+    """A `StepBackend` (model_worker/device_batch.py) whose metadata is the batch itself."""
 
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
+
+    def prepare(self, batch: DeviceBatch) -> DeviceBatch:
+        return batch
+
+    def graph_key(self, batch: DeviceBatch) -> None:
+        return None
+
+    def graph_contexts(self) -> Sequence[int]:
+        return ()
 
     def forward(
         self,
@@ -29,7 +40,7 @@ class TorchAttention:
         query_norm: RMSNorm,
         key_norm: RMSNorm,
         angles: RopeAngles,
-        metadata: AttentionMetadata,
+        metadata: DeviceBatch,
     ) -> Tensor:
         kv_heads, head_dim = self.pool.kv_heads, self.pool.head_dim
         packed = qkv.view(qkv.shape[0], -1, head_dim)
@@ -37,8 +48,8 @@ class TorchAttention:
         query, key = angles.rotate(_norm(query, query_norm)), angles.rotate(_norm(key, key_norm))
         keys, key_scales = self.pool.keys(layer), self.pool.key_scales(layer)
         values, value_scales = self.pool.values(layer), self.pool.value_scales(layer)
-        _store(key, metadata.cache_slots, keys, key_scales)
-        _store(value, metadata.cache_slots, values, value_scales)
+        _store(key, metadata.slot_mapping, keys, key_scales)
+        _store(value, metadata.slot_mapping, values, value_scales)
         output = query.new_empty((query.shape[0], query.shape[1] * query.shape[2]))
         starts = metadata.host_query_start.tolist()
         for row, context in enumerate(metadata.host_context_lengths.tolist()):

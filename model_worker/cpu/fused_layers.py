@@ -7,34 +7,34 @@ and experts are chosen between two operations: there, every operation is a call 
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.attention.cpu_backend import SPLIT_TOKENS, KernelAttention
-from vibe_sgl_lite.model_worker.attention.metadata import AttentionMetadata
 from vibe_sgl_lite.model_worker.cpu import LayerCache
 from vibe_sgl_lite.model_worker.cpu.layers import KernelLayers, LayerWeights
 from vibe_sgl_lite.model_worker.cpu.linear import SLAB, SlabWeights
 from vibe_sgl_lite.model_worker.cpu.slab_matrix import QuantizedSlabMatrix, SlabMatrix
-from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend
-from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
+from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
+from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend, ForwardContext
 from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import DecoderLayer, Qwen3
 
 
 class FusedLayers:
-    """A `vibe_sgl_lite.qwen3.model.AllLayers` whose metadata is `AttentionMetadata`."""
+    """A `vibe_sgl_lite.qwen3.model.AllLayers` whose metadata is a `DeviceBatch`."""
 
     def __init__(self, layers: KernelLayers) -> None:
         self.layers = layers
 
-    def __call__(self, update: Tensor, residual: Tensor, angles: RopeAngles, metadata: AttentionMetadata) -> Tensor:
+    def __call__(self, update: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
+        batch: DeviceBatch = context.metadata
         self.layers(
             update,
             residual,
-            angles.cos,
-            angles.sin,
-            metadata.cache_slots,
-            metadata.query_start,
-            metadata.context_lengths,
-            metadata.page_table,
+            context.angles.cos,
+            context.angles.sin,
+            batch.slot_mapping,
+            batch.query_start,
+            batch.context_lengths,
+            batch.page_table,
         )
         return update
 

@@ -1,11 +1,12 @@
 """What a slot's tokens so far allow as its next one: a spent thinking budget forces the block's end, a grammar masks.
 
 The state lives per slot on every rank: each follows the same tokens, so all mask alike. It depends on the last token,
-which the host has at the end of a step; what the grammar library computes for the next step runs in a thread while the
+which the host has when a step is done; what the grammar library computes for the next step runs in a thread while the
 forward does, and is waited for only before sampling, only by steps with such rows. Rows without constraints, and steps
 without such rows, pay nothing.
 """
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,11 +15,13 @@ from enum import Enum, auto
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from vibe_sgl_lite.model_worker.device import CpuDevice, Device
 from vibe_sgl_lite.model_worker.sampling.grammar import Grammar, GrammarLibrary
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, ThinkingRules
+
+log = logging.getLogger(__name__)
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -31,10 +34,11 @@ class _Phase(Enum):
 
 
 class SlotConstraint:
-    """One slot's state. grammar: None for a thinking budget alone."""
+    """One slot's state. grammar: None for a thinking budget alone. error: why it can go no further, once it cannot."""
 
     def __init__(self, sampling: ResolvedSampling, grammar: Grammar | None) -> None:
         self.grammar = grammar
+        self.error: str | None = None
         self._ends = {*sampling.end_token_ids, *sampling.stop_token_ids}
         self._thinking = sampling.thinking
         self._forced: deque[int] = deque()
@@ -81,7 +85,20 @@ class SlotConstraint:
                 self.grammar.follow(token)
 
     def fill(self, allowed: BoolArray) -> None:
-        """Write which tokens may come next, [vocabulary]; all False before. Not to be called when `is_free`."""
+        """Write which tokens may come next, [vocabulary]; all False before. Not to be called when `is_free`.
+
+        Whatever goes wrong in the grammar is this slot's `error`, not the rank's; then anything may come.
+        """
+        try:
+            self._fill(allowed)
+        except Exception as error:
+            log.exception("a mask could not be made")
+            self.error = f"{type(error).__name__}: {error}"
+            allowed[:] = True
+        if self.grammar is not None and self.grammar.error is not None:
+            self.error = self.grammar.error
+
+    def _fill(self, allowed: BoolArray) -> None:
         if self._forced:
             allowed[self._forced[0]] = True
             return
@@ -102,33 +119,36 @@ class SlotConstraint:
 
 @dataclass
 class StepMask:
-    """Of one step: `rows` of its sampling rows are masked. failed: those of them whose grammar can go no further."""
+    """Of one step: `rows` of its sampling rows are masked. failed: those of them whose constraint has an error."""
 
     rows: list[int]
     vocab: slice
     forbidden: "Future[BoolArray]"
     constraints: list[SlotConstraint]
+    device: Device
     failed: list[int] = field(default_factory=list)
 
     def apply(self, logits: Tensor) -> None:
         """logits [sampling rows, local vocabulary]: -inf where a token is not allowed, in place. Waits for the mask."""
-        forbidden = torch.from_numpy(self.forbidden.result()[:, self.vocab]).to(logits.device)
+        forbidden = self.device.tensor(self.forbidden.result()[:, self.vocab])
         if len(self.rows) == len(logits):
             logits.masked_fill_(forbidden, float("-inf"))
         else:
-            rows = torch.tensor(self.rows, device=logits.device)
+            rows = self.device.tensor(np.array(self.rows))
             logits[rows] = logits[rows].masked_fill_(forbidden, float("-inf"))
-        self.failed = [
-            row
-            for row, slot in zip(self.rows, self.constraints, strict=True)
-            if slot.grammar is not None and slot.grammar.error is not None
-        ]
+        self.failed = [row for row, slot in zip(self.rows, self.constraints, strict=True) if slot.error is not None]
+
+
+Constrained = list[tuple[int, SlotConstraint]]  # (sampling row, its constraint)
 
 
 class Constraints:
     """Constraints of all slots of a rank. vocab: this rank's range of a vocabulary of `vocab_size` ids."""
 
-    def __init__(self, vocab_size: int, vocab: slice, library: GrammarLibrary | None) -> None:
+    def __init__(
+        self, vocab_size: int, vocab: slice, library: GrammarLibrary | None, device: Device | None = None
+    ) -> None:
+        self._device = device or CpuDevice()
         self._vocab_size = vocab_size
         self._vocab = vocab
         self._library = library
@@ -152,29 +172,23 @@ class Constraints:
         """The slot is free; releasing a free one is no error."""
         self._slots.pop(slot, None)
 
-    def begin(self, slots: npt.NDArray[np.int64]) -> StepMask | None:
-        """Start to compute the mask of a step that samples these slots, in order; None when all may draw freely."""
+    def of(self, slots: npt.NDArray[np.int64]) -> Constrained:
+        """The constraints of a step that samples these slots, in order. Whoever has them tells them what was drawn."""
         if not self._slots:
-            return None
+            return []
         found = [(row, self._slots.get(slot)) for row, slot in enumerate(slots.tolist())]
-        masked = [(row, constraint) for row, constraint in found if constraint is not None and not constraint.is_free]
+        return [(row, constraint) for row, constraint in found if constraint is not None]
+
+    def begin(self, constrained: Constrained) -> StepMask | None:
+        """Start to compute the mask of a step, when these know all tokens before it; None if all may draw freely."""
+        masked = [(row, constraint) for row, constraint in constrained if not constraint.is_free]
         if not masked:
             return None
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "masks")
         constraints = [constraint for _, constraint in masked]
-        return StepMask(
-            [row for row, _ in masked], self._vocab, self._thread.submit(self._forbidden, constraints), constraints
-        )
-
-    def accept(self, slots: npt.NDArray[np.int64], token_ids: Sequence[int]) -> None:
-        """These tokens were drawn, one a slot; between the mask of their step and the next `begin`."""
-        if not self._slots:
-            return
-        for slot, token in zip(slots.tolist(), token_ids, strict=True):
-            constraint = self._slots.get(slot)
-            if constraint is not None:
-                constraint.accept(token)
+        forbidden = self._thread.submit(self._forbidden, constraints)
+        return StepMask([row for row, _ in masked], self._vocab, forbidden, constraints, self._device)
 
     def _forbidden(self, constraints: Sequence[SlotConstraint]) -> BoolArray:
         """[rows, vocabulary]; in the thread."""

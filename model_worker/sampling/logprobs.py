@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from vibe_sgl_lite.runtime.messages import TokenLogprob
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Of n rows, on the device until `entries` is asked for. The same on every rank.
+    """Of n rows, on the device. The same on every rank.
 
     rows: indices of the batch. token_ids: int64 [n]; logprobs: float32 [n], of these tokens.
     top_ids int64, top_logprobs float32: [n, k], best first; row i wants top_counts[i] of them.
@@ -25,10 +27,19 @@ class Logprobs:
     top_logprobs: Tensor
     top_counts: list[int]
 
-    def entries(self) -> list[tuple[int, TokenLogprob]]:
-        """(row of the batch, what a message carries), in the order of `rows`. Waits for the device."""
-        ids, values = self.token_ids.tolist(), self.logprobs.tolist()
-        top_ids, top_values = self.top_ids.tolist(), self.top_logprobs.tolist()
+    def packed(self) -> Tensor:
+        """float64 [n, 2 + 2 k]: id, logprob, top ids, top logprobs, for one copy to the host; see `entries`."""
+        columns = (self.token_ids[:, None], self.logprobs[:, None], self.top_ids, self.top_logprobs)
+        return torch.cat([column.to(torch.float64) for column in columns], dim=1)
+
+    def entries(self, packed: npt.NDArray[np.float64] | None = None) -> list[tuple[int, TokenLogprob]]:
+        """(row of the batch, what a message carries), in the order of `rows`. packed: `packed()`, on the host already;
+        without it, this waits for the device."""
+        if packed is None:
+            packed = self.packed().cpu().numpy()
+        k = self.top_ids.shape[1]
+        ids, top_ids = packed[:, 0].astype(np.int64).tolist(), packed[:, 2 : 2 + k].astype(np.int64).tolist()
+        values, top_values = packed[:, 1].tolist(), packed[:, 2 + k :].tolist()
         return [
             (row, TokenLogprob(ids[i], values[i], tuple(zip(top_ids[i][:n], top_values[i][:n], strict=True))))
             for i, (row, n) in enumerate(zip(self.rows, self.top_counts, strict=True))

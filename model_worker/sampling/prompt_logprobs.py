@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.batch import StepInput
+from vibe_sgl_lite.model_worker.sampling.logprobs import Logprobs
 from vibe_sgl_lite.model_worker.sampling.sampler import Sampler
-from vibe_sgl_lite.runtime.messages import TokenLogprob
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 
 # At most this many positions a head call: 39 MB of bf16 logits with Qwen3's vocabulary, and the weights read once.
@@ -21,10 +21,11 @@ HEAD_ROWS = 128
 
 @dataclass(frozen=True)
 class PromptScores:
-    """Of one row: entries of the prompt tokens at positions first, first + 1, ..."""
+    """Of one row of the step: of the prompt tokens at positions first, first + 1, ..., part after part."""
 
+    row: int
     first: int
-    entries: tuple[TokenLogprob, ...]
+    parts: list[Logprobs]
 
 
 @dataclass(frozen=True)
@@ -56,32 +57,29 @@ class PromptLogprobs:
         """The slot is free; releasing a free one is no error."""
         self._slots.pop(slot, None)
 
-    def of_step(self, hidden: Tensor, step: StepInput) -> dict[int, PromptScores]:
-        """By row of the step. hidden: [T, H] final hidden states. All ranks call it with the same step."""
-        scores: dict[int, PromptScores] = {}
+    def of_step(self, hidden: Tensor, step: StepInput) -> list[PromptScores]:
+        """hidden: [T, H] final hidden states. All ranks call it with the same step. Reads nothing back."""
+        scores: list[PromptScores] = []
         if not self._slots:
             return scores
-        starts = step.metadata.host_query_start.tolist()
-        for row, (slot, end) in enumerate(
-            zip(step.slots.tolist(), step.metadata.host_context_lengths.tolist(), strict=True)
-        ):
+        starts, ends = step.batch.host_query_start.tolist(), step.batch.host_context_lengths.tolist()
+        for row, slot in enumerate(step.slots.tolist()):
             asked = self._slots.get(slot)
             if asked is None:
                 continue
+            end = ends[row]
             first = end - (starts[row + 1] - starts[row])  # positions first .. last - 1 score first + 1 .. last
             last = min(end, asked.num_prompt_tokens - 1)
             if first < last:
                 rows = hidden[starts[row] : starts[row] + last - first]
-                scores[row] = PromptScores(first + 1, self._score(rows, slot, first + 1, asked.top))
+                scores.append(PromptScores(row, first + 1, self._score(rows, slot, first + 1, asked.top)))
             if end >= asked.num_prompt_tokens - 1:
                 self.release(slot)
         return scores
 
-    def _score(self, hidden: Tensor, slot: int, first: int, top: int) -> tuple[TokenLogprob, ...]:
+    def _score(self, hidden: Tensor, slot: int, first: int, top: int) -> list[Logprobs]:
         token_ids = self._tokens[slot, first : first + len(hidden)].to(torch.int64)
-        entries: list[TokenLogprob] = []
-        for begin in range(0, len(hidden), HEAD_ROWS):
-            part = slice(begin, begin + HEAD_ROWS)
-            logprobs = self._sampler.logprobs_of(self._logits(hidden[part]), token_ids[part], top)
-            entries += [entry for _, entry in logprobs.entries()]
-        return tuple(entries)
+        return [
+            self._sampler.logprobs_of(self._logits(hidden[begin : begin + HEAD_ROWS]), ids, top)
+            for begin, ids in zip(range(0, len(hidden), HEAD_ROWS), torch.split(token_ids, HEAD_ROWS), strict=True)
+        ]

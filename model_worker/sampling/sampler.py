@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vibe_sgl_lite.model_worker.device import Device, device_of
 from vibe_sgl_lite.model_worker.sampling.adjust import LogitAdjuster
 from vibe_sgl_lite.model_worker.sampling.candidates import (
     BlockMaxima,
@@ -64,11 +65,19 @@ class Sampler:
     argmax: a faster one where the logits' device has it.
     """
 
-    def __init__(self, vocab_size: int, group: Group, tokens: Tensor, argmax: ArgmaxFunction | None = None) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        group: Group,
+        tokens: Tensor,
+        argmax: ArgmaxFunction | None = None,
+        device: Device | None = None,
+    ) -> None:
+        self.device = device or device_of(tokens.device)
         assert vocab_size <= MAX_VOCAB, f"a vocabulary of {vocab_size} is above {MAX_VOCAB}"
         self.vocab = shard(vocab_size, group)
         self.group = group
-        self.slots = SlotSampling(tokens.shape[0], vocab_size, self.vocab, tokens.device)
+        self.slots = SlotSampling(tokens.shape[0], vocab_size, self.vocab, self.device)
         self._argmax = argmax or argmax_column
         self._adjuster = LogitAdjuster(tokens, self.vocab)
         self._ids = torch.arange(self.vocab.start, self.vocab.stop, device=tokens.device)
@@ -88,19 +97,22 @@ class Sampler:
         slots: npt.NDArray[np.int64],
         positions: npt.NDArray[np.int64],
         mask: StepMask | None = None,
+        device_positions: Tensor | None = None,
     ) -> SampleOutput:
         """Draw one token a row.
 
         logits: [rows, vocab / ranks] float32 or bfloat16, contiguous; overwritten by penalties, biases and the mask.
         slots: int64 [rows] on the host, each occupied. positions: int64 [rows] on the host, the index in the whole
-        sequence (prompt and generated) of the token being drawn: the number of tokens known so far.
+        sequence (prompt and generated) of the token being drawn: the number of tokens known so far; device_positions:
+        the same on the logits' device, where the caller has them there.
         Every rank of the group calls it with the same slots and positions. A row with NaN gives some id in range.
         """
         assert logits.shape == (len(slots), len(self._ids))
         assert logits.is_contiguous()
         plan = self.slots.plan(slots)
         raw = logits[plan.logprob_rows] if plan.logprob_rows else None
-        device_positions = torch.from_numpy(positions).to(logits.device)
+        if device_positions is None:
+            device_positions = self.device.tensor(positions)
         adjusted = self._adjuster.adjust(logits, plan, device_positions, positions)
         if mask is not None:
             mask.apply(adjusted)

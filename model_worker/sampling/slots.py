@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vibe_sgl_lite.model_worker.device import Device
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 
 # Filters that leave at most this many tokens are decided on that many sorted candidates a row.
@@ -136,7 +137,7 @@ Records = npt.NDArray[np.void]
 class SlotSampling:
     """What each occupied slot samples with. `vocab`: this rank's range of a vocabulary of `vocab_size` ids."""
 
-    def __init__(self, max_slots: int, vocab_size: int, vocab: slice, device: torch.device) -> None:
+    def __init__(self, max_slots: int, vocab_size: int, vocab: slice, device: Device) -> None:
         self.vocab_size = vocab_size
         self.vocab = vocab
         self.device = device
@@ -242,7 +243,7 @@ class SlotSampling:
             for token, bias in self._single[int(slots[row])].logit_bias.items()
         ]
         here = [entry for entry in entries if self._is_here(entry[1])]
-        values = torch.tensor([entry[2] for entry in here], dtype=torch.float32, device=self.device)
+        values = self._device(np.array([entry[2] for entry in here], dtype=np.float32))
         return EntryPlan(self._ints([entry[0] for entry in here]), self._columns(here), values)
 
     def _plan_held_back(self, slots: npt.NDArray[np.int64], records: Records) -> EntryPlan:
@@ -263,7 +264,7 @@ class SlotSampling:
         return self._ints([token_id - self.vocab.start for _, token_id, _ in entries])
 
     def _ints(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return self._device(np.array(values, dtype=np.int64))
 
     def _rows(self, which: npt.NDArray[np.bool_]) -> Tensor | None:
         """Indices of the rows that are marked; None when there are none."""
@@ -274,4 +275,4 @@ class SlotSampling:
         return self._device(records[name].copy())
 
     def _device(self, array: npt.NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return self.device.tensor(array)

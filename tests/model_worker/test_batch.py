@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vibe_sgl_lite.model_worker.batch import SlotStates, StepInput
+from vibe_sgl_lite.model_worker.device import CpuDevice
 from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, pack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, resolve
 
@@ -33,7 +34,7 @@ def new_slot(slot: int, ids: list[int], pages: list[int], computed: int = 0) -> 
 
 
 def states() -> SlotStates:
-    return SlotStates(SLOTS, CONTEXT, PAGE, PADDING, torch.device("cpu"))
+    return SlotStates(SLOTS, CONTEXT, PAGE, PADDING, CpuDevice())
 
 
 def test_a_chunk_and_a_decode_row_are_packed_in_order() -> None:
@@ -47,12 +48,12 @@ def test_a_chunk_and_a_decode_row_are_packed_in_order() -> None:
         )
     )
     step = slots.prepare()
-    assert step.token_ids.tolist() == [14, 15, 20, 21]
-    assert step.positions.tolist() == [4, 5, 0, 1]
-    assert step.metadata.cache_slots.tolist() == [12, 13, 20, 21]
-    assert step.metadata.query_start.tolist() == [0, 2, 4]
-    assert step.metadata.context_lengths.tolist() == [6, 2]
-    assert step.metadata.page_table.tolist() == [[7, 3], [5, PADDING]]
+    assert step.batch.token_ids.tolist() == [14, 15, 20, 21]
+    assert step.batch.positions.tolist() == [4, 5, 0, 1]
+    assert step.batch.slot_mapping.tolist() == [12, 13, 20, 21]
+    assert step.batch.query_start.tolist() == [0, 2, 4]
+    assert step.batch.context_lengths.tolist() == [6, 2]
+    assert step.batch.page_table.tolist() == [[7, 3], [5, PADDING]]
     assert step.sampling_rows.tolist() == [0]
     assert step.last_tokens.tolist() == [1]
     assert step.sampling_positions.tolist() == [6]
@@ -60,7 +61,7 @@ def test_a_chunk_and_a_decode_row_are_packed_in_order() -> None:
 
     slots.apply(ForwardBatch(1, row_slots=pack_ids([2, 0]), row_tokens=pack_ids([1, 1])))
     step = slots.prepare()
-    assert step.token_ids.tolist() == [16, 22]
+    assert step.batch.token_ids.tolist() == [16, 22]
     assert step.sampling_slots.tolist() == [2, 0]
 
 
@@ -69,7 +70,7 @@ def test_unchanged_rows_are_remembered_and_steps_need_no_earlier_result() -> Non
     slots.apply(ForwardBatch(0, new=[new_slot(1, [5], [0])], row_slots=pack_ids([1]), row_tokens=pack_ids([1])))
     for position in range(3):
         step = slots.prepare()
-        assert step.positions.tolist() == [position]
+        assert step.batch.positions.tolist() == [position]
         slots.append(step, torch.tensor([50 + position]))
         slots.apply(ForwardBatch(position + 1))
     assert slots.tokens[1, :4].tolist() == [5, 50, 51, 52]
@@ -149,13 +150,13 @@ def _check(step: StepInput, rows: list[tuple[int, Model]], counts: list[int]) ->
             m.tokens.append((len(m.tokens) * 7) % 100)
             sampled.append(m.tokens[-1])
             last.append(len(tokens) - 1)
-    assert step.token_ids.tolist() == tokens
-    assert step.positions.tolist() == positions
-    assert step.metadata.cache_slots.tolist() == cache
+    assert step.batch.token_ids.tolist() == tokens
+    assert step.batch.positions.tolist() == positions
+    assert step.batch.slot_mapping.tolist() == cache
     assert step.last_tokens.tolist() == last
-    assert step.metadata.context_lengths.tolist() == [m.computed for _, m in rows]
+    assert step.batch.context_lengths.tolist() == [m.computed for _, m in rows]
     for row, (_, m) in enumerate(rows):
         pages = -(-m.computed // PAGE)
-        assert step.metadata.page_table[row, :pages].tolist() == m.pages[:pages]
+        assert step.batch.page_table[row, :pages].tolist() == m.pages[:pages]
     assert np.array_equal(step.slots, [slot for slot, _ in rows])
     return sampled

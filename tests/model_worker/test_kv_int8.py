@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.qwen3.harness import compute_of
+from tests.qwen3.harness import compute_of, device_batch
 from tests.runtime.settings.test_model_config import DENSE, read
-from vibe_sgl_lite.model_worker.attention.metadata import AttentionMetadata
 from vibe_sgl_lite.model_worker.kv_int8 import dequantize, quantize
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
@@ -90,14 +89,8 @@ class Rows:
         for row, pages in enumerate(self.pages):
             table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
         starts, lengths = np.cumsum([0, *counts], dtype=np.int32), np.array(self.lengths, dtype=np.int32)
-        metadata = AttentionMetadata(
-            query_start=torch.from_numpy(starts),
-            context_lengths=torch.from_numpy(lengths),
-            page_table=table,
-            cache_slots=torch.tensor(slots),
-            host_query_start=starts,
-            host_context_lengths=lengths,
-        )
+        nothing = [0] * sum(counts)
+        metadata = self.backend.prepare(device_batch(starts, lengths, table, slots, nothing, nothing))
         together = torch.cat(qkv).flatten(1)
         angles = RopeAngles(together.new_ones(sum(counts), DIM // 2), together.new_zeros(sum(counts), DIM // 2))
         out = self.backend.forward(1, together, self.norm, self.norm, angles, metadata)

@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.attention.metadata import AttentionMetadata
 from vibe_sgl_lite.model_worker.compute import Compute, choose_compute, torch_compute
+from vibe_sgl_lite.model_worker.device_batch import DeviceBatch, IntArray
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.weights import load_weights
@@ -103,6 +103,25 @@ class Row:
     pages: list[int] = field(default_factory=list)
 
 
+def device_batch(
+    starts: IntArray, lengths: IntArray, table: Tensor, slots: list[int], tokens: list[int], positions: list[int]
+) -> DeviceBatch:
+    """A step's rows, made without the runner. starts: [R + 1]; lengths: [R], contexts with the new tokens."""
+    chunks = np.flatnonzero(np.diff(starts) != 1)
+    return DeviceBatch(
+        token_ids=torch.tensor(tokens, dtype=torch.int32),
+        positions=torch.tensor(positions, dtype=torch.int32),
+        slot_mapping=torch.tensor(slots),
+        query_start=torch.from_numpy(starts),
+        context_lengths=torch.from_numpy(lengths),
+        page_table=table,
+        num_decode_rows=int(chunks[0]) if len(chunks) else len(lengths),
+        host_query_start=starts,
+        host_context_lengths=lengths,
+        max_context=int(lengths.max()),
+    )
+
+
 class PagedRun:
     """Runs rows through a model over a pool whose pages are handed out in scattered order."""
 
@@ -143,16 +162,10 @@ class PagedRun:
         table = torch.full((len(rows), max(len(row.pages) for row, _ in rows)), self.pool.padding_page)
         for i, (row, _) in enumerate(rows):
             table[i, : len(row.pages)] = torch.tensor(row.pages)
-        metadata = AttentionMetadata(
-            query_start=torch.from_numpy(starts),
-            context_lengths=torch.from_numpy(lengths),
-            page_table=table.to(torch.int32),
-            cache_slots=torch.tensor(slots),
-            host_query_start=starts,
-            host_context_lengths=lengths,
-        )
+        batch = device_batch(starts, lengths, table.to(torch.int32), slots, tokens, positions)
         with torch.inference_mode():
-            hidden = self.model.forward(torch.tensor(tokens), torch.tensor(positions), self.backend, metadata)
+            metadata = self.backend.prepare(batch)
+            hidden = self.model.forward(batch.token_ids, batch.positions, self.backend, metadata)
             return self.model.logits(hidden)
 
     def greedy(self, row: Row, count: int, chunk: int) -> list[int]:

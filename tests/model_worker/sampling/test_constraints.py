@@ -173,10 +173,12 @@ def test_a_step_masks_only_the_rows_that_ask() -> None:
     constraints.admit(4, sampling(), [])
     constraints.admit(5, sampling(rules(1)), [OPEN])
     slots = np.array([4, 5], np.int64)
-    assert constraints.begin(slots) is None
-    constraints.accept(slots, [7, 100])
+    assert constraints.begin(constraints.of(slots)) is None
+    drawn = [7, 100]
+    for row, constraint in constraints.of(slots):
+        constraint.accept(drawn[row])
     slots = np.array([4, 3, 5], np.int64)
-    mask = constraints.begin(slots)
+    mask = constraints.begin(constraints.of(slots))
     assert mask is not None
     logits = torch.randn(3, VOCAB)
     plain = logits.clone()
@@ -188,14 +190,14 @@ def test_a_step_masks_only_the_rows_that_ask() -> None:
     assert mask.failed == []
     shard = Constraints(VOCAB, slice(1024, VOCAB), LIBRARY)
     shard.admit(3, sampling(None, grammar), [])
-    part = shard.begin(np.array([3], np.int64))
+    part = shard.begin(shard.of(np.array([3], np.int64)))
     assert part is not None
     half = plain[1:2, 1024:].contiguous()
     part.apply(half)
     assert torch.equal(half[0], logits[1, 1024:])
     constraints.release(3)
     constraints.release(5)
-    assert constraints.begin(slots) is None
+    assert constraints.begin(constraints.of(slots)) is None
 
 
 def test_a_grammar_that_goes_wrong_fails_its_row() -> None:
@@ -203,8 +205,9 @@ def test_a_grammar_that_goes_wrong_fails_its_row() -> None:
     constraints = Constraints(VOCAB, slice(0, VOCAB), LIBRARY)
     constraints.admit(0, sampling(None, make_grammar(None, "ab", None)), [])
     slots = np.array([0], np.int64)
-    constraints.accept(slots, [TOKENIZER.encode("zzz")[0]])
-    mask = constraints.begin(slots)
+    [(_, constraint)] = constraints.of(slots)
+    constraint.accept(TOKENIZER.encode("zzz")[0])
+    mask = constraints.begin(constraints.of(slots))
     assert mask is not None
     mask.apply(torch.zeros(1, VOCAB))
     assert mask.failed == [0]
@@ -247,7 +250,8 @@ def test_masked_rows_draw_as_rows_of_these_tokens_alone(seed: int) -> None:
     slots = np.arange(len(rows))
     positions = np.array([row.position for row in rows])
     logits = torch.stack([row.logits for row in rows])
-    masked = make_sampler(rows).sample(logits.clone(), slots, positions, constraints.begin(slots)).token_ids.tolist()
+    mask = constraints.begin(constraints.of(slots))
+    masked = make_sampler(rows).sample(logits.clone(), slots, positions, mask).token_ids.tolist()
     for place, ids in allowed_ids.items():
         assert masked[place] in ids
     free = make_sampler(rows).sample(logits.clone(), slots, positions).token_ids.tolist()

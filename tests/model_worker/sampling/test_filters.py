@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from tests.model_worker.sampling.reference import kept_mask, on_ranks, params
+from vibe_sgl_lite.model_worker.device import CpuDevice
 from vibe_sgl_lite.model_worker.sampling.candidates import BlockMaxima, RowSet, argmax, pack, top_over_ranks, unpack
 from vibe_sgl_lite.model_worker.sampling.nucleus import find_cuts, prefix_lengths, total_masses
 from vibe_sgl_lite.model_worker.sampling.slots import SlotSampling
@@ -49,7 +50,7 @@ def kept(logits: Tensor, rows: list[ResolvedSampling], *, search: bool, group: G
     group = group or Group()
     vocab_size = logits.shape[1]
     vocab = shard(vocab_size, group)
-    slots = SlotSampling(len(rows), vocab_size, vocab, logits.device)
+    slots = SlotSampling(len(rows), vocab_size, vocab, CpuDevice())
     for slot, p in enumerate(rows):
         slots.admit(slot, p, 0)
     plan = slots.plan(np.arange(len(rows)))

@@ -14,6 +14,7 @@ from transformers import (
 
 from tests.model_worker.sampling.reference import Row, adjusted, on_ranks, params, sample
 from tests.model_worker.sampling.test_sampler import random_rows
+from vibe_sgl_lite.model_worker.device import CpuDevice
 from vibe_sgl_lite.model_worker.sampling.adjust import LogitAdjuster
 from vibe_sgl_lite.model_worker.sampling.slots import SlotSampling
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
@@ -23,7 +24,7 @@ VOCAB = 200
 
 def adjust(rows: list[Row], vocab: slice = slice(0, VOCAB)) -> Tensor:
     tokens = torch.zeros((len(rows), 64), dtype=torch.int32)
-    slots = SlotSampling(len(rows), VOCAB, vocab, torch.device("cpu"))
+    slots = SlotSampling(len(rows), VOCAB, vocab, CpuDevice())
     for slot, row in enumerate(rows):
         tokens[slot, : row.position] = torch.tensor([*row.prompt, *row.generated], dtype=torch.int32)
         slots.admit(slot, row.params, len(row.prompt))
@@ -113,7 +114,7 @@ def test_more_rows_than_one_count_table() -> None:
 
 def test_plain_rows_cost_no_copy_and_change_nothing() -> None:
     plan_of: list[ResolvedSampling] = [params(), params(temperature=0.0)]
-    slots = SlotSampling(2, VOCAB, slice(0, VOCAB), torch.device("cpu"))
+    slots = SlotSampling(2, VOCAB, slice(0, VOCAB), CpuDevice())
     for slot, p in enumerate(plan_of):
         slots.admit(slot, p, 1)
     logits, positions = torch.randn(2, VOCAB).bfloat16(), np.array([1, 1])
