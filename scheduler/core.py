@@ -159,6 +159,11 @@ class Scheduler:
         return not self.state.requests and bool(self.state.in_flight)
 
     @property
+    def client_requests(self) -> list[int]:
+        """The uids of all live requests, as `abort` takes them."""
+        return list(self.state.groups)
+
+    @property
     def idle(self) -> bool:
         """No request is there and no step in flight."""
         return not self.state.requests and not self.state.in_flight

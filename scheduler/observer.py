@@ -102,6 +102,10 @@ class ObservedScheduler:
         return self.core.stats()
 
     @property
+    def client_requests(self) -> list[int]:
+        return self.core.client_requests
+
+    @property
     def oldest_step(self) -> Step | None:
         return self.core.oldest_step
 

@@ -3,8 +3,8 @@
 One blocking loop: it sleeps in a poll until a request, a result or a command arrives, and never longer than the
 heartbeat allows. Everything that is decided is decided in the core.
 
-A step that takes far longer than it should means a rank hangs: the launcher is told, no further step is sent, and the
-loop goes on only to answer the launcher.
+A step that takes far longer than it should means a rank hangs: the launcher is told, and no further step is sent. When
+it says that the ranks are lost, their requests are back in the queue, and run again when the next ranks are ready.
 
     python -m vibe_sgl_lite.scheduler.process SPEC.json
 """
@@ -22,14 +22,17 @@ from vibe_sgl_lite.runtime.launcher.child import Child, PipelineSpec, run_child
 from vibe_sgl_lite.runtime.messages import (
     AbortRequest,
     AddRequest,
+    ClientsLost,
     ErrorInfo,
     RankOutput,
     RankReady,
+    RanksLost,
     SchedulerInput,
     SchedulerQuery,
     SchedulerReply,
     Shutdown,
     StepOutput,
+    StepResult,
     StopMatched,
     StopRank,
 )
@@ -57,11 +60,11 @@ Core = Scheduler | ObservedScheduler
 log = logging.getLogger(__name__)
 
 
-def make_config(spec: PipelineSpec, num_pages: int, device: str) -> SchedulerConfig:
+def make_config(spec: PipelineSpec, ready: RankReady) -> SchedulerConfig:
     """The core's settings from the pipeline's, with what the ranks found."""
     args = spec.args
     return SchedulerConfig(
-        num_pages=num_pages,
+        num_pages=ready.kv_pages,
         page_size=args.page_size,
         max_running_requests=args.max_running_requests,
         max_queued_requests=args.max_queued_requests,
@@ -70,7 +73,8 @@ def make_config(spec: PipelineSpec, num_pages: int, device: str) -> SchedulerCon
         policy=args.schedule_policy,
         radix_cache=not args.disable_radix_cache,
         overlap=not args.disable_overlap,
-        base_tokens=BASE_TOKENS["cuda" if device.startswith("cuda") else "cpu"],
+        epoch=ready.epoch,
+        base_tokens=BASE_TOKENS["cuda" if ready.device.startswith("cuda") else "cpu"],
     )
 
 
@@ -86,7 +90,10 @@ def make_core(config: SchedulerConfig, trace: str | None, profile: str | None) -
 
 
 class SchedulerProcess:
-    """Sockets around a core. Construct, `wait_for_ranks`, `serve`, `stop_ranks`."""
+    """Sockets around a core. Construct, `wait_for_ranks`, `serve`, `stop_ranks`.
+
+    epoch: of the rank group that lives, or that is to come.
+    """
 
     def __init__(self, child: Child) -> None:
         self.child = child
@@ -96,7 +103,9 @@ class SchedulerProcess:
         self.results: Receiver[RankOutput] = Receiver(context, spec.endpoints.results, RankOutput)
         self.detokenizer = Sender(context, spec.endpoints.detokenizer)
         self.tokenizer_manager = Sender(context, spec.endpoints.tokenizer_manager)
-        self.ranks = [Sender(context, spec.endpoints.rank(rank)) for rank in spec.args.local_ranks]
+        self.epoch = spec.endpoints.epoch
+        self.ranks: list[Sender] = []
+        self._connect_ranks()
         self._encoder = msgspec.msgpack.Encoder()
         self._to_do: deque[SchedulerInput] = deque()  # inputs that are read but not yet acted on
         self._shutdown = False
@@ -104,22 +113,39 @@ class SchedulerProcess:
         self._gathers = spec.device == "cpu"
         self._last_result_at = 0.0
 
-    # ------------------------------------------------------------------------------------------------------ start, stop
+    # ----------------------------------------------------------------------------------------------------------- ranks
 
     def wait_for_ranks(self) -> RankReady | None:
         """Until rank 0 says how many pages there are; None when the launcher wants to stop before."""
         poller = self._poller(self.results.socket)
         while not self._shutdown:
             poller.poll(POLL_MS)
-            self._launcher()
+            self._launcher(None)
             for message in self.results.drain(most=1):
-                assert isinstance(message, RankReady), "a result before any step"
-                return message
+                self._lose_ranks(None, message.epoch)
+                if message.epoch == self.epoch:
+                    assert isinstance(message, RankReady), "a result before any step"
+                    return message
         return None
 
     def stop_ranks(self) -> None:
         for rank in self.ranks:
-            rank.send(StopRank())
+            rank.send(StopRank(self.epoch))
+
+    def _connect_ranks(self) -> None:
+        """To the group of `epoch`, there already or not; what the last one was still to get is thrown away."""
+        for rank in self.ranks:
+            rank.socket.close(linger=0)
+        endpoints = self.child.spec.endpoints.of_epoch(self.epoch)
+        self.ranks = [Sender(self.child.context, endpoints.rank(rank)) for rank in self.child.spec.args.local_ranks]
+
+    def _lose_ranks(self, core: Core | None, epoch: int) -> list[Outputs]:
+        """Whoever says it first, the launcher or the new ranks: those of an older epoch than this are gone."""
+        if epoch <= self.epoch:
+            return []
+        self.epoch, self._hung = epoch, False
+        self._connect_ranks()
+        return [] if core is None else [core.lose_ranks(epoch, time.monotonic())]
 
     # ------------------------------------------------------------------------------------------------------------ loop
 
@@ -128,16 +154,45 @@ class SchedulerProcess:
         poller = self._poller(self.inputs.socket, self.results.socket)
         while not self._shutdown:
             poller.poll(POLL_MS)
-            self._launcher()
-            if self._hung:
-                self.inputs.drain()  # nobody will serve these; the launcher ends the pipeline
-                continue
             outputs = self._take_results(core)
+            outputs += self._launcher(core)
             self._take_inputs(core, outputs)
-            self._send_steps(core)  # before the outputs: the ranks wait for the one, clients hardly notice the other
+            if not self._hung:
+                self._send_steps(core)  # before the outputs: the ranks wait, clients hardly notice
+                self._watch_ranks(core)
             for output in outputs:
                 self._tell(output)
-            self._watch_ranks(core)
+
+    def _launcher(self, core: Core | None) -> list[Outputs]:
+        """A heartbeat to the launcher, and what it commands. core: None before the first ranks are ready."""
+        outputs = []
+        self.child.heartbeat()
+        for command in self.child.commands():
+            match command:
+                case Shutdown():
+                    self._shutdown = True
+                case RanksLost(epoch=epoch):
+                    outputs += self._lose_ranks(core, epoch)
+                case ClientsLost():
+                    self._to_do.clear()
+                    while self.inputs.drain():
+                        pass  # of the tokenizer manager that died
+                    if core is not None:
+                        outputs += [core.abort(uid, time.monotonic()) for uid in core.client_requests]
+        return outputs
+
+    def _take_results(self, core: Core) -> list[Outputs]:
+        outputs = []
+        for message in self.results.drain():
+            now = time.monotonic()
+            outputs += self._lose_ranks(core, message.epoch)
+            if isinstance(message, StepResult):
+                self._last_result_at = now
+                outputs.append(core.complete(message, now))
+            elif message.epoch == self.epoch:
+                log.info("the ranks are back, with %d KV pages", message.kv_pages)
+                outputs.append(core.ranks_ready(message.kv_pages, now))
+        return outputs
 
     def _take_inputs(self, core: Core, outputs: list[Outputs]) -> None:
         """Aborts append to `outputs`: what ends a request must not overtake the tokens it was just given.
@@ -167,14 +222,6 @@ class SchedulerProcess:
                 case SchedulerQuery():
                     self.tokenizer_manager.send(self._answer(core, message))
 
-    def _take_results(self, core: Core) -> list[Outputs]:
-        outputs = []
-        for message in self.results.drain():
-            assert not isinstance(message, RankReady), "the ranks became ready twice"
-            self._last_result_at = time.monotonic()
-            outputs.append(core.complete(message, self._last_result_at))
-        return outputs
-
     def _send_steps(self, core: Core) -> None:
         while (batch := core.schedule(time.monotonic())) is not None:
             frame = self._encoder.encode(batch)
@@ -197,11 +244,6 @@ class SchedulerProcess:
         return SchedulerReply(query.qid, {"flushed_pages": freed})
 
     # -------------------------------------------------------------------------------------------------------- watching
-
-    def _launcher(self) -> None:
-        self.child.heartbeat()
-        for command in self.child.commands():
-            self._shutdown = self._shutdown or isinstance(command, Shutdown)
 
     def _watch_ranks(self, core: Core) -> None:
         step = core.oldest_step
@@ -230,11 +272,7 @@ def main(child: Child) -> None:
     if ready is not None:
         log.info("%d KV pages of %d tokens on %s", ready.kv_pages, child.spec.args.page_size, ready.device)
         args = child.spec.args
-        core = make_core(
-            make_config(child.spec, ready.kv_pages, ready.device),
-            trace=args.trace,
-            profile=args.profile,
-        )
+        core = make_core(make_config(child.spec, ready), args.trace, args.profile)
         child.ready(
             kv_pages=ready.kv_pages, device=ready.device, dtype=ready.dtype, page_size=child.spec.args.page_size
         )

@@ -22,12 +22,15 @@ from vibe_sgl_lite.runtime.messages import (
     ChildFailed,
     ChildMessage,
     ChildReady,
+    ClientsLost,
     DetokenizerInput,
     ForwardBatch,
     Heartbeat,
+    LauncherMessage,
     OpenText,
     RankInput,
     RankReady,
+    RanksLost,
     RequestRejected,
     SchedulerQuery,
     SchedulerReply,
@@ -67,6 +70,7 @@ class Neighbours:
             model_name="m", model_folder=folder, tokenizer_folder=folder, context_length=512, chunked_prefill_size=16,
             device="cpu", dtype="float32", epoch="e",
         )  # fmt: skip
+        self.endpoints = endpoints
         path = Path(folder) / "spec.json"
         path.write_bytes(msgspec.json.encode(spec))
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -90,8 +94,17 @@ class Neighbours:
                     return message
         raise AssertionError(f"no {kind.__name__}")
 
+    def restart_ranks(self, epoch: int) -> None:
+        """The ranks of `epoch` take over; what the old ones have sent is on its way still."""
+        self.batches.close()
+        self.rank = FakeRank(NUM_PAGES, 4, 4, epoch=epoch)
+        self.batches = Receiver(self.context, self.endpoints.of_epoch(epoch).rank(0), RankInput)
+
+    def tell(self, message: LauncherMessage) -> None:
+        self.control.send_multipart([b"scheduler", msgspec.msgpack.encode(message)])
+
     def become_ready(self) -> ChildReady:
-        self.results.send(RankReady(NUM_PAGES, "cpu", "float32"))
+        self.results.send(RankReady(NUM_PAGES, "cpu", "float32", self.rank.epoch))
         ready = self.control_message(ChildReady)
         assert isinstance(ready, ChildReady)
         return ready
@@ -121,7 +134,7 @@ class Neighbours:
         return message
 
     def shut_down(self) -> int:
-        self.control.send_multipart([b"scheduler", msgspec.msgpack.encode(Shutdown())])
+        self.tell(Shutdown())
         return self.process.wait(timeout=10)
 
     def close(self) -> None:
@@ -257,6 +270,88 @@ def test_a_rank_that_hangs_is_named(folder: str) -> None:
         assert 0.25 < time.monotonic() - began < 3
         n.control_message(Heartbeat)  # it still answers the launcher
         assert n.shut_down() == 0
+    finally:
+        n.close()
+
+
+@pytest.mark.parametrize("told_by", ["launcher", "ranks"])
+@pytest.mark.parametrize("hung", [False, True])
+def test_requests_outlive_the_ranks(folder: str, told_by: str, hung: bool) -> None:
+    """They die with two steps in flight; a late answer of theirs comes after the new ones are there."""
+    n = Neighbours(folder, **({"step_timeout": 0.3} if hung else {}))
+    try:
+        n.become_ready()
+        prompts = {10: [1, 2, 3], 20: list(range(40))}
+        for uid, prompt in prompts.items():
+            n.inputs.send(request(uid, prompt, max_new_tokens=9))
+        late = []
+        for answered in (True, True, False, False):
+            batch = n.batches.receive(5)
+            assert isinstance(batch, ForwardBatch)
+            result = n.rank.run(batch)
+            if answered:
+                n.results.send(result)
+            else:
+                late.append(result)
+        if hung:
+            assert n.control_message(ChildFailed).culprit == "model_worker.0"
+        n.inputs.send(request(30, [7], max_new_tokens=3))
+        if told_by == "launcher":
+            n.tell(RanksLost(epoch=1))
+        n.restart_ranks(1)
+        n.results.send(RankReady(NUM_PAGES, "cpu", "float32", 1))
+        if told_by == "ranks":
+            n.tell(RanksLost(epoch=1))  # behind the news
+        for result in late:
+            n.results.send(result)
+        prompts[30] = [7]
+        _, outputs = n.run_rank(until_finished=3)
+        for uid, prompt in prompts.items():
+            ids = [t for o in outputs if o.uid == uid for t in unpack_ids(o.token_ids)]
+            assert ids == reference(prompt, sampling(max_new_tokens=3 if uid == 30 else 9))
+        assert n.shut_down() == 0
+        assert n.batches.receive(5) == StopRank(epoch=1)
+    finally:
+        n.close()
+
+
+def test_ranks_may_die_before_they_are_ready(folder: str) -> None:
+    n = Neighbours(folder)
+    try:
+        n.control_message(Heartbeat)
+        n.tell(RanksLost(epoch=1))
+        n.tell(RanksLost(epoch=2))
+        time.sleep(0.3)
+        n.results.send(RankReady(NUM_PAGES, "cpu", "float32", 1))  # said on its last breath
+        n.restart_ranks(2)
+        n.become_ready()
+        n.inputs.send(request(1, [1, 2, 3], max_new_tokens=4))
+        _, outputs = n.run_rank(until_finished=1)
+        assert sum(len(unpack_ids(output.token_ids)) for output in outputs) == 4
+    finally:
+        n.close()
+
+
+def test_a_dead_tokenizer_manager_s_requests_are_aborted(folder: str) -> None:
+    n = Neighbours(folder)
+    try:
+        n.become_ready()
+        n.inputs.send(request(1, [1, 2, 3], max_new_tokens=100, n=2))
+        n.inputs.send(request(9, [1, 2, 3], max_new_tokens=100))
+        for _ in range(3):
+            batch = n.batches.receive(5)
+            assert isinstance(batch, ForwardBatch)
+            n.results.send(n.rank.run(batch))
+        n.tell(ClientsLost())
+        _, outputs = n.run_rank(until_finished=3)  # so that the detokenizer forgets them
+        assert {output.uid for output in outputs if output.finish is not None} == {1, 2, 9}
+        n.inputs.send(request(10**6, [1, 2, 3], max_new_tokens=4))
+        _, outputs = n.run_rank(until_finished=1)
+        assert {output.uid for output in outputs} == {10**6}
+        n.inputs.send(SchedulerQuery(1, "stats"))
+        reply = n.reply()
+        assert isinstance(reply, SchedulerReply)
+        assert (reply.values["num_running"], reply.values["num_waiting"]) == (0, 0)
     finally:
         n.close()
 
