@@ -7,12 +7,14 @@
     │   ├── WeightsError                   checkpoint files
     │   ├── TokenizerError                 tokenizer files, chat template
     │   └── RequestError                   one request; its code is "invalid_request"
+    │       └── ContextLengthError         "context_length_exceeded": it does not fit the model's context
     └── EngineError (also a RuntimeError)  the engine could not do what was asked
         ├── StartupError                   the pipeline did not come up
         ├── EngineDeadError                "engine_dead": a process died or the connection was lost
         │   └── ConnectError               nobody answers at the address (also a ConnectionError)
         ├── ClosedError                    "closed": the client itself was closed, before the call or during it
-        ├── OverloadedError                "overloaded": the queue is full, or the engine is draining
+        ├── OverloadedError                "overloaded": the queue is full
+        │   └── DrainingError              "draining": the engine is about to stop, and takes nothing new
         ├── KVExhaustedError               "kv_exhausted": the request cannot fit the empty KV pool
         ├── NumericalError                 "numerical_error": NaN or inf in this request's hidden states
         ├── PoisonError                    "poison": model workers died again and again while they ran this request
@@ -71,6 +73,12 @@ class RequestError(UserError):
     code = "invalid_request"
 
 
+class ContextLengthError(RequestError):
+    """Prompt and asked-for output do not fit the context length; a caller may shorten the prompt and try again."""
+
+    code = "context_length_exceeded"
+
+
 class EngineError(VibeError, RuntimeError):
     """The engine could not do what was asked, through no fault of the request."""
 
@@ -107,6 +115,10 @@ class OverloadedError(EngineError):
     code = "overloaded"
 
 
+class DrainingError(OverloadedError):
+    code = "draining"
+
+
 class KVExhaustedError(EngineError):
     code = "kv_exhausted"
 
@@ -127,9 +139,12 @@ def error_from_code(code: str, message: str, field: str | None = None) -> VibeEr
     """The exception that stands for an error that came over a wire; an unknown code becomes a plain EngineError."""
     if code in (RequestError.code, UserError.code):
         return RequestError(message, field=field)
+    if code == ContextLengthError.code:
+        return ContextLengthError(message, field=field)
     for kind in (
         EngineDeadError,
         OverloadedError,
+        DrainingError,
         KVExhaustedError,
         NumericalError,
         PoisonError,

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "vibe_sgl_lite"
-FOLDERS = ("runtime", "tokenizer_manager", "scheduler", "detokenizer", "model_worker", "qwen3")
+FOLDERS = ("runtime", "tokenizer_manager", "scheduler", "detokenizer", "http_server", "model_worker", "qwen3")
 ENGINE = ("launch", PACKAGE, *FOLDERS)
 SETTINGS = {"runtime.errors", "runtime.logs", "runtime.settings"}
 MESSAGES = SETTINGS | {"runtime.messages"}
@@ -35,11 +35,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokenizer_manager": {"runtime"},
     "scheduler": {"runtime"},
     "detokenizer": {"runtime"},
+    "http_server": {"runtime"},
     "model_worker": {"runtime", "qwen3"},
     "qwen3": {"runtime.settings.model_config"},
     "qwen3.layers": {"runtime.settings.model_config"},
 }
-TORCH_FREE = (PACKAGE, "runtime", "tokenizer_manager", "scheduler", "detokenizer")
+TORCH_FREE = (PACKAGE, "runtime", "tokenizer_manager", "scheduler", "detokenizer", "http_server")
 PICKLING_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 PICKLING_NAMES = {
     "recv_pyobj", "send_pyobj", "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list",

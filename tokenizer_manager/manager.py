@@ -15,7 +15,14 @@ from typing import Any
 
 import msgspec
 
-from vibe_sgl_lite.runtime.errors import EngineDeadError, EngineError, OverloadedError, ProtocolError, RequestError
+from vibe_sgl_lite.runtime.errors import (
+    DrainingError,
+    EngineDeadError,
+    EngineError,
+    OverloadedError,
+    ProtocolError,
+    RequestError,
+)
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.messages import (
     PROTOCOL,
@@ -50,9 +57,7 @@ from vibe_sgl_lite.tokenizer_manager.requests import Request, RequestTable
 from vibe_sgl_lite.tokenizer_manager.sessions import Session, Sessions
 from vibe_sgl_lite.tokenizer_manager.validate import Checked, Limits, Prepared, Unreadable, check, prepare, read_frame
 
-DRAINING = ErrorInfo(
-    OverloadedError.code, "the engine is draining and takes no new requests; ask another one, or later"
-)
+DRAINING = ErrorInfo(DrainingError.code, "the engine is draining and takes no new requests; ask another one, or later")
 FLUSH_PATIENCE_S = 0.5  # a client that takes nothing for so long does not hold up the end of a drain
 
 log = logging.getLogger(__name__)

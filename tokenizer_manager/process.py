@@ -77,7 +77,8 @@ class Service:
         self._loop = loop
         self._inbound: Receiver[TokenizerInput] = Receiver(child.context, endpoints.tokenizer_manager, TokenizerInput)
         self._scheduler = SchedulerLine(child.context, endpoints.scheduler)
-        self._clients = ClientSocket(child.context, endpoints.api, Limits.of(spec.context_length).frame_bytes)
+        addresses = dict.fromkeys((endpoints.inner_api, endpoints.api))
+        self._clients = ClientSocket(child.context, Limits.of(spec.context_length).frame_bytes, *addresses)
         self._sessions = Sessions(self._clients, loop.time())
         self._executor = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "tokenize")
         self._manager = TokenizerManager(

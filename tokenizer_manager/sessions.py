@@ -36,19 +36,20 @@ class Sent(Enum):
 
 
 class ClientSocket:
-    """The ROUTER. A frame over the size limit makes ZeroMQ drop its sender's connection."""
+    """The ROUTER, bound to all of `addresses`. A frame over the size limit makes ZeroMQ drop its connection."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, max_frame_bytes: int) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], max_frame_bytes: int, *addresses: str) -> None:
         self.socket = new_socket(context, zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a plain ROUTER drops silently
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 0)  # nobody takes over another one's identity
         self.socket.setsockopt(zmq.MAXMSGSIZE, max(max_frame_bytes, MAX_FRAME_BYTES))
         self.socket.setsockopt(zmq.SNDHWM, FRAMES_IN_SOCKET)
-        bind_ipc(self.socket, address)
+        for address in addresses:
+            bind_ipc(self.socket, address)
 
     @property
     def address(self) -> str:
-        """As bound: port 0 is read back."""
+        """The last one, as bound: port 0 is read back."""
         return str(self.socket.getsockopt_string(zmq.LAST_ENDPOINT))
 
     def receive(self, most: int) -> Iterator[tuple[bytes, bytes]]:

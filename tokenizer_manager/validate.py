@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from vibe_sgl_lite.runtime.errors import RequestError, TokenizerError
+from vibe_sgl_lite.runtime.errors import ContextLengthError, RequestError, TokenizerError
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.messages import ClientMessage, Generate
 from vibe_sgl_lite.runtime.messages.parts import TextFormat
@@ -81,6 +81,7 @@ class Checked(msgspec.Struct, frozen=True):
     regex: str | None = None
     choice: list[str] | None = None
     max_thinking_tokens: int | None = None
+    grammar: str | None = None
 
     @property
     def n(self) -> int:
@@ -99,7 +100,7 @@ class Prepared(msgspec.Struct, frozen=True):
 def read_frame(frame: bytes, limits: Limits) -> ClientMessage | Unreadable:
     """Decode any bytes; never raises."""
     if len(frame) > limits.frame_bytes:
-        error = RequestError(
+        error = ContextLengthError(
             f"the request has {len(frame)} bytes, with a context length of {limits.context_length} tokens at most "
             f"{limits.frame_bytes} are taken: send less text",
             field="prompt",
@@ -153,6 +154,7 @@ def check(message: Generate, limits: Limits, tokenizer: ChatTokenizer) -> Checke
         message.regex,
         message.choice,
         message.max_thinking_tokens,
+        message.grammar,
     )
 
 
@@ -183,7 +185,7 @@ def prepare(request: Checked, tokenizer: ChatTokenizer, spec: PipelineSpec, limi
         context_length=spec.context_length,
         vocab_size=spec.model.vocab_size,
     )
-    grammar = make_grammar(request.json_schema, request.regex, request.choice)
+    grammar = make_grammar(request.json_schema, request.regex, request.choice, request.grammar)
     if grammar is not None:
         _check_grammar_goes_with(sampling)
     thinking = None
@@ -212,9 +214,9 @@ def _check_grammar_goes_with(sampling: ResolvedSampling) -> None:
         ("min_new_tokens", "the grammar may end the output earlier"),
     ):
         if getattr(sampling, field):
-            raise RequestError(f"{field} does not go with json_schema, regex or choice: {why}", field=field)
+            raise RequestError(f"{field} does not go with json_schema, regex, choice or grammar: {why}", field=field)
     if not sampling.end_token_ids:
-        raise RequestError("json_schema, regex and choice need a model with an end token; this one names none")
+        raise RequestError("json_schema, regex, choice and grammar need a model with an end token; this one names none")
 
 
 def _rid_of(frame: bytes) -> str | None:
@@ -252,7 +254,7 @@ def _read_sampling(raw: msgspec.Raw) -> SamplingParams:
 def _check_text(text: str, limits: Limits, field: str) -> None:
     size = len(text) if len(text) > limits.text_bytes else len(text.encode())
     if size > limits.text_bytes:
-        raise RequestError(
+        raise ContextLengthError(
             f"{field} has {size} bytes of text, with a context length of {limits.context_length} tokens at most "
             f"{limits.text_bytes} are taken: shorten it",
             field=field,

@@ -27,7 +27,7 @@ class LLM(Client):
 
     def __init__(self, model_path: str = "embedded", **settings: Any) -> None:
         name = f"llm-{secrets.token_hex(4)}"
-        args = make_args({"name": name, "model_path": model_path, **settings})
+        args = make_args({"name": name, "model_path": model_path, **settings, "no_http": True})
         if args.node_rank > 0:
             raise ConfigError(
                 f"--node-rank {args.node_rank} only hosts ranks, which needs launch.py; LLM runs on node 0",

@@ -28,9 +28,9 @@ class GenerateOptions(TypedDict, total=False):
 
     priority: higher goes first where the engine runs with `--schedule-policy priority` (0).
     cache_salt: only requests with the same salt share cached prefixes (none).
-    json_schema (a dict or JSON text), regex, choice (a list of texts): the output, after a thinking block, is exactly
-    that: a JSON document that validates, a full match, one of the texts. At most one of the three. They need the
-    `grammar` extra where the engine runs.
+    json_schema (a dict or JSON text), regex, choice (a list of texts), grammar (Lark's syntax): the output, after a
+    thinking block, is exactly that: a JSON document that validates, a full match, one of the texts, what the grammar
+    describes. At most one of them. They need the `grammar` extra where the engine runs.
     """
 
     priority: int
@@ -38,6 +38,7 @@ class GenerateOptions(TypedDict, total=False):
     json_schema: Mapping[str, Any] | str | None
     regex: str | None
     choice: Sequence[str] | None
+    grammar: str | None
 
 
 class ChatOptions(GenerateOptions, total=False):
@@ -47,11 +48,13 @@ class ChatOptions(GenerateOptions, total=False):
     max_thinking_tokens: a thinking block is closed after so many tokens (no limit).
     tools: functions that the model may call, as dicts for the chat template (OpenAI's form); calls come as
     `tool_calls`.
+    template_kwargs: other variables of the chat template, `continue_final_message` and `add_generation_prompt` too.
     """
 
     enable_thinking: bool | None
     max_thinking_tokens: int | None
     tools: Sequence[Mapping[str, Any]] | None
+    template_kwargs: Mapping[str, Any] | None
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -153,7 +156,7 @@ def _shared(options: Mapping[str, Any], known: type[GenerateOptions]) -> dict[st
 
 
 def _grammar_fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    schema, regex, choice = options.get("json_schema"), options.get("regex"), options.get("choice")
+    schema, choice = options.get("json_schema"), options.get("choice")
     if schema is not None and not isinstance(schema, str):
         if not isinstance(schema, Mapping):
             raise RequestError(
@@ -163,13 +166,15 @@ def _grammar_fields(options: Mapping[str, Any]) -> dict[str, Any]:
             schema = json.dumps(schema)
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"json_schema is no JSON: {error}", field="json_schema") from error
-    if regex is not None and not isinstance(regex, str):
-        raise RequestError(f"regex={regex!r} must be a text", field="regex")
+    texts = {name: options.get(name) for name in ("regex", "grammar")}
+    for name, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise RequestError(f"{name}={value!r} must be a text", field=name)
     if choice is not None:
         if not _is_list(choice) or not all(isinstance(text, str) for text in choice):
             raise RequestError(f"choice={choice!r:.100} must be a list of texts", field="choice")
         choice = list(choice)
-    return {"json_schema": schema, "regex": regex, "choice": choice}
+    return {"json_schema": schema, "choice": choice, **texts}
 
 
 def _template_fields(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +185,12 @@ def _template_fields(options: Mapping[str, Any]) -> dict[str, Any]:
         raise RequestError(
             f"max_thinking_tokens={budget!r} must be a whole number of 0 or more", field="max_thinking_tokens"
         )
-    kwargs: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+    given = options.get("template_kwargs")
+    if given is not None and not (isinstance(given, Mapping) and all(isinstance(name, str) for name in given)):
+        raise RequestError("template_kwargs must be a dict of variables by name", field="template_kwargs")
+    kwargs: dict[str, Any] = dict(given or {})
+    if thinking is not None:
+        kwargs["enable_thinking"] = thinking
     if tools is not None:
         if not _is_list(tools) or not all(isinstance(tool, Mapping) for tool in tools):
             raise RequestError("tools must be a list of dicts", field="tools")

@@ -56,7 +56,8 @@ def _serve(pipeline: Pipeline) -> int:
         if signals and pipeline.failure is None:
             return 0
         raise
-    print((READY_NODE if "node" in facts else READY).format(**facts), flush=True)  # noqa: T201
+    ready = READY_NODE if "node" in facts else READY + (" http={http}" if "http" in facts else "")
+    print(ready.format(**facts), flush=True)  # noqa: T201
     pipeline.wait()
     return 0 if pipeline.failure is None else _fail(pipeline.failure, 1)
 

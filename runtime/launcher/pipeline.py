@@ -71,8 +71,8 @@ class Pipeline:
     def start(self) -> dict[str, int | float | str]:
         """Start everything and wait until it can serve.
 
-        Returns facts: address, model, device, dtype, tp, kv_pages, page_size, context_length, startup (seconds); on a
-        node other than the first: node, ranks, startup.
+        Returns facts: address, model, device, dtype, tp, kv_pages, page_size, context_length, startup (seconds), and
+        http where it is served; on a node other than the first: node, ranks, startup.
         Raises UserError for what the user can fix before any process runs, StartupError when a child did not come up
         (then nothing is left running).
         """
@@ -186,4 +186,6 @@ class Pipeline:
             "context_length": self._spec.context_length,
             "startup": started,
         }
+        if "http" in found:
+            self.facts["http"] = found["http"]
         self._settled.set()

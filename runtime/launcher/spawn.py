@@ -19,6 +19,7 @@ from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 RANK_PREFIX = "model_worker."
+HTTP_SERVER = "http_server"
 STACK_DUMP_S = 0.3  # what children get to write their stacks before they are killed
 REAP_S = 5.0
 
@@ -48,7 +49,17 @@ def pipeline_children(args: ServerArgs) -> tuple[ChildSpec, ...]:
         ChildSpec("tokenizer_manager", "vibe_sgl_lite.tokenizer_manager.process"),
         ChildSpec("scheduler", "vibe_sgl_lite.scheduler.process"),
         ChildSpec("detokenizer", "vibe_sgl_lite.detokenizer.process"),
+        *_http_servers(args),
     )
+
+
+def _http_servers(args: ServerArgs) -> tuple[ChildSpec, ...]:
+    """The first one opens the port, the others get it from there."""
+    if args.no_http:
+        return ()
+    names = (HTTP_SERVER, *(f"{HTTP_SERVER}.{worker}" for worker in range(1, args.http_workers)))
+    module = "vibe_sgl_lite.http_server.process"
+    return tuple(ChildSpec(name, module, (str(worker),)) for worker, name in enumerate(names))
 
 
 class ChildProcess:

@@ -58,7 +58,7 @@ class Generate(Message, frozen=True):
 
     sampling: a msgpack map of SamplingParams' set fields, decoded on its own so that a bad field is answered by name.
     template_kwargs: passed to the chat template (`enable_thinking`, `tools`).
-    json_schema (JSON text), regex, choice: what the output must match; at most one of them.
+    json_schema (JSON text), regex, choice, grammar (Lark): what the output must match; at most one of them.
     max_thinking_tokens: the thinking block of a chat is closed after so many tokens.
     """
 
@@ -74,6 +74,7 @@ class Generate(Message, frozen=True):
     regex: str | None = None
     choice: list[str] | None = None
     max_thinking_tokens: int | None = None
+    grammar: str | None = None
 
 
 class Abort(Message, frozen=True):

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from vibe_sgl_lite.runtime.errors import RequestError
+from vibe_sgl_lite.runtime.errors import ContextLengthError, RequestError
 from vibe_sgl_lite.runtime.settings.schema import Spec, Unfit, our_names, settle, table
 
 GREEDY_TEMPERATURE = 1e-6  # at or below: exact argmax
@@ -239,7 +239,7 @@ def resolve(
         values[name] = model_defaults.get(name, default) if asked is UNSET else asked
     room = context_length - prompt_tokens
     if room < 1:
-        raise RequestError(
+        raise ContextLengthError(
             f"prompt has {prompt_tokens} tokens, context length is {context_length} and one token must be generated: "
             "shorten the prompt or raise --context-length",
             field="prompt",
@@ -247,7 +247,7 @@ def resolve(
     if values["max_new_tokens"] is None:
         values["max_new_tokens"] = room
     elif values["max_new_tokens"] > room:
-        raise RequestError(
+        raise ContextLengthError(
             f"max_new_tokens={values['max_new_tokens']} with a prompt of {prompt_tokens} tokens passes the context "
             f"length of {context_length}: ask for at most {room}, or pass None for as many as fit",
             field="max_new_tokens",

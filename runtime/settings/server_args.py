@@ -7,6 +7,7 @@ length) is checked where the model is known.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -16,8 +17,8 @@ from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.settings.address import check_address, check_name
 from vibe_sgl_lite.runtime.settings.schema import Spec, our_names, settle, table
 
-MODEL, PARALLELISM, MEMORY, DAEMON, INSIDE = (
-    "Model", "Parallelism", "Memory and scheduling", "Daemon", "Looking inside"
+MODEL, PARALLELISM, MEMORY, DAEMON, HTTP, INSIDE = (
+    "Model", "Parallelism", "Memory and scheduling", "Daemon", "HTTP", "Looking inside"
 )  # fmt: skip
 MAX_RANKS = 1024
 
@@ -194,6 +195,75 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
             check=check_address,
         ),
     ] = None
+    no_http: Annotated[
+        bool,
+        Spec("start no HTTP server: only clients of this library can connect", "`LLM` never starts one.", group=HTTP),
+    ] = False
+    host: Annotated[
+        str,
+        Spec(
+            "address that the HTTP server listens on; beyond loopback only with `--api-key` or `--insecure`",
+            "See [HTTP](http.md).",
+            group=HTTP,
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[
+        int,
+        Spec("port of the HTTP server; 0 picks a free one, which the ready line tells", group=HTTP, low=0, high=65535),
+    ] = 30000
+    http_workers: Annotated[
+        int, Spec("processes that share the HTTP port", group=HTTP, unit="processes", low=1, high=64)
+    ] = 1
+    api_key: Annotated[
+        str | None,
+        Spec(
+            "secret that every HTTP request must bring, as `Authorization: Bearer KEY` or `x-api-key: KEY`",
+            group=HTTP,
+            unset="none is asked for",
+        ),
+    ] = None
+    insecure: Annotated[
+        bool,
+        Spec(
+            "let the HTTP server listen beyond loopback without an API key",
+            "Anybody who reaches it can use the engine.",
+            group=HTTP,
+        ),
+    ] = False
+    ssl_certfile: Annotated[
+        str | None,
+        Spec(
+            "PEM file of the certificate chain; then HTTPS is served in place of HTTP",
+            group=HTTP,
+            unset="HTTP",
+            path=True,
+        ),
+    ] = None
+    ssl_keyfile: Annotated[
+        str | None, Spec("PEM file of the certificate's key", group=HTTP, unset="it is in `--ssl-certfile`", path=True)
+    ] = None
+    cors_origin: Annotated[
+        str | None,
+        Spec(
+            "web origin whose pages may call the HTTP server, such as `https://chat.example.org`",
+            group=HTTP,
+            unset="its own page alone",
+        ),
+    ] = None
+    served_model_name: Annotated[
+        str | None, Spec("the model's name for HTTP clients", group=HTTP, unset="the model's own")
+    ] = None
+    metrics_prefix: Annotated[
+        str, Spec("what the names on `/metrics` begin with, where they are those of vLLM", group=HTTP)
+    ] = "vllm:"
+    log_requests: Annotated[
+        str,
+        Spec(
+            "a line on stderr for each HTTP request when it ends: `none`, `text` or `json`",
+            group=HTTP,
+            choices=("none", "text", "json"),
+        ),
+    ] = "none"
     context_length: Annotated[
         int | None,
         Spec(
@@ -412,6 +482,7 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
             if field.kinds == (str,) and value is not None and (value == "" or "\0" in value):
                 raise _bad(name, value, "must not be empty or hold a zero byte")
         _check_nodes(self)
+        _check_http(self)
         if self.quantization != "none" and self.device == "cuda":
             raise _bad("quantization", self.quantization, "runs on CPU only: give --device cpu, or leave it out")
 
@@ -433,9 +504,29 @@ def make_args(values: Mapping[str, Any]) -> ServerArgs:
     return ServerArgs(**our_names(values, ServerArgs, "setting", ConfigError))
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def flag_name(field: str) -> str:
     """The flag of a field: `page_size` is `--page-size`."""
     return "--" + field.replace("_", "-")
+
+
+def _check_http(args: ServerArgs) -> None:
+    """Beyond loopback only for those who are let in, or on purpose; ConfigError."""
+    if not (args.no_http or is_loopback(args.host) or args.api_key or args.insecure):
+        raise _bad(
+            "host", args.host, "is not a loopback address: give --api-key KEY, or --insecure to let anybody use it"
+        )
+    if args.ssl_keyfile is not None and args.ssl_certfile is None:
+        raise _bad("ssl_keyfile", args.ssl_keyfile, "goes with --ssl-certfile, which is not given")
 
 
 def _check_nodes(args: ServerArgs) -> None:

@@ -17,9 +17,10 @@ from vibe_sgl_lite.runtime.errors import RequestError
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-FIELDS = ("json_schema", "regex", "choice")
+FIELDS = ("json_schema", "regex", "choice", "grammar")
 MAX_SCHEMA_CHARS = 256 * 1024
 MAX_REGEX_CHARS = 16 * 1024
+MAX_GRAMMAR_CHARS = 256 * 1024
 MAX_CHOICES = 1024
 MAX_CHOICE_CHARS = 64 * 1024  # all of them together
 # A matcher for the worst regular expressions that these limits let through takes 0.15 s to make; 3 s with the default.
@@ -28,13 +29,16 @@ _START_FUEL = 100_000
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-def make_grammar(json_schema: str | None, regex: str | None, choice: Sequence[str] | None) -> str | None:
+def make_grammar(
+    json_schema: str | None, regex: str | None, choice: Sequence[str] | None, lark: str | None = None
+) -> str | None:
     """The grammar of what is asked for, None for nothing. Raises RequestError for what no output could follow.
 
     json_schema: JSON text; documents come without line breaks, as `json.dumps` writes them. regex: Rust's syntax,
-    without look-around; the whole output matches it. choice: the output is one of the texts.
+    without look-around; the whole output matches it. choice: the output is one of the texts. lark: a grammar in Lark's
+    syntax, with the library's additions.
     """
-    fields = [name for name, value in zip(FIELDS, (json_schema, regex, choice), strict=True) if value is not None]
+    fields = [name for name, value in zip(FIELDS, (json_schema, regex, choice, lark), strict=True) if value is not None]
     if not fields:
         return None
     if len(fields) > 1:
@@ -45,6 +49,9 @@ def make_grammar(json_schema: str | None, regex: str | None, choice: Sequence[st
     elif regex is not None:
         _check_size("regex", "characters", len(regex), MAX_REGEX_CHARS)
         grammar = str(library.LLMatcher.grammar_from_regex(regex))
+    elif lark is not None:
+        _check_size("grammar", "characters", len(lark), MAX_GRAMMAR_CHARS)
+        grammar = str(library.LLMatcher.grammar_from_lark(lark))
     else:
         assert choice is not None
         grammar = _from_choice(library, choice)

@@ -27,6 +27,7 @@ PROCESS_NAMES = {
     "vibe_sgl_lite.scheduler.process": "scheduler",
     "vibe_sgl_lite.detokenizer.process": "detokenizer",
     "vibe_sgl_lite.model_worker.worker": "model_worker",
+    "vibe_sgl_lite.http_server.process": "http_server",
 }
 
 
@@ -44,6 +45,7 @@ class Daemon:
         self._tree: list[psutil.Process] = []
         # One thread: with more, a machine that is busy with the tests themselves makes OpenMP's barriers very slow.
         settings = ["--name", self.name, "--log-level", "warning", "--num-threads", "1"]
+        settings += [] if "--port" in flags else ["--no-http"]  # daemons of one machine must not share a port
         command = [*under, sys.executable, str(ROOT / "launch.py"), *settings, *flags]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(

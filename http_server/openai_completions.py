@@ -1,0 +1,190 @@
+"""`POST /v1/completions`: texts or token ids go on, without a chat template."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from vibe_sgl_lite.http_server import sse
+from vibe_sgl_lite.http_server.engine import Call
+from vibe_sgl_lite.http_server.errors import bad_request
+from vibe_sgl_lite.http_server.exchange import Exchange
+from vibe_sgl_lite.http_server.logprobs import CompletionLogprobs, join
+from vibe_sgl_lite.http_server.openai_chat import stop_reason, usage_of, usage_of_samples
+from vibe_sgl_lite.http_server.openai_types import IGNORED, REFUSED, CompletionBody
+from vibe_sgl_lite.http_server.requests import (
+    check_model,
+    engine_options,
+    make_sampling,
+    new_id,
+    sampling_values,
+)
+from vibe_sgl_lite.http_server.service import Service
+from vibe_sgl_lite.http_server.streaming import Collected, UsageCounter, collect, stream
+from vibe_sgl_lite.runtime.client.requests import plan_generate
+from vibe_sgl_lite.runtime.messages import Chunk, unpack_ids
+
+DEFAULT_TOKENS = 16  # OpenAI's own
+MAX_PROMPTS = 1024
+
+
+async def completions(service: Service, exchange: Exchange) -> None:
+    body = service.bodies.read(await exchange.body(), CompletionBody, REFUSED, IGNORED)
+    check_model(body.model, service.model)
+    prompts = _prompts(body)
+    echo = [await _Echo.of(service, prompt) for prompt in prompts] if body.echo or body.return_token_ids else None
+    values = sampling_values(body)
+    values["max_new_tokens"] = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+    if body.max_tokens == 0 and body.echo:
+        values["max_new_tokens"] = 1  # computed, and not shown: the prompt alone was asked for
+    if body.logprobs is not None:
+        values |= {"logprobs": True, "top_logprobs": body.logprobs, "prompt_logprobs": bool(body.echo)}
+    plan = plan_generate(prompts, make_sampling(values), input_ids=None, rid=None, options=engine_options(body))
+    call = service.submit(exchange, plan.requests)
+    answer = _Answer(service.model, body, call, echo)
+    if body.stream:
+        await stream(
+            exchange,
+            call,
+            opening=answer.opening,
+            events=answer.events,
+            closing=answer.closing,
+            failure=lambda error: sse.event(error.openai()),
+        )
+    else:
+        await exchange.answer_json(answer.whole(await collect(exchange, call)))
+
+
+def _prompts(body: CompletionBody) -> list[Any]:
+    """Always several: texts, or lists of ids. Raises ApiError."""
+    prompt = body.prompt
+    if not prompt:
+        raise bad_request("prompt is empty: give a text, token ids, or a list of these", "prompt")
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = {type(item) for item in prompt}
+    if len(kinds) > 1:
+        raise bad_request("prompt mixes texts, token ids and lists of these: give one kind", "prompt")
+    if kinds == {int}:
+        return [prompt]
+    if len(prompt) > MAX_PROMPTS:
+        raise bad_request(f"prompt has {len(prompt)} entries: at most {MAX_PROMPTS}", "prompt")
+    if not all(prompt):
+        raise bad_request("prompt holds an empty one: every prompt must have at least one token", "prompt")
+    return list(prompt)
+
+
+class _Echo(msgspec.Struct, frozen=True):
+    """A prompt as it is shown again: its text, ids, and each id's text."""
+
+    text: str
+    ids: list[int]
+    tokens: list[str]
+
+    @classmethod
+    async def of(cls, service: Service, prompt: str | list[int]) -> _Echo:
+        ids = prompt if isinstance(prompt, list) else await service.encode(prompt, add_special_tokens=True)
+        text = prompt if isinstance(prompt, str) else await service.decode(prompt)
+        tokens = [service.tokenizer.decode([token_id], skip_special_tokens=False) for token_id in ids]
+        return cls(text, ids, tokens)
+
+
+class _Answer:
+    """What is sent for one request, whole or in pieces."""
+
+    def __init__(self, model: str, body: CompletionBody, call: Call, echo: list[_Echo] | None) -> None:
+        self._body, self._call, self._echo = body, call, echo
+        options = body.stream_options
+        self._usage_at_end = bool(options and options.include_usage)
+        self._usage_always = bool(options and options.include_usage and options.continuous_usage_stats)
+        self._with_ids = bool(body.return_token_ids)
+        self._only_prompt = body.max_tokens == 0 and bool(body.echo)
+        self._head = {"id": new_id("cmpl"), "created": int(time.time()), "model": model, "object": "text_completion"}
+        self._stop_ids = frozenset(body.stop_token_ids or ())
+        self._logprobs = [CompletionLogprobs() for _ in range(call.running)]
+        self._count = UsageCounter(0)
+        self._plain = not (self._usage_always or self._with_ids or self._only_prompt)
+        self._texts = [
+            sse.TextTemplate({**self._head, "choices": [self._choice(index, sse.TextTemplate.HOLE)]})
+            for index in range(call.running)
+        ]
+
+    @staticmethod
+    def _choice(index: int, text: str, finish: str | None = None, **more: object) -> dict[str, object]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish, **more}
+
+    def _echo_of(self, index: int) -> _Echo | None:
+        return self._echo[index // self._call.n] if self._echo is not None else None
+
+    # ------------------------------------------------------------------------------------------------------ streamed
+
+    def opening(self) -> bytes:
+        self._count.prompt = sum(self._call.prompt_tokens)
+        if not self._body.echo or self._body.logprobs is not None:
+            return b""  # with logprobs, the prompt comes with its own in the first chunk
+        return b"".join(self._event(i, echo.text) for i in range(len(self._texts)) if (echo := self._echo_of(i)))
+
+    def events(self, index: int, chunk: Chunk) -> bytes:
+        self._count.add(chunk)
+        if self._plain and chunk.finish is None and chunk.logprobs is None and chunk.prompt_logprobs is None:
+            return self._texts[index].fill(chunk.text) if chunk.text else b""
+        more: dict[str, object] = {}
+        echo, text, parts = self._echo_of(index), "", []
+        if chunk.prompt_logprobs is not None and echo is not None and self._body.echo:
+            text = echo.text
+            parts.append(self._logprobs[index].convert(chunk.prompt_logprobs, echo.tokens))
+        if not self._only_prompt:
+            text += chunk.text
+            if chunk.logprobs is not None:
+                parts.append(self._logprobs[index].convert(chunk.logprobs))
+        if parts:
+            more["logprobs"] = join(parts)
+        if self._with_ids:
+            more["token_ids"] = unpack_ids(chunk.token_ids)
+            if echo is not None and chunk.first == 0:
+                more["prompt_token_ids"] = echo.ids
+        finish = chunk.finish
+        if finish is None or finish.reason not in ("stop", "length"):
+            return self._event(index, text, None, **more) if text or more else b""
+        return self._event(index, text, finish.reason, stop_reason=stop_reason(finish, self._stop_ids), **more)
+
+    def _event(self, index: int, text: str, finish: str | None = None, **more: object) -> bytes:
+        chunk = {**self._head, "choices": [self._choice(index, text, finish, **more)]}
+        return sse.event(chunk | {"usage": self._usage()} if self._usage_always else chunk)
+
+    def closing(self) -> bytes:
+        usage = sse.event({**self._head, "choices": [], "usage": self._usage()}) if self._usage_at_end else b""
+        return usage + sse.DONE
+
+    def _usage(self) -> dict[str, object]:
+        return usage_of(self._count.prompt, 0 if self._only_prompt else self._count.completion, self._count.cached)
+
+    # --------------------------------------------------------------------------------------------------------- whole
+
+    def whole(self, samples: list[Collected]) -> dict[str, object]:
+        usage = usage_of_samples([sample.usage for sample in samples], self._call.n)
+        if self._only_prompt:
+            usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+        choices = [self._whole_choice(index, sample) for index, sample in enumerate(samples)]
+        return {**self._head, "choices": choices, "usage": usage}
+
+    def _whole_choice(self, index: int, sample: Collected) -> dict[str, object]:
+        echo = self._echo_of(index)
+        text, parts = "", []
+        more: dict[str, object] = {}
+        if echo is not None and self._body.echo:
+            text = echo.text
+            if sample.prompt_logprobs:
+                parts.append(self._logprobs[index].convert(sample.prompt_logprobs, echo.tokens))
+        if not self._only_prompt:
+            text += sample.text
+            if sample.logprobs:
+                parts.append(self._logprobs[index].convert(sample.logprobs))
+        if parts:
+            more["logprobs"] = join(parts)
+        if self._with_ids and echo is not None:
+            more |= {"token_ids": sample.token_ids, "prompt_token_ids": echo.ids}
+        reason = "length" if self._only_prompt else sample.finish.reason
+        return self._choice(index, text, reason, stop_reason=stop_reason(sample.finish, self._stop_ids), **more)

@@ -1,0 +1,114 @@
+"""From the fields of a body to sampling parameters and the engine's requests. Checks what the engine cannot name."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from vibe_sgl_lite.http_server.errors import ApiError, bad_request
+from vibe_sgl_lite.http_server.openai_types import CommonBody
+from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams
+
+JSON_OBJECT = {"type": "object"}
+# A body's field -> the sampling parameter of the same meaning.
+SAMPLING = {
+    "n": "n",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "frequency_penalty": "frequency_penalty",
+    "presence_penalty": "presence_penalty",
+    "repetition_penalty": "repetition_penalty",
+    "seed": "seed",
+    "stop": "stop",
+    "stop_token_ids": "stop_token_ids",
+    "include_stop_str_in_output": "include_stop",
+    "skip_special_tokens": "skip_special_tokens",
+    "ignore_eos": "ignore_eos",
+    "min_tokens": "min_new_tokens",
+}
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+def check_model(asked: str | None, served: str) -> None:
+    """Raises ApiError (404). No name is the model that there is."""
+    if asked is not None and asked != served:
+        raise ApiError(
+            404,
+            f"the model {asked!r} does not exist; this server has {served!r}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def sampling_values(body: CommonBody) -> dict[str, Any]:
+    """Keywords of `SamplingParams` for what is set, `max_new_tokens` and logprobs aside."""
+    values = {ours: value for theirs, ours in SAMPLING.items() if (value := getattr(body, theirs)) not in (None, [])}
+    if values.get("top_k") == 0:
+        values["top_k"] = -1  # both mean that it is off
+    if body.logit_bias:
+        values["logit_bias"] = _logit_bias(body.logit_bias)
+    return values
+
+
+def make_sampling(values: Mapping[str, Any]) -> SamplingParams:
+    """Raises RequestError."""
+    return SamplingParams(**values)
+
+
+def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
+    try:
+        return {int(token_id): value for token_id, value in bias.items()}
+    except ValueError as error:
+        raise bad_request(f"logit_bias: keys must be token ids: {error}", "logit_bias") from error
+
+
+def engine_options(body: CommonBody) -> dict[str, Any]:
+    """Keywords of the client's calls: priority, cache_salt, and what the output must match. Raises ApiError."""
+    options: dict[str, Any] = {}
+    if body.priority is not None:
+        options["priority"] = body.priority
+    if body.cache_salt is not None:
+        options["cache_salt"] = body.cache_salt
+    constraints = _constraints(body)
+    if len(constraints) > 1:
+        raise bad_request(
+            f"give one of response_format, structured_outputs and regex, not {len(constraints)} at once",
+            "structured_outputs",
+        )
+    return options | (constraints[0] if constraints else {})
+
+
+def _constraints(body: CommonBody) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    form = body.response_format
+    if form is not None and form.type == "json_object":
+        found.append({"json_schema": JSON_OBJECT})
+    elif form is not None and form.type == "json_schema":
+        if form.json_schema is None or form.json_schema.schema is None:
+            raise bad_request("response_format.json_schema.schema is missing", "response_format")
+        found.append({"json_schema": _schema(form.json_schema.schema)})
+    if body.regex is not None:
+        found.append({"regex": body.regex})
+    asked = body.structured_outputs
+    if asked is not None:
+        if asked.json_object:
+            found.append({"json_schema": JSON_OBJECT})
+        if asked.json is not None:
+            found.append({"json_schema": _schema(asked.json)})
+        for name in ("regex", "choice", "grammar"):
+            value = getattr(asked, name)
+            if value is not None:
+                found.append({name: value})
+    return found
+
+
+def _schema(schema: dict[str, Any] | bool | str) -> str:
+    return schema if isinstance(schema, str) else msgspec.json.encode(schema).decode()

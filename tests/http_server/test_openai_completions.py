@@ -1,0 +1,111 @@
+"""`/v1/completions`, compared with our own client's answers of the same engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+import pytest
+
+from tests.http_server.server import Server
+from vibe_sgl_lite import SamplingParams
+
+PROMPT = "Once upon a time"
+GREEDY = SamplingParams(max_new_tokens=16, temperature=0)
+
+
+def test_a_whole_answer_and_a_stream(server: Server, client: Any) -> None:
+    with server.client() as ours:
+        expected = ours.generate(PROMPT, GREEDY)
+    answer = client.completions.create(model="tiny", prompt=PROMPT, temperature=0)  # 16 tokens is OpenAI's default
+    assert answer.object == "text_completion"
+    assert answer.choices[0].text == expected.text
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert expected.usage is not None
+    assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
+    assert answer.usage.completion_tokens == 16
+    # The client's types have no chunk without a finish reason, which OpenAI itself sends.
+    lenient = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    chunks = list(
+        lenient.completions.create(
+            model="tiny", prompt=PROMPT, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == expected.text
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 16
+
+
+def test_prompts_of_every_kind(server: Server) -> None:
+    with server.client() as ours:
+        texts = [out.text for out in ours.generate([PROMPT, "2 + 2 ="], GREEDY)]
+        ids = server.post("/v1/completions", {"prompt": PROMPT, "return_token_ids": True, "max_tokens": 1}).json[
+            "choices"
+        ][0]["prompt_token_ids"]
+    for prompt, expected in (
+        (PROMPT, texts[:1]),
+        ([PROMPT, "2 + 2 ="], texts),
+        (ids, texts[:1]),
+        ([ids, ids], [texts[0]] * 2),
+    ):
+        answer = server.post("/v1/completions", {"prompt": prompt, "temperature": 0}).json
+        assert [choice["text"] for choice in answer["choices"]] == expected
+        assert [choice["index"] for choice in answer["choices"]] == list(range(len(expected)))
+
+
+def test_samples_of_several_prompts(server: Server) -> None:
+    body = {"prompt": [PROMPT, "2 + 2 ="], "n": 2, "seed": 1, "temperature": 1.2, "max_tokens": 8, "echo": True}
+    whole = server.post("/v1/completions", body).json
+    texts = [choice["text"] for choice in whole["choices"]]
+    assert [text.startswith(start) for text, start in zip(texts, [PROMPT] * 2 + ["2 + 2 ="] * 2, strict=True)] == [
+        True
+    ] * 4
+    parts = [""] * 4
+    for event in server.post("/v1/completions", body | {"stream": True}).events[:-1]:
+        for choice in event["choices"]:
+            parts[choice["index"]] += choice["text"]
+    assert parts == texts
+    assert whole["usage"]["prompt_tokens"] < 40  # each prompt once
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_with_logprobs(server: Server, stream: bool) -> None:
+    """As evaluation harnesses ask: the prompt's own logprobs, first token without one."""
+    params = SamplingParams(max_new_tokens=2, temperature=0, top_logprobs=1, prompt_logprobs=True)
+    with server.client() as ours:
+        expected = ours.generate(PROMPT, params)
+    assert expected.prompt_logprobs is not None
+    assert expected.logprobs is not None
+    body = {"prompt": PROMPT, "max_tokens": 2, "temperature": 0, "echo": True, "logprobs": 1, "stream": stream}
+    reply = server.post("/v1/completions", body)
+    choices = (
+        [event["choices"][0] for event in reply.events[:-1] if event["choices"]] if stream else reply.json["choices"]
+    )
+    text = "".join(choice["text"] for choice in choices)
+    assert text == PROMPT + expected.text
+    found = {
+        key: [value for choice in choices if choice["logprobs"] for value in choice["logprobs"][key]]
+        for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    }
+    assert "".join(found["tokens"]) == text
+    assert found["token_logprobs"][0] is None
+    given = [entry.logprob for entry in expected.prompt_logprobs if entry] + [e.logprob for e in expected.logprobs]
+    assert found["token_logprobs"][1:] == pytest.approx(given, abs=0.05)
+    assert all(text[o:].startswith(t) for o, t in zip(found["text_offset"], found["tokens"], strict=True))
+    assert found["top_logprobs"][0] is None
+    assert len(found["top_logprobs"][-1]) == 1
+
+
+def test_echo_alone_generates_nothing(server: Server) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 0}
+    answer = server.post("/v1/completions", body).json
+    assert answer["choices"][0]["text"] == PROMPT
+    assert answer["usage"]["completion_tokens"] == 0
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == answer["usage"]["prompt_tokens"]
+
+
+def test_ignore_eos_and_min_tokens(server: Server) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stop": None}
+    assert server.post("/v1/completions", body).json["usage"]["completion_tokens"] == 300
