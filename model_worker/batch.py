@@ -84,7 +84,7 @@ class SlotStates:
         self._token_ids = torch.zeros(max_tokens, dtype=torch.int32, device=device.torch_device)
         if not device.synchronous:  # the device's own page table, to which changes are sent; and the rows of a step
             self._changed: list[LongArray] = []
-            self._device_pages = torch.from_numpy(self.page_table).to(device.torch_device)
+            self._device_pages = torch.from_numpy(self.page_table.copy()).to(device.torch_device)
             self._row_pages = self._device_pages.new_full((max_rows, pages), padding_page)
 
     def apply(self, batch: ForwardBatch) -> None:

@@ -160,7 +160,7 @@ class Fields:
         self._device = device
         sizes = [-(-capacity * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT for dtype in dtypes.values()]
         self._host_block = torch.zeros(sum(sizes), dtype=torch.uint8)
-        self._block = self._host_block if device.synchronous else self._host_block.to(device.torch_device)
+        self._block = self._host_block if device.synchronous else self._host_block.clone().to(device.torch_device)
         self.host: dict[str, Array] = {}
         self.device: dict[str, Tensor] = {}
         offset = 0

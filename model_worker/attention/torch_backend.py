@@ -5,7 +5,7 @@ memory is that of the longest request.
 Legend: G query heads a KV head, N new tokens of a row, C its context, D head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class TorchAttention:
     def prepare(self, batch: DeviceBatch) -> DeviceBatch:
         return batch
 
-    def graph_key(self, batch: DeviceBatch) -> None:
+    def graph_key(self, batch: DeviceBatch) -> Hashable | None:
         return None
 
     def graph_contexts(self) -> Sequence[int]:
@@ -53,6 +53,9 @@ class TorchAttention:
         output = query.new_empty((query.shape[0], query.shape[1] * query.shape[2]))
         starts = metadata.host_query_start.tolist()
         for row, context in enumerate(metadata.host_context_lengths.tolist()):
+            if context == 0:  # padding
+                output[starts[row] : starts[row + 1]] = 0
+                continue
             pages = metadata.page_table[row, : -(-context // self.pool.page_size)]
             row_keys = _gather(pages, keys, key_scales, query.dtype)[:context]
             row_values = _gather(pages, values, value_scales, query.dtype)[:context]

@@ -1,0 +1,208 @@
+"""The two halves of a step on a device that works in its own time: what is launched before what is collected."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.model_worker.fake_device import Clock, FakeDevice, FakeGraphs, GraphedAttention, NothingIsRead
+from tests.model_worker.test_model_runner import CONTEXT, PAGE, PAGES_A_SLOT, expected_tokens, new_slot, sampling
+from tests.qwen3.harness import DENSE, load_model, make_checkpoint, random_tokens
+from vibe_sgl_lite.model_worker.kv_pool import KVPool
+from vibe_sgl_lite.model_worker.model_runner import ModelRunner, PendingStep
+from vibe_sgl_lite.model_worker.worker import StepPipeline
+from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.messages import FailedRow, ForwardBatch, StepResult, pack_ids, unpack_ids
+from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, ThinkingRules
+
+LAUNCH_S, STEP_S = 1.0, 10.0
+SLOTS = 8
+
+
+class TimedRunner(ModelRunner):
+    """Launching takes time of the host, and reads nothing back."""
+
+    clock: Clock
+    device: FakeDevice
+
+    def launch(self, batch: ForwardBatch) -> PendingStep:
+        self.clock.now += LAUNCH_S
+        with NothingIsRead():
+            return super().launch(batch)
+
+    def collect(self, pending: PendingStep) -> StepResult:
+        self.device.events.append(f"collect {pending.number}")
+        return super().collect(pending)
+
+
+def runner_on(model: Qwen3, device: FakeDevice, graphs: FakeGraphs | None = None) -> TimedRunner:
+    pool = KVPool(model.config, 1, SLOTS * PAGES_A_SLOT, PAGE, model.dtype, model.device)
+    runner = TimedRunner(
+        model, pool, GraphedAttention(pool), max_slots=SLOTS, context_length=CONTEXT, device=device, graphs=graphs
+    )
+    runner.clock = device.clock
+    return runner
+
+
+def decode_batches(prompt: list[int], count: int, params: ResolvedSampling | None = None) -> list[ForwardBatch]:
+    first = ForwardBatch(
+        0, new=[new_slot(0, prompt, params)], row_slots=pack_ids([0]), row_tokens=pack_ids([len(prompt)])
+    )
+    second = ForwardBatch(1, row_slots=pack_ids([0]), row_tokens=pack_ids([1]))
+    return [first, second, *(ForwardBatch(number) for number in range(2, count))]
+
+
+def tokens_of(results: list[StepResult]) -> list[int]:
+    return [unpack_ids(result.token_ids)[0] for result in results]
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> tuple[Any, Qwen3]:
+    return make_checkpoint(tmp_path, DENSE), load_model(tmp_path)
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_collected(dense: tuple[Any, Qwen3]) -> None:
+    reference, model = dense
+    device = FakeDevice(Clock(), STEP_S)
+    runner = runner_on(model, device)
+    results: list[StepResult] = []
+    pipeline = StepPipeline(runner, results.append)
+    prompt = random_tokens(7)
+    batches = decode_batches(prompt, 6)
+    for batch in batches:
+        pipeline.launch(batch)
+    assert device.events == [
+        "launch 0", "launch 1",
+        "collect 0", "wait 0", "launch 2",
+        "collect 1", "wait 1", "launch 3",
+        "collect 2", "wait 2", "launch 4",
+        "collect 3", "wait 3", "launch 5",
+    ]  # fmt: skip
+    assert device.busy_until == LAUNCH_S + 6 * STEP_S  # it never stood still
+    device.clock.now = device.busy_until
+    pipeline.collect_done()
+    assert tokens_of(results) == expected_tokens(reference, prompt, 6)
+    assert [result.step for result in results] == list(range(6))
+
+
+def test_a_result_is_handed_on_when_it_is_there(dense: tuple[Any, Qwen3]) -> None:
+    """Not when the next batch comes: that may wait for the result."""
+    _, model = dense
+    device = FakeDevice(Clock(), STEP_S)
+    results: list[StepResult] = []
+    pipeline = StepPipeline(runner_on(model, device), results.append)
+    pipeline.launch(decode_batches(random_tokens(5), 1)[0])
+    pipeline.collect_done()
+    assert results == []
+    device.clock.now = LAUNCH_S + STEP_S
+    pipeline.collect_done()
+    assert [result.step for result in results] == [0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"temperature": 1.0, "seed": 5, "top_k": 20, "top_p": 0.9},
+        {"temperature": 1.0, "seed": 5},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "logit_bias": {3: 2.0}},
+        {"logprobs": True, "top_logprobs": 2, "prompt_logprobs": True},
+    ],
+    ids=["greedy", "filtered", "unfiltered", "adjusted", "logprobs"],
+)
+def test_two_in_flight_give_what_one_at_a_time_gives(dense: tuple[Any, Qwen3], fields: dict[str, Any]) -> None:
+    _, model = dense
+    prompt, params = random_tokens(9), sampling(**fields)
+
+    def results_of(in_flight: int) -> list[StepResult]:
+        device = FakeDevice(Clock(), STEP_S)
+        runner, results, pending = runner_on(model, device), [], []
+        for batch in decode_batches(prompt, 8, params):
+            pending.append(runner.launch(batch))
+            if len(pending) == in_flight:
+                results.append(runner.collect(pending.pop(0)))
+        return results + [runner.collect(step) for step in pending]
+
+    one, two = results_of(1), results_of(2)
+    assert tokens_of(two) == tokens_of(one)
+    assert [result.logprobs for result in two] == [result.logprobs for result in one]
+    assert any(result.logprobs for result in one) == ("logprobs" in fields)
+
+
+def test_only_rows_that_need_the_last_token_wait_for_it(dense: tuple[Any, Qwen3]) -> None:
+    """A thinking budget of two tokens, beside a free row; then the free row alone."""
+    _, model = dense
+    device = FakeDevice(Clock(), STEP_S)
+    runner = runner_on(model, device)
+    rules = ThinkingRules(start=250, end=251, inside=True, limit=2, close=(251,), tail=())
+    budget = msgspec.structs.replace(sampling(), thinking=rules)
+    new = [new_slot(0, random_tokens(6)), new_slot(1, random_tokens(5), budget)]
+    rows, pending = pack_ids([0, 1]), []
+    pending.append(runner.launch(ForwardBatch(0, new=new, row_slots=rows, row_tokens=pack_ids([6, 5]))))
+    assert device.events == ["launch 0"]
+    pending.append(runner.launch(ForwardBatch(1, row_slots=rows, row_tokens=pack_ids([1, 1]))))
+    assert device.events == ["launch 0", "wait 0", "launch 1"]
+    pending.append(runner.launch(ForwardBatch(2)))
+    assert device.events[3:] == ["wait 1", "launch 2"]
+    released = ForwardBatch(3, released=pack_ids([1]), row_slots=pack_ids([0]), row_tokens=pack_ids([1]))
+    pending.append(runner.launch(released))
+    assert device.events[5:] == ["launch 3"]
+    results = [unpack_ids(runner.collect(step).token_ids) for step in pending]
+    assert results[2][1] == 251
+    assert 251 not in (results[0][1], results[1][1])
+
+
+def test_rows_that_fail_are_told_at_the_end(dense: tuple[Any, Qwen3]) -> None:
+    reference, model = dense
+    model.embedding.weight.tensor[200] = float("nan")
+    device = FakeDevice(Clock(), STEP_S)
+    runner = runner_on(model, device)
+    good = [token for token in random_tokens(7) if token != 200]
+    new = [new_slot(0, [1, 200, 3, 4]), new_slot(1, good), new_slot(2, [200, 7])]
+    rows = pack_ids([0, 1, 2])
+    first = runner.launch(ForwardBatch(0, new=new, row_slots=rows, row_tokens=pack_ids([3, len(good), 2])))
+    second = runner.launch(ForwardBatch(1, row_slots=pack_ids([1]), row_tokens=pack_ids([1])))
+    result = runner.collect(first)
+    assert result.failed == [FailedRow(0), FailedRow(2)]
+    tokens = [unpack_ids(result.token_ids)[1], unpack_ids(runner.collect(second).token_ids)[0]]
+    assert tokens == expected_tokens(reference, good, 2)
+    assert unpack_ids(result.token_ids)[0] == unpack_ids(result.token_ids)[2] == -1
+
+
+def test_captured_steps_give_the_same_tokens(dense: tuple[Any, Qwen3]) -> None:
+    """Batches that grow and shrink, across both lengths of context; prefill beside them runs as it is."""
+    reference, model = dense
+    graphs = FakeGraphs((2, 4, 8))
+    device = FakeDevice(Clock(), STEP_S)
+    runner = runner_on(model, device, graphs)
+    runner.warm_up()
+    assert {*graphs.captured} == {(rows, key) for rows in (2, 4, 8) for key in ("short", "long")}
+    prompts = {slot: random_tokens(3 + 3 * slot, seed=slot) for slot in range(5)}
+    drawn: dict[int, list[int]] = {slot: [] for slot in prompts}
+    number = 0
+
+    def step(rows: list[tuple[int, int]], **fields: Any) -> Callable[[], None]:
+        nonlocal number
+        slots, counts = zip(*rows, strict=True)
+        pending = runner.launch(ForwardBatch(number, row_slots=pack_ids(slots), row_tokens=pack_ids(counts), **fields))
+        number += 1
+
+        def collect() -> None:
+            for slot, token in zip(slots, unpack_ids(runner.collect(pending).token_ids), strict=True):
+                drawn[slot].append(token)
+
+        return collect
+
+    new = [new_slot(slot, ids) for slot, ids in prompts.items()]
+    collect = step([(slot, len(ids)) for slot, ids in prompts.items()], new=new)
+    for present in ([0, 1, 2, 3, 4], [4, 0, 1, 2, 3], [3, 1], [0], [2, 4, 3], [2, 4, 3], [0, 1, 2, 3, 4], [1]):
+        following = step([(slot, 1) for slot in present])
+        collect()
+        collect = following
+    collect()
+    sizes = [key[0] for key in graphs.replayed if isinstance(key, tuple)]
+    assert sizes == [8, 8, 2, 2, 4, 4, 8, 2]
+    for slot, prompt in prompts.items():
+        assert drawn[slot] == expected_tokens(reference, prompt, len(drawn[slot]))
