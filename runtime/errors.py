@@ -16,7 +16,7 @@
         ├── OverloadedError                "overloaded": the queue is full
         │   └── DrainingError              "draining": the engine is about to stop, and takes nothing new
         ├── KVExhaustedError               "kv_exhausted": the request cannot fit the empty KV pool
-        ├── NumericalError                 "numerical_error": NaN or inf in this request's hidden states
+        ├── NumericalError                 "numerical_error": NaN or inf in this request's hidden states or logits
         ├── PoisonError                    "poison": model workers died again and again while they ran this request
         └── ProtocolError                  "protocol": wrong protocol version, or a frame that makes no sense
 

@@ -164,7 +164,9 @@ class ResultApplier:
     def _fail(self, request: Request, code: str, outputs: Outputs) -> None:
         request.failed = True
         if not request.finished:
-            message = "NaN or inf in the hidden states of this request" if code == NumericalError.code else code
+            message = (
+                "NaN or inf in the hidden states or logits of this request" if code == NumericalError.code else code
+            )
             self.end(request, Finish("error", error=ErrorInfo(code, message)), outputs)
 
     @staticmethod

@@ -83,7 +83,7 @@ RankInput = ForwardBatch | StopRank
 
 
 class FailedRow(msgspec.Struct, array_like=True, frozen=True):
-    """Row `row` of the step has NaN or inf in its final hidden states."""
+    """Row `row` of the step has NaN or inf in its final hidden states or its logits."""
 
     row: int
     code: str = "numerical_error"

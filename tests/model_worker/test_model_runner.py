@@ -6,12 +6,15 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
+from torch import Tensor
 
 from tests.qwen3.harness import DENSE, MOE, compute_of, load_model, make_checkpoint, random_tokens, reference_logits
 from vibe_sgl_lite.model_worker.compute import Compute, torch_compute
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
 from vibe_sgl_lite.model_worker.sampling import prompt_logprobs
+from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.messages import FailedRow, ForwardBatch, NewSlot, StepResult, pack_ids, unpack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, resolve
@@ -232,3 +235,46 @@ def test_an_empty_step_only_applies_changes(tmp_path: Path) -> None:
     driver = Driver(runner_of(load_model(tmp_path)))
     driver.run([(0, 3)], new=[new_slot(0, [1, 2, 3])])
     assert driver.run([], released=[0]).token_ids == b""
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("compute_name", ["torch", "kernels"])
+def test_bad_logits_fail_their_row_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute_name: str, value: float
+) -> None:
+    """Whatever the row samples with; the hidden states are fine."""
+    reference = make_checkpoint(tmp_path, DENSE)
+    compute = compute_of(compute_name)
+    runner = runner_of(load_model(tmp_path, compute=compute), compute=compute)
+    logits = runner.model.logits
+
+    def spoilt(hidden: Tensor) -> Tensor:
+        made = logits(hidden)
+        made[::2, 77] = value
+        return made
+
+    monkeypatch.setattr(runner.model, "logits", spoilt)
+    good = random_tokens(12)
+    kinds: list[dict[str, Any]] = [{}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.0}, {"logprobs": True}]
+    new = [
+        new_slot(slot, good, sampling() if slot % 2 else sampling(**kinds[slot // 2])) for slot in range(2 * len(kinds))
+    ]
+    driver = Driver(runner)
+    result = driver.run([(slot, len(good)) for slot in range(len(new))], new=new)
+    assert result.failed == [FailedRow(row, "numerical_error") for row in range(0, len(new), 2)]
+    assert unpack_ids(result.token_ids) == [-1, *expected_tokens(reference, good, 1)] * len(kinds)
+    assert result.logprobs == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("compute_name", ["torch", "kernels"])
+def test_a_damaged_head_is_an_error(tmp_path: Path, compute_name: str, value: float) -> None:
+    make_checkpoint(tmp_path, DENSE)
+    compute = compute_of(compute_name)
+    model = load_model(tmp_path, compute=compute)
+    spoilt = torch.randn(256, 64)
+    spoilt[5] = value
+    model.head.weight = MatrixWeight(256, 64, torch.float32, model.device)
+    model.head.weight.install(spoilt)
+    result = Driver(runner_of(model, compute=compute)).run([(0, 4)], new=[new_slot(0, [1, 2, 3, 4])])
+    assert result.failed == [FailedRow(0, "numerical_error")]

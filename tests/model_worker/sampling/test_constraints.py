@@ -261,3 +261,28 @@ def test_masked_rows_draw_as_rows_of_these_tokens_alone(seed: int) -> None:
         forbidden[ids] = False
         row = replace(rows[place], logits=logits[place].masked_fill(forbidden, float("-inf")))
         assert sample([row]).tolist() == [masked[place]]
+
+
+def test_an_exception_while_a_mask_is_made_fails_its_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer that the grammar library cannot take, say; other rows are masked as ever, and the rank lives on."""
+    broken = make_grammar(None, None, ["cat"])
+
+    def fail(grammar: Grammar, allowed: object) -> None:
+        if grammar._text == broken:
+            raise ValueError("this tokenizer cannot be had")
+        fill(grammar, allowed)  # type: ignore[arg-type]
+
+    fill = Grammar.fill
+    monkeypatch.setattr(Grammar, "fill", fail)
+    constraints = Constraints(VOCAB, slice(0, VOCAB), LIBRARY)
+    constraints.admit(0, sampling(None, broken), [])
+    constraints.admit(1, sampling(None, make_grammar(None, None, ["dog"])), [])
+    for _ in range(2):
+        mask = constraints.begin(constraints.of(np.array([0, 1], np.int64)))
+        assert mask is not None
+        logits = torch.zeros(2, VOCAB)
+        mask.apply(logits)
+        assert mask.failed == [0]
+        assert torch.isfinite(logits[0]).all()
+        texts = {TOKENIZER.decode([i]) for i in torch.isfinite(logits[1]).nonzero()[:, 0].tolist()}
+        assert {"d"} <= texts <= {"d", "do", "dog"}
