@@ -5,17 +5,14 @@ multiplied), norms, and the router of MoE layers (tiny, and a wrong choice of ex
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Literal, get_args
 
 import torch
 
 from vibe_sgl_lite.model_worker.cpu import CpuKernels
-from vibe_sgl_lite.model_worker.cpu.linear import INPUT_MULTIPLE, WeightFormat
-from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabFormats
-from vibe_sgl_lite.qwen3.layers.quantization_int4 import GROUP_SIZE, OUTPUT_MULTIPLE, Int4Matrix
-from vibe_sgl_lite.qwen3.layers.quantization_int8 import Int8Matrix, choose_activation_levels
-from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, MatrixFormat, MatrixWeight
+from vibe_sgl_lite.model_worker.cpu.linear import WeightFormat
+from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabFormat
+from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, MatrixWeight
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import ConfigError
@@ -26,9 +23,9 @@ Quantization = Literal["none", "int8", "int4"]
 def choose_formats(model: Qwen3, quantization: str, kernels: CpuKernels | None) -> None:
     """Let `model` keep its matrices as `quantization` says; call it before the weights are loaded.
 
-    kernels: this machine's, if any; what they cannot multiply, torch's own kernels do.
+    kernels: this machine's, if any; without them matrices stay in torch's own formats.
 
-    Raises ConfigError (field quantization) for a GPU, a CPU without the kernels, or a matrix that int4 cannot hold.
+    Raises ConfigError (field quantization) for int8 and int4 on a GPU or without the kernels.
     """
     assert quantization in get_args(Quantization), quantization
     if quantization != "none" and model.device.type != "cpu":
@@ -36,36 +33,18 @@ def choose_formats(model: Qwen3, quantization: str, kernels: CpuKernels | None) 
             f"--quantization {quantization} runs on CPU only, not on {model.device.type}: use --device cpu, or none",
             field="quantization",
         )
-    fast = _kernel_format(model.dtype, quantization, kernels)
-    for weight in _matrices(model):
-        if quantization == "int4":
-            _check_int4(weight)
-        if fast is not None and weight.shape[-1] % INPUT_MULTIPLE == 0:
-            weight.keep_as(fast)
-        elif quantization != "none":
-            weight.keep_as(Int4Matrix if quantization == "int4" else _torch_int8())
-
-
-def _kernel_format(dtype: torch.dtype, quantization: str, kernels: CpuKernels | None) -> MatrixFormat | None:
-    """The kernels' format, if they have one."""
     if kernels is None:
-        return None
-    formats = SlabFormats(kernels)
-    if quantization == "int4":
-        return formats.int4
-    if quantization == "int8":
-        return formats.int8 if kernels.can_multiply(WeightFormat.INT8) else None
-    return formats.bf16 if dtype == torch.bfloat16 else None
-
-
-def _torch_int8() -> MatrixFormat:
-    levels = choose_activation_levels()
-    if levels is None:
-        raise ConfigError(
-            "--quantization int8 needs a torch with oneDNN's kernels for this CPU: use int4 or none",
-            field="quantization",
-        )
-    return partial(Int8Matrix, activation_levels=levels)
+        if quantization != "none":
+            raise ConfigError(
+                f"--quantization {quantization} needs the CPU kernels, which could not be built (the log says why): "
+                "install a C++ compiler, or use none",
+                field="quantization",
+            )
+        return
+    plain = WeightFormat.BF16 if model.dtype == torch.bfloat16 else WeightFormat.FP32
+    matrix_format = SlabFormat(kernels, {"int8": WeightFormat.INT8, "int4": WeightFormat.INT4}.get(quantization, plain))
+    for weight in _matrices(model):
+        weight.keep_as(matrix_format)
 
 
 def _matrices(model: Qwen3) -> Iterator[MatrixWeight | ExpertWeight]:
@@ -79,14 +58,3 @@ def _matrices(model: Qwen3) -> Iterator[MatrixWeight | ExpertWeight]:
             yield layer.feed_forward.experts.gate_up
             yield layer.feed_forward.experts.down
     yield model.head.weight
-
-
-def _check_int4(weight: MatrixWeight | ExpertWeight) -> None:
-    out_features, in_features = weight.shape[-2:]
-    if in_features % GROUP_SIZE or out_features % OUTPUT_MULTIPLE:
-        raise ConfigError(
-            f"--quantization int4 needs matrices with inputs in groups of {GROUP_SIZE} and outputs in multiples of "
-            f"{OUTPUT_MULTIPLE}, but a rank of this model has one of {in_features} inputs and {out_features} outputs: "
-            "use a smaller --tp, or int8",
-            field="quantization",
-        )

@@ -17,6 +17,7 @@ from vibe_sgl_lite.model_worker.cpu.build import COMPILERS, BuildError, build
 from vibe_sgl_lite.model_worker.cpu.library import open_library
 from vibe_sgl_lite.model_worker.cpu.linear import SlabWeights, WeightFormat
 from vibe_sgl_lite.model_worker.cpu.openmp import parallel_function
+from vibe_sgl_lite.model_worker.cpu.targets import choose_target
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +28,18 @@ def load(
     cache_dir: Path | None = None,
     compilers: Sequence[str] = COMPILERS,
     threads: int | None = None,
-    target: Sequence[str] | None = None,
+    target: str | None = None,
+    flags: Sequence[str] = (),
 ) -> "CpuKernels | None":
     """Build (at first use) and load the kernels; None, with the reason logged, where that is not possible.
 
-    threads: at most this many run a kernel; None: torch.get_num_threads() as it is now. target: compiler flags that
-    say for which CPU; None: this one.
+    threads: at most this many run a kernel; None: torch.get_num_threads() as it is now. target, flags: a name from
+    targets.py, and more flags for the compiler.
+
+    Raises ConfigError for a target that this CPU cannot run.
     """
     try:
-        path = build(cache_dir, compilers, target)
+        path = build(cache_dir, compilers, choose_target(target), flags)
         library = open_library(path)
     except (BuildError, OSError) as error:
         logger.warning("CPU kernels are not available, plain torch is used: %s", error)
@@ -117,7 +121,6 @@ class CpuKernels:
         self._silu = library.vsl_silu_mul
         self._argmax = library.vsl_argmax
         self._linear = library.vsl_linear
-        self._can_multiply = library.vsl_can_multiply
         self._gather = library.vsl_gather_rows
         self.instruction_set: str = library.vsl_instruction_set(self.context).decode()
 
@@ -339,19 +342,15 @@ class CpuKernels:
         )
         return out
 
-    def can_multiply(self, weight_format: WeightFormat) -> bool:
-        """Whether this CPU has the instructions for it."""
-        return bool(self._can_multiply(weight_format))
-
     def linear(self, x: Tensor, weights: SlabWeights) -> Tensor:
         """x times the matrix, transposed. x: [T, inputs], its last dimension contiguous, its rows an even number of
-        elements apart; fp32 for int8 and int4 weights only. Returns [T, outputs], in x's dtype.
+        elements apart; bf16, or fp32 for fp32, int8 and int4 weights. Returns [T, outputs], in x's dtype.
         """
         rows, inputs = x.shape
         assert inputs == weights.inputs
         assert x.stride(1) == 1
         assert x.stride(0) % 2 == 0
-        assert x.dtype == torch.bfloat16 or weights.format != WeightFormat.BF16
+        assert weights.format != (WeightFormat.FP32 if x.dtype == torch.bfloat16 else WeightFormat.BF16)
         out = x.new_empty((rows, weights.outputs))
         self._linear(
             self.context,
@@ -365,11 +364,12 @@ class CpuKernels:
         return out
 
     def gather_rows(self, weights: SlabWeights, ids: Tensor) -> Tensor:
-        """Rows of a bf16 matrix as it was. ids: [n] int32 or int64, below `weights.outputs`. Returns [n, inputs]."""
-        assert weights.format is WeightFormat.BF16
+        """Rows of a bf16 or fp32 matrix as it was. ids: [n] int32 or int64, below its outputs. Returns [n, inputs]."""
+        dtype = {WeightFormat.BF16: torch.bfloat16, WeightFormat.FP32: torch.float32}[weights.format]
         ids = ids.to(torch.int64).contiguous()
-        out = torch.empty((len(ids), weights.inputs), dtype=torch.bfloat16)
-        self._gather(self.context, weights.data.data_ptr(), weights.inputs, ids.data_ptr(), len(ids), out.data_ptr())
+        out = torch.empty((len(ids), weights.inputs), dtype=dtype)
+        units = weights.data.shape[1]
+        self._gather(self.context, weights.data.data_ptr(), units, ids.data_ptr(), len(ids), out.data_ptr())
         return out
 
     def argmax(self, logits: Tensor, out: Tensor | None = None) -> Tensor:

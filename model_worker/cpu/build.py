@@ -16,12 +16,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from vibe_sgl_lite.model_worker.cpu.targets import Target, choose_target
+
 SOURCE_DIR = Path(__file__).parent / "native"
 MAIN_SOURCE = "kernels.cpp"
+# gcc warns of vectors between functions, which are all inlined, and of what may be uninitialised in its own intrinsics.
+WARNINGS = (
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+    "-Wno-ignored-attributes",
+)
 COMPILERS = ("g++", "c++", "clang++")
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-w")
-# Tried in order: not every compiler knows every spelling, and a kernel for the plain architecture is better than none.
-NATIVE: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", *WARNINGS)
 COMPILE_TIMEOUT_S = 180
 
 
@@ -30,19 +39,22 @@ class BuildError(Exception):
 
 
 def build(
-    cache_dir: Path | None = None, compilers: Sequence[str] = COMPILERS, target: Sequence[str] | None = None
+    cache_dir: Path | None = None,
+    compilers: Sequence[str] = COMPILERS,
+    target: Target | None = None,
+    flags: Sequence[str] = (),
 ) -> Path:
     """The compiled kernels' path, compiled now if the cache has none.
 
     cache_dir: made with mode 0700 when missing; None: `default_cache_dir()`. compilers: names or paths, the first one
-    that exists is used; the environment's CXX goes first. target: flags for another CPU than this one.
-    Safe to call from several processes at once: one compiles, the others wait for it.
+    that exists is used; the environment's CXX goes first. target: for which CPU; None: the best that this one runs.
+    flags: more of the compiler's. Safe to call from several processes at once: one compiles, the others wait for it.
 
     Raises BuildError when there is no compiler, it fails, or the folder is not private to this user.
     """
     compiler = _find_compiler(compilers)
     folder = default_cache_dir() if cache_dir is None else cache_dir
-    attempts = NATIVE if target is None else (tuple(target),)
+    attempts = [(*flags, *attempt) for attempt in (target or choose_target()).attempts]
     built = folder / f"cpu_kernels-{_fingerprint(compiler, attempts)}.so"
     try:
         _make_private(folder)

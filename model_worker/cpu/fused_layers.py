@@ -10,7 +10,7 @@ from vibe_sgl_lite.model_worker.attention.cpu_backend import SPLIT_TOKENS, Kerne
 from vibe_sgl_lite.model_worker.cpu import LayerCache
 from vibe_sgl_lite.model_worker.cpu.layers import KernelLayers, LayerWeights
 from vibe_sgl_lite.model_worker.cpu.linear import SLAB, SlabWeights
-from vibe_sgl_lite.model_worker.cpu.slab_matrix import QuantizedSlabMatrix, SlabMatrix
+from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabMatrix
 from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
 from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend, ForwardContext
 from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight
@@ -81,4 +81,4 @@ def _weights(layer: DecoderLayer, cache: LayerCache) -> LayerWeights | None:
 
 def _slabs(holder: MatrixWeight) -> SlabWeights | None:
     matrix = holder.matrix
-    return matrix.weights if isinstance(matrix, SlabMatrix | QuantizedSlabMatrix) else None
+    return matrix.weights if isinstance(matrix, SlabMatrix) and not matrix.padding else None

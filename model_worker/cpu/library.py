@@ -18,14 +18,13 @@ _ARGUMENTS = {
     "vsl_qkv_rope_store": f"pi pq pp f ppq p {_POOL} p q iii",
     "vsl_silu_mul": "pi ppq p qq",
     "vsl_argmax": "pi pq p qq",
-    "vsl_can_multiply": "i",
     "vsl_linear": "pii pp qq pq q p",
     "vsl_pack_int8": "pi p qq pp",
     "vsl_pack_int4": "pi p qq p",
     "vsl_decoder_layers": "pi pp",
     "vsl_gather_rows": "p pq pq p",
 }
-_RESULTS = {"vsl_create": c_void_p, "vsl_instruction_set": c_char_p, "vsl_can_multiply": c_int}
+_RESULTS = {"vsl_create": c_void_p, "vsl_instruction_set": c_char_p}
 
 
 def open_library(path: Path) -> ctypes.CDLL:

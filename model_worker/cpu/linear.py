@@ -15,10 +15,11 @@ class WeightFormat(IntEnum):
     BF16 = 0
     INT8 = 1
     INT4 = 2
+    FP32 = 3
 
 
 class SlabWeights:
-    """One [O, I] matrix, I a multiple of INPUT_MULTIPLE. Made by packing.py."""
+    """One [O, I] matrix, filled up with zeros until I is a multiple of INPUT_MULTIPLE. Made by packing.py."""
 
     def __init__(
         self, weight_format: WeightFormat, outputs: int, inputs: int, data: Tensor, scales: Tensor | None = None

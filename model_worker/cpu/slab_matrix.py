@@ -1,53 +1,70 @@
-"""Matrices of the model that the linear kernels multiply by."""
+"""Matrices of the model that the linear kernels multiply by, made of plain ones when they are loaded.
 
+Quantisation runs on all threads, straight into its place. O outputs, I inputs, which are filled up with zeros to a
+multiple of INPUT_MULTIPLE.
+"""
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.cpu import CpuKernels
+from vibe_sgl_lite.model_worker.cpu.api import DTYPES, CpuKernels
 from vibe_sgl_lite.model_worker.cpu.huge_memory import HugeMemory
-from vibe_sgl_lite.model_worker.cpu.linear import SlabWeights
-from vibe_sgl_lite.model_worker.cpu.packing import pack_bf16, pack_int4, pack_int8
-from vibe_sgl_lite.qwen3.layers.weight import Matrix, ProductOnly
+from vibe_sgl_lite.model_worker.cpu.linear import GROUP, INPUT_MULTIPLE, SLAB, SlabWeights, WeightFormat
 
 
 class SlabMatrix:
-    """bf16, with all its bits: the one kept for both a head and an embedding that are tied."""
+    """[O, I] in one of the kernels' formats. In int8, a row that is not finite gives one that is not."""
 
-    keeps_rows = True
-
-    def __init__(self, kernels: CpuKernels, weights: SlabWeights) -> None:
+    def __init__(self, kernels: CpuKernels, weights: SlabWeights, inputs: int) -> None:
         self._kernels, self.weights = kernels, weights
+        self._inputs, self.padding = inputs, weights.inputs - inputs
         self.nbytes = weights.nbytes
+        # With all its bits, a head's matrix is the embedding's too, if those are tied.
+        self.keeps_rows = weights.format in (WeightFormat.BF16, WeightFormat.FP32)
 
     def multiply(self, x: Tensor) -> Tensor:
-        return self._kernels.linear(x, self.weights)
+        return self._kernels.linear(F.pad(x, (0, self.padding)) if self.padding else x, self.weights)
 
     def rows(self, ids: Tensor) -> Tensor:
-        return self._kernels.gather_rows(self.weights, ids)
+        return self._kernels.gather_rows(self.weights, ids)[:, : self._inputs]
 
 
-class QuantizedSlabMatrix(ProductOnly):
-    """int8 or int4. In int8, a row that is not finite gives one that is not."""
+class SlabFormat:
+    """A `MatrixFormat` (qwen3/layers/weight.py): makes matrices of one format for `kernels`, all in the same memory."""
 
-    def __init__(self, kernels: CpuKernels, weights: SlabWeights) -> None:
-        self._kernels, self.weights = kernels, weights
-        self.nbytes = weights.nbytes
-
-    def multiply(self, x: Tensor) -> Tensor:
-        return self._kernels.linear(x, self.weights)
-
-
-class SlabFormats:
-    """Makers of matrices for `kernels`, each a `MatrixFormat` (qwen3/layers/weight.py), all in the same memory."""
-
-    def __init__(self, kernels: CpuKernels) -> None:
-        self._kernels = kernels
+    def __init__(self, kernels: CpuKernels, weight_format: WeightFormat) -> None:
+        self._kernels, self._format = kernels, weight_format
         self._memory = HugeMemory()
 
-    def bf16(self, matrix: Tensor) -> Matrix:
-        return SlabMatrix(self._kernels, pack_bf16(matrix, self._memory))
+    def __call__(self, matrix: Tensor) -> SlabMatrix:
+        return SlabMatrix(self._kernels, self.pack(matrix), matrix.shape[1])
 
-    def int8(self, matrix: Tensor) -> Matrix:
-        return QuantizedSlabMatrix(self._kernels, pack_int8(self._kernels, matrix, self._memory))
+    def pack(self, matrix: Tensor) -> SlabWeights:
+        """matrix: [O, I] bf16 or fp32, as the format has it; int8 and int4 take both.
 
-    def int4(self, matrix: Tensor) -> Matrix:
-        return QuantizedSlabMatrix(self._kernels, pack_int4(self._kernels, matrix, self._memory))
+        int4 rounds to bf16 first, which loses far less than its codes do.
+        """
+        matrix = F.pad(matrix, (0, -matrix.shape[1] % INPUT_MULTIPLE)).contiguous()
+        if self._format in (WeightFormat.BF16, WeightFormat.FP32):
+            return self._interleave(matrix)
+        outputs, inputs = matrix.shape
+        slabs = -(-outputs // SLAB)
+        source = (self._kernels.context, DTYPES[matrix.dtype], matrix.data_ptr(), outputs, inputs)
+        if self._format is WeightFormat.INT8:
+            data = self._memory.empty((slabs, inputs // 4, SLAB), torch.int32)
+            scales = torch.zeros(slabs * SLAB)
+            self._kernels.library.vsl_pack_int8(*source, data.data_ptr(), scales.data_ptr())
+            return SlabWeights(self._format, outputs, inputs, data, scales)
+        data = self._memory.empty((slabs, inputs // GROUP, GROUP // 8 + 1, SLAB), torch.int32)
+        self._kernels.library.vsl_pack_int4(*source, data.data_ptr())
+        return SlabWeights(self._format, outputs, inputs, data)
+
+    def _interleave(self, matrix: Tensor) -> SlabWeights:
+        outputs, inputs = matrix.shape
+        missing = -outputs % SLAB
+        units = (F.pad(matrix, (0, 0, 0, missing)) if missing else matrix).view(torch.int32)
+        slabs = units.view(-1, SLAB, units.shape[1])
+        data = self._memory.empty((slabs.shape[0], slabs.shape[2], SLAB), torch.int32)
+        data.copy_(slabs.transpose(1, 2))
+        return SlabWeights(self._format, outputs, inputs, data)

@@ -7,13 +7,14 @@ import torch
 
 from tests.qwen3.harness import DENSE, MOE, make_checkpoint
 from vibe_sgl_lite.model_worker.cpu import CpuKernels, load
-from vibe_sgl_lite.model_worker.cpu.slab_matrix import QuantizedSlabMatrix, SlabMatrix
+from vibe_sgl_lite.model_worker.cpu.linear import WeightFormat
+from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabMatrix
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.weights import load_dummy_weights
 from vibe_sgl_lite.qwen3.checkpoint import weight_bytes
 from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
-from vibe_sgl_lite.qwen3.layers.weight import PackedMatrix
+from vibe_sgl_lite.qwen3.layers.weight import Matrix
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
@@ -39,36 +40,39 @@ def model_of(
     return model
 
 
-def test_bf16_is_for_the_kernels_and_fp32_for_torch(tmp_path: Path, kernels: CpuKernels) -> None:
-    bf16 = model_of(tmp_path / "bf16", kernels, "none", BF16, DENSE)
-    assert isinstance(bf16.head.weight.matrix, SlabMatrix)
-    assert isinstance(bf16.layers[0].attention.qkv.weight.matrix, SlabMatrix)
-    fp32 = model_of(tmp_path / "fp32", kernels, "none", FP32, DENSE)
-    assert isinstance(fp32.head.weight.matrix, PackedMatrix)
-    quantised = model_of(tmp_path / "int4", kernels, "int4", FP32, DENSE)
-    assert isinstance(quantised.head.weight.matrix, QuantizedSlabMatrix)
+def format_of(matrix: Matrix) -> WeightFormat:
+    assert isinstance(matrix, SlabMatrix)
+    return matrix.weights.format
 
 
-def test_a_matrix_with_odd_inputs_is_left_to_torch(tmp_path: Path, kernels: CpuKernels) -> None:
-    model = model_of(tmp_path, kernels, "none", BF16, DENSE | {"intermediate_size": 80})
-    assert isinstance(model.head.weight.matrix, SlabMatrix)
-    down = model.layers[0].feed_forward.down.weight.matrix  # type: ignore[union-attr]
-    assert not isinstance(down, SlabMatrix)
+def test_the_kernels_multiply_all_formats(tmp_path: Path, kernels: CpuKernels) -> None:
+    for quantization, dtype, kept in (
+        ("none", BF16, WeightFormat.BF16),
+        ("none", FP32, WeightFormat.FP32),
+        ("int8", BF16, WeightFormat.INT8),
+        ("int4", FP32, WeightFormat.INT4),
+    ):
+        # A feed-forward of 80 is no multiple of 32 inputs.
+        shape = DENSE | {"intermediate_size": 80}
+        model = model_of(tmp_path / f"{quantization}-{dtype}", kernels, quantization, dtype, shape)
+        assert format_of(model.head.weight.matrix) is kept
+        assert format_of(model.layers[0].attention.qkv.weight.matrix) is kept
+        assert format_of(model.layers[0].feed_forward.down.weight.matrix) is kept  # type: ignore[union-attr]
+    assert not isinstance(model_of(tmp_path / "torch", None, "none", BF16, DENSE).head.weight.matrix, SlabMatrix)
 
 
 @pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "moe"])
-@pytest.mark.parametrize("fast", [True, False])
-def test_fewer_bits_take_less_memory(tmp_path: Path, kernels: CpuKernels, shape: dict[str, object], fast: bool) -> None:
+def test_fewer_bits_take_less_memory(tmp_path: Path, kernels: CpuKernels, shape: dict[str, object]) -> None:
     sizes = []
     for quantization in ("none", "int8", "int4"):
-        model = model_of(tmp_path / quantization, kernels if fast else None, quantization, BF16, shape)
+        model = model_of(tmp_path / quantization, kernels, quantization, BF16, shape)
         sizes.append(weight_bytes(model) - model.embedding.weight.nbytes)
     assert sizes[0] > sizes[1] > sizes[2]
 
 
 def test_a_tied_embedding_takes_its_rows_from_the_head(tmp_path: Path, kernels: CpuKernels) -> None:
     once = model_of(tmp_path / "once", kernels, "none", BF16, TIED)
-    twice = model_of(tmp_path / "twice", None, "int8", BF16, TIED)
+    twice = model_of(tmp_path / "twice", kernels, "int8", BF16, TIED)
     assert once.embedding.weight.nbytes == 0
     assert twice.embedding.weight.nbytes == twice.embedding.weight.tensor.nbytes
     ids = torch.arange(once.config.vocab_size)

@@ -167,7 +167,8 @@ class PagedAttention {
             merge_ranges(partials, item.ranges, args_.heads, args_.head_dim, args_.out + item.token * args_.out_stride);
     }
 
-    void attend(int index, const DecodeItem& item, const Partial& out, Scratch& scratch) {
+    void attend([[maybe_unused]] int index, const DecodeItem& item, const Partial& out,
+                [[maybe_unused]] Scratch& scratch) {
         const T* const query = args_.query + item.token * args_.query_stride;
 #if defined(VSL_AMX)
         if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Stored, bf16>) {

@@ -427,7 +427,7 @@ inline void attend_chunk(const Chunk<float, Stored>& chunk, Scratch& scratch, bo
 }
 
 template <class Stored>
-inline void attend_chunk(const Chunk<bf16, Stored>& chunk, Scratch& scratch, bool amx) {
+inline void attend_chunk(const Chunk<bf16, Stored>& chunk, Scratch& scratch, [[maybe_unused]] bool amx) {
 #if defined(VSL_AMX)
     if (amx) {
         const Tiles tiles;

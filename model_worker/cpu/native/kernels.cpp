@@ -45,17 +45,19 @@ void* vsl_create(void* parallel, int threads) {
 
 void vsl_destroy(void* context) { delete (Context*)context; }
 
-// What is used of the CPU: "amx", "avx512_bf16", "avx512", "avx" or "generic".
+// What is used of the CPU, as model_worker/cpu/targets.py names it.
 const char* vsl_instruction_set(void* context) {
     if (((Context*)context)->amx) return "amx";
 #if defined(VSL_AVX512_BF16)
     return "avx512_bf16";
 #elif defined(VSL_AVX512)
     return "avx512";
-#elif defined(__AVX__)
-    return "avx";
+#elif defined(VSL_AVX_VNNI)
+    return "avx_vnni";
+#elif defined(VSL_AVX2)
+    return "avx2";
 #else
-    return "generic";
+    return "baseline";
 #endif
 }
 
@@ -128,9 +130,6 @@ void vsl_argmax(void* context, int dtype, const void* x, int64_t stride, int64_t
     });
 }
 
-// Whether this CPU multiplies weights of a format, 0 bf16, 1 int8, 2 int4; see linear.h for their layouts.
-int vsl_can_multiply(int format) { return can_multiply(format); }
-
 void vsl_linear(void* context, int dtype, int format, const void* weights, const float* scales, int64_t inputs,
                 int64_t outputs, const void* x, int64_t x_stride, int64_t rows, void* out) {
     with_dtype(dtype, [&](auto* type) {
@@ -164,8 +163,8 @@ void vsl_decoder_layers(void* context, int dtype, const DecoderLayers* layers, c
     });
 }
 
-void vsl_gather_rows(void* context, const void* weights, int64_t inputs, const int64_t* ids, int64_t count, void* out) {
-    gather_rows(*(Context*)context, (const uint8_t*)weights, inputs, ids, count, (bf16*)out);
+void vsl_gather_rows(void* context, const void* weights, int64_t units, const int64_t* ids, int64_t count, void* out) {
+    gather_rows(*(Context*)context, (const uint32_t*)weights, units, ids, count, (uint32_t*)out);
 }
 
 }  // extern "C"

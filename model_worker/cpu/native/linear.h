@@ -1,10 +1,11 @@
-// Linear layers: out[row, o] = sum over i of x[row, i] x w[o, i], for weights kept in bfloat16, int8 or int4.
+// Linear layers: out[row, o] = sum over i of x[row, i] x w[o, i], for weights kept in bfloat16, int8, int4 or fp32.
 //
 // Layout of the weights. 64 outputs lie side by side in a "slab"; a slab is one stretch of memory that is read from
 // its first byte to its last, so that one row is multiplied as fast as memory is read:
 //
 //   bf16  [slab][inputs / 2][64] units of 2 inputs
 //   int8  [slab][inputs / 4][64] units of 4 inputs, each code plus 128 and so without a sign
+//   fp32  [slab][inputs][64]
 //   int4  [slab][inputs / 32] groups of { [4][64] units of 8 inputs, [64] bf16 scales, [64] bf16 offsets }
 //
 // A unit is 32 bits of one output. In an int4 unit, input 2 j is nibble j of the lower half and input 2 j + 1 nibble j
@@ -26,7 +27,9 @@ constexpr int kGroup = 32;  // inputs that share a scale and an offset in int4
 constexpr int kPanels = kSlab / 16;
 constexpr int kGroupBytes = kSlab * kGroup / 2 + kSlab * 4;
 
-enum WeightFormat { kBf16 = 0, kInt8 = 1, kInt4 = 2 };
+constexpr int kAhead = 4096;  // bytes of weights that are asked for before they are multiplied
+
+enum WeightFormat { kBf16 = 0, kInt8 = 1, kInt4 = 2, kFloat = 3 };
 
 template <class T>
 struct Linear {
@@ -45,7 +48,7 @@ struct Linear {
 
 inline int64_t slab_bytes(int format, int64_t inputs) {
     if (format == kInt4) return inputs / kGroup * kGroupBytes;
-    return inputs * kSlab * (format == kBf16 ? 2 : 1);
+    return inputs * kSlab * (format == kFloat ? 4 : format == kBf16 ? 2 : 1);
 }
 
 // Slabs of results.
@@ -76,12 +79,30 @@ inline void compute_slab(const Linear<T>& linear, int64_t slab, int64_t begin, i
     }
 }
 
-// Calls compute(linear, slab, worker) for every slab, as compute_slab does.
+// Pieces of a layer: a block of rows against a slab. In larger blocks the rows of x fall out of the second-level cache
+// between one slab and the next; in smaller ones weights are read again too often.
+struct RowBlocks {
+    int64_t rows, height, slabs;
+
+    RowBlocks(int64_t rows, int64_t slabs) : rows(rows), slabs(slabs) {
+        constexpr int64_t kMost = 640;
+        const int64_t blocks = (rows + kMost - 1) / kMost;
+        height = (rows + 32 * blocks - 1) / (32 * blocks) * 32;
+    }
+
+    int items() const { return (int)((rows + height - 1) / height * slabs); }
+    int64_t begin(int item) const { return item / slabs * height; }
+    int64_t end(int item) const { return std::min(rows, begin(item) + height); }
+};
+
+// Calls compute(linear, slab, first row, end of rows, worker) for every slab and block of rows, as compute_slab does.
 template <class T, class Compute>
 inline void run_slabs(Context& context, const Linear<T>& linear, const Compute& compute) {
-    run_stretches(context, (int)slab_count(linear), [&](int slab, int worker) {
-        compute_slab(linear, slab, 0, linear.rows, context.gates[worker],
-                     [&](const Linear<T>& into, int64_t source) { compute(into, source, worker); });
+    const RowBlocks blocks(linear.rows, slab_count(linear));
+    run_stretches(context, blocks.items(), [&](int item, int worker) {
+        const int64_t begin = blocks.begin(item), end = blocks.end(item);
+        compute_slab(linear, item % blocks.slabs, begin, end, context.gates[worker],
+                     [&](const Linear<T>& into, int64_t slab) { compute(into, slab, begin, end, worker); });
     });
 }
 
@@ -96,16 +117,13 @@ inline void store_slab(const float* sums, T* out, int64_t left) {
     }
 }
 
-// Rows `ids` of bf16 weights as they were before they were packed: [count][inputs].
-inline void gather_rows(Context& context, const uint8_t* weights, int64_t inputs, const int64_t* ids, int64_t count,
-                        bf16* out) {
-    const int64_t units = inputs / 2;
+// Rows `ids` of bf16 or fp32 weights as they were before they were packed: [count][units].
+inline void gather_rows(Context& context, const uint32_t* weights, int64_t units, const int64_t* ids, int64_t count,
+                        uint32_t* out) {
     run_ranges(context, count, std::max<int64_t>(1, 4096 / units), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
-            const uint32_t* const from =
-                (const uint32_t*)(weights + ids[i] / kSlab * slab_bytes(kBf16, inputs)) + ids[i] % kSlab;
-            uint32_t* const to = (uint32_t*)(out + i * inputs);
-            for (int64_t k = 0; k < units; k++) to[k] = from[k * kSlab];
+            const uint32_t* const from = weights + ids[i] / kSlab * units * kSlab + ids[i] % kSlab;
+            for (int64_t k = 0; k < units; k++) out[i * units + k] = from[k * kSlab];
         }
     });
 }
@@ -170,72 +188,6 @@ inline void sum_groups(const Linear<T>& linear, float* sums) {
             for (int j = 0; j < kGroup; j += kLanes) total += load(linear.x + r * linear.x_stride + i + j);
             *sums++ = sum(total);
         }
-}
-
-// ------------------------------------------------------------------------------------------ any CPU, in fp32
-
-// kLanes outputs' weights for the inputs of one unit.
-template <int kFormat>
-inline void widen_units(const uint32_t* units, vf* weights) {
-    vu u;
-    std::memcpy(&u, units, sizeof u);
-    if (kFormat == kBf16) {
-        weights[0] = (vf)(u << 16);
-        weights[1] = (vf)(u & 0xffff0000u);
-    } else {
-        for (int j = 0; j < 4; j++) {
-            weights[2 * j] = __builtin_convertvector((vi)((u >> (4 * j)) & 15), vf) - splat(8.0f);
-            weights[2 * j + 1] = __builtin_convertvector((vi)((u >> (16 + 4 * j)) & 15), vf) - splat(8.0f);
-        }
-    }
-}
-
-// Adds to sums[kRows][64]. x: [kRows] rows of fp32, `stride` apart. group_sums as x, for int4.
-// The slab is worked on in blocks of inputs that stay in the first-level cache.
-template <int kFormat, int kRows>
-inline void float_slab(const uint8_t* slab, const float* x, int64_t stride, const float* group_sums, int64_t inputs,
-                       float* sums) {
-    constexpr int kDepth = kFormat == kBf16 ? 2 : 8, kBlock = kGroup;
-    constexpr int kBlockBytes = kFormat == kBf16 ? kBlock * kSlab * 2 : kGroupBytes;
-    for (int64_t i = 0; i < inputs; i += kBlock, slab += kBlockBytes) {
-        for (int line = 0; line < kBlockBytes; line += 64) __builtin_prefetch(slab + kBlockBytes + line);
-        for (int j = 0; j < kSlab; j += kLanes) {
-            vf block[kRows] = {};
-            const uint32_t* units = (const uint32_t*)slab + j;
-            for (int k = 0; k < kBlock; k += kDepth, units += kSlab) {
-                vf weights[kDepth];
-                widen_units<kFormat>(units, weights);
-                for (int d = 0; d < kDepth; d++)
-                    for (int r = 0; r < kRows; r++) block[r] += weights[d] * splat(x[r * stride + i + k + d]);
-            }
-            if (kFormat == kInt4) {
-                const bf16* const scales = (const bf16*)(slab + kSlab * kGroup / 2) + j;
-                const vf scale = load(scales), offset = load(scales + kSlab);
-                for (int r = 0; r < kRows; r++)
-                    block[r] = block[r] * scale + offset * splat(group_sums[(r * inputs + i) / kGroup]);
-            }
-            for (int r = 0; r < kRows; r++) store(sums + r * kSlab + j, load(sums + r * kSlab + j) + block[r]);
-        }
-    }
-}
-
-template <int kFormat, class T>
-inline void float_rows(const Linear<T>& linear, const float* x, const float* group_sums, int64_t slab) {
-    constexpr int kRows = 4;
-    const uint8_t* const weights = linear.weights + slab * slab_bytes(kFormat, linear.inputs);
-    for (int64_t row = 0; row < linear.rows;) {
-        const int64_t inputs = linear.inputs;
-        const float *const rows = x + row * inputs, *const groups = group_sums + row * (inputs / kGroup);
-        const int count = linear.rows - row >= kRows ? kRows : 1;
-        float sums[kRows * kSlab] = {};
-        if (count == kRows)
-            float_slab<kFormat, kRows>(weights, rows, inputs, groups, inputs, sums);
-        else
-            float_slab<kFormat, 1>(weights, rows, inputs, groups, inputs, sums);
-        for (int r = 0; r < count; r++, row++)
-            store_slab(sums + r * kSlab, linear.out + row * linear.out_stride + slab * kSlab,
-                       linear.outputs - slab * kSlab);
-    }
 }
 
 }  // namespace vsl

@@ -216,28 +216,12 @@ inline void unpack_slab(const uint8_t* slab, int64_t groups, uint8_t* tiles) {
 
 // ------------------------------------------------------------------------------------------------- a whole layer
 
-// Pieces of a layer with many rows: a block of rows against a slab. In larger blocks the rows of x fall out of the
-// second-level cache between one slab and the next; in smaller ones weights are read again too often.
-struct RowBlocks {
-    int64_t rows, height, slabs;
-
-    RowBlocks(int64_t rows, int64_t slabs) : rows(rows), slabs(slabs) {
-        constexpr int64_t kMost = 640;
-        const int64_t blocks = (rows + kMost - 1) / kMost;
-        height = (rows + 32 * blocks - 1) / (32 * blocks) * 32;
-    }
-
-    int items() const { return (int)((rows + height - 1) / height * slabs); }
-    int64_t begin(int item) const { return item / slabs * height; }
-    int64_t end(int item) const { return std::min(rows, begin(item) + height); }
-};
-
 // x: rows of bf16 or of codes, `stride` bytes apart. Calls store(linear, row, output, 16 sums, 16 more sums).
 template <class Kind, class T, class Store>
 inline void run_tiles(Context& context, const Linear<T>& linear, const uint8_t* x, int64_t stride,
                       const Store& store) {
     const bool int4 = linear.format == kInt4;
-    const int64_t slabs = slab_count(linear), bytes = slab_bytes(linear.format, linear.inputs);
+    const int64_t bytes = slab_bytes(linear.format, linear.inputs);
     const int64_t steps = linear.inputs * (Kind::kWhole ? 1 : 2) / 64;
     const auto slab_tiles = [&](int64_t slab, int worker) {
         const uint8_t* const weights = linear.weights + slab * bytes;
@@ -252,19 +236,12 @@ inline void run_tiles(Context& context, const Linear<T>& linear, const uint8_t* 
         };
     };
     const TileLayout rows = TileLayout::rows(x, stride);
-    if (linear.rows <= kFewRows) {
-        return run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int worker) {
+    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int worker) {
+        if (linear.rows <= kFewRows)
             tile_few_rows<Kind>(slab_tiles(slab, worker), steps, rows, (int)linear.rows, store_slab(into, slab));
-        });
-    }
-    const RowBlocks blocks(linear.rows, slabs);
-    run_stretches(context, blocks.items(), [&](int item, int worker) {
-        const int64_t begin = blocks.begin(item), end = blocks.end(item);
-        compute_slab(linear, item % slabs, begin, end, context.gates[worker],
-                     [&](const Linear<T>& into, int64_t slab) {
-                         tile_many_rows<Kind>(linear.format, linear.weights + slab * bytes, steps, rows, begin, end,
-                                              context.scratch[worker], store_slab(into, slab));
-                     });
+        else
+            tile_many_rows<Kind>(linear.format, linear.weights + slab * bytes, steps, rows, begin, end,
+                                 context.scratch[worker], store_slab(into, slab));
     });
 }
 

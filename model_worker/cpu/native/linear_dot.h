@@ -4,15 +4,10 @@
 
 #include "linear.h"
 
-#if defined(VSL_AVX512) && defined(__AVX512VNNI__)
-#define VSL_VNNI 1
-#endif
-
 namespace vsl {
 
 #if defined(VSL_AVX512)
 
-constexpr int kAhead = 4096;  // bytes of weights that are asked for before they are multiplied
 constexpr int kDotRows = 6;   // x 4 vectors of outputs: 24 of the 32 registers hold sums
 
 inline void prefetch_slab_row(const uint32_t* units) {
@@ -103,11 +98,12 @@ inline void store_two(const Linear<T>& linear, const QuantizedRows& x, int64_t r
 
 #if defined(VSL_AVX512_BF16)
 
-inline void dot_bf16(const Linear<bf16>& linear, int64_t slab) {
+// Rows begin..end of a slab's outputs.
+inline void dot_bf16(const Linear<bf16>& linear, int64_t slab, int64_t begin, int64_t end) {
     const int64_t inputs = linear.inputs;
     const uint32_t* const weights = (const uint32_t*)(linear.weights + slab * slab_bytes(kBf16, inputs));
-    for (int64_t row = 0; row < linear.rows; row += kDotRows) {
-        const int count = (int)std::min<int64_t>(kDotRows, linear.rows - row);
+    for (int64_t row = begin; row < end; row += kDotRows) {
+        const int count = (int)std::min<int64_t>(kDotRows, end - row);
         __m512 sums[kDotRows][kPanels];
         const bf16* const x = linear.x + row * linear.x_stride;
         dot_rows<PairUnits>(weights, (const uint32_t*)x, linear.x_stride / 2, inputs / 2, count, sums);
@@ -187,11 +183,11 @@ inline void int4_rows(const uint8_t* slab, const uint32_t* x, int64_t stride, co
     }
 }
 
-inline void dot_int4(const Linear<bf16>& linear, const float* group_sums, int64_t slab) {
+inline void dot_int4(const Linear<bf16>& linear, const float* group_sums, int64_t slab, int64_t begin, int64_t end) {
     const int64_t inputs = linear.inputs;
     const uint8_t* const weights = linear.weights + slab * slab_bytes(kInt4, inputs);
-    for (int64_t row = 0; row < linear.rows; row += kInt4Rows) {
-        const int count = (int)std::min<int64_t>(kInt4Rows, linear.rows - row);
+    for (int64_t row = begin; row < end; row += kInt4Rows) {
+        const int count = (int)std::min<int64_t>(kInt4Rows, end - row);
         float values[kInt4Rows * kSlab];
         int4_rows(weights, (const uint32_t*)(linear.x + row * linear.x_stride), linear.x_stride / 2,
                   group_sums + row * (inputs / kGroup), inputs, count, values);
@@ -204,11 +200,11 @@ inline void dot_int4(const Linear<bf16>& linear, const float* group_sums, int64_
 
 #if defined(VSL_VNNI)
 template <class T>
-inline void dot_int8(const Linear<T>& linear, const QuantizedRows& x, int64_t slab) {
+inline void dot_int8(const Linear<T>& linear, const QuantizedRows& x, int64_t slab, int64_t begin, int64_t end) {
     const int64_t inputs = linear.inputs;
     const uint32_t* const weights = (const uint32_t*)(linear.weights + slab * slab_bytes(kInt8, inputs));
-    for (int64_t row = 0; row < linear.rows; row += kDotRows) {
-        const int count = (int)std::min<int64_t>(kDotRows, linear.rows - row);
+    for (int64_t row = begin; row < end; row += kDotRows) {
+        const int count = (int)std::min<int64_t>(kDotRows, end - row);
         __m512i sums[kDotRows][kPanels];
         dot_rows<QuadUnits>(weights, (const uint32_t*)(x.codes + row * inputs), inputs / 4, inputs / 4, count, sums);
         for (int r = 0; r < count; r++)

@@ -1,22 +1,13 @@
-// Chooses how a linear layer is multiplied, and spreads its slabs over the threads.
+// Chooses how a linear layer is multiplied.
 #pragma once
 
 #include "linear_amx.h"
+#include "linear_panels.h"
 
 namespace vsl {
 
-// Whether this CPU's instructions multiply `format`; int8 needs AVX512-VNNI.
-inline bool can_multiply(int format) {
-#if defined(VSL_VNNI)
-    return format == kBf16 || format == kInt8 || format == kInt4;
-#else
-    return format == kBf16 || format == kInt4;
-#endif
-}
-
 template <class T>
 inline void run_int8(Context& context, const Linear<T>& linear) {
-#if defined(VSL_VNNI)
     const int64_t rows = linear.rows, inputs = linear.inputs;
     const QuantizedRows x(context.shared.reserve(QuantizedRows::bytes(rows, inputs)), rows, inputs);
     quantize_rows(context, linear, x);
@@ -28,25 +19,13 @@ inline void run_int8(Context& context, const Linear<T>& linear) {
                                         store_two(into, x, row, output, _mm512_loadu_si512(a), _mm512_loadu_si512(b));
                                     });
 #endif
-    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int) { dot_int8(into, x, slab); });
-#endif
-}
-
-// In fp32 throughout: for fp32 models with int4 weights, and for CPUs without AVX512-BF16.
-template <class T>
-inline void run_float(Context& context, const Linear<T>& linear) {
-    const int64_t inputs = linear.inputs, groups = inputs / kGroup;
-    float* const x = (float*)context.shared.reserve(linear.rows * (inputs + groups) * 4);
-    float* const group_sums = x + linear.rows * inputs;
-    for (int64_t r = 0; r < linear.rows; r++)
-        for (int64_t i = 0; i < inputs; i += kLanes) store(x + r * inputs + i, load(linear.x + r * linear.x_stride + i));
-    if (linear.format == kInt4) sum_groups(linear, group_sums);
-    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int) {
-        if (linear.format == kInt4)
-            float_rows<kInt4>(into, x, group_sums, slab);
-        else
-            float_rows<kBf16>(into, x, group_sums, slab);
+#if defined(VSL_VNNI)
+    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int) {
+        dot_int8(into, x, slab, begin, end);
     });
+#else
+    run_bytes(context, linear, x);
+#endif
 }
 
 #if defined(VSL_AVX512_BF16)
@@ -65,11 +44,11 @@ inline void run_pairs(Context& context, const Linear<bf16>& linear) {
         group_sums = (float*)context.shared.reserve(linear.rows * (linear.inputs / kGroup) * 4);
         sum_groups(linear, group_sums);
     }
-    run_slabs(context, linear, [&](const Linear<bf16>& into, int64_t slab, int) {
+    run_slabs(context, linear, [&](const Linear<bf16>& into, int64_t slab, int64_t begin, int64_t end, int) {
         if (int4)
-            dot_int4(into, group_sums, slab);
+            dot_int4(into, group_sums, slab, begin, end);
         else
-            dot_bf16(into, slab);
+            dot_bf16(into, slab, begin, end);
     });
 }
 #endif
@@ -83,6 +62,8 @@ inline void run_linear(Context& context, const Linear<bf16>& linear) {
     if (linear.format == kInt8) return run_int8(context, linear);
 #if defined(VSL_AVX512_BF16)
     run_pairs(context, linear);
+#elif defined(VSL_AVX2) || defined(VSL_AVX512)
+    linear.format == kInt4 ? run_int4_bytes(context, linear) : run_float(context, linear);
 #else
     run_float(context, linear);
 #endif

@@ -110,7 +110,7 @@ struct Context {
     bool amx = false;
     Team* team = nullptr;  // while one is together
     std::vector<Scratch> scratch, gates;  // one a worker
-    Scratch shared, activations;
+    Scratch shared, pairs, activations;
 };
 
 // Calls body(data, worker) on all threads that there are; `worker` is below context.threads.

@@ -15,7 +15,8 @@ namespace vsl {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define VSL_AVX512 1
 constexpr int kLanes = 16;
-#elif defined(__AVX__)
+#elif defined(__AVX2__) && defined(__FMA__)
+#define VSL_AVX2 1
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
@@ -23,6 +24,11 @@ constexpr int kLanes = 4;
 
 #if defined(VSL_AVX512) && defined(__AVX512BF16__)
 #define VSL_AVX512_BF16 1
+#endif
+#if defined(VSL_AVX512) && defined(__AVX512VNNI__)
+#define VSL_VNNI 1
+#elif defined(VSL_AVX2) && defined(__AVXVNNI__)
+#define VSL_AVX_VNNI 1
 #endif
 
 struct bf16 {
@@ -44,6 +50,8 @@ inline vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~m
 inline vf vmax(vf a, vf b) {
 #if defined(VSL_AVX512)
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(VSL_AVX2)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return select((vi)(a > b), a, b);
 #endif
@@ -53,6 +61,8 @@ inline vf vmax(vf a, vf b) {
 inline vf vmin(vf a, vf b) {
 #if defined(VSL_AVX512)
     return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(VSL_AVX2)
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
 #else
     return select((vi)(a < b), a, b);
 #endif
@@ -76,6 +86,8 @@ inline vf load(const float* p) {
 inline vf widen(vh h) {
 #if defined(VSL_AVX512)  // gcc 12 makes seven instructions of the generic conversion
     return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#elif defined(VSL_AVX2)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
 #else
     return (vf)(__builtin_convertvector(h, vu) << 16);
 #endif
@@ -90,7 +102,7 @@ inline vf load(const bf16* p) {
 inline vf load(const int8_t* p) {
 #if defined(VSL_AVX512)
     return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#elif defined(__AVX2__)
+#elif defined(VSL_AVX2)
     return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
     vb b;
@@ -108,7 +120,13 @@ inline vh narrow(vf x) {
     vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     vu nan = (u >> 16) | 64;
     vu is_nan = (vu)(x != x);
-    return __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), vh);
+    const vu bits = (rounded & ~is_nan) | (nan & is_nan);
+#if defined(VSL_AVX2)
+    const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
+    return (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+    return __builtin_convertvector(bits, vh);
+#endif
 #endif
 }
 
@@ -151,6 +169,10 @@ inline vf rounded_to(vf x, const bf16*) { return widen(narrow(x)); }
 inline float sum(vf v) {
 #if defined(VSL_AVX512)
     return _mm512_reduce_add_ps((__m512)v);
+#elif defined(VSL_AVX2)
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 #else
     float total = 0;
     for (int i = 0; i < kLanes; i++) total += v[i];
@@ -162,6 +184,10 @@ inline float sum(vf v) {
 inline float maximum(vf v) {
 #if defined(VSL_AVX512)
     return _mm512_reduce_max_ps((__m512)v);
+#elif defined(VSL_AVX2)
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 #else
     float best = v[0];
     for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
@@ -201,6 +227,39 @@ inline vf divide(vf a, vf b) {
 #endif
 }
 
+// sum + the products of pairs of 16-bit integers, of w and, the same two in all lanes, of x.
+inline vi multiply_pairs(vi sum, vi w, int32_t x) {
+#if defined(VSL_AVX512)
+    return sum + (vi)_mm512_madd_epi16((__m512i)w, _mm512_set1_epi32(x));
+#elif defined(VSL_AVX2)
+    return sum + (vi)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(x));
+#else
+    return sum + ((w << 16) >> 16) * splat((int32_t)(int16_t)x) + (w >> 16) * splat(x >> 16);
+#endif
+}
+
+#if defined(VSL_AVX512) || defined(VSL_AVX2)
+typedef int16_t vs __attribute__((vector_size(4 * kLanes)));
+
+// The sums of adjacent products of bytes without a sign, of w, and with one, the same four in all lanes, of x. They must
+// fit 16 bits.
+inline vs multiply_bytes(vu w, int32_t x) {
+#if defined(VSL_AVX512)
+    return (vs)_mm512_maddubs_epi16((__m512i)w, _mm512_set1_epi32(x));
+#else
+    return (vs)_mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x));
+#endif
+}
+
+inline vi add_pairs(vs v) {
+#if defined(VSL_AVX512)
+    return (vi)_mm512_madd_epi16((__m512i)v, _mm512_set1_epi16(1));
+#else
+    return (vi)_mm256_madd_epi16((__m256i)v, _mm256_set1_epi16(1));
+#endif
+}
+#endif
+
 #if defined(__clang__)
 #define VSL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -227,6 +286,12 @@ inline vf sum_each(vf* v) {
 #undef VSL_PAIR
 #undef VSL_UNPACK
     return v[0];
+#elif defined(VSL_AVX2)
+    for (int n = 4; n >= 2; n /= 2)
+        for (int i = 0; i < n; i++) v[i] = (vf)_mm256_hadd_ps((__m256)v[2 * i], (__m256)v[2 * i + 1]);
+    // Each half of v[0] and v[1] has four lanes' sums of its own half.
+    return (vf)_mm256_permute2f128_ps((__m256)v[0], (__m256)v[1], 0x20) +
+           (vf)_mm256_permute2f128_ps((__m256)v[0], (__m256)v[1], 0x31);
 #else
     float sums[kLanes];
     for (int i = 0; i < kLanes; i++) sums[i] = sum(v[i]);

@@ -1,4 +1,4 @@
-"""The layout of int8 and int4 matrices, written out in torch: what the kernels' own packing must equal.
+"""int8 and int4 matrices, quantised and laid out in plain torch: what the kernels' own packing must equal.
 
 O outputs, I inputs, S slabs of 64 outputs.
 """
@@ -8,8 +8,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.cpu.linear import GROUP, SLAB, SlabWeights, WeightFormat
-from vibe_sgl_lite.qwen3.layers.quantization_int4 import quantize_groups
-from vibe_sgl_lite.qwen3.layers.quantization_int8 import quantize_rows
+
+LEVELS, MIDDLE = 16, 8  # of int4: code c stands for (c - 8) x scale + offset
+
+
+def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """int8: [O, I] -> codes [O, I] int8 and scales [O] fp32; `matrix` is about codes x scales."""
+    values = matrix.to(torch.float32)
+    scales = values.abs().amax(1).clamp_min_(1e-30) / 127
+    return (values / scales.unsqueeze(1)).round_().to(torch.int8), scales
+
+
+def quantize_groups(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int4: [O, I] -> codes [O, I] int32 of 0 to 15, scales and offsets [O, I / 32] in bf16.
+
+    Begins with the range of each group, then alternates least squares, of scale and offset for the codes, and rounding
+    to the nearest code: Lloyd's algorithm with equally spaced levels.
+    """
+    values = matrix.to(torch.float32).view(matrix.shape[0], -1, GROUP)
+    low, high = values.amin(2, keepdim=True), values.amax(2, keepdim=True)
+    scales = (high - low) / (LEVELS - 1)
+    codes = _nearest(values, scales, low + MIDDLE * scales)
+    mean_code, mean = codes.mean(2, keepdim=True), values.mean(2, keepdim=True)
+    spread = codes - mean_code
+    variance = spread.square().sum(2, keepdim=True)
+    scales = torch.where(variance > 0, (spread * values).sum(2, keepdim=True) / variance, scales)
+    scales, offsets = scales.bfloat16(), (mean - mean_code * scales).bfloat16()
+    codes = _nearest(values, scales.float(), offsets.float()) + MIDDLE
+    return codes.view(matrix.shape).to(torch.int32), scales.squeeze(2), offsets.squeeze(2)
+
+
+def _nearest(values: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+    """Codes less MIDDLE; 0 where all values of a group are the same, which the offset alone then gives."""
+    codes = (values - offsets) / torch.where(scales > 0, scales, torch.ones_like(scales))
+    return codes.round_().clamp_(-MIDDLE, LEVELS - 1 - MIDDLE)
 
 
 def pack_int8(matrix: Tensor) -> SlabWeights:

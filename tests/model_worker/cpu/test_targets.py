@@ -1,7 +1,5 @@
 """The same kernels compiled for lesser CPUs: each path is the fast one somewhere, so all are tested everywhere."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,25 +8,36 @@ from tests.model_worker.cpu import test_elementwise as elementwise
 from tests.model_worker.cpu import test_linear as linear
 from vibe_sgl_lite.model_worker.cpu import CpuKernels, load
 from vibe_sgl_lite.model_worker.cpu.linear import WeightFormat
+from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabFormat
+from vibe_sgl_lite.model_worker.cpu.targets import VARIABLE, choose_target, runnable_targets
+from vibe_sgl_lite.runtime.errors import ConfigError
 
 BF16, FP32 = torch.bfloat16, torch.float32
-
-# What they can do -> compiler flags. -O1: half the compile time.
-TARGETS: dict[str, tuple[str, ...]] = {"generic": ("-O1",)}
-CPU_INFO = Path("/proc/cpuinfo")
-FEATURES = CPU_INFO.read_text().split() if CPU_INFO.exists() else []
-if "avx2" in FEATURES:
-    TARGETS["avx"] = ("-O1", "-march=x86-64-v3")
-if "avx512_bf16" in FEATURES:
-    TARGETS["avx512_bf16"] = ("-O1", "-march=native", "-mno-amx-tile")
+# -O1: a third of the compile time. Warnings are errors here, and only here: users have other compilers.
+FLAGS = ("-O1", "-Werror")
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(scope="module", params=[target.name for target in runnable_targets()])
 def kernels(request: pytest.FixtureRequest) -> CpuKernels:
-    loaded = load(threads=2, target=TARGETS[request.param])
+    """Of every target that this machine can execute: the tests' ids list them."""
+    loaded = load(threads=2, target=request.param, flags=FLAGS)
     assert loaded is not None
     assert loaded.instruction_set == request.param
     return loaded
+
+
+def test_a_target_is_forced_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = runnable_targets()[0]
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert choose_target() == best
+    assert choose_target("baseline").name == "baseline"
+    monkeypatch.setenv(VARIABLE, "baseline")
+    assert choose_target().name == "baseline"
+    assert choose_target(best.name) == best
+    monkeypatch.setenv(VARIABLE, "sse9")
+    with pytest.raises(ConfigError, match=f"{VARIABLE} is 'sse9', but this CPU runs .*baseline: use one") as refused:
+        choose_target()
+    assert refused.value.field == VARIABLE
 
 
 @attention.INT8
@@ -72,3 +81,22 @@ def test_linear(kernels: CpuKernels, kind: WeightFormat) -> None:
     linear.test_products_are_those_of_what_is_stored(kernels, kind, (130, 448))
     linear.test_rows_apart(kernels, kind, 5)
     linear.test_a_row_that_is_not_finite_shows_and_stays_alone(kernels, kind, 12, float("inf"))
+    linear.test_zeros(kernels, kind)
+    linear.test_inputs_that_are_no_multiple_of_a_group(kernels, kind)
+
+
+def test_rows_and_packing(kernels: CpuKernels) -> None:
+    for kind in (WeightFormat.INT8, WeightFormat.FP32):
+        linear.test_a_row_does_not_depend_on_the_others(kernels, kind)
+    for dtype in (BF16, FP32):
+        linear.test_rows_of_a_matrix_come_back(kernels, dtype)
+        linear.test_int8_is_packed_as_torch_does_it(kernels, (200, 96), dtype)
+        linear.test_int4_is_packed_as_torch_does_it(kernels, (200, 96), dtype)
+
+
+def test_the_largest_int8_sums_are_exact(kernels: CpuKernels) -> None:
+    """What saturates in 16 bits where pairs of products are added there."""
+    for sign in (1.0, -1.0):
+        weights = SlabFormat(kernels, WeightFormat.INT8)(torch.full((64, 4096), sign))
+        product = weights.multiply(torch.ones(3, 4096))
+        torch.testing.assert_close(product, torch.full((3, 64), sign * 4096), rtol=1e-6, atol=0)

@@ -1,0 +1,378 @@
+// Linear layers on any CPU, in vectors of kLanes outputs: sums in fp32, and in whole numbers for int8 and int4. A few
+// rows at a time, whose sums stay in registers while a block of inputs passes. Each output is summed in the order of the
+// inputs, so a row's result does not depend on how many others there are.
+#pragma once
+
+#include "linear.h"
+
+namespace vsl {
+
+constexpr int kBlockInputs = 64;  // of a slab: with the weights prepared, 16 KiB, which stay in the first-level cache
+constexpr int kMostTogether = 6, kMostInt4Together = 4;  // rows
+// From here on, weights are brought into the form that is multiplied once a block, and not for each few rows again.
+constexpr int kPreparedRows = 12;
+
+// How 32 bits of each weight's memory are multiplied by kParts units of x.
+struct FloatUnits {
+    using Sum = vf;
+    using Unit = float;  // of x, and of sums in memory
+    static constexpr int kParts = 1;
+    static void expand(const uint32_t* weights, vf* parts) { parts[0] = load((const float*)weights); }
+    static vf multiply_add(vf sum, vf weights, float x) { return sum + weights * splat(x); }
+};
+
+struct Bf16Units : FloatUnits {
+    static constexpr int kParts = 2;
+    static void expand(const uint32_t* weights, vf* parts) {
+        vu units;
+        std::memcpy(&units, weights, sizeof units);
+        parts[0] = (vf)(units << 16);
+        parts[1] = (vf)(units & 0xffff0000u);
+    }
+};
+
+// Pairs of 16-bit integers.
+struct ShortUnits {
+    using Sum = vi;
+    using Unit = int32_t;
+    static constexpr int kParts = 1;
+    static void expand(const uint32_t* weights, vi* parts) { std::memcpy(parts, weights, sizeof *parts); }
+    static vi multiply_add(vi sum, vi weights, int32_t x) { return multiply_pairs(sum, weights, x); }
+};
+
+#if defined(VSL_AVX_VNNI)
+// Four bytes without a sign, times four with one.
+struct ByteUnits : ShortUnits {
+    static vi multiply_add(vi sum, vi weights, int32_t x) {
+        return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weights, _mm256_set1_epi32(x));
+    }
+};
+#else
+// The same as two pairs: of bytes 0 and 2, and of 1 and 3.
+struct ByteUnits : ShortUnits {
+    static constexpr int kParts = 2;
+    static void expand(const uint32_t* weights, vi* parts) {
+        vu units;
+        std::memcpy(&units, weights, sizeof units);
+        parts[0] = (vi)(units & 0x00ff00ffu);
+        parts[1] = (vi)(units >> 8 & 0x00ff00ffu);
+    }
+};
+#endif
+
+// Adds the products of `steps` units of x to sums[kRows][kSlab], or begins them. ahead: memory to ask for, if any.
+template <class Units, int kRows, int kVectors>
+inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typename Units::Unit* x, int64_t x_stride,
+                             typename Units::Unit* sums, bool begin, const char* ahead) {
+    typename Units::Sum into[kRows][kVectors] = {};
+    if (!begin)
+        for (int r = 0; r < kRows; r++)
+            for (int v = 0; v < kVectors; v++) std::memcpy(&into[r][v], sums + r * kSlab + v * kLanes, sizeof into[r][v]);
+    for (int64_t k = 0; k < steps; k++, weights += kSlab) {
+        if (ahead != nullptr)
+            for (int line = 0; line < 4; line++, ahead += 64) __builtin_prefetch(ahead);
+        typename Units::Sum parts[kVectors][Units::kParts];
+        for (int v = 0; v < kVectors; v++) Units::expand(weights + v * kLanes, parts[v]);
+        for (int p = 0; p < Units::kParts; p++)
+            for (int r = 0; r < kRows; r++) {
+                const typename Units::Unit unit = x[r * x_stride + k * Units::kParts + p];
+                for (int v = 0; v < kVectors; v++) into[r][v] = Units::multiply_add(into[r][v], parts[v][p], unit);
+            }
+    }
+    for (int r = 0; r < kRows; r++)
+        for (int v = 0; v < kVectors; v++) std::memcpy(sums + r * kSlab + v * kLanes, &into[r][v], sizeof into[r][v]);
+}
+
+// As multiply_vectors, for all outputs of a slab.
+template <class Units, int kRows>
+inline void multiply_together(const uint32_t* weights, int64_t steps, const typename Units::Unit* x, int64_t x_stride,
+                              typename Units::Unit* sums, bool begin, const char* ahead) {
+    constexpr int kAll = kSlab / kLanes, kRegisters = kRows == 1 ? 8 : kRows <= 3 ? 4 : 2;
+    constexpr int kVectors = kAll < 8 || kAll < kRegisters ? kAll : kRegisters;
+    for (int j = 0; j < kSlab; j += kVectors * kLanes)
+        multiply_vectors<Units, kRows, kVectors>(weights + j, steps, x, x_stride, sums + j, begin, j == 0 ? ahead : nullptr);
+}
+
+// Calls f(integral constant) with `count`, 1 to kMostTogether.
+template <class F>
+inline void with_count(int count, const F& f) {
+    switch (count) {
+        case 1: return f(std::integral_constant<int, 1>());
+        case 2: return f(std::integral_constant<int, 2>());
+        case 3: return f(std::integral_constant<int, 3>());
+        case 4: return f(std::integral_constant<int, 4>());
+        case 5: return f(std::integral_constant<int, 5>());
+        default: return f(std::integral_constant<int, 6>());
+    }
+}
+
+// Calls f(first row, integral constant of rows) for all rows, `most` at a time or, at the end, a few more evenly.
+template <class F>
+inline void few_rows(int64_t rows, int most, const F& f) {
+    for (int64_t row = 0; row < rows;) {
+        const int64_t left = rows - row;
+        const int count = (int)(left <= most ? left : left < 2 * most ? (left + 1) / 2 : most);
+        with_count(count, [&](auto constant) { f(row, constant); });
+        row += count;
+    }
+}
+
+template <class Units>
+inline void multiply_rows(const uint32_t* weights, int64_t steps, const typename Units::Unit* x, int64_t x_stride,
+                          int64_t rows, typename Units::Unit* sums, bool begin, const char* ahead) {
+    few_rows(rows, kMostTogether, [&](int64_t row, auto count) {
+        multiply_together<Units, count>(weights, steps, x + row * x_stride, x_stride, sums + row * kSlab, begin,
+                                        row == 0 ? ahead : nullptr);
+    });
+}
+
+// Each format: the units that lie in a slab, and what `prepare` makes of them where rows are many.
+struct FloatPanels {
+    using Direct = FloatUnits;
+    using Prepared = FloatUnits;
+    static constexpr int kFormat = kFloat, kDepth = 1;  // inputs of 32 bits of weights
+    static constexpr int64_t kLeastRows = INT64_MAX;    // to prepare for
+    static void prepare(const uint8_t*, int64_t, uint32_t*) {}
+};
+
+// Expands all units of a block once.
+template <class Units>
+inline void prepare_units(const uint8_t* weights, int64_t steps, uint32_t* out) {
+    const uint32_t* units = (const uint32_t*)weights;
+    for (int64_t k = 0; k < steps; k++, units += kSlab, out += Units::kParts * kSlab) {
+        for (int line = 0; line < 4; line++) __builtin_prefetch((const char*)units + kAhead + line * 64);
+        for (int j = 0; j < kSlab; j += kLanes) {
+            typename Units::Sum parts[Units::kParts];
+            Units::expand(units + j, parts);
+            for (int p = 0; p < Units::kParts; p++) std::memcpy(out + p * kSlab + j, parts + p, sizeof parts[p]);
+        }
+    }
+}
+
+struct Bf16Panels {
+    using Direct = Bf16Units;
+    using Prepared = FloatUnits;
+    static constexpr int kFormat = kBf16, kDepth = 2;
+    static constexpr int64_t kLeastRows = kPreparedRows;
+    static void prepare(const uint8_t* weights, int64_t inputs, uint32_t* out) {
+        prepare_units<Bf16Units>(weights, inputs / kDepth, out);
+    }
+};
+
+struct Int8Panels {
+    using Direct = ByteUnits;
+    using Prepared = ShortUnits;
+    static constexpr int kFormat = kInt8, kDepth = 4;
+    static constexpr int64_t kLeastRows = ByteUnits::kParts == 1 ? INT64_MAX : kPreparedRows;
+    static void prepare(const uint8_t* weights, int64_t inputs, uint32_t* out) {
+        prepare_units<ByteUnits>(weights, inputs / kDepth, out);
+    }
+};
+
+// In fp32: prepared for any number of rows.
+struct Int4Panels {
+    using Direct = FloatUnits;
+    using Prepared = FloatUnits;
+    static constexpr int kFormat = kInt4, kDepth = 1;
+    static constexpr int64_t kLeastRows = 0;
+    static void prepare(const uint8_t* group, int64_t inputs, uint32_t* out) {
+        for (int64_t i = 0; i < inputs; i += kGroup, group += kGroupBytes)
+            for (int j = 0; j < kSlab; j += kLanes) {
+                const bf16* const scales = (const bf16*)(group + kSlab * kGroup / 2) + j;
+                const vf scale = load(scales), offset = load(scales + kSlab) - scale * splat(8.0f);
+                for (int k = 0; k < kGroup; k++) {
+                    vu units;
+                    std::memcpy(&units, group + (k / 8 * kSlab + j) * 4, sizeof units);
+                    const vi code = (vi)(units >> (k % 8 / 2 * 4 + k % 2 * 16) & 15);
+                    store((float*)out + (i + k) * kSlab + j, __builtin_convertvector(code, vf) * scale + offset);
+                }
+            }
+    }
+};
+
+// Calls store(into, slab, row, 64 sums) for all outputs. x: rows of units, x_stride apart.
+template <class Panels, class T, class Store>
+inline void run_panels(Context& context, const Linear<T>& linear, const typename Panels::Direct::Unit* x,
+                       int64_t x_stride, const Store& store) {
+    using Unit = typename Panels::Direct::Unit;
+    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int worker) {
+        const uint8_t* const weights = linear.weights + slab * slab_bytes(Panels::kFormat, linear.inputs);
+        const int64_t rows = end - begin;
+        Unit* const sums = (Unit*)context.scratch[worker].reserve((rows + kBlockInputs) * kSlab * sizeof(Unit));
+        uint32_t* const prepared = (uint32_t*)(sums + rows * kSlab);
+        for (int64_t i = 0; i < linear.inputs; i += kBlockInputs) {
+            const int64_t inputs = std::min<int64_t>(kBlockInputs, linear.inputs - i);
+            const uint8_t* const block = weights + slab_bytes(Panels::kFormat, i);
+            constexpr int kDirect = Panels::kDepth / Panels::Direct::kParts;  // inputs of a unit of x
+            const Unit* const from = x + begin * x_stride + i / kDirect;
+            if (rows < Panels::kLeastRows) {
+                multiply_rows<typename Panels::Direct>((const uint32_t*)block, inputs / Panels::kDepth, from, x_stride,
+                                                       rows, sums, i == 0, (const char*)block + kAhead);
+            } else {
+                Panels::prepare(block, inputs, prepared);
+                multiply_rows<typename Panels::Prepared>(prepared, inputs / kDirect, from, x_stride, rows, sums, i == 0,
+                                                         nullptr);
+            }
+        }
+        for (int64_t row = begin; row < end; row++) store(into, slab, row, sums + (row - begin) * kSlab);
+    });
+}
+
+// In fp32, from x in fp32.
+template <class T>
+inline void run_float(Context& context, const Linear<T>& linear) {
+    const int64_t inputs = linear.inputs;
+    float* const x = (float*)context.shared.reserve(linear.rows * inputs * 4);
+    run_ranges(context, linear.rows, std::max<int64_t>(1, 16384 / inputs), [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; r++)
+            for (int64_t i = 0; i < inputs; i += kLanes)
+                vsl::store(x + r * inputs + i, load(linear.x + r * linear.x_stride + i));
+    });
+    const auto store = [&](const Linear<T>& into, int64_t slab, int64_t row, const float* sums) {
+        store_slab(sums, into.out + row * into.out_stride + slab * kSlab, into.outputs - slab * kSlab);
+    };
+    if (linear.format == kInt4) return run_panels<Int4Panels>(context, linear, x, inputs, store);
+    if (linear.format == kFloat) return run_panels<FloatPanels>(context, linear, x, inputs, store);
+    run_panels<Bf16Panels>(context, linear, x, inputs, store);
+}
+
+// In int8, exactly: sums are whole numbers.
+template <class T>
+inline void run_bytes(Context& context, const Linear<T>& linear, const QuantizedRows& rows) {
+    const int64_t inputs = linear.inputs;
+    const int32_t* x = (const int32_t*)rows.codes;
+    if constexpr (ByteUnits::kParts == 2) {
+        int32_t* const pairs = (int32_t*)context.pairs.reserve(linear.rows * inputs * 2);
+        run_ranges(context, linear.rows, std::max<int64_t>(1, 16384 / inputs), [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin * inputs; i < end * inputs; i += 4) {
+                const int8_t* const codes = rows.codes + i;
+                pairs[i / 2] = (uint16_t)codes[0] | (int32_t)((uint32_t)codes[2] << 16);
+                pairs[i / 2 + 1] = (uint16_t)codes[1] | (int32_t)((uint32_t)codes[3] << 16);
+            }
+        });
+        x = pairs;
+    }
+    run_panels<Int8Panels>(context, linear, x, inputs * ByteUnits::kParts / 4,
+                           [&](const Linear<T>& into, int64_t slab, int64_t row, const int32_t* sums) {
+                               float values[kSlab];
+                               for (int j = 0; j < kSlab; j += kLanes) {
+                                   vi whole;
+                                   std::memcpy(&whole, sums + j, sizeof whole);
+                                   const vf scale = load(linear.scales + slab * kSlab + j) * splat(rows.scales[row]);
+                                   const vf value = __builtin_convertvector(whole - splat(rows.sums[row]), vf);
+                                   vsl::store(values + j, value * scale);
+                               }
+                               store_slab(values, into.out + row * into.out_stride + slab * kSlab,
+                                          into.outputs - slab * kSlab);
+                           });
+}
+
+// ------------------------------------------------------------------------------------- int4 by rows in 8 bits
+
+#if defined(VSL_AVX2) || defined(VSL_AVX512)
+
+// Rows in 8 bits with a scale for each group of inputs, in the order of the bytes that an int4 unit is split into.
+struct QuantizedGroups {
+    int8_t* codes;        // [rows][inputs]
+    float *scales, *sums;  // [rows][groups]; the sums are of what the codes stand for
+
+    static size_t bytes(int64_t rows, int64_t inputs) { return rows * (inputs + inputs / kGroup * 8); }
+
+    QuantizedGroups(void* memory, int64_t rows, int64_t inputs)
+        : codes((int8_t*)memory), scales((float*)(codes + rows * inputs)), sums(scales + rows * (inputs / kGroup)) {}
+};
+
+template <class T>
+inline void quantize_groups(const T* x, int64_t inputs, int8_t* codes, float* scales, float* sums) {
+    constexpr int kOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+    for (int64_t i = 0; i < inputs; i += kGroup) {
+        int8_t plain[kGroup];
+        int32_t sum;
+        quantize_row(x + i, kGroup, plain, scales, &sum);
+        for (int k = 0; k < kGroup; k++) codes[i + k] = plain[k / 8 * 8 + kOrder[k % 8]];
+        *sums++ = (float)(sum / 128) * *scales++;
+    }
+}
+
+// Adds to totals[kRows][kSlab] the products of one group of inputs and, from output j on, kVectors vectors. A group's sums of
+// products of 4-bit and 8-bit codes fit 16 bits: 16 x 15 x 127 = 30480.
+template <int kRows, int kVectors>
+inline void multiply_group(const uint8_t* group, int j, const int8_t* codes, int64_t stride, const float* scales,
+                           const float* sums, int64_t groups, float* totals) {
+#if defined(VSL_AVX_VNNI)
+    vi into[kRows][kVectors] = {};
+#else
+    vs into[kRows][kVectors] = {};
+#endif
+    for (int u = 0; u < kGroup / 8; u++) {
+        vu low[kVectors], high[kVectors];
+        for (int v = 0; v < kVectors; v++) {
+            vu units;
+            std::memcpy(&units, group + (u * kSlab + j + v * kLanes) * 4, sizeof units);
+            low[v] = units & 0x0f0f0f0fu;
+            high[v] = units >> 4 & 0x0f0f0f0fu;
+        }
+        for (int r = 0; r < kRows; r++) {
+            int32_t x[2];
+            std::memcpy(x, codes + r * stride + u * 8, sizeof x);
+            for (int v = 0; v < kVectors; v++) {
+#if defined(VSL_AVX_VNNI)
+                into[r][v] = ByteUnits::multiply_add(into[r][v], (vi)low[v], x[0]);
+                into[r][v] = ByteUnits::multiply_add(into[r][v], (vi)high[v], x[1]);
+#else
+                into[r][v] += multiply_bytes(low[v], x[0]) + multiply_bytes(high[v], x[1]);
+#endif
+            }
+        }
+    }
+    const bf16* const ends = (const bf16*)(group + kSlab * kGroup / 2) + j;
+    for (int v = 0; v < kVectors; v++) {
+        const vf scale = load(ends + v * kLanes), offset = load(ends + kSlab + v * kLanes) - scale * splat(8.0f);
+        for (int r = 0; r < kRows; r++) {
+#if defined(VSL_AVX_VNNI)
+            const vf product = __builtin_convertvector(into[r][v], vf);
+#else
+            const vf product = __builtin_convertvector(add_pairs(into[r][v]), vf);
+#endif
+            float* const total = totals + r * kSlab + j + v * kLanes;
+            store(total, load(total) + product * (scale * splat(scales[r * groups])) + offset * splat(sums[r * groups]));
+        }
+    }
+}
+
+template <int kRows>
+inline void multiply_groups(const uint8_t* slab, int64_t row, const QuantizedGroups& x, int64_t inputs, float* totals) {
+    constexpr int kVectors = kLanes == 16 || kRows == 1 ? 4 : 2;
+    const int64_t groups = inputs / kGroup;
+    std::memset(totals, 0, kRows * kSlab * sizeof(float));
+    for (int64_t g = 0; g < groups; g++, slab += kGroupBytes) {
+        for (int line = 0; line < kGroupBytes; line += 64) __builtin_prefetch(slab + kAhead + line);
+        for (int j = 0; j < kSlab; j += kVectors * kLanes)
+            multiply_group<kRows, kVectors>(slab, j, x.codes + row * inputs + g * kGroup, inputs, x.scales + row * groups + g,
+                                            x.sums + row * groups + g, groups, totals);
+    }
+}
+
+template <class T>
+inline void run_int4_bytes(Context& context, const Linear<T>& linear) {
+    const int64_t inputs = linear.inputs, groups = inputs / kGroup;
+    const QuantizedGroups x(context.shared.reserve(QuantizedGroups::bytes(linear.rows, inputs)), linear.rows, inputs);
+    run_ranges(context, linear.rows, std::max<int64_t>(1, 16384 / inputs), [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; r++)
+            quantize_groups(linear.x + r * linear.x_stride, inputs, x.codes + r * inputs, x.scales + r * groups,
+                            x.sums + r * groups);
+    });
+    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int) {
+        few_rows(end - begin, kMostInt4Together, [&](int64_t first, auto count) {
+            float totals[count * kSlab];
+            multiply_groups<count>(linear.weights + slab * slab_bytes(kInt4, inputs), begin + first, x, inputs, totals);
+            for (int r = 0; r < count; r++)
+                store_slab(totals + r * kSlab, into.out + (begin + first + r) * into.out_stride + slab * kSlab,
+                           into.outputs - slab * kSlab);
+        });
+    });
+}
+
+#endif
+
+}  // namespace vsl
