@@ -27,6 +27,7 @@ from vibe_sgl_lite.model_worker.sampling.grammar import GrammarLibrary
 from vibe_sgl_lite.model_worker.sampling.logprobs import Logprobs
 from vibe_sgl_lite.model_worker.sampling.prompt_logprobs import PromptLogprobs, PromptScores
 from vibe_sgl_lite.model_worker.sampling.sampler import ArgmaxFunction, Sampler
+from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER, OTHER, PartTimer
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import EngineError
 from vibe_sgl_lite.runtime.messages import (
@@ -96,15 +97,18 @@ class ModelRunner:
         argmax: ArgmaxFunction | None = None,
         device: Device | None = None,
         graphs: StepGraphs | None = None,
+        timer: PartTimer = NO_TIMER,
     ) -> None:
         """max_tokens: of a step; see `SlotStates`. tokenizer_file: tokenizer.json, for grammars; without it no request
         may have one. argmax: see `Sampler`. device: by default, the model's. graphs: what captures steps, if anything.
+        timer: told where every part of a step begins.
         """
         self.model = model
         self.pool = pool
         self.backend = backend
         self.device = device or device_of(model.device)
         self.graphs = graphs
+        self.timer = timer
         self.slots = SlotStates(
             max_slots,
             context_length,
@@ -135,16 +139,20 @@ class ModelRunner:
         already under way.
         """
         started = time.perf_counter()
+        self.timer.mark("apply")
         self.apply(batch)
+        self.timer.mark("prepare")
         step = self.slots.prepare()
         pending = PendingStep(batch.step, batch.epoch, step, started)
         if len(step.slots) == 0:
             return pending
+        self.timer.mark("sampling")
         pending.constrained = self.constraints.of(step.sampling_slots)
         if not self._in_flight:
             pending.mask = self.constraints.begin(pending.constrained)
         output = self._forward(step)
         pending.forward_s = time.perf_counter() - started
+        self.timer.mark("sampling")
         pending.prompts = self.prompt_logprobs.of_step(output.hidden, step)
         if pending.constrained and self._in_flight:
             self._land_until(self._in_flight[-1])
@@ -153,6 +161,7 @@ class ModelRunner:
         self._in_flight.append(pending)
         if self.device.synchronous:
             self._land_until(pending)
+        self.timer.mark(OTHER)
         return pending
 
     def collect(self, pending: PendingStep) -> StepResult:
@@ -236,7 +245,8 @@ class ModelRunner:
 
     def _compute(self, step: StepInput, metadata: object) -> ForwardOutput:
         batch = step.batch
-        hidden = self.model.forward(batch.token_ids, batch.positions, self.backend, metadata)
+        hidden = self.model.forward(batch.token_ids, batch.positions, self.backend, metadata, self.timer)
+        self.timer.mark(OTHER)
         bad = self._bad(hidden)
         bad_rows = None
         if bad is not None:
@@ -244,7 +254,9 @@ class ModelRunner:
             bad_rows = bad if batch.decodes_only else _any_in_row(bad, batch.query_start)
         if len(step.last_tokens) == 0:
             return ForwardOutput(hidden, None, bad_rows, None)
+        self.timer.mark("head")
         logits = self._logits(hidden[step.last_tokens])
+        self.timer.mark(OTHER)
         bad_logits = self._bad(logits)
         group = self.model.parallel.tp
         if group.size > 1:  # each rank has seen a part of the vocabulary

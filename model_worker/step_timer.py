@@ -2,10 +2,9 @@
 
 Shared by `--profile` and benchmarks/internal/cpu_step.py.
 
-Parts are timed by replacing them, on the objects that hold them, with callables that note when they begin and end. A
-rank without a profile replaces nothing and pays nothing. Each moment belongs to one part, the innermost that runs, so
-the parts of a step add up to the step. Times are the host's: where a device works behind its back, they say how long
-the host took to ask for the work, and how long it waited.
+What runs a part marks where it begins (qwen3/layers/part_timer.py); a rank without a profile has a timer that does
+nothing. Each moment belongs to one part, so the parts of a step add up to the step. Times are the host's: where a
+device works behind its back, they say how long the host took to ask for the work, and how long it waited.
 """
 
 import time
@@ -17,22 +16,16 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.attention.cpu_backend import KernelAttention
-from vibe_sgl_lite.model_worker.cpu.fused_layers import FusedLayers
-from vibe_sgl_lite.model_worker.cpu.layers import PARTS
-from vibe_sgl_lite.model_worker.model_runner import ModelRunner
-from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
-from vibe_sgl_lite.qwen3.mlp import MLP
+from vibe_sgl_lite.qwen3.layers.part_timer import OTHER, PartTimer
 
-OTHER = "other"  # what no part claims: Python between the calls, mostly
 COLLECTIVES = "collectives"
-# The names of the model's element-wise operations in a profile; one that is not here keeps its own.
-OPERATIONS = {"add_rms_norm": "norm", "silu_multiply": "silu"}
 
 
-class StepTimer:
+class StepTimer(PartTimer):
     """Whose the time was, from one moment to the next. For one thread. clock: in seconds, as the timelines' own."""
+
+    measures = True
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -46,48 +39,34 @@ class StepTimer:
         """When the last take was over."""
         return self._times[0]
 
-    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, its time owned by `part`, but for what timed calls inside it own."""
+    def mark(self, part: str) -> None:
+        self._current = self._index(part)
+        self._owners.append(self._current)
+        self._times.append(self._clock())
+
+    def spread(self, parts: Sequence[str], seconds: Callable[[], Iterable[float]]) -> None:
+        time = self._times[-1]
+        for part, duration in zip(parts, seconds(), strict=True):
+            self._owners.append(self._index(part))
+            self._times.append(time)
+            time += duration
+        self._current = 0
+        self._owners.append(0)
+        self._times.append(time)
+
+    def inside(self, part: str, call: Callable[..., Tensor], *args: Any) -> Tensor:
+        """Make the call; its time is that part's, and what comes after is whose it was before."""
+        outer = self.names[self._current]
+        self.mark(part)
+        try:
+            return call(*args)
+        finally:
+            self.mark(outer)
+
+    def _index(self, part: str) -> int:
         if part not in self.names:
             self.names.append(part)
-        mine, owners, times, clock = self.names.index(part), self._owners, self._times, self._clock
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            outer, self._current = self._current, mine
-            owners.append(mine)
-            times.append(clock())
-            try:
-                return call(*args, **kwargs)
-            finally:
-                owners.append(outer)
-                times.append(clock())
-                self._current = outer
-
-        return run
-
-    def timed_inside(
-        self, parts: Sequence[str], call: Callable[..., Any], seconds: Callable[[], Iterable[float]]
-    ) -> Callable[..., Any]:
-        """`call`, which runs `parts` one after another and tells by `seconds` how long each took the last time."""
-        self.names += [part for part in dict.fromkeys(parts) if part not in self.names]
-        indices = [self.names.index(part) for part in parts]
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            time = self._clock()
-            result = call(*args, **kwargs)
-            for index, duration in zip(indices, seconds(), strict=True):
-                self._owners.append(index)
-                self._times.append(time)
-                time += duration
-            self._owners.append(self._current)
-            self._times.append(time)
-            return result
-
-        return run
-
-    def attach(self, owner: object, attribute: str, part: str) -> None:
-        """From now on, what `owner` calls under that name is timed. Of an object that is called, only calls remain."""
-        setattr(owner, attribute, self.timed(part, getattr(owner, attribute)))
+        return self.names.index(part)
 
     def take_segments(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """(indices into `names`, seconds) of every stretch since `began`, in order; then begins anew."""
@@ -129,8 +108,7 @@ class TimedGroup(Group):
         return self._timed(super().all_to_all, x, send_rows, receive_rows)
 
     def _timed(self, call: Callable[..., Tensor], *args: Any) -> Tensor:
-        result: Tensor = self.timer.timed(COLLECTIVES, call)(*args)
-        return result
+        return self.timer.inside(COLLECTIVES, call, *args)
 
 
 def time_collectives(parallel: ParallelState, timer: StepTimer) -> ParallelState:
@@ -140,49 +118,3 @@ def time_collectives(parallel: ParallelState, timer: StepTimer) -> ParallelState
         return TimedGroup(group.rank, group.size, group.process_group, timer=timer) if group.size > 1 else group
 
     return replace(parallel, tp=timed(parallel.tp), ep=timed(parallel.ep), expert_tp=timed(parallel.expert_tp))
-
-
-def time_parts(runner: ModelRunner, timer: StepTimer) -> None:
-    """Time a runner's steps from now on. Once, after the weights are loaded."""
-    model, backend = runner.model, runner.backend
-    timer.attach(runner, "apply", "apply")
-    timer.attach(runner.slots, "prepare", "prepare")
-    timer.attach(model, "embedding", "embedding")
-    layers = [(layer.attention, layer.feed_forward) for layer in model.layers]
-    for attention, _ in layers:
-        timer.attach(attention, "qkv", "qkv")
-    timer.attach(model, "rotary", "rope")
-    if isinstance(backend, KernelAttention):
-        timer.attach(backend.kernels, "qkv_rope_store", "rope")
-    timer.attach(backend, "forward", "attention")
-    for attention, _ in layers:
-        timer.attach(attention, "output", "o")
-    for name in vars(LayerOperations):
-        if not name.startswith("_"):
-            timer.attach(model.operations, name, OPERATIONS.get(name, name))
-    for _, feed_forward in layers:
-        if isinstance(feed_forward, MLP):
-            timer.attach(feed_forward, "gate_up", "gate_up")
-            timer.attach(feed_forward, "down", "down")
-        else:
-            timer.attach(feed_forward.router.weight, "multiply", "router")
-            timer.attach(feed_forward.experts.gate_up, "multiply_grouped", "gate_up")
-            timer.attach(feed_forward.experts.down, "multiply_grouped", "down")
-    if isinstance(model.all_layers, FusedLayers):
-        _time_fused(model.all_layers, timer)
-    timer.attach(model, "head", "head")
-    for owner, attribute in (
-        (runner.prompt_logprobs, "of_step"),
-        (runner.constraints, "begin"),
-        (runner.sampler, "sample"),
-        (runner.slots, "append"),
-    ):
-        timer.attach(owner, attribute, "sampling")
-    timer.take()
-
-
-def _time_fused(fused: FusedLayers, timer: StepTimer) -> None:
-    fused.layers.measure()
-    seconds = fused.layers.seconds
-    assert seconds is not None
-    fused.layers = timer.timed_inside(PARTS * len(seconds), fused.layers, seconds.ravel().tolist)  # type: ignore[assignment]

@@ -26,11 +26,12 @@ from vibe_sgl_lite.model_worker.model_runner import ModelRunner, PendingStep
 from vibe_sgl_lite.model_worker.parallel import init_parallel, init_parallel_nodes, relay_group
 from vibe_sgl_lite.model_worker.rank_digest import RankDigest
 from vibe_sgl_lite.model_worker.relay import BatchRelay
-from vibe_sgl_lite.model_worker.step_timer import StepTimer, time_collectives, time_parts
+from vibe_sgl_lite.model_worker.step_timer import StepTimer, time_collectives
 from vibe_sgl_lite.model_worker.weights import load_dummy_weights, load_weights
 from vibe_sgl_lite.qwen3.checkpoint import weight_bytes
 from vibe_sgl_lite.qwen3.layers.moe import DispatchKind
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
+from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER, OTHER, PartTimer
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.launcher.child import HEARTBEAT_S, Child, PipelineSpec, run_child
 from vibe_sgl_lite.runtime.launcher.spawn import RANK_PREFIX
@@ -71,17 +72,13 @@ def main(child: Child) -> None:
     timer = StepTimer() if args.profile is not None and rank == 0 else None
     if timer is not None:
         parallel = time_collectives(parallel, timer)
-    runner = build_runner(spec, parallel, device, child.heartbeat)
+    runner = build_runner(spec, parallel, device, child.heartbeat, timer or NO_TIMER)
     runner.warm_up()
-    if timer is not None:
-        time_parts(runner, timer)
     if outbox is not None:
         outbox.send(RankReady(runner.pool.num_pages, spec.device, spec.dtype, spec.endpoints.epoch))
     child.ready()
-    if outbox is not None and timer is not None:
-        timer.attach(outbox, "send", "send")
     digest = RankDigest(parallel.tp, device) if args.debug_rank_digest else None
-    steps = StepPipeline(runner, (lambda _: None) if outbox is None else lambda r: outbox.send(r), digest, timer)
+    steps = StepPipeline(runner, (lambda _: None) if outbox is None else lambda r: outbox.send(r), digest)
     if inbox is None:
         assert relay is not None
         _follow(child, steps, relay)
@@ -113,7 +110,11 @@ def _shared_settings(spec: PipelineSpec) -> dict[str, Any]:
 
 
 def build_runner(
-    spec: PipelineSpec, parallel: ParallelState, device: torch.device, heartbeat: Callable[[], None]
+    spec: PipelineSpec,
+    parallel: ParallelState,
+    device: torch.device,
+    heartbeat: Callable[[], None],
+    timer: PartTimer = NO_TIMER,
 ) -> ModelRunner:
     """Load this rank's weights and take its KV pool; all ranks together. `heartbeat` is called while it goes on.
 
@@ -169,6 +170,7 @@ def build_runner(
         tokenizer_file=Path(spec.endpoints.tokenizer_file),
         argmax=None if compute.kernels is None else compute.kernels.argmax,
         graphs=None if compute.graphs is None else compute.graphs(),
+        timer=timer,
     )
 
 
@@ -184,10 +186,9 @@ class StepPipeline:
         runner: ModelRunner,
         send: Callable[[StepResult], None],
         digest: RankDigest | None = None,
-        timer: StepTimer | None = None,
     ) -> None:
-        """send: called with every result, in order."""
-        self.timer = timer
+        """send: called with every result, in order. The runner's timer, if it is a `StepTimer`, times all of it."""
+        self.timer = runner.timer
         self._runner = runner
         self._send = send
         self._digest = digest
@@ -201,10 +202,10 @@ class StepPipeline:
             self._collect()
         if self._digest is not None:
             self._digest.check(batch.step, "batch", msgspec.msgpack.encode(batch))
-        between = {} if self.timer is None else self.timer.take()
-        began = 0.0 if self.timer is None else self.timer.began
+        between = self.timer.take() if isinstance(self.timer, StepTimer) else {}
+        began = self.timer.began if isinstance(self.timer, StepTimer) else 0.0
         self._in_flight.append(self._runner.launch(batch))
-        if self._digest is not None or self.timer is not None:
+        if self._digest is not None or self.timer.measures:
             self._collect(began, between)
         self.collect_done()
 
@@ -217,9 +218,11 @@ class StepPipeline:
         result = self._runner.collect(self._in_flight.popleft())
         if self._digest is not None:
             self._digest.check(result.step, "sample", result.token_ids)
-        if self.timer is not None and between is not None:
+        if isinstance(self.timer, StepTimer) and between is not None:
             result = msgspec.structs.replace(result, times=StepTimes(began, dict(between), self.timer.take()))
+        self.timer.mark("send")
         self._send(result)
+        self.timer.mark(OTHER)
 
 
 def _serve(child: Child, steps: StepPipeline, inbox: Receiver[RankInput], relay: BatchRelay | None) -> None:
@@ -234,13 +237,11 @@ def _serve(child: Child, steps: StepPipeline, inbox: Receiver[RankInput], relay:
     device = steps.device
     if device.completion_fd is not None:
         poller.register(device.completion_fd, zmq.POLLIN)
-    if steps.timer is not None:
-        for owner, call, part in ((poller, "poll", "idle"), (inbox, "receive", "unpack"), (relay, "send", "relay")):
-            if owner is not None:
-                steps.timer.attach(owner, call, part)
-    leave_at = math.inf
+    timer, leave_at = steps.timer, math.inf
     while time.monotonic() < leave_at:
+        timer.mark("idle")
         ready = dict(poller.poll(int(HEARTBEAT_S * 1000)))
+        timer.mark(OTHER)
         child.heartbeat()
         if child.control in ready and any(isinstance(command, Shutdown) for command in child.commands()):
             leave_at = time.monotonic() + SHUTDOWN_GRACE_S
@@ -251,14 +252,17 @@ def _serve(child: Child, steps: StepPipeline, inbox: Receiver[RankInput], relay:
             if relay is not None and not ready:
                 relay.send(b"")
             continue
+        timer.mark("unpack")
         message = inbox.receive(0)
         if message is None:
             # The other ranks decoded the same bytes or will fail too; going on would leave ranks that disagree.
             raise RuntimeError("a batch from the scheduler could not be decoded")
         if message.epoch != child.spec.endpoints.epoch:
             continue
+        timer.mark("relay")
         if relay is not None:
             relay.send(msgspec.msgpack.encode(message))
+        timer.mark(OTHER)
         if isinstance(message, StopRank):
             return
         steps.launch(message)

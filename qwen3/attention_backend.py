@@ -4,13 +4,13 @@ A backend owns the layout of its cache and its metadata: what it wants to know o
 (model_worker/device_batch.py says of what and when). The model never looks into the metadata; it hands them on.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
+from vibe_sgl_lite.qwen3.layers.part_timer import PartTimer
 from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
 
 
@@ -34,18 +34,11 @@ class AttentionBackend(Protocol):
         ...
 
 
-def nothing(_part: str) -> None:
-    """A `ForwardContext.mark` for when nobody takes the time."""
-
-
 @dataclass(frozen=True)
 class ForwardContext:
-    """What all layers of one forward share.
-
-    mark: called with a part's name where that part of the work begins; parts follow one another.
-    """
+    """What all layers of one forward share."""
 
     angles: RopeAngles
     attention: AttentionBackend
     metadata: Any
-    mark: Callable[[str], None] = nothing
+    timer: PartTimer

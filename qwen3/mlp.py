@@ -6,6 +6,7 @@ from torch import Tensor
 from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
+from vibe_sgl_lite.qwen3.layers.part_timer import PartTimer
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 
@@ -26,5 +27,10 @@ class MLP:
         )
         self.down = RowParallelLinear(config.intermediate_size, config.hidden_size, parallel.tp, dtype, device)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.operations.silu_multiply(self.gate_up(x)))
+    def __call__(self, x: Tensor, timer: PartTimer) -> Tensor:
+        timer.mark("gate_up")
+        gate_up = self.gate_up(x)
+        timer.mark("silu")
+        activated = self.operations.silu_multiply(gate_up)
+        timer.mark("down")
+        return self.down(activated)

@@ -15,6 +15,7 @@ from vibe_sgl_lite.qwen3.layers.moe import DispatchKind, MoEBlock, make_dispatch
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
+from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER, OTHER, PartTimer
 from vibe_sgl_lite.qwen3.layers.rotary import RotaryEmbedding
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
@@ -40,9 +41,10 @@ class DecoderLayer:
 
     def __call__(self, update: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
         """Add `update`, the last block's output, to `residual` in place; return the next update. All [T, H]."""
-        x = self._normalise(update, residual, self.attention_norm)
-        update = self.attention(x, context)
-        return self.feed_forward(self._normalise(update, residual, self.feed_forward_norm))
+        context.timer.mark("norm")
+        update = self.attention(self._normalise(update, residual, self.attention_norm), context)
+        context.timer.mark("norm")
+        return self.feed_forward(self._normalise(update, residual, self.feed_forward_norm), context.timer)
 
     def _normalise(self, update: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
         return self.operations.add_rms_norm(update, residual, norm.weight.tensor, norm.eps)
@@ -103,20 +105,31 @@ class Qwen3:
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.all_layers: AllLayers | None = None
 
-    def forward(self, token_ids: Tensor, positions: Tensor, backend: AttentionBackend, metadata: Any) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        backend: AttentionBackend,
+        metadata: Any,
+        timer: PartTimer = NO_TIMER,
+    ) -> Tensor:
         """Final hidden states, after the last norm.
 
         token_ids, positions: [T] int32 or int64, the tokens of all rows one after another. metadata: handed to
         `backend` as it is. Returns [T, H] in the model's dtype, the same on every rank.
         """
-        context = ForwardContext(self.rotary(positions), backend, metadata)
+        timer.mark("rope")
+        context = ForwardContext(self.rotary(positions), backend, metadata, timer)
+        timer.mark("embedding")
         update = self.embedding(token_ids)  # the first one, to a residual stream that starts at zero
+        timer.mark(OTHER)
         residual = torch.zeros_like(update)
         if self.all_layers is not None:
             update = self.all_layers(update, residual, context)
         else:
             for layer in self.layers:
                 update = layer(update, residual, context)
+        timer.mark("norm")
         return self.operations.add_rms_norm(update, residual, self.norm.weight.tensor, self.norm.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -31,11 +31,12 @@ from vibe_sgl_lite.model_worker.cpu.fused_layers import fuse_layers  # noqa: E40
 from vibe_sgl_lite.model_worker.kv_pool import KVPool  # noqa: E402
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats  # noqa: E402
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner  # noqa: E402
-from vibe_sgl_lite.model_worker.step_timer import OTHER, StepTimer, time_parts  # noqa: E402
+from vibe_sgl_lite.model_worker.step_timer import StepTimer  # noqa: E402
 from vibe_sgl_lite.model_worker.weights import load_dummy_weights  # noqa: E402
 from vibe_sgl_lite.qwen3.checkpoint import weight_bytes  # noqa: E402
 from vibe_sgl_lite.qwen3.model import Qwen3  # noqa: E402
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState  # noqa: E402
+from vibe_sgl_lite.qwen3.layers.part_timer import OTHER  # noqa: E402
 from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, pack_ids  # noqa: E402
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig  # noqa: E402
 from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams, resolve  # noqa: E402
@@ -47,10 +48,13 @@ class Recorder:
     """The stretches of time of every step of one measurement; its steps must be alike."""
 
     def __init__(self, timer: StepTimer) -> None:
-        self.parts = [*timer.names[1:], OTHER]
         self._timer = timer
         self._owners: list[int] = []
         self._steps: list[Any] = []
+
+    @property
+    def parts(self) -> list[str]:
+        return [*self._timer.names[1:], OTHER]
 
     def step(self, call: Callable[[], Any]) -> None:
         self._timer.take_segments()
@@ -84,7 +88,7 @@ def build(
     pool = KVPool(config, 1, pages, PAGE, dtype, device)
     rows = torch.randn(pool.data.shape[0], 1, 1, *pool.data.shape[3:], dtype=torch.float32)
     pool.data.copy_(rows.to(dtype))  # real pages, not the zero page
-    attention = compute.attention(pool)
+    attention, timer = compute.attention(pool), StepTimer()
     fuse_layers(model, attention)
     runner = ModelRunner(
         model,
@@ -92,10 +96,10 @@ def build(
         attention,
         max_slots=slots,
         context_length=context,
+        timer=timer,
         argmax=None if compute.kernels is None else compute.kernels.argmax,
     )
-    timer = StepTimer()
-    time_parts(runner, timer)
+    runner.warm_up()  # also names the parts
     return runner, Recorder(timer)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vibe_sgl_lite.model_worker.attention.cpu_backend import SPLIT_TOKENS, KernelAttention
 from vibe_sgl_lite.model_worker.cpu import LayerCache
-from vibe_sgl_lite.model_worker.cpu.layers import KernelLayers, LayerWeights
+from vibe_sgl_lite.model_worker.cpu.layers import PARTS, KernelLayers, LayerWeights
 from vibe_sgl_lite.model_worker.cpu.linear import SLAB, SlabWeights
 from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabMatrix
 from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
@@ -26,6 +26,8 @@ class FusedLayers:
 
     def __call__(self, update: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
         batch: DeviceBatch = context.metadata
+        if context.timer.measures and self.layers.seconds is None:
+            self.layers.measure()
         self.layers(
             update,
             residual,
@@ -36,6 +38,8 @@ class FusedLayers:
             batch.context_lengths,
             batch.page_table,
         )
+        if self.layers.seconds is not None:
+            context.timer.spread(PARTS * len(self.layers.seconds), self.layers.seconds.ravel().tolist)
         return update
 
 

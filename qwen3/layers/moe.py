@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState, shard
+from vibe_sgl_lite.qwen3.layers.part_timer import OTHER, PartTimer
 from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, MatrixWeight
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
@@ -26,9 +27,12 @@ class Router:
         self.normalize = config.norm_topk_prob
         self.weight = MatrixWeight(config.num_experts, config.hidden_size, dtype, device)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, timer: PartTimer) -> tuple[Tensor, Tensor]:
         """[T, H] -> weights [T, K] in x's dtype, expert ids [T, K] int64."""
-        probabilities = torch.softmax(self.weight.multiply(x), dim=-1, dtype=torch.float32)
+        timer.mark("router")
+        scores = self.weight.multiply(x)
+        timer.mark(OTHER)
+        probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
         weights, experts = torch.topk(probabilities, self.top_k, dim=-1)
         if self.normalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -54,16 +58,22 @@ class Experts:
         self.gate_up = ExpertWeight(self.count, 2 * width, config.hidden_size, dtype, device)
         self.down = ExpertWeight(self.count, config.hidden_size, width, dtype, device)
 
-    def __call__(self, x: Tensor, counts: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, counts: Tensor, timer: PartTimer) -> Tensor:
         """x: [P, H] sorted by local expert, counts: [local experts] int64 -> [P, H], partial over expert-TP."""
+        timer.mark("gate_up")
         gate_up = self.gate_up.multiply_grouped(x, counts)
-        return self.down.multiply_grouped(self.operations.silu_multiply(gate_up), counts)
+        timer.mark("silu")
+        activated = self.operations.silu_multiply(gate_up)
+        timer.mark("down")
+        output = self.down.multiply_grouped(activated, counts)
+        timer.mark(OTHER)
+        return output
 
 
 class ExpertDispatch(Protocol):
     """Routes the tokens of one layer through the experts of all ranks. Input and output [T, H] are replicated."""
 
-    def __call__(self, x: Tensor, router: Router, experts: Experts) -> Tensor: ...
+    def __call__(self, x: Tensor, router: Router, experts: Experts, timer: PartTimer) -> Tensor: ...
 
 
 class AllReduceDispatch:
@@ -75,14 +85,14 @@ class AllReduceDispatch:
     def __init__(self, parallel: ParallelState) -> None:
         self.group = parallel.tp
 
-    def __call__(self, x: Tensor, router: Router, experts: Experts) -> Tensor:
-        weights, expert_ids = router(x)
+    def __call__(self, x: Tensor, router: Router, experts: Experts, timer: PartTimer) -> Tensor:
+        weights, expert_ids = router(x, timer)
         local = expert_ids.flatten() - experts.ids.start
         local = torch.where((local >= 0) & (local < experts.count), local, experts.count)
         order = torch.argsort(local, stable=True)  # pairs of other ranks' experts sort to the end
         counts = torch.bincount(local, minlength=experts.count + 1)[: experts.count]
         order = order[: int(counts.sum())]
-        rows = experts(x[order // router.top_k], counts)
+        rows = experts(x[order // router.top_k], counts, timer)
         return self.group.all_reduce(_combine(rows, order, weights))
 
 
@@ -96,11 +106,11 @@ class AllToAllDispatch:
         self.ep = parallel.ep
         self.expert_tp = parallel.expert_tp
 
-    def __call__(self, x: Tensor, router: Router, experts: Experts) -> Tensor:
+    def __call__(self, x: Tensor, router: Router, experts: Experts, timer: PartTimer) -> Tensor:
         num_tokens = x.shape[0]
         part = -(-num_tokens // self.ep.size)
         mine = x[self.ep.rank * part : (self.ep.rank + 1) * part]  # shorter or empty on the last ranks
-        weights, expert_ids = router(mine)
+        weights, expert_ids = router(mine, timer)
         flat = expert_ids.flatten()
         order = torch.argsort(flat, stable=True)  # experts lie on the EP ranks in order, so this also sorts by rank
 
@@ -115,7 +125,7 @@ class AllToAllDispatch:
         local = torch.arange(experts.count, device=x.device).repeat(self.ep.size)
         by_expert = torch.argsort(local.repeat_interleave(counts_received.flatten()), stable=True)
         rows = torch.empty_like(received)
-        rows[by_expert] = experts(received[by_expert], counts_received.sum(dim=0))
+        rows[by_expert] = experts(received[by_expert], counts_received.sum(dim=0), timer)
         returned = self.ep.all_to_all(rows, receive_rows, send_rows)
 
         output = x.new_zeros((part, x.shape[1]))
@@ -158,5 +168,5 @@ class MoEBlock:
         self.experts = Experts(config, parallel, operations, dtype, device)
         self.dispatch = dispatch
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.dispatch(x, self.router, self.experts)
+    def __call__(self, x: Tensor, timer: PartTimer) -> Tensor:
+        return self.dispatch(x, self.router, self.experts, timer)

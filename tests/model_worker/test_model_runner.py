@@ -14,6 +14,7 @@ from vibe_sgl_lite.model_worker.compute import Compute, torch_compute
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
 from vibe_sgl_lite.model_worker.sampling import prompt_logprobs
+from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER, PartTimer
 from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.messages import FailedRow, ForwardBatch, NewSlot, StepResult, pack_ids, unpack_ids
@@ -24,10 +25,12 @@ PAGES_A_SLOT = 12
 CONTEXT = PAGE * PAGES_A_SLOT
 
 
-def runner_of(model: Qwen3, max_slots: int = 20, compute: Compute | None = None) -> ModelRunner:
+def runner_of(
+    model: Qwen3, max_slots: int = 20, compute: Compute | None = None, timer: PartTimer = NO_TIMER
+) -> ModelRunner:
     pool = KVPool(model.config, model.parallel.tp.size, max_slots * PAGES_A_SLOT, PAGE, model.dtype, model.device)
     attention = (compute or torch_compute()).attention(pool)
-    return ModelRunner(model, pool, attention, max_slots=max_slots, context_length=CONTEXT)
+    return ModelRunner(model, pool, attention, max_slots=max_slots, context_length=CONTEXT, timer=timer)
 
 
 def sampling(**values: Any) -> ResolvedSampling:

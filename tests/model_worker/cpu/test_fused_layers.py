@@ -22,8 +22,9 @@ from tests.qwen3.harness import (
 from vibe_sgl_lite.model_worker.compute import Compute, kernel_compute, torch_compute
 from vibe_sgl_lite.model_worker.cpu import load
 from vibe_sgl_lite.model_worker.cpu.fused_layers import FusedLayers, fuse_layers
-from vibe_sgl_lite.model_worker.step_timer import OTHER, StepTimer, time_parts
+from vibe_sgl_lite.model_worker.step_timer import StepTimer
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
+from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER, OTHER
 from vibe_sgl_lite.qwen3.model import Qwen3
 
 SHAPE = DENSE | {"intermediate_size": 192}
@@ -94,13 +95,10 @@ def test_parts_are_timed(tmp_path: Path) -> None:
     compute = compute_on(2)
     tokens = []
     for timed in (False, True):
-        runner = runner_of(
-            load_model(tmp_path, dtype=torch.bfloat16, compute=compute, quantization="none"), compute=compute
-        )
-        fuse_layers(runner.model, runner.backend)
         timer = StepTimer()
-        if timed:
-            time_parts(runner, timer)
+        model = load_model(tmp_path, dtype=torch.bfloat16, compute=compute, quantization="none")
+        runner = runner_of(model, compute=compute, timer=timer if timed else NO_TIMER)
+        fuse_layers(runner.model, runner.backend)
         driver = Driver(runner)
         driver.run([(0, 13)], new=[new_slot(0, random_tokens(13))])
         timer.take()
@@ -112,21 +110,6 @@ def test_parts_are_timed(tmp_path: Path) -> None:
             assert sum(taken.values()) - taken[OTHER] <= result.total_s
         tokens.append(driver.tokens)
     assert tokens[0] == tokens[1]
-
-
-def test_parts_inside_a_call_have_their_own_time() -> None:
-    now = [100.0]
-    timer = StepTimer(lambda: now[0])
-
-    def call() -> int:
-        now[0] += 10
-        return 7
-
-    inside = timer.timed_inside(["a", "b", "a"], call, lambda: [1.0, 2.0, 4.0])
-    now[0] += 5
-    assert inside() == 7
-    now[0] += 1
-    assert timer.take() == {"a": 5, "b": 2, OTHER: 5 + 3 + 1}
 
 
 def not_fused(folder: Path, shape: dict[str, Any], **options: Any) -> bool:
