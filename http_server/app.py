@@ -6,10 +6,12 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from vibe_sgl_lite.http_server import info
+from vibe_sgl_lite.http_server.anthropic_messages import count_tokens, messages
 from vibe_sgl_lite.http_server.errors import RETRY_AFTER_S, ApiError, from_engine
 from vibe_sgl_lite.http_server.exchange import DisconnectedError, Exchange, Receive, Scope, Send
 from vibe_sgl_lite.http_server.openai_chat import chat_completions
 from vibe_sgl_lite.http_server.openai_completions import completions
+from vibe_sgl_lite.http_server.openai_responses import responses
 from vibe_sgl_lite.http_server.request_log import RequestLog
 from vibe_sgl_lite.http_server.security import Guard
 from vibe_sgl_lite.http_server.service import Service
@@ -20,6 +22,9 @@ Handler = Callable[[Service, Exchange], Awaitable[None]]
 ROUTES: dict[tuple[str, str], Handler] = {
     ("POST", "/v1/chat/completions"): chat_completions,
     ("POST", "/v1/completions"): completions,
+    ("POST", "/v1/responses"): responses,
+    ("POST", "/v1/messages"): messages,
+    ("POST", "/v1/messages/count_tokens"): count_tokens,
     ("GET", "/v1/models"): info.models,
     ("GET", "/health"): info.health,
     ("GET", "/metrics"): info.prometheus,
@@ -50,7 +55,7 @@ class App:
         except ApiError as error:
             await self._refuse(exchange, error)
         except VibeError as error:
-            await self._refuse(exchange, from_engine(error))
+            await self._refuse(exchange, from_engine(error, exchange.path))
         except Exception:
             log.exception("%s %s failed", exchange.method, exchange.path)
             if exchange.status:

@@ -26,16 +26,36 @@ TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-# Where an error of the engine names one of its own fields: what HTTP clients call that.
-ENGINE_FIELDS: Mapping[str, str] = {
+# Where an error of the engine names one of its own fields: what clients of each API call that.
+_COMMON = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
     "include_stop": "include_stop_str_in_output",
     "template_kwargs": "chat_template_kwargs",
+    "max_thinking_tokens": "thinking_token_budget",
     "json_schema": "response_format",
     "choice": "structured_outputs",
     "grammar": "structured_outputs",
     "prompt_logprobs": "logprobs",
+}
+_FIELDS: Mapping[str, Mapping[str, str]] = {
+    "/v1/chat/completions": _COMMON | {"prompt": "messages"},
+    "/v1/completions": _COMMON | {"top_logprobs": "logprobs"},
+    "/v1/responses": {
+        "max_new_tokens": "max_output_tokens",
+        "messages": "input",
+        "prompt": "input",
+        "json_schema": "text",
+        "grammar": "tool_choice",
+    },
+    "/v1/messages": {
+        "max_new_tokens": "max_tokens",
+        "max_thinking_tokens": "thinking",
+        "prompt": "messages",
+        "stop": "stop_sequences",
+        "json_schema": "output_config",
+        "grammar": "tool_choice",
+    },
 }
 
 
@@ -64,12 +84,14 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code or "invalid_value")
 
 
-def from_engine(error: VibeError, fields: Mapping[str, str] = ENGINE_FIELDS) -> ApiError:
-    """fields: names of the request's fields, by the engine's names for them."""
-    text = str(error)
+def from_engine(error: VibeError, path: str = "") -> ApiError:
+    """path: of the API that was called; its clients' names stand for the engine's."""
+    text, fields = str(error), _FIELDS.get(path, {})
     match error:
         case RequestError(field=field):
             param = None if field is None else fields.get(field, field)
+            if field is not None and param is not None:
+                text = text.replace(field, param)
             code = error.code if isinstance(error, ContextLengthError) else "invalid_value"
             return ApiError(400, text, param=param, code=code)
         case KVExhaustedError():

@@ -21,13 +21,21 @@ def event(value: object, name: str | None = None) -> bytes:
 class TextTemplate:
     """An event in which only texts change: all else is encoded once.
 
-    value: the event, with HOLE wherever the text stands.
+    value: the event, with HOLE wherever the text stands, and NUMBER where a number does that may change too.
     """
 
     HOLE = _HOLE
+    NUMBER = 987_654_321_987_654_321
 
     def __init__(self, value: Mapping[str, object], name: str | None = None) -> None:
         self._parts = event(value, name).split(_encoder.encode(_HOLE))
 
     def fill(self, text: str) -> bytes:
         return _encoder.encode(text).join(self._parts)
+
+    def numbered(self, number: int) -> TextTemplate:
+        """The same with NUMBER filled in."""
+        filled = TextTemplate.__new__(TextTemplate)
+        digits = b"%d" % number
+        filled._parts = [part.replace(b"%d" % self.NUMBER, digits) for part in self._parts]
+        return filled

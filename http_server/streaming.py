@@ -41,7 +41,7 @@ async def stream(
                 try:
                     chunks = await call.take()
                 except VibeError as error:
-                    await exchange.write(data + failure(from_engine(error)), more=False)
+                    await exchange.write(data + failure(from_engine(error, exchange.path)), more=False)
                     return
                 data += b"".join([events(index, chunk) for index, chunk in chunks]) if chunks else KEEP_ALIVE
                 if not call.running:
@@ -60,6 +60,7 @@ class Collected:
     """Everything of one sample."""
 
     def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
         self.text = ""
         self.reasoning = ""
         self.tool_calls: list[str] = []
@@ -82,6 +83,7 @@ async def collect(exchange: Exchange, call: Call) -> list[Collected]:
     finally:
         call.close()
     for sample, parts in zip(samples, _by_sample(chunks, len(samples)), strict=True):
+        sample.chunks = parts
         sample.text = "".join([part.text for part in parts])
         sample.reasoning = "".join([part.reasoning for part in parts])
         sample.token_ids = unpack_ids(b"".join([part.token_ids for part in parts]))
