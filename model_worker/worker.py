@@ -38,6 +38,7 @@ from vibe_sgl_lite.runtime.launcher.spawn import RANK_PREFIX
 from vibe_sgl_lite.runtime.messages import ForwardBatch, RankInput, RankReady, Shutdown, StepResult, StepTimes, StopRank
 from vibe_sgl_lite.runtime.settings.machine import usable_cores
 from vibe_sgl_lite.runtime.settings.server_args import flag_name, split_host_port
+from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 
 MAX_IN_FLIGHT = 2  # steps: one runs while the next one waits on the device
@@ -167,11 +168,22 @@ def build_runner(
         max_slots=args.max_running_requests,
         context_length=spec.context_length,
         max_tokens=spec.chunked_prefill_size + args.max_running_requests,
-        tokenizer_file=Path(spec.endpoints.tokenizer_file),
+        tokenizer_file=_tokenizer_file(spec),
         argmax=None if compute.kernels is None else compute.kernels.argmax,
         graphs=None if compute.graphs is None else compute.graphs(),
         timer=timer,
     )
+
+
+def _tokenizer_file(spec: PipelineSpec) -> Path:
+    """The tokenizer manager's file; on other nodes, which have none, the folder's, or one made of it here."""
+    folder, file = Path(spec.tokenizer_folder), Path(spec.endpoints.tokenizer_file)
+    if spec.args.node_rank == 0:
+        return file
+    if (folder / "tokenizer.json").is_file():
+        return folder / "tokenizer.json"
+    ChatTokenizer.from_folder(folder).write_json(file)
+    return file
 
 
 class StepPipeline:

@@ -52,6 +52,7 @@ from vibe_sgl_lite.runtime.messages import (
     Welcome,
 )
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
+from vibe_sgl_lite.tokenizer_manager.grammar_compiler import GrammarCompiler
 from vibe_sgl_lite.tokenizer_manager.queries import ANSWER_S, Pending, Queries
 from vibe_sgl_lite.tokenizer_manager.requests import Request, RequestTable
 from vibe_sgl_lite.tokenizer_manager.sessions import Session, Sessions
@@ -85,6 +86,7 @@ class TokenizerManager:
         self,
         spec: PipelineSpec,
         tokenizer: ChatTokenizer,
+        grammars: GrammarCompiler,
         sessions: Sessions,
         in_thread: Callable[[Callable[[], Prepared], Callable[[Future[Prepared]], None]], None],
         to_scheduler: Callable[[SchedulerInput], None],
@@ -94,6 +96,7 @@ class TokenizerManager:
         self.requests = RequestTable()
         self._spec = spec
         self._tokenizer = tokenizer
+        self._grammars = grammars
         self._sessions = sessions
         self._in_thread = in_thread
         self._to_scheduler = to_scheduler
@@ -181,7 +184,7 @@ class TokenizerManager:
             return self._refuse(session, message.rid, _info(error))
         request = self.requests.add(session, message.rid, checked.n)
         self._in_thread(
-            partial(prepare, checked, self._tokenizer, self._spec, self._limits),
+            partial(prepare, checked, self._tokenizer, self._grammars, self._spec, self._limits),
             partial(self._on_prepared, request, checked),
         )
 

@@ -26,6 +26,7 @@ from vibe_sgl_lite.runtime.launcher.child import Child, run_child
 from vibe_sgl_lite.runtime.messages import AbortAll, Drain, EngineLost, Finish, SchedulerInput, Shutdown, TokenizerInput
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.runtime.transport.channels import Receiver, new_socket
+from vibe_sgl_lite.tokenizer_manager.grammar_compiler import CompilerArgs, GrammarCompiler
 from vibe_sgl_lite.tokenizer_manager.manager import TokenizerManager
 from vibe_sgl_lite.tokenizer_manager.sessions import ClientSocket, Sessions
 from vibe_sgl_lite.tokenizer_manager.validate import Limits, Prepared, check_tokenizer
@@ -81,8 +82,11 @@ class Service:
         self._clients = ClientSocket(child.context, Limits.of(spec.context_length).frame_bytes, *addresses)
         self._sessions = Sessions(self._clients, loop.time())
         self._executor = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "tokenize")
+        self._grammars = GrammarCompiler(
+            CompilerArgs(endpoints.tokenizer_file, spec.model.vocab_size, spec.model.eos_token_ids)
+        )
         self._manager = TokenizerManager(
-            spec, tokenizer, self._sessions, self._in_thread, self._scheduler.send, loop.time
+            spec, tokenizer, self._grammars, self._sessions, self._in_thread, self._scheduler.send, loop.time
         )
         profile = spec.args.profile
         self._trace = ChromeTrace(profile, "tokenizer_manager", (TOKENIZER_MANAGER,)) if profile is not None else None

@@ -19,8 +19,9 @@ from vibe_sgl_lite.runtime.messages import ClientMessage, Generate
 from vibe_sgl_lite.runtime.messages.parts import TextFormat
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, resolve
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
-from vibe_sgl_lite.runtime.text.grammar import make_grammar
+from vibe_sgl_lite.runtime.text.grammar import grammar_source
 from vibe_sgl_lite.tokenizer_manager.chat import text_format, thinking_rules
+from vibe_sgl_lite.tokenizer_manager.grammar_compiler import GrammarCompiler
 
 BYTES_PER_TOKEN = 16  # text beyond this many bytes for each token of the context is not even tokenized
 MIN_TEXT_BYTES = 64 * 1024
@@ -158,7 +159,9 @@ def check(message: Generate, limits: Limits, tokenizer: ChatTokenizer) -> Checke
     )
 
 
-def prepare(request: Checked, tokenizer: ChatTokenizer, spec: PipelineSpec, limits: Limits) -> Prepared:
+def prepare(
+    request: Checked, tokenizer: ChatTokenizer, grammars: GrammarCompiler, spec: PipelineSpec, limits: Limits
+) -> Prepared:
     """Token ids and concrete sampling parameters; for a thread, it may take long. Raises RequestError."""
     chat = None
     if request.input_ids is not None:
@@ -185,9 +188,11 @@ def prepare(request: Checked, tokenizer: ChatTokenizer, spec: PipelineSpec, limi
         context_length=spec.context_length,
         vocab_size=spec.model.vocab_size,
     )
-    grammar = make_grammar(request.json_schema, request.regex, request.choice, request.grammar)
-    if grammar is not None:
+    source = grammar_source(request.json_schema, request.regex, request.choice, request.grammar)
+    grammar = None
+    if source is not None:
         _check_grammar_goes_with(sampling)
+        grammar = grammars.compile(source)
     thinking = None
     if chat is not None:
         thinking = thinking_rules(

@@ -1,14 +1,15 @@
 """What a slot's tokens so far allow as its next one: a spent thinking budget forces the block's end, a grammar masks.
 
 The state lives per slot on every rank: each follows the same tokens, so all mask alike. It depends on the last token,
-which the host has when a step is done; what the grammar library computes for the next step runs in a thread while the
-forward does, and is waited for only before sampling, only by steps with such rows. Rows without constraints, and steps
-without such rows, pay nothing.
+which the host has when a step is done; what the grammar library computes for the next step runs in threads while the
+forward does, and is waited for only before sampling, only by steps with such rows. A grammar is compiled in a thread
+from its row's admission on. Rows without constraints, and steps without such rows, pay nothing.
 """
 
 import logging
+import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -22,6 +23,9 @@ from vibe_sgl_lite.model_worker.sampling.grammar import Grammar, GrammarLibrary
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, ThinkingRules
 
 log = logging.getLogger(__name__)
+
+THREADS = 4
+STACK_BYTES = 64 * 1024**2  # address space; grammars were tried out with the usual 8 MiB
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -91,7 +95,7 @@ class SlotConstraint:
         """
         try:
             self._fill(allowed)
-        except Exception as error:
+        except BaseException as error:  # a panic of the library is no Exception
             log.exception("a mask could not be made")
             self.error = f"{type(error).__name__}: {error}"
             allowed[:] = True
@@ -123,14 +127,14 @@ class StepMask:
 
     rows: list[int]
     vocab: slice
-    forbidden: "Future[BoolArray]"
+    forbidden: "list[Future[BoolArray]]"  # [vocabulary] of each row
     constraints: list[SlotConstraint]
     device: Device
     failed: list[int] = field(default_factory=list)
 
     def apply(self, logits: Tensor) -> None:
         """logits [sampling rows, local vocabulary]: -inf where a token is not allowed, in place. Waits for the mask."""
-        forbidden = self.device.tensor(self.forbidden.result()[:, self.vocab])
+        forbidden = self.device.tensor(np.stack([future.result()[self.vocab] for future in self.forbidden]))
         if len(self.rows) == len(logits):
             logits.masked_fill_(forbidden, float("-inf"))
         else:
@@ -153,7 +157,7 @@ class Constraints:
         self._vocab = vocab
         self._library = library
         self._slots: dict[int, SlotConstraint] = {}
-        self._thread: ThreadPoolExecutor | None = None
+        self._threads: ThreadPoolExecutor | None = None
 
     def admit(self, slot: int, sampling: ResolvedSampling, generated: Iterable[int]) -> None:
         """A row comes to `slot`; generated: the tokens that it had drawn before a retraction."""
@@ -167,6 +171,8 @@ class Constraints:
         constraint = self._slots[slot] = SlotConstraint(sampling, grammar)
         for token in generated:
             constraint.accept(token)
+        if grammar is not None:
+            self._pool().submit(grammar.prepare)
 
     def release(self, slot: int) -> None:
         """The slot is free; releasing a free one is no error."""
@@ -184,15 +190,21 @@ class Constraints:
         masked = [(row, constraint) for row, constraint in constrained if not constraint.is_free]
         if not masked:
             return None
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "masks")
         constraints = [constraint for _, constraint in masked]
-        forbidden = self._thread.submit(self._forbidden, constraints)
+        forbidden = [self._pool().submit(self._forbidden, constraint) for constraint in constraints]
         return StepMask([row for row, _ in masked], self._vocab, forbidden, constraints, self._device)
 
-    def _forbidden(self, constraints: Sequence[SlotConstraint]) -> BoolArray:
-        """[rows, vocabulary]; in the thread."""
-        allowed = np.zeros((len(constraints), self._vocab_size), dtype=np.bool_)
-        for row, constraint in enumerate(constraints):
-            constraint.fill(allowed[row])
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._threads is None:
+            before = threading.stack_size(STACK_BYTES)
+            self._threads = ThreadPoolExecutor(THREADS, "masks")
+            for ready in [self._threads.submit(threading.get_ident) for _ in range(THREADS)]:
+                ready.result()
+            threading.stack_size(before)
+        return self._threads
+
+    def _forbidden(self, constraint: SlotConstraint) -> BoolArray:
+        """[vocabulary]; in a thread."""
+        allowed = np.zeros(self._vocab_size, dtype=np.bool_)
+        constraint.fill(allowed)
         return np.logical_not(allowed, out=allowed)

@@ -1,41 +1,54 @@
 """Grammars of the llguidance library at work on a rank: which tokens may come next, given those that have come.
 
 All that costs time is done in `Grammar.fill`, so that its caller can choose the thread. The library's tables of the
-tokenizer (0.8 s and 80 MB with Qwen3's vocabulary) are made when the first grammar needs them.
+tokenizer (1 s and 80 MB with Qwen3's vocabulary) are made when the first grammar needs them. What a mask may cost is
+bounded by counting (runtime/text/grammar.py), so that all ranks give up at the same token.
 """
 
 import logging
+import threading
+from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from vibe_sgl_lite.runtime.text.grammar import first_line, make_matcher
+from vibe_sgl_lite.runtime.text.grammar import first_line, make_matcher, make_tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+CACHED = 32  # grammars that samples and later requests begin with
 
 log = logging.getLogger(__name__)
 
 
 class GrammarLibrary:
-    """The library's view of a tokenizer. vocab_size: of the model. end_token_ids: what may follow a whole output."""
+    """The library's view of a tokenizer, and matchers made with it.
+
+    tokenizer_file: a tokenizer.json. vocab_size: of the model. end_token_ids: what may follow a whole output.
+    """
 
     def __init__(self, tokenizer_file: Path, vocab_size: int, end_token_ids: tuple[int, ...]) -> None:
-        self.vocab_size = vocab_size
         self.end_token_ids = end_token_ids
         self._file = tokenizer_file
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
+        self._made: OrderedDict[str, LLMatcher] = OrderedDict()
 
-    @property
-    def tokenizer(self) -> "LLTokenizer":
-        if self._tokenizer is None:
-            from llguidance import LLTokenizer
-
-            text = self._file.read_text(encoding="utf-8")
-            self._tokenizer = LLTokenizer(text, n_vocab=self.vocab_size, eos_token=list(self.end_token_ids))
-        return self._tokenizer
+    def matcher(self, grammar: str) -> "LLMatcher":
+        """One at its beginning. Each grammar is compiled once: copies share what the library learns of it."""
+        with self._lock:
+            if self._tokenizer is None:
+                text = self._file.read_text(encoding="utf-8")
+                self._tokenizer = make_tokenizer(text, self._vocab_size, self.end_token_ids)
+            made = self._made.pop(grammar, None) or make_matcher(self._tokenizer, grammar)
+            self._made[grammar] = made
+            if len(self._made) > CACHED:
+                self._made.popitem(last=False)
+            return made.deep_copy()
 
 
 class Grammar:
@@ -52,10 +65,14 @@ class Grammar:
         """`token`, no end token, was drawn."""
         self._tokens.append(token)
 
+    def prepare(self) -> None:
+        """Compile the grammar, ahead of the first mask; what goes wrong is found again by `fill`."""
+        self._library.matcher(self._text)
+
     def fill(self, allowed: npt.NDArray[np.bool_]) -> None:
         """Set True in `allowed`, [vocabulary], what may come next; an end token where the output may be whole."""
         if self._matcher is None:
-            self._matcher = make_matcher(self._library.tokenizer, self._text)
+            self._matcher = self._library.matcher(self._text)
         if self._tokens:
             self._matcher.consume_tokens(self._tokens)
             self._tokens.clear()

@@ -185,7 +185,7 @@ def _build(fields: "_Fields", generation: "_Fields") -> ModelConfig:
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         dtype=_dtype(fields),
         initializer_range=fields.number("initializer_range", 0.02),
-        eos_token_ids=_eos_token_ids(fields, generation),
+        eos_token_ids=_eos_token_ids(fields, generation, fields.integer("vocab_size")),
         bos_token_id=fields.optional_integer("bos_token_id"),
         generation_defaults=_generation_defaults(generation),
         **(_expert_fields(fields) if is_moe else {}),
@@ -256,7 +256,7 @@ def _dtype(fields: "_Fields") -> str | None:
     return str(name)
 
 
-def _eos_token_ids(fields: "_Fields", generation: "_Fields") -> tuple[int, ...]:
+def _eos_token_ids(fields: "_Fields", generation: "_Fields", vocab_size: int) -> tuple[int, ...]:
     """End tokens of both files, in order, once each; generation_config.json often lists more of them."""
     ids: list[int] = []
     for source in (fields, generation):
@@ -265,6 +265,8 @@ def _eos_token_ids(fields: "_Fields", generation: "_Fields") -> tuple[int, ...]:
         for token in listed:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                 raise source.error("eos_token_id", value, "must be a token id or a list of them")
+            if token >= vocab_size:
+                raise source.error("eos_token_id", value, f"must be ids of the vocabulary, 0..{vocab_size - 1}")
             if token not in ids:
                 ids.append(token)
     return tuple(ids)

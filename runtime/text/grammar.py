@@ -1,16 +1,20 @@
 """Structured output: what a request asks for, as a grammar of the llguidance library, and a matcher that follows it.
 
-The library is the optional extra `grammar`, imported when the first request needs it. The tokenizer manager refuses
-what it cannot follow; every rank follows it. Knows nothing of batches and tensors.
+The library is the optional extra `grammar`, imported when the first request needs it. It is native code that recurses
+and may take long: the tokenizer manager tries a grammar in a process that can be killed (grammar_compiler.py) before
+the ranks follow it. Knows nothing of batches and tensors.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import msgspec
 
 from vibe_sgl_lite.runtime.errors import RequestError
 
@@ -18,49 +22,75 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 FIELDS = ("json_schema", "regex", "choice", "grammar")
-MAX_SCHEMA_CHARS = 256 * 1024
-MAX_REGEX_CHARS = 16 * 1024
-MAX_GRAMMAR_CHARS = 256 * 1024
+_MAX_CHARS = {"json_schema": 256 * 1024, "regex": 16 * 1024, "grammar": 256 * 1024}
 MAX_CHOICES = 1024
 MAX_CHOICE_CHARS = 64 * 1024  # all of them together
-# A matcher for the worst regular expressions that these limits let through takes 0.15 s to make; 3 s with the default.
-_START_FUEL = 100_000
+MAX_REFERENCES = 32  # from one to the next
+# Work is counted, not timed, so that all ranks stop at the same point. A mask takes at most about 20 ms with these.
+_START_FUEL = 500_000
+_STEP_FUEL = 50_000
+_LEXER_STATES = 50_000  # about 2 KB each
+_ADDED = "\U0010ffff"  # stands before an added token's id in its place; no character
 # One way to write each document: with free white space, nothing would bound its length.
-_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-def make_grammar(
+class GrammarSource(msgspec.Struct, frozen=True):
+    """field: json_schema (JSON text; documents come without line breaks, as `json.dumps` writes them), regex (Rust's
+    syntax, without look-around; the whole output matches it), choice (the output is one of the texts) or grammar (in
+    Lark's syntax, with the library's additions)."""
+
+    field: str
+    value: str | tuple[str, ...]
+
+
+def grammar_source(
     json_schema: str | None, regex: str | None, choice: Sequence[str] | None, lark: str | None = None
-) -> str | None:
-    """The grammar of what is asked for, None for nothing. Raises RequestError for what no output could follow.
-
-    json_schema: JSON text; documents come without line breaks, as `json.dumps` writes them. regex: Rust's syntax,
-    without look-around; the whole output matches it. choice: the output is one of the texts. lark: a grammar in Lark's
-    syntax, with the library's additions.
-    """
-    fields = [name for name, value in zip(FIELDS, (json_schema, regex, choice, lark), strict=True) if value is not None]
-    if not fields:
+) -> GrammarSource | None:
+    """What is asked for, None for nothing. Raises RequestError for too much of it, and without the library."""
+    values = (json_schema, regex, choice, lark)
+    given = {name: value for name, value in zip(FIELDS, values, strict=True) if value is not None}
+    if not given:
         return None
-    if len(fields) > 1:
-        raise RequestError(f"give one of {', '.join(FIELDS)}, not {' and '.join(fields)}", field=fields[1])
-    library = _library(fields[0])
-    if json_schema is not None:
-        grammar = _from_schema(library, json_schema)
-    elif regex is not None:
-        _check_size("regex", "characters", len(regex), MAX_REGEX_CHARS)
-        grammar = str(library.LLMatcher.grammar_from_regex(regex))
-    elif lark is not None:
-        _check_size("grammar", "characters", len(lark), MAX_GRAMMAR_CHARS)
-        grammar = str(library.LLMatcher.grammar_from_lark(lark))
+    field, *others = given
+    if others:
+        raise RequestError(f"give one of {', '.join(FIELDS)}, not {' and '.join(given)}", field=others[0])
+    if importlib.util.find_spec("llguidance") is None:
+        raise RequestError(
+            f"{field} needs the grammar extra where the engine runs: pip install 'vibe-sgl-lite[grammar]'", field=field
+        )
+    if choice is not None:
+        if not choice or "" in choice:
+            raise RequestError("choice must be one or more texts, none of them empty", field="choice")
+        _check_size("choice", "texts", len(choice), MAX_CHOICES)
+        _check_size("choice", "characters", sum(map(len, choice)), MAX_CHOICE_CHARS)
+        return GrammarSource(field, tuple(choice))
+    text = given[field]
+    assert isinstance(text, str)
+    _check_size(field, "characters", len(text), _MAX_CHARS[field])
+    return GrammarSource(field, text)
+
+
+def compile_grammar(source: GrammarSource, tokenizer: LLTokenizer) -> str:
+    """The grammar, tried out. Raises RequestError for what no output could follow.
+
+    May overflow the native stack, take long and take much memory: for a process that can be killed.
+    """
+    from llguidance import LLMatcher
+
+    if source.field == "json_schema":
+        grammar = _from_schema(str(source.value))
+    elif source.field == "grammar":
+        grammar = str(LLMatcher.grammar_from_lark(str(source.value)))
+    elif source.field == "regex":
+        grammar = str(LLMatcher.grammar_from_regex(str(source.value)))
     else:
-        assert choice is not None
-        grammar = _from_choice(library, choice)
-    # Whether it can be followed does not depend on the tokenizer: bytes are enough to find out.
-    matcher = make_matcher(library.LLTokenizer("byte"), grammar)
+        grammar = str(LLMatcher.grammar_from_regex("|".join(map(_literal, source.value))))
+    matcher = make_matcher(tokenizer, grammar)
     if not matcher.is_error():
         matcher.compute_bitmask()
     if matcher.is_error():
-        raise RequestError(f"{fields[0]} cannot be followed: {first_line(matcher.get_error())}", field=fields[0])
+        raise RequestError(f"{source.field} cannot be followed: {first_line(matcher.get_error())}", field=source.field)
     return grammar
 
 
@@ -68,8 +98,32 @@ def make_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
     """A matcher at its beginning; `is_error` tells when the grammar is bad."""
     from llguidance import LLMatcher, LLParserLimits
 
-    limits = LLParserLimits(initial_lexer_fuel=_START_FUEL, verbose_errors=False)
+    limits = LLParserLimits(
+        initial_lexer_fuel=_START_FUEL,
+        step_lexer_fuel=_STEP_FUEL,
+        max_lexer_states=_LEXER_STATES,
+        verbose_errors=False,
+    )
     return LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+
+
+def make_tokenizer(tokenizer_json: str, vocab_size: int, end_token_ids: Sequence[int]) -> LLTokenizer:
+    """The library's view of a tokenizer (tokenizer.json's text); end_token_ids may follow a whole output.
+
+    The library tokenizes the text that a grammar forces. So that the tokens spell this text and nothing else, added
+    tokens have no text in this view, and there is no normalizer.
+    """
+    from llguidance import LLTokenizer
+
+    view = json.loads(tokenizer_json)
+    vocabulary = view["model"]["vocab"]
+    for token in view.get("added_tokens", ()):
+        name = f"{_ADDED}{token['id']}"
+        if isinstance(vocabulary, dict) and token["content"] in vocabulary:
+            vocabulary[name] = vocabulary.pop(token["content"])
+        token.update(content=name, special=True, normalized=False)
+    view |= {"normalizer": None, "post_processor": None}
+    return LLTokenizer(json.dumps(view), n_vocab=vocab_size, eos_token=list(end_token_ids))
 
 
 def first_line(error: str) -> str:
@@ -77,18 +131,9 @@ def first_line(error: str) -> str:
     return " ".join(error.strip().split("<non-verbose/>")[0].split())[:300] or "it is too complex"
 
 
-def _library(field: str) -> ModuleType:
-    try:
-        import llguidance
-    except ImportError as error:
-        raise RequestError(
-            f"{field} needs the grammar extra where the engine runs: pip install 'vibe-sgl-lite[grammar]'", field=field
-        ) from error
-    return llguidance
+def _from_schema(text: str) -> str:
+    from llguidance import LLMatcher
 
-
-def _from_schema(library: ModuleType, text: str) -> str:
-    _check_size("json_schema", "characters", len(text), MAX_SCHEMA_CHARS)
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -98,17 +143,42 @@ def _from_schema(library: ModuleType, text: str) -> str:
     if not isinstance(schema, dict):
         raise RequestError(f"json_schema is a {type(schema).__name__}: must be an object", field="json_schema")
     try:
-        return str(library.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS))
-    except ValueError as error:
+        _follow_one_of(schema, schema)
+        return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS))
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"json_schema cannot be followed: {first_line(str(error))}", field="json_schema") from error
 
 
-def _from_choice(library: ModuleType, choice: Sequence[str]) -> str:
-    if not choice or "" in choice:
-        raise RequestError("choice must be one or more texts, none of them empty", field="choice")
-    _check_size("choice", "texts", len(choice), MAX_CHOICES)
-    _check_size("choice", "characters", sum(map(len, choice)), MAX_CHOICE_CHARS)
-    return str(library.LLMatcher.grammar_from_regex("|".join(map(_literal, choice))))
+def _follow_one_of(value: Any, root: dict[str, Any]) -> None:
+    """Replace references that are branches of a `oneOf` by what they name, in place.
+
+    The library follows `oneOf` when it sees that no document matches two branches; it does not look behind references.
+    """
+    if isinstance(value, list):
+        for inner in value:
+            _follow_one_of(inner, root)
+    elif isinstance(value, dict):
+        branches = value.get("oneOf")
+        if isinstance(branches, list):
+            value["oneOf"] = [_target(branch, root) for branch in branches]
+        for name, inner in value.items():
+            if name not in ("const", "enum"):
+                _follow_one_of(inner if name != "oneOf" else branches, root)
+
+
+def _target(branch: Any, root: dict[str, Any]) -> Any:
+    """What a branch that is nothing but a local reference names; any other branch as it is."""
+    for _ in range(MAX_REFERENCES):
+        if not (isinstance(branch, dict) and branch.keys() == {"$ref"} and str(branch["$ref"]).startswith("#/")):
+            break
+        found: Any = root
+        for part in str(branch["$ref"])[2:].split("/"):
+            part = unquote(part).replace("~1", "/").replace("~0", "~")
+            if not (isinstance(found, dict) and part in found):
+                return branch  # the library says what is wrong with it
+            found = found[part]
+        branch = found
+    return branch
 
 
 def _literal(text: str) -> str:

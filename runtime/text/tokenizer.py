@@ -6,6 +6,7 @@ streams or sockets.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,6 +75,6 @@ class Tokenizer:
 
     def write_json(self, path: Path) -> None:
         """Write what `from_file` reads; the file is there whole or not at all."""
-        part = path.with_suffix(".part")
+        part = path.with_suffix(f".{os.getpid()}.part")
         self._backend.save(str(part), pretty=False)
         part.rename(path)

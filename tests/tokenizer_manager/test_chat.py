@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,21 @@ from vibe_sgl_lite.runtime.messages import Generate
 from vibe_sgl_lite.runtime.messages.parts import TextFormat
 from vibe_sgl_lite.runtime.settings.sampling_params import ThinkingRules
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
+from vibe_sgl_lite.tokenizer_manager.grammar_compiler import CompilerArgs, GrammarCompiler
 from vibe_sgl_lite.tokenizer_manager.validate import Limits, Prepared, check, prepare
 
 FOLDER = Path(vibe_sgl_lite.__file__).parent / "models" / "tiny"
 TOKENIZER = ChatTokenizer.from_folder(FOLDER)
+GRAMMARS = GrammarCompiler(CompilerArgs(str(FOLDER / "tokenizer.json"), 2048, (2041, 2039)))
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 OPEN, CLOSE = TOKENIZER.encode("<think>")[0], TOKENIZER.encode("</think>")[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _grammars_end() -> Iterator[None]:
+    yield
+    GRAMMARS.close()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +46,7 @@ def prepared(spec: PipelineSpec, tokenizer: ChatTokenizer = TOKENIZER, **fields:
     values: dict[str, Any] = {"rid": "r", "prompt": None, "input_ids": None, "messages": None}
     message = Generate(**values | {"sampling": msgspec.Raw(msgspec.msgpack.encode({}))} | fields)
     limits = Limits.of(spec.context_length)
-    return prepare(check(message, limits, tokenizer), tokenizer, spec, limits)
+    return prepare(check(message, limits, tokenizer), tokenizer, GRAMMARS, spec, limits)
 
 
 def with_template(text: str) -> ChatTokenizer:

@@ -37,6 +37,7 @@ from vibe_sgl_lite.runtime.messages import (
     pack_ids,
 )
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
+from vibe_sgl_lite.tokenizer_manager.grammar_compiler import CompilerArgs, GrammarCompiler
 from vibe_sgl_lite.tokenizer_manager.manager import TokenizerManager
 from vibe_sgl_lite.tokenizer_manager.sessions import Sent, Sessions
 from vibe_sgl_lite.tokenizer_manager.validate import Prepared
@@ -67,6 +68,7 @@ class World:
         self.manager = TokenizerManager(
             spec,
             ChatTokenizer.from_folder(spec.tokenizer_folder),
+            GrammarCompiler(CompilerArgs("", 0, ())),  # not asked
             self.sessions,
             lambda work, done: self.work.append((work, done)),
             self.to_scheduler.append,

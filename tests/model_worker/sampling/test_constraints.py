@@ -15,10 +15,12 @@ import torch
 import vibe_sgl_lite
 from tests.model_worker.sampling.reference import make_sampler, sample
 from tests.model_worker.sampling.test_sampler import random_row
+from tests.runtime.text.test_grammar import make_grammar
+from vibe_sgl_lite.model_worker.sampling import grammar as grammar_module
 from vibe_sgl_lite.model_worker.sampling.constraints import Constraints, SlotConstraint
 from vibe_sgl_lite.model_worker.sampling.grammar import Grammar, GrammarLibrary
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, ThinkingRules, resolve
-from vibe_sgl_lite.runtime.text.grammar import make_grammar
+from vibe_sgl_lite.runtime.text.grammar import make_matcher
 from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
 
 FOLDER = Path(vibe_sgl_lite.__file__).parent / "models" / "tiny"
@@ -211,6 +213,49 @@ def test_a_grammar_that_goes_wrong_fails_its_row() -> None:
     assert mask is not None
     mask.apply(torch.zeros(1, VOCAB))
     assert mask.failed == [0]
+
+
+def test_a_panic_of_the_library_fails_its_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(self: Grammar, allowed: Any) -> None:
+        raise BaseException("as the library's panics are")
+
+    constraints = Constraints(VOCAB, slice(0, VOCAB), LIBRARY)
+    for slot, text in enumerate(("ab", "cd")):
+        constraints.admit(slot, sampling(None, make_grammar(None, text, None)), [])
+    bad = constraints._slots[0].grammar
+    assert bad is not None
+    monkeypatch.setattr(bad, "fill", explode.__get__(bad))
+    mask = constraints.begin(constraints.of(np.array([0, 1], np.int64)))
+    assert mask is not None
+    logits = torch.zeros(2, VOCAB)
+    mask.apply(logits)
+    assert mask.failed == [0]
+    assert TOKENIZER.decode(torch.isfinite(logits[1]).nonzero()[:1, 0].tolist()) == "c"
+
+
+def test_samples_share_one_compiled_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def counted(tokenizer: Any, grammar: str) -> Any:
+        made.append(grammar)
+        return make_matcher(tokenizer, grammar)
+
+    monkeypatch.setattr(grammar_module, "make_matcher", counted)
+    library = GrammarLibrary(FOLDER / "tokenizer.json", VOCAB, (END, 2039))
+    constraints = Constraints(VOCAB, slice(0, VOCAB), library)
+    text = make_grammar(None, "[a-z]{5}", None)
+    for slot in range(64):
+        constraints.admit(slot, sampling(None, text), [])
+    constrained = constraints.of(np.arange(64))
+    for _ in range(3):  # each goes its own way
+        mask = constraints.begin(constrained)
+        assert mask is not None
+        logits = torch.rand(64, VOCAB)
+        mask.apply(logits)
+        assert mask.failed == []
+        for (_, state), token in zip(constrained, logits.argmax(dim=1).tolist(), strict=True):
+            state.accept(token)
+    assert made == [text]
 
 
 def test_a_json_document_can_always_be_finished() -> None:

@@ -126,6 +126,7 @@ def test_kv_bytes(tmp_path: Path) -> None:
         ({"rms_norm_eps": 0}, ["rms_norm_eps", "0"]),
         ({"rope_theta": "big"}, ["rope_theta", "big"]),
         ({"eos_token_id": ["x"]}, ["eos_token_id", "x"]),
+        ({"eos_token_id": [7, 10**6]}, ["eos_token_id", "1000000", "vocabulary"]),
         ({"tie_word_embeddings": 1}, ["tie_word_embeddings", "1"]),
     ],
 )

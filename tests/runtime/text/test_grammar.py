@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-import builtins
+import importlib.util
 import json
+import random
+import re
 import time
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import jsonschema
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLTokenizer
 
+import vibe_sgl_lite
+from tests.detokenizer.corpus import HAS_QWEN3, QWEN3, small_backend, small_tokenizer
 from vibe_sgl_lite.runtime.errors import RequestError
-from vibe_sgl_lite.runtime.text.grammar import make_grammar, make_matcher
+from vibe_sgl_lite.runtime.text.grammar import compile_grammar, grammar_source, make_matcher, make_tokenizer
+from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
 
 BYTES = LLTokenizer("byte")
+
+
+def make_grammar(json_schema: Any, regex: Any, choice: Any) -> str | None:
+    source = grammar_source(json_schema, regex, choice)
+    return None if source is None else compile_grammar(source, BYTES)
 
 
 def matches(grammar: str | None, text: str) -> bool:
@@ -93,13 +107,105 @@ def test_a_choice_is_one_of_the_texts(choice: list[str], other: str) -> None:
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "llguidance":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match=r"regex needs the grammar extra.*vibe-sgl-lite\[grammar\]"):
         make_grammar(None, "a", None)
+
+
+def tiny() -> Path:
+    return Path(vibe_sgl_lite.__file__).parent / "models" / "tiny" / "tokenizer.json"
+
+
+@cache
+def views() -> list[tuple[Tokenizer, LLTokenizer, int]]:
+    """Tokenizers and what the library sees of them; the last one's special tokens stand in its own vocabulary."""
+    small = small_tokenizer()
+    pairs = [(Tokenizer.from_file(tiny()), tiny().read_text(), 2041), (small, small_backend().to_str(), 0)]
+    if HAS_QWEN3:
+        file = Path(QWEN3) / "tokenizer.json"
+        pairs.append((Tokenizer.from_file(file), file.read_text(), 151645))
+    return [(tokenizer, make_tokenizer(text, tokenizer.vocab_size, [end]), end) for tokenizer, text, end in pairs]
+
+
+PIECES = [
+    "<tool_call>", "</tool_call>", "<think>", "<|im_end|>", "<|endoftext|>", "<|im_start|>user\n", "<|", "<é｜>", "x",
+    "e\u0301", "\u0958", "nai\u0308ve", "\ufb01", "\u1112\u1161\u11ab", "\u212b", "\u0344", "\U0010ffff",
+    " a b ", " ", "\n", "é", "{}",
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join), st.integers(0, 2**32))
+def test_what_a_grammar_forces_comes_out(text: str, seed: int) -> None:
+    """Whatever the text: names of added tokens, and what Unicode's normal forms would change."""
+    for tokenizer, view, end in views():
+        matcher = make_matcher(view, make_grammar(None, None, [text]) or "")
+        chooser = random.Random(seed)
+        ids: list[int] = []
+        while True:
+            bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+            allowed = np.flatnonzero(bits).tolist()
+            assert not matcher.is_error(), matcher.get_error()
+            if end in allowed:
+                break
+            ids.append(chooser.choice(allowed))
+            assert matcher.consume_token(ids[-1])
+        assert tokenizer.decode(ids) == text
+
+
+def test_what_a_grammar_forces_in_every_field() -> None:
+    tag = "<tool_call>e\u0301<|im_end|>"
+    for arguments, wanted in (
+        ((None, re.escape(tag), None), tag),
+        ((json.dumps({"const": tag}), None, None), json.dumps(tag, ensure_ascii=False)),
+        ((json.dumps({"enum": [tag]}), None, None), json.dumps(tag, ensure_ascii=False)),
+        (
+            (json.dumps({"type": "object", "properties": {tag: {"const": 1}}, "required": [tag]}), None, None),
+            json.dumps({tag: 1}, ensure_ascii=False),
+        ),
+    ):
+        tokenizer, view, end = views()[0]
+        matcher = make_matcher(view, make_grammar(*arguments) or "")
+        ids: list[int] = []
+        while (forced := matcher.compute_ff_tokens()) and end not in forced:
+            assert matcher.consume_tokens(forced)
+            ids += forced
+        assert tokenizer.decode(ids).startswith(wanted.removesuffix("}"))
+
+
+KINDS = {
+    "circle": {
+        "type": "object",
+        "properties": {"kind": {"const": "circle"}, "r": {"type": "integer"}},
+        "required": ["kind", "r"],
+    },
+    "group": {
+        "type": "object",
+        "properties": {"kind": {"const": "group"}, "of": {"type": "array", "items": {"$ref": "#/$defs/shape"}}},
+        "required": ["kind", "of"],
+    },
+    "shape": {"oneOf": [{"$ref": "#/$defs/circle"}, {"$ref": "#/$defs/group"}]},
+}
+
+
+def test_one_of_whose_branches_exclude_each_other() -> None:
+    """As pydantic writes unions told apart by a field: references, which may lead back to the union."""
+    schema = {"$ref": "#/$defs/shape", "$defs": KINDS}
+    grammar = make_grammar(json.dumps(schema), None, None)
+    circle = {"kind": "circle", "r": 1}
+    for value, right in (
+        (circle, True),
+        ({"kind": "group", "of": [circle, {"kind": "group", "of": []}]}, True),
+        ({"kind": "square", "r": 1}, False),
+        ({"kind": "group", "of": [1]}, False),
+    ):
+        assert matches(grammar, json.dumps(value)) == right
+        assert jsonschema.Draft202012Validator(schema).is_valid(value) == right
+    for branches in (
+        [{"type": "integer"}, {"type": "number"}],
+        [{"$ref": "#/$defs/circle"}, {"$ref": "#/$defs/circle"}],
+        [{"$ref": "#/$defs/shape"}, {"$ref": "#/$defs/circle"}],
+        [{"$ref": "#/$defs/nobody"}, {"type": "null"}],
+    ):
+        with pytest.raises(RequestError, match="json_schema cannot be followed"):
+            make_grammar(json.dumps({"oneOf": branches, "$defs": KINDS}), None, None)
