@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from vibe_sgl_lite.runtime.errors import ConfigError
+from vibe_sgl_lite.runtime.observer_file import ObserverFile
 
 SUFFIX = ".trace.json"
 MERGED = "all" + SUFFIX
@@ -33,12 +34,15 @@ _encoder = msgspec.json.Encoder()
 
 
 class ChromeTrace:
-    """Writes `folder`/`name`.trace.json. Any thread may write. Raises ConfigError when the file cannot be made."""
+    """Writes `folder`/`name`.trace.json. Any thread may write; a full disk ends the file and nothing else.
+
+    Raises ConfigError when the file cannot be made.
+    """
 
     def __init__(self, folder: str | Path, name: str, tracks: Sequence[int]) -> None:
         try:
             os.makedirs(folder, exist_ok=True)
-            self._file = open(Path(folder) / (name + SUFFIX), "wb")  # noqa: SIM115 -- open until close()
+            self._file = ObserverFile(Path(folder) / (name + SUFFIX))
         except OSError as error:
             raise ConfigError(f"profile={str(folder)!r}: {error.strerror}; name a folder to write to") from error
         self._file.write(b"[\n")
@@ -56,9 +60,7 @@ class ChromeTrace:
         self.event("X", track, start, thread, name=name, dur=round(max(0.0, seconds) * 1e6, 1), args=args)
 
     def close(self) -> None:
-        self._file.seek(-2, os.SEEK_CUR)
-        self._file.write(b"\n]\n")
-        self._file.close()
+        self._file.close(b"\n]\n", instead_of=2)
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

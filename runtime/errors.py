@@ -17,6 +17,7 @@
         │   └── DrainingError              "draining": the engine is about to stop, and takes nothing new
         ├── KVExhaustedError               "kv_exhausted": the request cannot fit the empty KV pool
         ├── NumericalError                 "numerical_error": NaN or inf in this request's hidden states or logits
+        ├── DeadlineError                  "deadline": the request's timeout_s is over
         ├── PoisonError                    "poison": model workers died again and again while they ran this request
         └── ProtocolError                  "protocol": wrong protocol version, or a frame that makes no sense
 
@@ -127,6 +128,10 @@ class NumericalError(EngineError):
     code = "numerical_error"
 
 
+class DeadlineError(EngineError):
+    code = "deadline"
+
+
 class PoisonError(EngineError):
     code = "poison"
 
@@ -147,6 +152,7 @@ def error_from_code(code: str, message: str, field: str | None = None) -> VibeEr
         DrainingError,
         KVExhaustedError,
         NumericalError,
+        DeadlineError,
         PoisonError,
         ProtocolError,
         StartupError,

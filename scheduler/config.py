@@ -9,6 +9,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """num_pages: usable KV pages, ids 0..num_pages-1. page_size: tokens a page.
 
     max_running_requests: slots, 0..max-1. max_queued_requests: requests that may wait beyond those that find a slot.
+    max_queued_bytes: of token ids that may wait, whatever the number of requests.
+    fairness: sessions take turns by tokens (scheduler/fairness.py).
     chunked_prefill_size: prompt tokens a step at most. policy: a name in scheduler/policies.
     overlap: two steps in flight instead of one.
     max_step_stretch: while requests decode, a step with chunks takes at most so many times what decoding alone would.
@@ -22,6 +24,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     page_size: int = 16
     max_running_requests: int = 256
     max_queued_requests: int = 2048
+    max_queued_bytes: int = 256 * 2**20
+    fairness: bool = True
     chunked_prefill_size: int = 512
     policy: str = "fcfs"
     radix_cache: bool = True

@@ -24,7 +24,10 @@ is dropped; its slot and pages are given up when no step in flight has the row.
 
 from __future__ import annotations
 
-from vibe_sgl_lite.runtime.errors import KVExhaustedError, OverloadedError, PoisonError
+import heapq
+import math
+
+from vibe_sgl_lite.runtime.errors import DeadlineError, KVExhaustedError, OverloadedError, PoisonError
 from vibe_sgl_lite.runtime.messages import AddRequest, ErrorInfo, Finish, ForwardBatch, RequestRejected, StepResult
 from vibe_sgl_lite.scheduler.admission import NewTokenRatio
 from vibe_sgl_lite.scheduler.batch import Step
@@ -32,7 +35,7 @@ from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.cost import CostModel
 from vibe_sgl_lite.scheduler.planner import StepPlanner
 from vibe_sgl_lite.scheduler.policies import make_policy
-from vibe_sgl_lite.scheduler.request import Request, samples_of
+from vibe_sgl_lite.scheduler.request import TOKEN_BYTES, samples_of
 from vibe_sgl_lite.scheduler.results import Outputs, ResultApplier
 from vibe_sgl_lite.scheduler.state import SchedulerState
 
@@ -49,29 +52,49 @@ class Scheduler:
         self._results = ResultApplier(self.state)
         self._max_in_flight = 2 if config.overlap else 1
         self._arrivals = 0
+        self._deadlines: list[tuple[float, int]] = []  # when, and whose
 
     # -------------------------------------------------------------------------------------------------------- inputs
 
     def add(self, message: AddRequest, now: float) -> RequestRejected | None:
         """Queue a request; returns the refusal of one that cannot fit the empty pool or finds the queue full."""
-        state = self.state
-        samples = samples_of(message, self._arrivals, now)
-        self._arrivals += len(samples)
-        first = samples[0]
-        assert first.num_prompt_tokens > 0
+        state, config, sampling = self.state, self.config, message.sampling
+        assert message.token_ids
         assert message.uid not in state.groups
-        error = self._too_long(first)
+        seq = self._arrivals
+        self._arrivals += sampling.n
+        error = self._too_long(len(message.token_ids) // TOKEN_BYTES, sampling.max_new_tokens)
+        if error is None and len(state.waiting) - len(state.free_slots) >= config.max_queued_requests:
+            text = f"the queue is full: max_queued_requests={config.max_queued_requests}; try again later"
+            error = ErrorInfo(OverloadedError.code, text)
+        if error is None and state.waiting.num_bytes + len(message.token_ids) * sampling.n > config.max_queued_bytes:
+            text = f"the queue is full: its prompts take {state.waiting.num_bytes >> 20} MiB, "
+            text += f"{config.max_queued_bytes >> 20} may be; try again later"
+            error = ErrorInfo(OverloadedError.code, text)
         if error is not None:
             return RequestRejected(message.uid, error)
-        limit = self.config.max_queued_requests
-        if len(state.waiting) - len(state.free_slots) >= limit:
-            return RequestRejected(
-                message.uid,
-                ErrorInfo(OverloadedError.code, f"the queue is full: max_queued_requests={limit}; try again later"),
-            )
-        for sample in samples:
+        for sample in samples_of(message, seq, now):
             state.enqueue(sample)
+            if message.timeout_s is not None:
+                heapq.heappush(self._deadlines, (now + message.timeout_s, sample.uid))
+        if len(self._deadlines) > 2 * len(state.requests) + 100:  # mostly of requests that are long done
+            self._deadlines = sorted(deadline for deadline in self._deadlines if deadline[1] in state.requests)
         return None
+
+    def expire(self, now: float) -> Outputs:
+        """End every sample whose deadline has come, as an error."""
+        outputs, deadlines = Outputs(), self._deadlines
+        while deadlines and (deadlines[0][0] <= now or deadlines[0][1] not in self.state.requests):
+            request = self.state.requests.get(heapq.heappop(deadlines)[1])
+            if request is not None:
+                text = f"timeout_s is over: {now - request.arrival:.1f} s after its arrival"
+                self._results.end(request, Finish("error", error=ErrorInfo(DeadlineError.code, text)), outputs)
+        return outputs
+
+    @property
+    def next_deadline(self) -> float:
+        """When `expire` may have something to do; infinite when not."""
+        return self._deadlines[0][0] if self._deadlines else math.inf
 
     def abort(self, uid: int, now: float) -> Outputs:
         """End every sample of a request with finish reason "abort"; an unknown uid is ignored."""
@@ -108,7 +131,7 @@ class Scheduler:
         if num_pages != state.memory.num_pages:
             state.memory.resize(num_pages)
             for request in list(state.requests.values()):
-                error = self._too_long(request)
+                error = self._too_long(request.num_prompt_tokens, request.sampling.max_new_tokens)
                 if error is not None:
                     self._results.end(request, Finish("error", error=error), outputs)
         return outputs
@@ -168,15 +191,15 @@ class Scheduler:
         """No request is there and no step in flight."""
         return not self.state.requests and not self.state.in_flight
 
-    def _too_long(self, request: Request) -> ErrorInfo | None:
-        """Why the empty pool could not hold the request."""
+    def _too_long(self, prompt_tokens: int, max_new_tokens: int) -> ErrorInfo | None:
+        """Why the empty pool could not hold such a request; the last token needs no place."""
         memory = self.state.memory
-        pages = memory.pages_for(request.kv_limit)
+        pages = memory.pages_for(prompt_tokens + max_new_tokens - 1)
         if pages <= memory.num_pages:
             return None
         return ErrorInfo(
             KVExhaustedError.code,
-            f"prompt of {request.num_prompt_tokens} tokens with max_new_tokens={request.sampling.max_new_tokens} "
+            f"prompt of {prompt_tokens} tokens with max_new_tokens={max_new_tokens} "
             f"needs {pages} KV pages of {memory.page_size} tokens, the pool has {memory.num_pages}: ask for less or "
             "raise --max-total-tokens",
         )

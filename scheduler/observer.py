@@ -24,6 +24,8 @@ class SchedulerObserver(Protocol):
 
     def stop_matched(self, uid: int, now: float) -> None: ...
 
+    def expired(self, now: float, outputs: Outputs) -> None: ...
+
     def scheduled(self, now: float, batch: ForwardBatch | None, step: Step | None) -> None: ...
 
     def completed(self, result: StepResult, now: float, step: Step, outputs: Outputs) -> None: ...
@@ -60,6 +62,13 @@ class ObservedScheduler:
         self.core.stop_matched(uid, now)
         for observer in self._observers:
             observer.stop_matched(uid, now)
+
+    def expire(self, now: float) -> Outputs:
+        outputs = self.core.expire(now)
+        if outputs:
+            for observer in self._observers:
+                observer.expired(now, outputs)
+        return outputs
 
     def schedule(self, now: float) -> ForwardBatch | None:
         if not self.core.can_schedule:
@@ -100,6 +109,10 @@ class ObservedScheduler:
 
     def stats(self) -> dict[str, int | float | str | bool]:
         return self.core.stats()
+
+    @property
+    def next_deadline(self) -> float:
+        return self.core.next_deadline
 
     @property
     def client_requests(self) -> list[int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from vibe_sgl_lite.scheduler.admission import NewTokenRatio
 from vibe_sgl_lite.scheduler.batch import Chunk, Step
@@ -55,9 +55,11 @@ class StepPlanner:
         if decode:
             self._cost_left = (state.config.max_step_stretch - 1) * self._cost.seconds(work)
         if state.prefilling:
+            if self._sessions_take_turns and not stalled and self._may_admit:
+                self._admit_ahead(now)
             self._continue_prefill(blocked=not decode and not state.in_flight)
-        if state.waiting and not self._retracted and not stalled:
-            self._admit(now)
+        if not stalled and self._may_admit:
+            self._admit(self._order(now))
         if not decode and not self._chunks:
             assert state.in_flight or not state.requests, "requests are there, nothing is in flight, and nothing runs"
             return None
@@ -164,7 +166,10 @@ class StepPlanner:
         """Chunks for the requests that have begun their prompt. `blocked`: nothing else runs, so one must go on."""
         state = self._state
         while True:
-            for request in list(state.prefilling.values()):
+            unfinished = [r for r in state.prefilling.values() if r.last_step != state.next_step]
+            if self._sessions_take_turns:
+                unfinished.sort(key=lambda r: r.prefill_end - r.num_computed_tokens)
+            for request in unfinished:
                 self._add_chunk(request)
             if self._chunks or not blocked or not state.prefilling:
                 return
@@ -208,19 +213,53 @@ class StepPlanner:
 
     # ----------------------------------------------------------------------------------------------------- admission
 
-    def _admit(self, now: float) -> None:
-        """Start waiting requests, in the policy's order, until one finds no room."""
+    @property
+    def _may_admit(self) -> bool:
+        """Somebody waits, and looking at who that is may be worth while."""
         state = self._state
-        if self._tokens_left <= 0 or not (state.free_slots or self._policy.preempts):
-            return
-        if self._blocked == (state.num_arrived, state.num_released, state.next_step // RETRY_STEPS):
-            return
-        to_come: int | None = None  # costs a look at every running request, so not before it matters
+        return (
+            bool(state.waiting)
+            and self._tokens_left > 0
+            and not self._retracted
+            and (bool(state.free_slots) or self._policy.preempts)
+            and self._blocked != (state.num_arrived, state.num_released, state.next_step // RETRY_STEPS)
+        )
+
+    @property
+    def _sessions_take_turns(self) -> bool:
+        return self._state.config.fairness and self._state.shares.contended
+
+    def _order(self, now: float) -> Iterator[Request]:
+        """The waiting requests, who is next first; found one by one, as they are asked for."""
+        state = self._state
         suspect = state.suspect()
-        if suspect is None:
-            order = self._policy.order(state.waiting.snapshot(), state.memory, now)
-        else:
-            order = (suspect,) if suspect.queued else ()
+        if suspect is not None:
+            yield from (suspect,) if suspect.queued else ()
+            return
+        order = self._policy.order(state.waiting.snapshot(), state.memory, now)
+        if self._sessions_take_turns:
+            order = state.shares.order(order, state.memory, by_priority=self._policy.preempts)
+        yield from order
+
+    def _admit_ahead(self, now: float) -> None:
+        """A prompt does not wait for a longer one of another session: half of this step's room is for it."""
+        state = self._state
+        request = next(self._order(now), None)
+        if request is None or any(r.session == request.session for r in state.prefilling.values()):
+            return
+        left = max(r.prefill_end - r.num_computed_tokens for r in state.prefilling.values())
+        if request.num_tokens - state.memory.cached_length(request) <= left:
+            tokens, cost = self._tokens_left // 2, self._cost_left / 2
+            self._tokens_left -= tokens
+            self._cost_left = cost
+            self._admit((request,))
+            self._tokens_left += tokens
+            self._cost_left += cost
+
+    def _admit(self, order: Iterable[Request]) -> None:
+        """Start waiting requests in their order, until one finds no room."""
+        state = self._state
+        to_come: int | None = None  # costs a look at every running request, so not before it matters
         for request in order:
             if self._tokens_left <= 0:
                 return

@@ -12,6 +12,7 @@ it says that the ranks are lost, their requests are back in the queue, and run a
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 
@@ -73,6 +74,7 @@ def make_config(spec: PipelineSpec, ready: RankReady) -> SchedulerConfig:
         policy=args.schedule_policy,
         radix_cache=not args.disable_radix_cache,
         overlap=not args.disable_overlap,
+        fairness=args.fairness == "sessions",
         epoch=ready.epoch,
         base_tokens=BASE_TOKENS["cuda" if ready.device.startswith("cuda") else "cpu"],
     )
@@ -153,9 +155,11 @@ class SchedulerProcess:
         """Until the launcher says `Shutdown`."""
         poller = self._poller(self.inputs.socket, self.results.socket)
         while not self._shutdown:
-            poller.poll(POLL_MS)
+            until_deadline_ms = max(0.0, core.next_deadline - time.monotonic()) * 1e3
+            poller.poll(math.ceil(min(POLL_MS, until_deadline_ms)))
             outputs = self._take_results(core)
             outputs += self._launcher(core)
+            outputs.append(core.expire(time.monotonic()))
             self._take_inputs(core, outputs)
             if not self._hung:
                 self._send_steps(core)  # before the outputs: the ranks wait, clients hardly notice

@@ -64,6 +64,7 @@ class Request:
         "rid",
         "sampling",
         "seq",
+        "session",
         "slot",
         "text_format",
         "tokens",
@@ -79,6 +80,7 @@ class Request:
         self.rid = message.rid
         self.sampling = sampling
         self.priority = message.priority
+        self.session = message.session
         self.cache_salt: Hashable = message.cache_salt
         if message.attributes is not None:
             self.cache_salt = message.cache_salt, message.attributes.adapter

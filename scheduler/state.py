@@ -16,6 +16,7 @@ from collections import deque
 
 from vibe_sgl_lite.scheduler.batch import BatchBuilder, Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
+from vibe_sgl_lite.scheduler.fairness import FairShares
 from vibe_sgl_lite.scheduler.memory import KVMemory
 from vibe_sgl_lite.scheduler.request import NO_SLOT, Request
 from vibe_sgl_lite.scheduler.sharing import PrefixLeaders
@@ -38,6 +39,7 @@ class SchedulerState:
         self.has_ranks = True
         self.builder = BatchBuilder(config.epoch)
         self.leaders = PrefixLeaders(config.page_size)
+        self.shares = FairShares()
         self.requests: dict[int, Request] = {}
         self.groups: dict[int, list[int]] = {}
         self.waiting = WaitingQueue()
@@ -74,6 +76,7 @@ class SchedulerState:
         self.num_arrived += 1
         self.requests[request.uid] = request
         self.groups.setdefault(request.group, []).append(request.uid)
+        self.shares.enter(request)
         self.waiting.add(request)
 
     def admit(self, request: Request) -> None:
@@ -84,6 +87,7 @@ class SchedulerState:
         request.slot = heapq.heappop(self.free_slots)
         request.prefill_end = request.num_tokens
         if request.cached_tokens < 0:
+            self.shares.admitted(request)
             request.cached_tokens = request.num_computed_tokens
             self.num_prompt_tokens += request.num_prompt_tokens
             self.num_cached_tokens += request.cached_tokens
@@ -115,6 +119,7 @@ class SchedulerState:
             self.waiting.remove(request)
         elif request.uid not in self.leaving:
             self._leave(request)
+        self.shares.leave(request)
         self._forget_private_prefix(request)
 
     def step_done(self, step: Step) -> None:
@@ -181,6 +186,7 @@ class SchedulerState:
             raise AssertionError(f"{request} is not running")
         self.leaders.end(request)
         self.memory.unreserve(request)
+        self.shares.charge(request, request.num_tokens - request.prefill_end)
         if request.last_step > self.completed_step:
             self.leaving[request.uid] = request
         else:

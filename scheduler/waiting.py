@@ -15,6 +15,7 @@ def _seq(request: Request) -> int:
 class WaitingQueue:
     def __init__(self) -> None:
         self._requests: list[Request] = []
+        self.num_bytes = 0  # of their token ids
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -25,11 +26,13 @@ class WaitingQueue:
     def add(self, request: Request) -> None:
         assert not request.queued
         request.queued = True
+        self.num_bytes += len(request.tokens)
         insort(self._requests, request, key=_seq)
 
     def remove(self, request: Request) -> None:
         assert request.queued
         request.queued = False
+        self.num_bytes -= len(request.tokens)
         index = bisect_left(self._requests, request.seq, key=_seq)
         assert self._requests[index] is request
         del self._requests[index]

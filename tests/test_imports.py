@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": {"runtime"},  # the public face
     "runtime.errors": set(),
     "runtime.logs": set(),
-    "runtime.chrome_trace": {"runtime.errors"},
+    "runtime.chrome_trace": {"runtime.errors", "runtime.observer_file"},
+    "runtime.observer_file": set(),
     "runtime.settings": SETTINGS,
     "runtime.messages": SETTINGS,
     "runtime.transport": MESSAGES,

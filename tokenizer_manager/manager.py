@@ -213,6 +213,7 @@ class TokenizerManager:
                     checked.priority,
                     checked.cache_salt,
                     prepared.text_format,
+                    session=request.session.token,
                 )
             )
 

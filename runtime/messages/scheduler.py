@@ -14,6 +14,7 @@ class AddRequest(Message, frozen=True):
     """A tokenized request. token_ids: int32 bytes. cache_salt: only requests of the same one share cached prefixes.
 
     text_format: for the detokenizer; None leaves the text as it is. attributes: of its rows; None for the plain ones.
+    session: whose request it is; sessions get fair shares. timeout_s: so long after its arrival it ends as an error.
     """
 
     uid: int
@@ -24,6 +25,8 @@ class AddRequest(Message, frozen=True):
     cache_salt: str = ""
     text_format: TextFormat | None = None
     attributes: RowAttributes | None = None
+    session: str = ""
+    timeout_s: float | None = None
 
 
 class AbortRequest(Message, frozen=True):

@@ -370,6 +370,16 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
             choices=("fcfs", "lpm", "dfs-weight", "priority"),
         ),
     ] = "fcfs"
+    fairness: Annotated[
+        str,
+        Spec(
+            "whose request is next, in the policy's order: `sessions` (a client's connections take turns, by tokens, "
+            "however many requests each has waiting), `none` (the order alone)",
+            "A short prompt of another session does not wait for the end of a long one.",
+            group=MEMORY,
+            choices=("sessions", "none"),
+        ),
+    ] = "sessions"
     disable_radix_cache: Annotated[
         bool, Spec("do not share the KV cache between requests with a common prefix", group=MEMORY)
     ] = False

@@ -18,6 +18,7 @@ from vibe_sgl_lite.scheduler.tools.trace import (
     Aborted,
     Added,
     Completed,
+    Expired,
     Flushed,
     RanksCame,
     RanksDied,
@@ -64,6 +65,8 @@ def replay(path: str | Path) -> tuple[ReplaySummary, Scheduler]:
                 summary.steps += bool(event.digest)
             case Completed():
                 same = digest_of(core.complete(event.result, event.now)) == event.digest
+            case Expired():
+                same = digest_of(core.expire(event.now)) == event.digest
             case RanksDied():
                 same = digest_of(core.lose_ranks(event.epoch, event.now)) == event.digest
             case RanksCame():

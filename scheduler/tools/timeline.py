@@ -62,6 +62,9 @@ class Timeline:
             self._phase("e", uid, "decode", now)
             self._phase("e", uid, "request", now, {"finish": "stop string"})
 
+    def expired(self, now: float, outputs: Outputs) -> None:
+        self._outputs(outputs, now)
+
     def scheduled(self, now: float, batch: ForwardBatch | None, step: Step | None) -> None:
         if step is not None:
             self._in_flight += 1

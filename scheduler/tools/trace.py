@@ -8,7 +8,6 @@ trace like the requests themselves.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import msgspec
 
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.messages import AddRequest, ForwardBatch, Message, RequestRejected, StepResult
+from vibe_sgl_lite.runtime.observer_file import ObserverFile
 from vibe_sgl_lite.scheduler.batch import Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.results import Outputs
@@ -45,6 +45,13 @@ class Aborted(Message, frozen=True):
 class StopSeen(Message, frozen=True):
     now: float
     uid: int
+
+
+class Expired(Message, frozen=True):
+    """Deadlines that came; only when they ended something."""
+
+    now: float
+    digest: bytes
 
 
 class Scheduled(Message, frozen=True):
@@ -78,7 +85,7 @@ class RanksCame(Message, frozen=True):
     digest: bytes
 
 
-TraceEvent = Added | Aborted | StopSeen | Scheduled | Completed | Flushed | RanksDied | RanksCame
+TraceEvent = Added | Aborted | StopSeen | Scheduled | Completed | Flushed | Expired | RanksDied | RanksCame
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -95,10 +102,9 @@ class TraceWriter:
 
     def __init__(self, path: str | Path, config: SchedulerConfig) -> None:
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)  # prompts are private
+            self._file = ObserverFile(path)
         except OSError as error:
             raise ConfigError(f"trace={str(path)!r}: {error.strerror}; name a file that can be written") from error
-        self._file = os.fdopen(descriptor, "wb")
         self._write(TraceHeader(TRACE_VERSION, config))
 
     def added(self, message: AddRequest, now: float, rejected: RequestRejected | None) -> None:
@@ -109,6 +115,9 @@ class TraceWriter:
 
     def stop_matched(self, uid: int, now: float) -> None:
         self._write(StopSeen(now, uid))
+
+    def expired(self, now: float, outputs: Outputs) -> None:
+        self._write(Expired(now, digest_of(outputs)))
 
     def scheduled(self, now: float, batch: ForwardBatch | None, step: Step | None) -> None:
         self._write(Scheduled(now, digest_of(batch)))
@@ -130,8 +139,7 @@ class TraceWriter:
 
     def _write(self, event: Message) -> None:
         frame = _encoder.encode(event)
-        self._file.write(len(frame).to_bytes(LENGTH_BYTES, "little"))
-        self._file.write(frame)
+        self._file.write(len(frame).to_bytes(LENGTH_BYTES, "little") + frame)
 
 
 def read_trace(path: str | Path) -> tuple[SchedulerConfig, Iterator[TraceEvent]]:

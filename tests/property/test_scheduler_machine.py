@@ -57,6 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         overlap=st.booleans(),
         radix_cache=st.sampled_from([True, True, True, False]),
         draft_tokens=st.sampled_from([0, 0, 1, 4]),
+        fairness=st.booleans(),
         seed=st.integers(0, 2**32),
     )
     def begin(
@@ -69,6 +70,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         overlap: bool,
         radix_cache: bool,
         draft_tokens: int,
+        fairness: bool,
         seed: int,
     ) -> None:
         self.harness = Harness(
@@ -82,6 +84,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 overlap=overlap,
                 radix_cache=radix_cache,
                 draft_tokens=draft_tokens,
+                fairness=fairness,
             ),
             poison=POISON,
             seed=seed,
@@ -97,6 +100,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         n=st.sampled_from([1, 1, 1, 2, 3]),
         priority=st.integers(0, 2),
         prompt_logprobs=st.sampled_from([False] * 7 + [True]),
+        session=st.sampled_from(["", "", "a", "b"]),
+        timeout_s=st.sampled_from([None] * 6 + [1.0, 60.0]),
     )
     def add(
         self,
@@ -108,13 +113,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         n: int,
         priority: int,
         prompt_logprobs: bool,
+        session: str,
+        timeout_s: float | None,
     ) -> None:
         prompt = [token for piece in pieces for token in PIECES[piece]] + (PIECES[-1] if poisoned else [])
         message = request(
             self.uid, prompt, salt=salt, priority=priority, max_new_tokens=new, n=n, seed=self.uid % 3,
             end_token_ids=tuple(end), prompt_logprobs=prompt_logprobs,
         )  # fmt: skip
-        accepted = self.harness.add(message)
+        accepted = self.harness.add(msgspec.structs.replace(message, session=session, timeout_s=timeout_s))
         fits = -(-(len(prompt) + new - 1) // self.harness.config.page_size) <= self.num_pages
         if not fits:
             assert self.harness.rejected[self.uid].error.code == "kv_exhausted"
@@ -137,7 +144,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.floats(0, 100))
     def time_passes(self, seconds: float) -> None:
-        self.harness.now += seconds
+        self.harness.expire(self.harness.now + seconds)
 
     @precondition(lambda self: self.uid)
     @rule(data=st.data())
@@ -216,7 +223,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert poisoned
             elif error is not None:
                 assert (error.code == "poison") == (sample.losses >= 3)
-                assert error.code in ("poison", "kv_exhausted")
+                assert error.code in ("poison", "kv_exhausted", "deadline")
+                assert error.code != "deadline" or sample.message.timeout_s is not None
             elif poisoned:
                 assert sample.finish is None or sample.finish.reason == "abort"
             assert not (poisoned and sample.tokens)

@@ -45,7 +45,7 @@ def test_a_killed_process_leaves_a_readable_file(tmp_path: Path, cut: int) -> No
     trace = ChromeTrace(tmp_path, "a", (SCHEDULER,))
     for n in range(4):
         trace.span(SCHEDULER, f"step {n}", float(n), 0.5, {})
-    trace._file.flush()
+    trace._file._file.flush()
     path = tmp_path / "a.trace.json"
     path.write_bytes(path.read_bytes()[:-cut])
     names = [event["name"] for event in read_events(path)]

@@ -363,6 +363,10 @@ class Harness:
         self.samples[uid].silent = True
         self.observed.stop_matched(uid, self.now)
 
+    def expire(self, now: float) -> None:
+        self.now = max(self.now, now)
+        self._take(self.observed.expire(now))
+
     def lose_ranks(self) -> None:
         """The ranks die. Results that they have sent may still come in, and who ran in vain thrice is ended."""
         for uid in {uid for result in self.due() for uid in self.rank.row_uids[result.step]}:

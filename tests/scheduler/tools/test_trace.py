@@ -84,6 +84,20 @@ def test_a_cut_trace_is_read_to_its_end(tmp_path: Path) -> None:
     assert replay(path)[0].events == count + 1
 
 
+def test_a_full_disk_ends_the_observers_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """/dev/full takes nothing; the run goes on, and each observer says so once."""
+    (tmp_path / FILE_NAME).symlink_to("/dev/full")
+    settings = config()
+    h = Harness(settings, observers=lambda h: [TraceWriter("/dev/full", settings), Timeline(tmp_path, lambda: h.now)])
+    for uid in range(60):
+        h.add(request(uid, range(40), max_new_tokens=9))
+    h.run(checked=False)
+    h.observed.close()
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2, warnings
+    assert all("No space left on device" in warning for warning in warnings)
+
+
 def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"\x05\x00\x00\x00hello")
