@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 
-from vibe_sgl_lite.http_server import info
+from vibe_sgl_lite.http_server import info, native
 from vibe_sgl_lite.http_server.anthropic_messages import count_tokens, messages
 from vibe_sgl_lite.http_server.errors import RETRY_AFTER_S, ApiError, from_engine
 from vibe_sgl_lite.http_server.exchange import DisconnectedError, Exchange, Receive, Scope, Send
@@ -25,6 +25,11 @@ ROUTES: dict[tuple[str, str], Handler] = {
     ("POST", "/v1/responses"): responses,
     ("POST", "/v1/messages"): messages,
     ("POST", "/v1/messages/count_tokens"): count_tokens,
+    ("POST", "/generate"): native.generate,
+    ("POST", "/tokenize"): native.tokenize,
+    ("POST", "/detokenize"): native.detokenize,
+    ("POST", "/abort_request"): native.abort_request,
+    ("POST", "/flush_cache"): native.flush_cache,
     ("GET", "/v1/models"): info.models,
     ("GET", "/health"): info.health,
     ("GET", "/metrics"): info.prometheus,

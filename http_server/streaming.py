@@ -70,10 +70,21 @@ class Collected:
         self.finish = Finish("error")
         self.usage = Usage(0, 0)
 
+    def add(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
+        self.text += chunk.text
+        self.reasoning += chunk.reasoning
+        self.token_ids += unpack_ids(chunk.token_ids)
+        self.tool_calls += chunk.tool_calls
+        self.logprobs += chunk.logprobs or ()
+        self.prompt_logprobs = chunk.prompt_logprobs or self.prompt_logprobs
+        self.finish = chunk.finish or self.finish
+        self.usage = chunk.usage or self.usage
+
 
 async def collect(exchange: Exchange, call: Call) -> list[Collected]:
     """Every sample of a call, in order. Raises VibeError. The client's leaving ends the call."""
-    samples = [Collected() for _ in range(call.running)]
+    count = call.running
     chunks: list[tuple[int, Chunk]] = []
     try:
         async with exchange.abandoned_on_disconnect():
@@ -82,26 +93,10 @@ async def collect(exchange: Exchange, call: Call) -> list[Collected]:
                 chunks += await call.take()
     finally:
         call.close()
-    for sample, parts in zip(samples, _by_sample(chunks, len(samples)), strict=True):
-        sample.chunks = parts
-        sample.text = "".join([part.text for part in parts])
-        sample.reasoning = "".join([part.reasoning for part in parts])
-        sample.token_ids = unpack_ids(b"".join([part.token_ids for part in parts]))
-        for part in parts:
-            sample.tool_calls += part.tool_calls
-            sample.logprobs += part.logprobs or ()
-            sample.prompt_logprobs = part.prompt_logprobs or sample.prompt_logprobs
-        last = parts[-1]
-        assert last.finish is not None
-        sample.finish, sample.usage = last.finish, last.usage or Usage(0, len(sample.token_ids))
-    return samples
-
-
-def _by_sample(chunks: Sequence[tuple[int, Chunk]], count: int) -> list[list[Chunk]]:
-    parts: list[list[Chunk]] = [[] for _ in range(count)]
+    samples = [Collected() for _ in range(count)]
     for index, chunk in chunks:
-        parts[index].append(chunk)
-    return parts
+        samples[index].add(chunk)
+    return samples
 
 
 class UsageCounter(msgspec.Struct):
