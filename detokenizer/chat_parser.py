@@ -20,6 +20,7 @@ from vibe_sgl_lite.runtime.text.chat_format import (
     THINK_OPEN,
     TOOL_CLOSE,
     TOOL_OPEN,
+    find_call_end,
     parse_tool_call,
 )
 
@@ -120,18 +121,21 @@ class ChatParser:
 
     def _call(self, final: bool) -> bool:
         begin = self._held.index(TOOL_OPEN) + len(TOOL_OPEN)
-        end = self._held.find(TOOL_CLOSE, begin)
-        if end < 0:
+        first = self._held.find(TOOL_CLOSE, begin)
+        if first < 0:
             if final:
                 self._show(len(self._held))
             return False
-        raw = self._held[begin:end].strip()
+        length = find_call_end(self._held[begin:])
+        if length is None and not final:
+            return False
+        raw = self._held[begin : begin + (length or 0)].strip()
         if parse_tool_call(raw) is not None:
             self._new.tool_calls += (raw,)
-            self._held = self._held[end + len(TOOL_CLOSE) :]
+            self._held = self._held[begin + (length or 0) + len(TOOL_CLOSE) :]
             self._after_call = True
         else:
-            self._show(end + len(TOOL_CLOSE))
+            self._show(first + len(TOOL_CLOSE))
         self._state = _State.TEXT
         return True
 

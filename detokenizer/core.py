@@ -37,33 +37,40 @@ log = logging.getLogger(__name__)
 
 
 class _Sample:
-    """One open sample. `count`: tokens received so far. `cached`: prompt tokens that came from the radix cache.
+    """One open sample. `stop_specials`: stop strings that are special tokens, by id, which the text leaves out and a
+    match must not miss. `count`: tokens received so far. `cached`: prompt tokens that came from the radix cache.
     `length`: characters decoded so far."""
 
-    __slots__ = ("cached", "chat", "count", "length", "options", "stop", "stream")
+    __slots__ = ("cached", "chat", "count", "length", "options", "stop", "stop_specials", "stream")
 
     def __init__(self, options: OpenText, vocabulary: Vocabulary) -> None:
         self.options = options
         self.stream = vocabulary.open(options.skip_special_tokens)
         self.stop = StopMatcher(options.stop, options.include_stop) if options.stop else None
+        self.stop_specials = {i: stop for stop in options.stop if (i := vocabulary.special_id(stop)) is not None}
         self.chat = None if options.text_format is None else ChatParser(options.text_format)
         self.count = 0
         self.length = 0
         self.cached = options.cached_tokens
 
-    def add(self, ids: Sequence[int], offsets: list[int] | None) -> tuple[str, int, str | None]:
+    def add(self, ids: Sequence[int], offsets: list[int] | None, hidden: int | None) -> tuple[str, int, str | None]:
         """(text to show, how many of `ids` count, the stop string found). Ids behind a match do not count.
 
-        offsets: to be filled with the characters decoded before each of the ids; None when nobody asks.
+        offsets: to be filled with the characters decoded before each of the ids; None when nobody asks. hidden: the
+        token that ended the sample, the last one, when it is no part of the text.
         """
         if self.stop is None and offsets is None:
-            text = self.stream.add(ids)
+            text = self.stream.add(ids if hidden is None else ids[:-1])
             self.length += len(text)
             return text, len(ids), None
-        pieces = []
+        pieces: list[str] = []
         for used, token_id in enumerate(ids, 1):
             if offsets is not None:
                 offsets.append(self.length)
+            if token_id in self.stop_specials:
+                return "".join(pieces) + self._end_at(token_id), used, self.stop_specials[token_id]
+            if used == len(ids) and token_id == hidden:
+                break
             piece = self.stream.add((token_id,))
             self.length += len(piece)
             if self.stop is None:
@@ -74,6 +81,14 @@ class _Sample:
             if matched is not None:
                 return "".join(pieces), used, matched
         return "".join(pieces), len(ids), None
+
+    def _end_at(self, token_id: int) -> str:
+        """What is left to show before a stop string that is a special token, and this if it is to be shown."""
+        assert self.stop is not None
+        shown, matched = self.stop.add(self.stream.flush())
+        if matched is None:
+            shown += self.stop.flush()
+        return shown + (self.stop_specials[token_id] if self.options.include_stop else "")
 
     def end(self) -> tuple[str, str | None]:
         """(the rest of the text, the stop string that it still completed)."""
@@ -136,8 +151,11 @@ class Detokenizer:
             return None
         ids = unpack_ids(packed)
         offsets: list[int] | None = None if output.logprobs is None else []
-        text, used, matched = sample.add(ids, offsets)
         finish = output.finish
+        hidden = None  # as in vLLM and SGLang; whether special tokens are shown is skip_special_tokens' to say
+        if finish is not None and isinstance(finish.matched, int) and not sample.options.include_stop:
+            hidden = None if self._vocabulary.is_special(finish.matched) else finish.matched
+        text, used, matched = sample.add(ids, offsets, hidden)
         if matched is None and finish is not None:
             rest, matched = sample.end()
             text += rest

@@ -46,6 +46,14 @@ class Vocabulary:
             return ByteStream(self._plain if skip_special_tokens else self._all)
         return WindowStream(self._tokenizer, skip_special_tokens)
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that stands for `text`."""
+        token_id = self._tokenizer.token_id(text)
+        return token_id if token_id in self._tokenizer.special_ids else None
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._tokenizer.special_ids
+
     def text(self, token_id: int) -> str:
         """Text of one token on its own, special ones too; "" for an id without a token."""
         if self._tokenizer.byte_level:

@@ -113,7 +113,14 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     ] = UNSET
     stop_token_ids: Annotated[
         Sequence[int] | UnsetType,
-        Spec("end the output in addition to the model's end tokens", default=(), items=128, low=0, high=MAX_TOKENS),
+        Spec(
+            "end the output in addition to the model's end tokens",
+            more="The one that did is in `token_ids`, not in `text`, as in vLLM and SGLang.",
+            default=(),
+            items=128,
+            low=0,
+            high=MAX_TOKENS,
+        ),
     ] = UNSET
     ignore_eos: Annotated[
         bool | UnsetType,
@@ -121,7 +128,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     ] = UNSET
     include_stop: Annotated[
         bool | UnsetType,
-        Spec("keep the matched stop string in the text", default=False, aliases=("include_stop_str_in_output",)),
+        Spec(
+            "keep the matched stop string, or the stop token's text, in the text",
+            default=False,
+            aliases=("include_stop_str_in_output",),
+        ),
     ] = UNSET
     skip_special_tokens: Annotated[bool | UnsetType, Spec("leave special tokens out of the text", default=True)] = UNSET
     logit_bias: Annotated[

@@ -8,6 +8,8 @@ from vibe_sgl_lite.runtime.text.chat_format import parse_tool_call
 
 BOTH = TextFormat(think=True, tools=True)
 CALL = '{"name": "add", "arguments": {"a": 1}}'
+TAGGED = '{"name": "say", "arguments": {"text": "<tool_call>\\"x\\"</tool_call>\\\\", "n": 1}}'
+TAGGED_BLOCK = f"<tool_call>\n{TAGGED}\n</tool_call>"
 BAD = "<tool_call>\n{nonsense\n</tool_call>"
 BLOCK = f"<tool_call>\n{CALL}\n</tool_call>"
 
@@ -41,6 +43,13 @@ def parsed(text: str, text_format: TextFormat = BOTH) -> Parsed:
             "a\n<tool_call>\n{nonsense\n</tool_call>" + BLOCK,
             Parsed("a\n<tool_call>\n{nonsense\n</tool_call>", "", (CALL,)),
         ),
+        (f"{TAGGED_BLOCK}b", Parsed("b", "", (TAGGED,))),
+        (f"{TAGGED_BLOCK}{BLOCK}", Parsed("", "", (TAGGED, CALL))),
+        (  # a text that never ends hides no later call
+            '<tool_call>{"name": "f}</tool_call>' + BLOCK,
+            Parsed('<tool_call>{"name": "f}</tool_call>', "", (CALL,)),
+        ),
+        ('<tool_call>{"name": "f</tool_call>', Parsed('<tool_call>{"name": "f</tool_call>')),
         (f"a\n<tool_call>\n{CALL}\n", Parsed(f"a\n<tool_call>\n{CALL}\n")),
         ("a <tool_ca", Parsed("a <tool_ca")),
         ("</tool_call>", Parsed("</tool_call>")),
@@ -90,6 +99,14 @@ def test_a_call() -> None:
     assert call is not None
     assert (call.name, call.raw) == ("f", raw)
     assert call.arguments == {"big": 123456789012345678901234567890, "text": "ü\ud800"}
+    for key in ("parameters", "arguments"):
+        call = parse_tool_call(f'{{"name": "f", "{key}": {{"a": 1}}}}')
+        assert call is not None
+        assert call.arguments == {"a": 1}
+    call = parse_tool_call('{"name": "f", "parameters": {}, "arguments": {"a": 1}}')
+    assert call is not None
+    assert call.arguments == {"a": 1}
+    assert parse_tool_call('{"name": "f", "parameters": [1]}') is None
     call = parse_tool_call('{"name": "now"}')
     assert call is not None
     assert call.arguments == {}

@@ -66,6 +66,50 @@ def test_chunks_are_deltas() -> None:
     assert text == "naïve 你"
 
 
+@pytest.mark.parametrize("stop", [(), ("zz",)])
+def test_an_ordinary_stop_token_is_in_the_ids_and_not_in_the_text(stop: tuple[str, ...]) -> None:
+    """As in vLLM and SGLang, unless the stop is to be included; it can complete no stop string either."""
+    ids = TOKENIZER.encode("The cafe!")
+    assert TOKENIZER.decode(ids[-1:]) == "!"
+    for include, stopped, text in ((False, (*stop, "!"), "The cafe"), (True, stop, "The cafe!")):
+        detokenizer = opened(include_stop=include, stop=stopped)
+        [chunk], _ = run(detokenizer, out(0, ids, finish=Finish("stop", matched=ids[-1]), logprobs=logprobs_of(ids)))
+        assert chunk.text == text
+        assert (unpack_ids(chunk.token_ids), chunk.finish) == (ids, Finish("stop", matched=ids[-1]))
+        assert chunk.logprobs is not None
+        assert len(chunk.logprobs) == len(ids)
+    detokenizer = opened(stop=stop)
+    [chunk], _ = run(detokenizer, out(0, ids, finish=Finish("length")))
+    assert chunk.text == "The cafe!"
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("include", [True, False])
+def test_a_stop_string_that_is_a_special_token(skip: bool, include: bool) -> None:
+    """Its text is left out of what is shown, and it matches all the same; also when the scheduler ends the sample."""
+    start = TOKENIZER.token_id("<|im_start|>")
+    assert start is not None
+    ids = [*TOKENIZER.encode("na"), start, *TOKENIZER.encode("more")]
+    options: dict[str, Any] = {"stop": ("zz", "<|im_start|>"), "skip_special_tokens": skip, "include_stop": include}
+    [chunk], matches = run(opened(**options), out(0, ids))
+    assert chunk.text == ("na<|im_start|>" if include else "na")
+    assert (chunk.finish, unpack_ids(chunk.token_ids)) == (
+        Finish("stop", matched="<|im_start|>"),
+        ids[: ids.index(start) + 1],
+    )
+    assert [match.uid for match in matches] == [1]
+    ended = [*TOKENIZER.encode("na z"), END]
+    [chunk], _ = run(
+        opened(**options | {"stop": ("zz", "<|im_end|>")}), out(0, ended, finish=Finish("stop", matched=END))
+    )
+    assert chunk.text == ("na z<|im_end|>" if include else "na z")
+    assert chunk.finish == Finish("stop", matched="<|im_end|>")
+
+
+def logprobs_of(ids: list[int]) -> tuple[TokenLogprob, ...]:
+    return tuple(TokenLogprob(token_id, -1.0) for token_id in ids)
+
+
 def test_end_token_is_in_the_ids_and_not_in_the_text() -> None:
     ids = [*TOKENIZER.encode("hi"), END]
     finish = Finish("stop", matched=END)

@@ -8,7 +8,7 @@ from vibe_sgl_lite.runtime.messages.parts import TextFormat
 
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 PARTS = ["<", "th", "</", "think>", "<tool_", "call>", "\n", "\n\n", " ", "a", "語"]
-CALLS = ['{"name": "f", "arguments": {}}', '{"name": "f"', "}", "\n{"]
+CALLS = ['{"name": "f", "arguments": {}}', '{"name": "f"', "}", "\n{", '"', "\\", '{"name": "f</tool_call>"}']
 PIECES = st.sampled_from([*TAGS, *PARTS, *CALLS])
 TEXTS = st.lists(PIECES, max_size=14).map("".join)
 FORMATS = st.builds(TextFormat, think=st.booleans(), inside=st.booleans(), tools=st.booleans())
