@@ -48,15 +48,15 @@ def plan_memory(
     """
     page_bytes = page_size * bytes_per_token(config, world.size, dtype, int8=int8)
     limit = free_memory(device)
-    free = int(limit.value)
-    if device.type == "cpu":  # a GPU belongs to one rank
-        free = max(0, free - HEADROOM_BYTES) // ranks_on_machine
+    sharing = ranks_on_machine if device.type == "cpu" else 1  # a GPU belongs to one rank
+    in_all = int(limit.value) // sharing  # what tokens that are asked for may take: who asks knows
+    free = max(0, int(limit.value) - (HEADROOM_BYTES if device.type == "cpu" else 0)) // sharing
     budget = int((free + weight_bytes) * memory_fraction) - weight_bytes
     why = f"{memory_fraction:g} of it, --mem-fraction-static"
     if device.type == "cpu" and budget > CPU_LIMIT_BYTES // ranks_on_machine:
         budget = CPU_LIMIT_BYTES // ranks_on_machine
         why = f"the most without --max-total-tokens, {CPU_LIMIT_BYTES >> 30} GiB a machine"
-    most = torch.tensor([budget // page_bytes - 1, free // page_bytes - 1], dtype=torch.int64, device=device)
+    most = torch.tensor([budget // page_bytes - 1, in_all // page_bytes - 1], dtype=torch.int64, device=device)
     pages, possible = (int(count) for count in world.all_reduce_min(most))
     source = f"{free / 2**30:.2f} GiB free a rank ({limit.source})"
     if max_total_tokens is not None:

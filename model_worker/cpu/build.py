@@ -6,17 +6,18 @@ lies in it is loaded into the process.
 
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from vibe_sgl_lite.model_worker.cpu.targets import Target, choose_target
+from vibe_sgl_lite.runtime.settings.folders import cache_folders
 
 SOURCE_DIR = Path(__file__).parent / "native"
 MAIN_SOURCE = "kernels.cpp"
@@ -32,6 +33,8 @@ WARNINGS = (
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", *WARNINGS)
 COMPILE_TIMEOUT_S = 180
+
+log = logging.getLogger(__name__)
 
 
 class BuildError(Exception):
@@ -68,10 +71,21 @@ def build(
 
 
 def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/vibe-sgl-lite, or the platform's own place for caches."""
-    if "XDG_CACHE_HOME" in os.environ:
-        return Path(os.environ["XDG_CACHE_HOME"]) / "vibe-sgl-lite"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "vibe-sgl-lite"
+    """The first of `cache_folders()` that can be made private to this user; a warning says why others cannot.
+
+    Raises BuildError when none can.
+    """
+    problems = []
+    for folder in cache_folders():
+        try:
+            _make_private(folder)
+        except (OSError, BuildError) as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            log.warning("%s; the cache folder is %s", "; ".join(problems), folder)
+        return folder
+    raise BuildError(f"there is no cache folder: {'; '.join(problems)}")
 
 
 def _find_compiler(compilers: Sequence[str]) -> str:

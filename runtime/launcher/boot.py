@@ -18,6 +18,7 @@ import threading
 
 LIFE_PIPE_ENV = "VIBE_SGL_LITE_LIFE_FD"  # read end of a pipe that only the launcher holds open for writing
 PR_SET_PDEATHSIG = 1
+LOAD_FAILED = 3  # exit code; one line on stderr says why
 
 
 def prepare_child() -> None:
@@ -48,9 +49,17 @@ def _die_with_parent() -> None:
 
 def main() -> None:
     prepare_child()
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # it was removed, and libraries do not expect that
+        os.chdir("/")
     module = sys.argv[1]
     del sys.argv[1]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except (ImportError, MemoryError, OSError) as error:  # something is missing, or a limit too low: the user's to fix
+        sys.stderr.write(f"{module} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}\n")
+        sys.exit(LOAD_FAILED)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from vibe_sgl_lite.runtime.errors import UserError
 from vibe_sgl_lite.runtime.launcher.boot import prepare_child
 from vibe_sgl_lite.runtime.logs import setup_logging
 from vibe_sgl_lite.runtime.messages import ChildFailed, ChildMessage, ChildReady, Drained, Heartbeat, LauncherMessage
+from vibe_sgl_lite.runtime.settings.machine import available_memory
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
@@ -67,12 +68,14 @@ class Child:
         self.control.connect(spec.endpoints.control)
         self._decoder: msgspec.msgpack.Decoder[LauncherMessage] = msgspec.msgpack.Decoder(LauncherMessage)
         self._last_beat = 0.0
+        self.is_ready = False
         self._pid = os.getpid()
 
     def _send(self, message: ChildMessage) -> None:
         self.control.send(msgspec.msgpack.encode(message))
 
     def ready(self, **facts: int | float | str) -> None:
+        self.is_ready = True
         self._send(ChildReady(self.name, facts, self._pid))
 
     def drained(self) -> None:
@@ -99,6 +102,13 @@ class Child:
             messages.append(self._decoder.decode(frame))
 
 
+def _lacks_resources(error: Exception) -> bool:
+    """Whether the machine would not give what was needed: memory (torch says so in words), disk, processes, files."""
+    if isinstance(error, RuntimeError) and "memory" in str(error):
+        return True
+    return isinstance(error, OSError | MemoryError | ImportError | zmq.ZMQError)
+
+
 def run_child(name: str, main: Callable[[Child], None]) -> None:
     """Run one child process to its end; never returns. Exit code 0 after a normal return of `main`, else 1."""
     prepare_child()
@@ -113,8 +123,10 @@ def run_child(name: str, main: Callable[[Child], None]) -> None:
         child.failed(str(error), user=True)
         code = 1
     except Exception as error:
-        log.exception("%s failed", name)
-        child.failed(f"{type(error).__name__}: {error}")
+        lacking = not child.is_ready and _lacks_resources(error)  # one line then, no traceback: it is not our mistake
+        log.log(logging.DEBUG if lacking else logging.ERROR, "%s failed", name, exc_info=True)
+        limit = f" (memory is limited by {available_memory().source})" if lacking and "memory" in str(error) else ""
+        child.failed(f"{type(error).__name__}: {error}{limit}", user=lacking)
         code = 1
     child.control.close()
     context.destroy(linger=500)

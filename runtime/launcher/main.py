@@ -7,6 +7,7 @@ Exit code 0 after SIGTERM or Ctrl-C, 1 when a process failed, 2 when the user ca
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from types import FrameType
 from vibe_sgl_lite.runtime.errors import StartupError, UserError
 from vibe_sgl_lite.runtime.launcher.pipeline import Pipeline
 from vibe_sgl_lite.runtime.launcher.watch import DRAIN_S, HURRY_S
-from vibe_sgl_lite.runtime.logs import setup_logging
+from vibe_sgl_lite.runtime.logs import escaped, one_line, setup_logging
 from vibe_sgl_lite.runtime.settings.cli import parse
 
 READY = (
@@ -56,8 +57,9 @@ def _serve(pipeline: Pipeline) -> int:
         if signals and pipeline.failure is None:
             return 0
         raise
+    shown = {name: escaped(fact) if isinstance(fact, str) else fact for name, fact in facts.items()}
     ready = READY_NODE if "node" in facts else READY + (" http={http}" if "http" in facts else "")
-    print(ready.format(**facts), flush=True)  # noqa: T201
+    _say(ready.format(**shown))
     pipeline.wait()
     return 0 if pipeline.failure is None else _fail(pipeline.failure, 1)
 
@@ -69,6 +71,14 @@ def _show_progress(ready: int, of: int) -> None:
         sys.stderr.flush()
 
 
+def _say(line: str) -> None:
+    """On stdout, which may be a terminal or a pipe that has ASCII alone, and may be closed."""
+    with contextlib.suppress(OSError):
+        encoding = sys.stdout.encoding or "ascii"
+        sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        sys.stdout.flush()
+
+
 def _fail(error: object, code: int) -> int:
-    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.write(f"error: {one_line(error)}\n")
     return code

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 import msgspec
+import zmq
 
 from vibe_sgl_lite.runtime.errors import StartupError
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
@@ -84,18 +85,10 @@ class Pipeline:
             run = cleanup.enter_context(RunDir(self.args.name, self.args.address))
             endpoints = Endpoints(directory=str(run.inner), api=run.address)
             self._spec = make_spec(self.args, endpoints)
-            self._watch = Watch(
-                self._children,
-                control_address=endpoints.control,
-                write_spec=self._write_spec,
-                threads=threads_per_rank(self.args),
-                rank_silence_s=HEARTBEAT_LOST_S + RANK_SILENCE_STEPS * self.args.step_timeout,
-                hosts_only=self.args.node_rank > 0,
-                # A group over several nodes would have to form anew on all of them.
-                max_restarts=0 if self.args.restart == "never" or self.args.nnodes > 1 else self.args.max_restarts,
-                on_ready=self._note_facts,
-                on_progress=self._on_progress,
-            )
+            try:
+                self._watch = self._make_watch(endpoints.control)
+            except (OSError, zmq.ZMQError) as error:
+                raise StartupError(f"{run.inner}: {error.strerror}", user=True) from error
             threading.Thread(
                 target=self._keep, args=(self._watch, cleanup.pop_all()), name="pipeline", daemon=True
             ).start()
@@ -137,6 +130,20 @@ class Pipeline:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.stop(0.0)
+
+    def _make_watch(self, control_address: str) -> Watch:
+        return Watch(
+            self._children,
+            control_address=control_address,
+            write_spec=self._write_spec,
+            threads=threads_per_rank(self.args),
+            rank_silence_s=HEARTBEAT_LOST_S + RANK_SILENCE_STEPS * self.args.step_timeout,
+            hosts_only=self.args.node_rank > 0,
+            # A group over several nodes would have to form anew on all of them.
+            max_restarts=0 if self.args.restart == "never" or self.args.nnodes > 1 else self.args.max_restarts,
+            on_ready=self._note_facts,
+            on_progress=self._on_progress,
+        )
 
     def _write_spec(self, epoch: int) -> Path:
         """The spec file of processes that start now; those that start again find the pool as large as it was."""

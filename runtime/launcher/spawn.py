@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from vibe_sgl_lite.runtime.launcher.boot import LIFE_PIPE_ENV
+from vibe_sgl_lite.runtime.launcher.boot import LIFE_PIPE_ENV, LOAD_FAILED
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -101,6 +101,8 @@ class ChildProcess:
         code = self._popen.poll()
         if code is None:
             return "is still running"
+        if code == LOAD_FAILED:
+            return "could not be loaded (the line above says why)"
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
         return f"exited with code {code}"

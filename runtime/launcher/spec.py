@@ -22,6 +22,7 @@ from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
 CHUNK_CPU = 512  # tokens
 CHUNK_CUDA = 2048
 DUMMY_DTYPE = "float32"  # of weights that are made up where config.json names no dtype, as in transformers
+NO_CUDA = "the torch that is installed was built without CUDA"
 INT8_HEAD_DIM_MULTIPLE = 8  # what model_worker/kv_int8.py needs
 
 
@@ -92,9 +93,12 @@ def _check_kv_cache(args: ServerArgs, model: ModelConfig, device: str) -> None:
 
 
 def _device(asked: str) -> str:
-    if asked != "auto":
+    if asked == "cpu":
         return asked
-    return "cuda" if _has_gpu() and _torch_has_cuda() else "cpu"
+    problem = "no NVIDIA GPU is found here" if not _has_gpu() else None if _torch_has_cuda() else NO_CUDA
+    if asked == "cuda" and problem is not None:
+        raise ConfigError(f"--device cuda: {problem}; give --device cpu, or leave it out", field="device")
+    return "cuda" if problem is None else "cpu"
 
 
 def _has_gpu() -> bool:

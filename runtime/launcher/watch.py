@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vibe_sgl_lite.runtime.errors import EngineDeadError
+from vibe_sgl_lite.runtime.launcher.boot import LOAD_FAILED
 from vibe_sgl_lite.runtime.launcher.control import ControlLine
 from vibe_sgl_lite.runtime.launcher.spawn import STACK_DUMP_S, ChildProcess, ChildSpec
 from vibe_sgl_lite.runtime.launcher.supervisor import WINDOW_S, Supervisor
@@ -143,6 +144,10 @@ class Watch:
             pass
         except _Failed as failure:
             self.failure = str(failure)
+            log.error("%s", self.failure)
+            self._tell_clients()
+        except OSError as error:  # a full disk, too many processes or files
+            self.failure, self.users_mistake = f"launcher: {one_line(error)}", True
             log.error("%s", self.failure)
             self._tell_clients()
         except Exception as error:
@@ -335,7 +340,7 @@ class Watch:
             return 3 if code is not None else 4
 
         child = min(self._children.values(), key=rank)
-        self.users_mistake = rank(child) == 1
+        self.users_mistake = rank(child) == 1 or child.process.exit_code() == LOAD_FAILED
         if rank(child) in (1, 2) and child.failed is not None:
             return f"{child.process.name}: {one_line(child.failed.message)}", child.process.name
         when = "" if child.facts is not None else " while starting"

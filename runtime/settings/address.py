@@ -25,7 +25,12 @@ def check_name(name: str) -> None:
 def check_address(address: str) -> None:
     """Raises ConfigError unless `address` is ipc://PATH, or tcp://HOST:PORT on the loopback interface."""
     if address.startswith("ipc://"):
-        path = os.path.abspath(address.removeprefix("ipc://"))
+        try:
+            path = os.path.abspath(address.removeprefix("ipc://"))
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"--address {address}: give an absolute path, the current folder was removed", field="address"
+            ) from error
         if address == "ipc://" or address.startswith("ipc://@"):
             raise ConfigError(f"--address {address}: give a file path after ipc://", field="address")
         if len(os.fsencode(path)) > MAX_IPC_PATH:

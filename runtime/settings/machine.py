@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,10 @@ class Limit(msgspec.Struct, frozen=True):
 def available_memory(root: Path = Path("/")) -> Limit:
     """Bytes that could still be taken without swapping or being killed. root: of the file system, for tests."""
     limits = [Limit(psutil.virtual_memory().available, "the machine")]
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most != resource.RLIM_INFINITY:
+        free = max(0, most - psutil.Process().memory_info().vms)
+        limits.append(Limit(free, f"ulimit -v {most >> 10}"))
     for group in _groups(root, V1_MEMORY):
         limit = _number(group / "memory.limit_in_bytes") or _number(group / "memory.max")
         high = _number(group / "memory.high")

@@ -6,6 +6,7 @@ Knows nothing of what is in the files (runtime/settings/model_config.py reads th
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ import msgspec
 
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.logs import one_line
+from vibe_sgl_lite.runtime.settings.folders import cache_folders
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = ("models", "tiny")  # in the package vibe_sgl_lite
@@ -22,6 +24,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TEXT_FILES = ("*.json", "*.jinja", "*.txt")  # configs, tokenizer, chat templates
 WEIGHT_FILES = ("*.safetensors",)
 HUB_TIMEOUT_S = 5.0  # for the first answer of the hub; a missing network must be told within 10 s
+
+log = logging.getLogger(__name__)
 
 
 class ModelSource(msgspec.Struct, frozen=True):
@@ -100,14 +104,22 @@ def embedded_folder() -> Path:
 
 
 def _download(hub_id: str, revision: str | None, weights: bool, flag: str) -> Path:
-    from huggingface_hub import snapshot_download  # slow to import, rarely needed
+    from huggingface_hub import constants, snapshot_download  # slow to import, rarely needed
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
+    cache = Path(constants.HF_HUB_CACHE)
+    if not cache.is_absolute():  # a relative HF_HOME, or no home at all: it would land in the current folder
+        cache = next(cache_folders()) / "hub"
+        log.warning("the hub's cache %r is no absolute path; models are kept in %s", constants.HF_HUB_CACHE, cache)
     patterns = [*TEXT_FILES, *(WEIGHT_FILES if weights else ())]
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_S))
+        return Path(
+            snapshot_download(
+                hub_id, revision=revision, cache_dir=cache, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_S
+            )
+        )
     except (OSError, ValueError) as error:  # every error of the hub library is one of the two
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ConfigError(

@@ -1,6 +1,7 @@
 """The private run directory: where a daemon's sockets live, who holds them, and what is removed at the end.
 
-    <run>/                          0700, ours: $XDG_RUNTIME_DIR/vibe-sgl-lite, else <tmp>/vibe-sgl-lite-<uid>
+    <run>/                          0700, ours: $XDG_RUNTIME_DIR/vibe-sgl-lite, else vibe-sgl-lite-<uid> in $TMPDIR,
+                                    /tmp or /var/tmp, the first that can be used
     <run>/<name>/lock               flock held by the launcher for its whole life; holds its pid
     <run>/<name>/api.sock           where clients connect
     <run>/<name>/<random>/          the pipeline's inner sockets and its spec file
@@ -12,13 +13,14 @@ Knows nothing of processes and messages.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 import secrets
 import shutil
 import socket
 import stat
-import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -31,37 +33,58 @@ from vibe_sgl_lite.runtime.settings.address import MAX_IPC_PATH, check_address, 
 INNER_BYTES = 4  # randomness of the inner folder's name, which is a lock-protected 0700 folder's child
 LONGEST_INNER_NAME = "rank999.9999"  # of runtime/transport/endpoints.py
 LOCK_FILE = "lock"
+API_SOCKET = "api.sock"
 OWNER_PID_WAIT_S = 1.0  # how long a holder of the lock may take to write its pid
+
+log = logging.getLogger(__name__)
 
 
 def default_address(name: str = "default") -> str:
     """Where the daemon called `name` listens when it was given no --address; what a client connects to.
 
-    Raises ConfigError for an impossible name, and when the run directory exists but belongs to somebody else.
+    Where there are several run directories, for they may have changed since it started, the one that has it counts.
+    Raises ConfigError for an impossible name, and when the run directory belongs to somebody else.
     """
-    folder = _name_folder(name)
-    if folder.parent.exists():
-        _check_owner(folder.parent)
-    return f"ipc://{folder / 'api.sock'}"
+    check_name(name)
+    bases, _ = _bases(name)
+    found = next((base for base in bases if os.path.lexists(base / name / API_SOCKET)), bases[0])
+    if os.path.lexists(found):
+        _check_owner(found)
+    return f"ipc://{found / name / API_SOCKET}"
 
 
 class RunDir:
     """One daemon's hold on its name and its address. `address` is where the API is to be bound; `inner` is private.
 
-    Raises ConfigError naming the owner's pid when the name, the ipc path or the TCP port is in use, and for an address
-    that is not allowed. `close` removes everything that was made here.
+    What killed daemons of other names have left beside it is removed first.
+    Raises ConfigError naming the owner's pid when the name, the ipc path or the TCP port is in use, for an address that
+    is not allowed, and when no folder can be used. `close` removes everything that was made here.
     """
 
     def __init__(self, name: str, address: str | None = None) -> None:
         self._locks: list[_Lock] = []
-        self._folder = _name_folder(name)
+        self._name = name
         self.address = ""
+        check_name(name)
+        bases, problems = _bases(name)
+        for base in bases:
+            try:
+                self._take(base)
+                break
+            except OSError as error:  # not one of ours: a ConfigError
+                problems.append(f"{base} cannot be used ({error.strerror})")
+                self.close()
+            except BaseException:
+                self.close()
+                raise
+        else:
+            raise ConfigError(f"no run directory: {'; '.join(problems)}; set XDG_RUNTIME_DIR to a folder of your own",
+                              field="name")  # fmt: skip
+        if problems:
+            log.warning("%s; the run directory is %s", "; ".join(problems), self._folder.parent)
         try:
-            self._lock_folder(name)
-            self._remove_leftovers()
-            self.address = default_address(name) if address is None else self._own_address(address)
-            self.inner = self._folder / secrets.token_hex(INNER_BYTES)
-            self.inner.mkdir(mode=0o700)
+            _sweep(self._folder.parent)
+            self.address = f"ipc://{self._folder / API_SOCKET}" if address is None else self._own_address(address)
         except BaseException:
             self.close()
             raise
@@ -76,6 +99,7 @@ class RunDir:
         for lock in reversed(self._locks):
             lock.release()
         self._locks.clear()
+        self.address = ""
         with contextlib.suppress(OSError):  # the next daemon of this name may have taken the folder already
             self._folder.rmdir()
 
@@ -85,20 +109,21 @@ class RunDir:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _lock_folder(self, name: str) -> None:
+    def _take(self, base: Path) -> None:
+        """Lock `base`/<name> and make what is private to this start. Raises OSError when `base` cannot be used."""
+        self._folder = base / self._name
         while not self._locks:
-            _make_private(self._folder.parent)
+            _make_private(base)
             _make_private(self._folder)
             with contextlib.suppress(FileNotFoundError):  # the last owner removed the folder just now
-                self._locks.append(_Lock(self._folder / LOCK_FILE, f"--name {name}"))
+                self._locks.append(_Lock(self._folder / LOCK_FILE, f"--name {self._name}"))
+        self._remove_leftovers()
+        self.inner = self._folder / secrets.token_hex(INNER_BYTES)
+        self.inner.mkdir(mode=0o700)
 
     def _remove_leftovers(self) -> None:
         """What this daemon made, or what one of the same name that was killed had left."""
-        for path in self._folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name != LOCK_FILE:
-                path.unlink(missing_ok=True)
+        _empty(self._folder)
 
     def _own_address(self, address: str) -> str:
         check_address(address)
@@ -106,8 +131,13 @@ class RunDir:
             path = Path(os.path.abspath(address.removeprefix("ipc://")))
             if not path.parent.is_dir():
                 raise ConfigError(f"--address {address}: the folder {path.parent} does not exist", field="address")
-            self._locks.append(_Lock(path.with_name(path.name + ".lock"), f"--address {address}"))
-            if path.exists() and not stat.S_ISSOCK(path.lstat().st_mode):
+            try:
+                self._locks.append(_Lock(path.with_name(path.name + ".lock"), f"--address {address}"))
+            except OSError as error:
+                raise ConfigError(
+                    f"--address {address}: {path.parent} cannot be used: {error.strerror}", field="address"
+                ) from error
+            if os.path.lexists(path) and not stat.S_ISSOCK(path.lstat().st_mode):
                 raise ConfigError(f"--address {address}: there is a file that is no socket", field="address")
             path.unlink(missing_ok=True)
             return f"ipc://{path}"
@@ -141,19 +171,74 @@ def _listener_pid(port: int) -> int | None:
     return None
 
 
-def _name_folder(name: str) -> Path:
-    """`<run>/<name>`, in the first base folder that leaves every socket path short enough."""
-    check_name(name)
+def _bases(name: str) -> tuple[list[Path], list[str]]:
+    """Where run directories may be, the best first; and why others that were asked for are not among them.
+
+    Never the current folder: what an environment variable names must be an absolute path. All leave sockets' paths
+    short enough.
+    """
     uid = os.getuid()
-    bases = [Path(tempfile.gettempdir()) / f"vibe-sgl-lite-{uid}", Path("/tmp") / f"vibe-sgl-lite-{uid}"]
-    xdg = os.environ.get("XDG_RUNTIME_DIR")
-    if xdg:
-        bases.insert(0, Path(xdg) / "vibe-sgl-lite")
-    for base in bases:
-        longest = base / name / ("0" * 2 * INNER_BYTES) / LONGEST_INNER_NAME
-        if base.is_absolute() and len(os.fsencode(longest)) <= MAX_IPC_PATH:
-            return base / name
-    raise AssertionError(f"no folder is short enough for the sockets of {name!r}")  # /tmp always is
+    bases: list[Path] = []
+    problems: list[str] = []
+    for variable, ending in (("XDG_RUNTIME_DIR", "vibe-sgl-lite"), ("TMPDIR", f"vibe-sgl-lite-{uid}")):
+        text = os.environ.get(variable)
+        if text:
+            problem = _problem(Path(text), name, ending, own=variable == "XDG_RUNTIME_DIR")
+            if problem is None:
+                bases.append(Path(text) / ending)
+            else:
+                problems.append(f"{variable}={text!r} {problem}")
+    bases += [Path(folder) / f"vibe-sgl-lite-{uid}" for folder in ("/tmp", "/var/tmp")]
+    return list(dict.fromkeys(bases)), problems
+
+
+def _problem(folder: Path, name: str, ending: str, *, own: bool) -> str | None:
+    """Why no run directory is made in `folder`; None if it can be. own: whether it must be ours (su keeps others')."""
+    longest = folder / ending / name / ("0" * 2 * INNER_BYTES) / LONGEST_INNER_NAME
+    text = str(folder)
+    if not folder.is_absolute():
+        return "is no absolute path"
+    if not text.isprintable() or " " in text:
+        return "has a blank or an odd character in it"
+    if len(os.fsencode(longest)) > MAX_IPC_PATH:
+        return "is too long for sockets' paths"
+    try:
+        info = folder.stat()
+    except OSError as error:
+        return f"cannot be used ({error.strerror})"
+    if not stat.S_ISDIR(info.st_mode):
+        return "is not a folder"
+    if own and info.st_uid != os.getuid():
+        return f"belongs to user {info.st_uid}, not to you ({os.getuid()})"
+    return None
+
+
+def _sweep(base: Path) -> None:
+    """Remove the folders of daemons that were killed: those whose lock nobody holds."""
+    for folder in base.iterdir():
+        try:
+            if folder.is_symlink() or not folder.is_dir():
+                continue
+            if not (folder / LOCK_FILE).exists():
+                folder.rmdir()  # only an empty one, and who has just made it makes it again
+                continue
+            lock = _Lock(folder / LOCK_FILE, "", wait=False)
+        except (OSError, ConfigError):
+            continue
+        _empty(folder)
+        lock.release()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but the lock. That `folder` itself is gone is fine: others clean up too (logind, at logout)."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK_FILE:
+                path.unlink(missing_ok=True)
 
 
 def _make_private(folder: Path) -> None:
@@ -180,14 +265,20 @@ def _check_owner(folder: Path) -> None:
 class _Lock:
     """An flock on a file that holds the owner's pid. The kernel drops it when the owner dies, however it dies."""
 
-    def __init__(self, path: Path, what: str) -> None:
+    def __init__(self, path: Path, what: str, *, wait: bool = True) -> None:
+        """Raises ConfigError when it is held, naming `what` and the owner, for whose pid to come it may `wait`."""
         self._path = path
         while True:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                raise ConfigError(f"{path} is a link, but a lock must be a file: remove it", field="name") from error
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                owner = self._owner()
+                owner = self._owner() if wait else "unknown"
                 os.close(self._fd)
                 raise ConfigError(
                     f"{what} is in use by process {owner}: stop it or choose another", field="name"
@@ -195,8 +286,12 @@ class _Lock:
             if self._still_there():
                 break
             os.close(self._fd)  # its owner removed the file between our open and our flock
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+        except OSError:  # the disk is full
+            self.release()
+            raise
 
     def release(self) -> None:
         self._path.unlink(missing_ok=True)

@@ -96,7 +96,7 @@ def test_no_room_names_the_flag(
 
 def test_more_tokens_than_memory(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     page_bytes = 16 * config.kv_bytes_per_token(1, 4)
-    free(monkeypatch, 100 * page_bytes)
+    free(monkeypatch, 100 * page_bytes - HEADROOM_BYTES)
     assert pages(config, tokens=99 * 16) == 99
     with pytest.raises(ConfigError, match=r"--max-total-tokens 1600 .* limit 77 MiB.*at most 1584") as error:
         pages(config, tokens=1600)

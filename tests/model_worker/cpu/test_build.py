@@ -1,6 +1,7 @@
 """Building and caching the kernels: private folder, reuse, rebuild, concurrent ranks, no compiler."""
 
 import logging
+import os
 import stat
 import subprocess
 import sys
@@ -121,6 +122,28 @@ def test_a_file_in_place_of_the_folder_means_no_kernels(tmp_path: Path, compiler
 def test_the_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / "vibe-sgl-lite"
+
+
+@pytest.mark.parametrize("value", ["relative", "", "/dev/null", "/proc/none"])
+def test_a_cache_that_cannot_be_is_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, value: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert default_cache_dir() == tmp_path / "home" / ".cache" / "vibe-sgl-lite"
+    assert (f"the cache folder is {tmp_path}" in caplog.text) == value.startswith("/")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_without_a_home_the_cache_is_temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nobody(path: str) -> str:
+        return path
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", nobody)  # as for a uid that /etc/passwd does not have
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert default_cache_dir() == tmp_path / f"vibe-sgl-lite-cache-{os.getuid()}"
 
 
 def test_torchs_openmp_pool_is_found_and_no_second_one_is_loaded() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -167,11 +168,39 @@ def test_a_child_that_does_not_come_up(model: Path, run_base: Path, behaviours: 
     assert list(run_base.iterdir()) == []
 
 
-def test_a_module_that_cannot_be_imported(model: Path) -> None:
+def test_a_module_that_cannot_be_imported(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     specs = [*children()[:3], ChildSpec("detokenizer", "tests.runtime.no_such_module")]
     engine = Pipeline(ServerArgs(model_path=str(model), log_level="error"), children=specs)
-    with pytest.raises(StartupError, match="detokenizer exited with code 1 while starting"):
+    with pytest.raises(StartupError, match=r"detokenizer could not be loaded .* while starting") as error:
         engine.start()
+    assert error.value.user
+    log = capfd.readouterr().err
+    assert "tests.runtime.no_such_module cannot be loaded: ImportError: " in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("call", ["write_bytes", "touch"])
+def test_a_disk_that_is_full_is_one_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], call: str
+) -> None:
+    def full(path: Path, *rest: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, call, full)
+    with pytest.raises(StartupError, match=r"No space left on device: '.*spec") as error:
+        pipeline(model).start()
+    assert error.value.user
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_socket_that_cannot_be_bound_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: str, mode: int) -> None:
+        raise zmq.ZMQError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.control.bind_ipc", full)
+    with pytest.raises(StartupError, match=r"vibe-sgl-lite/default/\w+: No space left on device") as error:
+        pipeline(model).start()
+    assert error.value.user
 
 
 @pytest.mark.parametrize("victim", NAMES)

@@ -46,7 +46,22 @@ def test_auto(
     assert spec.endpoints == ENDPOINTS
 
 
-def test_what_is_asked_for_wins(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("gpu", "torch_cuda", "why"), [(False, True, "no NVIDIA GPU"), (True, False, "without CUDA"), (False, False, "GPU")]
+)
+def test_cuda_that_is_not_there(
+    model: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, torch_cuda: bool, why: str
+) -> None:
+    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec._has_gpu", lambda: gpu)
+    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec._torch_has_cuda", lambda: torch_cuda)
+    with pytest.raises(ConfigError, match=f"--device cuda: .*{why}.*--device cpu") as error:
+        make_spec(ServerArgs(model_path=str(model), device="cuda"), ENDPOINTS)
+    assert error.value.field == "device"
+
+
+def test_what_is_asked_for_wins(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec._has_gpu", lambda: True)
+    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec._torch_has_cuda", lambda: True)
     (tmp_path / "tok").mkdir()
     args = ServerArgs(
         model_path=str(model), tokenizer_path=str(tmp_path / "tok"), device="cuda", dtype="float32",

@@ -108,6 +108,15 @@ def test_quota(
     assert usable_cores(tree(tmp_path, mounts, groups, files)).value == cores
 
 
+def test_ulimit() -> None:
+    code = "from vibe_sgl_lite.runtime.settings.machine import available_memory as a; print(a())"
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -v 2000000; exec "$@"', "sh", sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert "ulimit -v 2000000" in done.stdout, done.stderr
+    assert 0 < float(done.stdout.split("value=")[1].split(",")[0]) < 2000000 << 10
+
+
 @pytest.fixture
 def memory_group() -> Iterator[Path]:
     """A control group of 300 MiB, where this machine lets tests make one."""

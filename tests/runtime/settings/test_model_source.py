@@ -82,6 +82,19 @@ def test_a_revision_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert error.value.field == "revision"
 
 
+@pytest.mark.parametrize("cache", ["relative/hub", "~/.cache/huggingface/hub"])
+def test_the_hubs_cache_is_never_in_the_current_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, cache: str
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, **o: asked.update(o) or str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", cache)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    find_model("Qwen/Qwen3-0.6B", weights=False)
+    assert asked["cache_dir"] == tmp_path / "vibe-sgl-lite" / "hub"
+    assert str(tmp_path / "vibe-sgl-lite" / "hub") in caplog.text
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
+import shutil
 import socket
 import stat
 import subprocess
@@ -41,6 +44,108 @@ def test_default_address_needs_no_daemon(base: Path) -> None:
 def test_without_xdg_the_temporary_folder_and_the_uid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert default_address().endswith(f"/vibe-sgl-lite-{os.getuid()}/default/api.sock")
+
+
+@pytest.mark.parametrize("value", ["relative/run", ".", "/proc/no-such-folder", "/dev/null", "a blank", "file"])
+@pytest.mark.parametrize("variable", ["XDG_RUNTIME_DIR", "TMPDIR"])
+def test_the_next_place_where_the_first_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variable: str, value: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "a blank").mkdir()
+    if value in ("file", "a blank"):
+        value = str(tmp_path / value)
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setenv(variable, value)
+    before = sorted(tmp_path.rglob("*"))
+    name = f"t{secrets.token_hex(6)}"
+    with RunDir(name) as run:
+        assert run.address == f"ipc:///tmp/vibe-sgl-lite-{os.getuid()}/{name}/api.sock" == default_address(name)
+        assert len(caplog.messages) == 1
+        assert value in caplog.text
+        assert f"the run directory is /tmp/vibe-sgl-lite-{os.getuid()}" in caplog.text
+    assert sorted(tmp_path.rglob("*")) == before, "nothing lands in the current folder"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_runtime_dir_of_another_user_is_not_used(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As su and sudo keep it, also for root, who could write there."""
+    os.chown(base, 12345, 12345)
+    name = f"t{secrets.token_hex(6)}"
+    with RunDir(name) as run:
+        assert run.address == default_address(name) == f"ipc:///tmp/vibe-sgl-lite-0/{name}/api.sock"
+    assert "belongs to user 12345" in caplog.text
+
+
+def test_a_client_finds_a_daemon_that_had_to_go_elsewhere(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"t{secrets.token_hex(6)}"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/no-such-folder")
+    with RunDir(name) as run:
+        Path(run.address.removeprefix("ipc://")).touch()
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+        assert default_address(name) == run.address
+
+
+def test_no_place_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(folder: Path, **rest: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(ConfigError, match=r"no run directory: .*No space left on device.*set XDG_RUNTIME_DIR") as error:
+        RunDir("a")
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_while_the_lock_is_written(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        RunDir("a")
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+    with RunDir("a"):
+        pass
+
+
+def test_a_lock_that_is_a_link_is_refused(base: Path, tmp_path: Path) -> None:
+    (base / "vibe-sgl-lite" / "a").mkdir(parents=True)
+    (base / "vibe-sgl-lite" / "a" / "lock").symlink_to(tmp_path / "other")
+    with pytest.raises(ConfigError, match="lock is a link"):
+        RunDir("a")
+    (base / "x.sock.lock").symlink_to(tmp_path / "other")
+    with pytest.raises(ConfigError, match="lock is a link"):
+        RunDir("b", f"ipc://{base}/x.sock")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_directory_that_is_removed_meanwhile(base: Path) -> None:
+    with RunDir("a"):
+        shutil.rmtree(base / "vibe-sgl-lite")
+    with RunDir("a", f"ipc://{base}/own.sock"):
+        shutil.rmtree(base)
+    base.mkdir()
+
+
+def test_folders_of_killed_daemons_are_swept(base: Path, tmp_path: Path) -> None:
+    run = base / "vibe-sgl-lite"
+    for name in ("dead", "empty", "no-lock"):
+        (run / name).mkdir(parents=True)
+    (run / "dead" / "lock").write_text("1")
+    (run / "dead" / "0123").mkdir()
+    (run / "dead" / "0123" / "spec.json").touch()
+    (run / "dead" / "api.sock").touch()
+    (run / "no-lock" / "notes").touch()
+    (tmp_path / "lock").touch()
+    (run / "link").symlink_to(tmp_path)
+    (run / "a-file").touch()
+    with RunDir("alive"), RunDir("a"):
+        assert sorted(path.name for path in run.iterdir()) == ["a", "a-file", "alive", "link", "no-lock"]
+        assert (run / "alive" / "lock").read_text() == str(os.getpid())
+    assert (tmp_path / "lock").exists()
 
 
 def test_everything_is_private_and_removed(base: Path) -> None:
