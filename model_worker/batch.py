@@ -8,7 +8,8 @@ Legend: S slots, R rows of a step, T tokens of all rows, Q rows that sample.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,20 +18,36 @@ from torch import Tensor
 
 from vibe_sgl_lite.model_worker.device import Device, Fields
 from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
+from vibe_sgl_lite.qwen3.layers.linear import TokenAttributes
 from vibe_sgl_lite.runtime.messages import ForwardBatch
 
 IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]
 
 
+class Drafter(Protocol):
+    """Guesses tokens ahead, for a step to compute with the one that is known and to keep as far as they come true.
+
+    most: of a row.
+    """
+
+    most: int
+
+    def propose(self, slot: int, position: int, most: int) -> Sequence[int]:
+        """At most `most` tokens of that slot, from `position` on; all before it are known."""
+        ...
+
+
 @dataclass(frozen=True)
 class StepInput:
     """One step as the runner needs it: the device's part, and which of its rows sample. None of them is padding.
 
-    On the host: slots [R] int32; sampling_rows [Q] int64, indices into R; sampling_slots [Q] int64; sampling_positions
-    [Q] int64, the position that the sampled token will take. On the device: last_tokens [Q] int64, where in T they end;
-    positions [Q] int64, as on the host; places [Q] int64, where in all slots' tokens the sampled ones go. Where the
-    batch is padded for a graph, the device's three go on for its padding rows.
+    On the host: slots [R] int32; sampling_rows [Q] int64, indices into R, ascending: a row with k drafts has 1 + k
+    places, the others one; sampling_slots [Q] int64; sampling_positions [Q] int64, the position that the sampled token
+    will take. drafts: those of the rows that have some, by row.
+    On the device: last_tokens [Q] int64, where in T they end; positions [Q] int64, as on the host; places [Q] int64,
+    where in all slots' tokens the sampled ones go. Where the batch is padded for a graph, these three go on for its
+    padding rows. attributes: None where all rows are plain.
     """
 
     batch: DeviceBatch
@@ -41,6 +58,13 @@ class StepInput:
     last_tokens: Tensor
     positions: Tensor
     places: Tensor
+    drafts: dict[int, list[int]] = field(default_factory=dict)
+    attributes: TokenAttributes | None = None
+
+    def entries(self, row: int) -> slice:
+        """Where among the Q places a row's are."""
+        first, end = np.searchsorted(self.sampling_rows, (row, row + 1)).tolist()
+        return slice(first, end)
 
 
 class SlotStates:
@@ -57,8 +81,10 @@ class SlotStates:
         *,
         max_tokens: int | None = None,
         row_buckets: Sequence[int] = (),
+        max_drafts: int = 0,
     ) -> None:
-        """max_tokens: of a step; by default as many as all slots and a context have. row_buckets: of `StepGraphs`."""
+        """max_tokens: of a step; by default as many as all slots and a context have. row_buckets: of `StepGraphs`.
+        max_drafts: of a row."""
         self.page_size = page_size
         self.padding_page = padding_page
         self.device = device
@@ -70,6 +96,8 @@ class SlotStates:
         self.tokens[self.padding_slot].zero_()
         self.num_tokens = np.zeros(max_slots + 1, dtype=np.int32)  # known ones, those not yet computed included
         self.num_computed = np.zeros(max_slots + 1, dtype=np.int32)
+        self.adapters = np.zeros(max_slots + 1, dtype=np.int32)
+        self._unsettled: dict[int, StepInput] = {}  # slots whose lengths depend on what became of a step's drafts
         pages = -(-context_length // page_size) + 1
         self.page_table = np.full((max_slots + 1, pages), padding_page, dtype=np.int32)
         self.highest_page = -1  # that any row was given so far
@@ -79,7 +107,8 @@ class SlotStates:
         max_rows = max(max_slots, *self.row_buckets, 1)
         max_tokens = max(max_slots + context_length if max_tokens is None else max_tokens, max_rows)
         self._rows = Fields(device, max_rows + 1, slots=np.int64, query_start=np.int32, context_lengths=np.int32)
-        self._sampled = Fields(device, max_rows, last_tokens=np.int64, positions=np.int64, places=np.int64)
+        places = max_rows * (1 + max_drafts)
+        self._sampled = Fields(device, places, last_tokens=np.int64, positions=np.int64, places=np.int64)
         self._tokens = Fields(device, max_tokens, places=np.int64, positions=np.int32, slot_mapping=np.int64)
         self._token_ids = torch.zeros(max_tokens, dtype=torch.int32, device=device.torch_device)
         if not device.synchronous:  # the device's own page table, to which changes are sent; and the rows of a step
@@ -92,12 +121,17 @@ class SlotStates:
         released = unpack(batch.released)
         self.num_tokens[released] = 0
         self.num_computed[released] = 0
+        self.adapters[released] = 0
+        for slot in released.tolist() if self._unsettled else ():
+            self._unsettled.pop(slot, None)
         for new in batch.new:
             ids, pages = unpack(new.token_ids), unpack(new.pages)
             assert 0 <= new.num_computed < len(ids)
             self.tokens[new.slot, : len(ids)] = self.device.tensor(ids.copy())
             self.num_tokens[new.slot] = len(ids)
             self.num_computed[new.slot] = new.num_computed
+            self.adapters[new.slot] = 0 if new.attributes is None else new.attributes.adapter
+            self._unsettled.pop(new.slot, None)
             self.page_table[new.slot, : len(pages)] = pages
             self.page_table[new.slot, len(pages) :] = self.padding_page
             self.highest_page = max(self.highest_page, int(pages.max(initial=-1)))
@@ -111,22 +145,69 @@ class SlotStates:
             self._row_slots = unpack(batch.row_slots)
             self._row_tokens = unpack(batch.row_tokens)
 
-    def prepare(self) -> StepInput:
-        """The step's rows for the device; their slots then count as computed, and sampling ones as one longer.
+    def waits(self, drafter: Drafter | None) -> bool:
+        """Whether this step's rows can be prepared only when the steps before it are done and settled."""
+        slots = self._row_slots
+        if self._unsettled and not self._unsettled.keys().isdisjoint(slots.tolist()):
+            return True
+        return drafter is not None and bool((self._row_tokens > (self.num_tokens - self.num_computed)[slots]).any())
 
-        The caller puts the sampled tokens in place with `append`.
+    def prepare(self, drafter: Drafter | None = None) -> StepInput:
+        """The step's rows for the device; their slots then count as computed, and sampling ones as one longer: but for
+        those with drafts, which `settle` moves on.
+
+        A row that may have more tokens than its slot knows gets drafts, or else runs fewer. The caller puts the sampled
+        tokens in place with `append`.
         """
-        slots, counts = self._row_slots, self._row_tokens
-        starts = self.num_computed[slots]
+        slots, starts = self._row_slots, self.num_computed[self._row_slots]
+        known = self.num_tokens[slots] - starts
+        assert (self._row_tokens > 0).all()
+        assert (known > 0).all(), "a row of a slot that has no token to run"
+        counts, drafts = np.minimum(self._row_tokens, known), self._draft(drafter, known)
+        for row, tokens in drafts.items():
+            counts[row] += len(tokens)
         ends = starts + counts
-        assert (counts > 0).all()
-        assert (ends <= self.num_tokens[slots]).all(), "a row runs tokens that are not known"
-        sampling_rows = np.flatnonzero(ends == self.num_tokens[slots])
+        sampling_rows = np.flatnonzero(counts >= known)
         self.num_computed[slots] = ends
-        sampling_slots = slots[sampling_rows].astype(np.int64)
-        self.num_tokens[sampling_slots] += 1
+        self.num_tokens[slots[sampling_rows]] += 1
+        back = np.zeros(len(sampling_rows), dtype=np.int64)
+        if drafts:
+            each = np.array([1 + len(drafts.get(row, ())) for row in sampling_rows.tolist()])
+            sampling_rows = np.repeat(sampling_rows, each)
+            back = np.repeat(np.cumsum(each), each) - 1 - np.arange(len(sampling_rows))
         padding = self._padding(counts, len(sampling_rows))
-        return self._fill(slots, starts, ends, sampling_rows, sampling_slots, padding)
+        step = self._fill(slots, starts, ends, sampling_rows, back, padding)
+        if drafts:
+            step = replace(step, drafts=drafts)
+            self._unsettled |= dict.fromkeys(slots[[*drafts]].tolist(), step)
+        return step
+
+    def settle(self, step: StepInput, row: int, yielded: int) -> None:
+        """So many tokens came of a row with drafts; what was computed for the others does not count."""
+        slot = int(step.slots[row])
+        if self._unsettled.get(slot) is step:
+            del self._unsettled[slot]
+            self.num_tokens[slot] += yielded - 1
+            self.num_computed[slot] = self.num_tokens[slot] - 1
+
+    def _draft(self, drafter: Drafter | None, known: IntArray) -> dict[int, list[int]]:
+        """Drafts for the rows that have room for them, put behind their slots' tokens."""
+        room = self._row_tokens - known
+        if drafter is None or not (room > 0).any():
+            return {}
+        drafts, places, ids = {}, [], []
+        for row in np.flatnonzero(room > 0).tolist():
+            slot, most = int(self._row_slots[row]), int(room[row])
+            first = int(self.num_tokens[slot])
+            tokens = [*drafter.propose(slot, first, most)][:most]
+            if tokens:
+                drafts[row] = tokens
+                places += [slot * self.tokens.shape[1] + first + i for i in range(len(tokens))]
+                ids += tokens
+        if drafts:
+            flat = self.device.tensor(np.array(places, dtype=np.int64))
+            self.tokens.view(-1)[flat] = self.device.tensor(np.array(ids, dtype=np.int32))
+        return drafts
 
     def padding_step(self, rows: int, max_context: int) -> StepInput:
         """A step of padding rows alone, for graphs: as a batch of that many decode rows with such a longest context."""
@@ -150,10 +231,11 @@ class SlotStates:
         starts: IntArray,
         ends: IntArray,
         sampling_rows: LongArray,
-        sampling_slots: LongArray,
+        back: LongArray,
         padding: int,
         max_context: int | None = None,
     ) -> StepInput:
+        """back: [Q], how far before its row's last token each place is."""
         rows, counts, width = len(slots), ends - starts, self.tokens.shape[1]
         real = int(counts.sum())
         padded_rows, num_tokens, sampled = rows + padding, real + padding, len(sampling_rows) + padding
@@ -181,9 +263,9 @@ class SlotStates:
             host["places"][real:num_tokens] = self.padding_slot * width
         self._tokens.send(num_tokens)
 
-        host, sampling_positions = self._sampled.host, ends[sampling_rows].astype(np.int64)
-        own = len(sampling_rows)
-        host["last_tokens"][:own] = query_start[1:][sampling_rows] - 1
+        host, own = self._sampled.host, len(sampling_rows)
+        sampling_slots, sampling_positions = slots[sampling_rows].astype(np.int64), ends[sampling_rows] - back
+        host["last_tokens"][:own] = query_start[1:][sampling_rows] - 1 - back
         host["positions"][:own] = sampling_positions
         host["places"][:own] = sampling_slots * width + sampling_positions
         if padding:
@@ -208,7 +290,7 @@ class SlotStates:
             host_context_lengths=lengths,
             max_context=longest,
         )
-        device = self._sampled.device
+        device, adapters = self._sampled.device, self.adapters[token_slots]
         return StepInput(
             batch=batch,
             slots=slots,
@@ -218,6 +300,7 @@ class SlotStates:
             last_tokens=device["last_tokens"][:sampled],
             positions=device["positions"][:sampled],
             places=device["places"][:sampled],
+            attributes=TokenAttributes(self.device.tensor(adapters)) if adapters.any() else None,
         )
 
     def _note_pages(self, slots: npt.NDArray[np.integer], index: npt.NDArray[np.integer]) -> None:

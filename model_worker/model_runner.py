@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.batch import SlotStates, StepInput, unpack
+from vibe_sgl_lite.model_worker.batch import Drafter, SlotStates, StepInput, unpack
 from vibe_sgl_lite.model_worker.device import Array, Device, ReadBack, device_of
 from vibe_sgl_lite.model_worker.device_batch import StepBackend, StepGraphs
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
@@ -69,6 +69,14 @@ class PendingStep:
         """Whether `collect` would return at once."""
         return self.read_back is None or self.read_back.done()
 
+    def tokens(self, row: int) -> list[int]:
+        """A row's sampled tokens that count: up to the first that is not the draft in its place."""
+        assert self.results is not None
+        sampled: list[int] = self.results[0][self.step.entries(row)].tolist()
+        drafts = self.step.drafts.get(row, [])
+        pairs = zip(sampled, drafts, strict=False)
+        return sampled[: next((i + 1 for i, (token, draft) in enumerate(pairs) if token != draft), len(sampled))]
+
 
 @dataclass(frozen=True)
 class ForwardOutput:
@@ -98,10 +106,11 @@ class ModelRunner:
         device: Device | None = None,
         graphs: StepGraphs | None = None,
         timer: PartTimer = NO_TIMER,
+        drafter: Drafter | None = None,
     ) -> None:
         """max_tokens: of a step; see `SlotStates`. tokenizer_file: tokenizer.json, for grammars; without it no request
         may have one. argmax: see `Sampler`. device: by default, the model's. graphs: what captures steps, if anything.
-        timer: told where every part of a step begins.
+        timer: told where every part of a step begins. drafter: guesses tokens for rows that have room for them.
         """
         self.model = model
         self.pool = pool
@@ -109,6 +118,7 @@ class ModelRunner:
         self.device = device or device_of(model.device)
         self.graphs = graphs
         self.timer = timer
+        self.drafter = drafter
         self.slots = SlotStates(
             max_slots,
             context_length,
@@ -117,6 +127,7 @@ class ModelRunner:
             self.device,
             max_tokens=max_tokens,
             row_buckets=() if graphs is None else graphs.row_buckets,
+            max_drafts=0 if drafter is None else drafter.most,
         )
         self.sampler = Sampler(model.config.vocab_size, model.parallel.tp, self.slots.tokens, argmax, self.device)
         library = None
@@ -136,13 +147,15 @@ class ModelRunner:
         """Apply what changed, run the rows, sample those that are at their end.
 
         Waits for the steps before only where rows' constraints have to know their tokens, and then with the forward
-        already under way.
+        already under way; or where rows may have drafts.
         """
         started = time.perf_counter()
         self.timer.mark("apply")
         self.apply(batch)
         self.timer.mark("prepare")
-        step = self.slots.prepare()
+        if self._in_flight and self.slots.waits(self.drafter):
+            self._land_until(self._in_flight[-1])
+        step = self.slots.prepare(self.drafter)
         pending = PendingStep(batch.step, batch.epoch, step, started)
         if len(step.slots) == 0:
             return pending
@@ -178,9 +191,14 @@ class ModelRunner:
         failed: list[int] = []
         if len(ids) > sampled:  # else there is no bad row
             bad = ids[sampled : sampled + rows].astype(np.bool_)
-            bad[step.sampling_rows] |= ids[sampled + step.batch.num_rows :][:own].astype(np.bool_)
+            bad[step.sampling_rows[ids[sampled + step.batch.num_rows :][:own].astype(np.bool_)]] = True
             failed = np.flatnonzero(bad).tolist()
             token_ids[failed] = -1
+        counts = b""
+        if step.drafts:
+            yielded = [[] if row in failed else pending.tokens(row) for row in range(rows)]
+            token_ids = np.array([token for tokens in yielded for token in tokens], dtype=np.int32)
+            counts = pack_ids(map(len, yielded))
         stuck = [] if pending.mask is None else step.sampling_rows[pending.mask.failed].tolist()
         return StepResult(
             step=pending.number,
@@ -190,6 +208,7 @@ class ModelRunner:
             logprobs=_entries(pending, {*failed}),
             forward_s=pending.forward_s,
             total_s=pending.total_s,
+            counts=counts,
             epoch=pending.epoch,
         )
 
@@ -237,7 +256,8 @@ class ModelRunner:
         """The model and the head: as they are, or as a graph of them."""
         batch = step.batch
         metadata = self.backend.prepare(batch)
-        if self.graphs is not None and batch.decodes_only and len(step.places) == batch.num_rows:
+        captured = batch.decodes_only and len(step.places) == batch.num_rows and step.attributes is None
+        if self.graphs is not None and captured:
             key = self.backend.graph_key(batch)
             if key is not None and batch.num_rows in self.graphs.row_buckets:
                 return self.graphs.run((batch.num_rows, key), lambda: self._compute(step, metadata))
@@ -245,7 +265,9 @@ class ModelRunner:
 
     def _compute(self, step: StepInput, metadata: object) -> ForwardOutput:
         batch = step.batch
-        hidden = self.model.forward(batch.token_ids, batch.positions, self.backend, metadata, self.timer)
+        hidden = self.model.forward(
+            batch.token_ids, batch.positions, self.backend, metadata, self.timer, step.attributes
+        )
         self.timer.mark(OTHER)
         bad = self._bad(hidden)
         bad_rows = None
@@ -298,6 +320,8 @@ class ModelRunner:
             self._last_done = now
             for row, constraint in step.constrained:
                 constraint.accept(int(step.results[0][row]))
+            for row in step.step.drafts:
+                self.slots.settle(step.step, row, len(step.tokens(row)))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, vocab / ranks], in a dtype that the sampler reads: float32 or bfloat16."""
@@ -329,15 +353,17 @@ def _entries(pending: PendingStep, failed: set[int]) -> list[RowLogprobs]:
     """What each row that did not fail asked for, by row."""
     assert pending.results is not None
     packed = iter(pending.results[1:])
-    sampled: dict[int, TokenLogprob] = {}
+    sampled: dict[int, list[TokenLogprob]] = {}
     if pending.logprobs is not None:
-        rows = pending.step.sampling_rows
-        sampled = {int(rows[row]): entry for row, entry in pending.logprobs.entries(next(packed))}
+        for place, entry in pending.logprobs.entries(next(packed)):
+            sampled.setdefault(int(pending.step.sampling_rows[place]), []).append(entry)
+    if pending.step.drafts:
+        sampled = {row: entries[: len(pending.tokens(row))] for row, entries in sampled.items()}
     prompts = {
         prompt.row: (prompt.first, tuple(e for part in prompt.parts for _, e in part.entries(next(packed))))
         for prompt in pending.prompts
     }
     return [
-        RowLogprobs(row, (sampled[row],) if row in sampled else (), *prompts.get(row, (0, ())))
+        RowLogprobs(row, tuple(sampled.get(row, ())), *prompts.get(row, (0, ())))
         for row in sorted({*sampled, *prompts} - failed)
     ]

@@ -34,8 +34,8 @@ class Attention:
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
         context.timer.mark("qkv")
-        qkv, metadata = self.qkv(x), context.metadata
+        qkv, metadata = self.qkv(x, context.attributes), context.metadata
         context.timer.mark("attention")
         attended = context.attention.forward(self.layer, qkv, self.query_norm, self.key_norm, context.angles, metadata)
         context.timer.mark("o")
-        return self.output(attended)
+        return self.output(attended, context.attributes)

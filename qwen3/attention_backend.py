@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from vibe_sgl_lite.qwen3.layers.linear import TokenAttributes
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.part_timer import PartTimer
 from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
@@ -36,9 +37,10 @@ class AttentionBackend(Protocol):
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What all layers of one forward share."""
+    """What all layers of one forward share. attributes: None where all tokens are plain."""
 
     angles: RopeAngles
     attention: AttentionBackend
     metadata: Any
     timer: PartTimer
+    attributes: TokenAttributes | None = None

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, RowParallelLinear
+from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, RowParallelLinear, TokenAttributes
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
 from vibe_sgl_lite.qwen3.layers.part_timer import PartTimer
@@ -27,10 +27,10 @@ class MLP:
         )
         self.down = RowParallelLinear(config.intermediate_size, config.hidden_size, parallel.tp, dtype, device)
 
-    def __call__(self, x: Tensor, timer: PartTimer) -> Tensor:
+    def __call__(self, x: Tensor, timer: PartTimer, attributes: TokenAttributes | None = None) -> Tensor:
         timer.mark("gate_up")
-        gate_up = self.gate_up(x)
+        gate_up = self.gate_up(x, attributes)
         timer.mark("silu")
         activated = self.operations.silu_multiply(gate_up)
         timer.mark("down")
-        return self.down(activated)
+        return self.down(activated, attributes)

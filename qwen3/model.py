@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vibe_sgl_lite.qwen3.attention import Attention
 from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend, ForwardContext
-from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, VocabParallelEmbedding
+from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, TokenAttributes, VocabParallelEmbedding
 from vibe_sgl_lite.qwen3.layers.moe import DispatchKind, MoEBlock, make_dispatch
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
@@ -44,7 +44,8 @@ class DecoderLayer:
         context.timer.mark("norm")
         update = self.attention(self._normalise(update, residual, self.attention_norm), context)
         context.timer.mark("norm")
-        return self.feed_forward(self._normalise(update, residual, self.feed_forward_norm), context.timer)
+        x = self._normalise(update, residual, self.feed_forward_norm)
+        return self.feed_forward(x, context.timer, context.attributes)
 
     def _normalise(self, update: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
         return self.operations.add_rms_norm(update, residual, norm.weight.tensor, norm.eps)
@@ -112,19 +113,21 @@ class Qwen3:
         backend: AttentionBackend,
         metadata: Any,
         timer: PartTimer = NO_TIMER,
+        attributes: TokenAttributes | None = None,
     ) -> Tensor:
         """Final hidden states, after the last norm.
 
         token_ids, positions: [T] int32 or int64, the tokens of all rows one after another. metadata: handed to
-        `backend` as it is. Returns [T, H] in the model's dtype, the same on every rank.
+        `backend` as it is. attributes: where not all tokens are plain. Returns [T, H] in the model's dtype, the same on
+        every rank.
         """
         timer.mark("rope")
-        context = ForwardContext(self.rotary(positions), backend, metadata, timer)
+        context = ForwardContext(self.rotary(positions), backend, metadata, timer, attributes)
         timer.mark("embedding")
         update = self.embedding(token_ids)  # the first one, to a residual stream that starts at zero
         timer.mark(OTHER)
         residual = torch.zeros_like(update)
-        if self.all_layers is not None:
+        if self.all_layers is not None and attributes is None:
             update = self.all_layers(update, residual, context)
         else:
             for layer in self.layers:

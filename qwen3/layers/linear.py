@@ -1,14 +1,24 @@
 """Parallel linear layers and the vocabulary-parallel embedding and head. With one rank they are the plain layers.
 
 Shapes: T tokens, H hidden size. Column-parallel layers split their output over the TP group and need no collective;
-row-parallel ones split their input and end in one all-reduce.
+row-parallel ones split their input and end in one all-reduce. attributes: of the tokens, where not all are plain;
+nothing here depends on them yet.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, kv_head_shard, shard
 from vibe_sgl_lite.qwen3.layers.weight import EmbeddingWeight, MatrixWeight
+
+
+@dataclass(frozen=True)
+class TokenAttributes:
+    """What tells tokens of one forward from others, for the linears; [T] each. adapter: int32, 0 is none."""
+
+    adapter: Tensor
 
 
 class ColumnParallelLinear:
@@ -20,7 +30,7 @@ class ColumnParallelLinear:
         part = shard(out_features, group)
         self.weight = MatrixWeight(part.stop - part.start, in_features, dtype, device)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, attributes: TokenAttributes | None = None) -> Tensor:
         return self.weight.multiply(x)
 
 
@@ -34,7 +44,7 @@ class RowParallelLinear:
         self.group = group
         self.weight = MatrixWeight(out_features, part.stop - part.start, dtype, device)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, attributes: TokenAttributes | None = None) -> Tensor:
         return self.group.all_reduce(self.weight.multiply(x))
 
 
@@ -61,7 +71,7 @@ class QKVLinear:
         rows = (self.num_heads + 2 * self.num_kv_heads) * head_dim
         self.weight = MatrixWeight(rows, hidden_size, dtype, device)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, attributes: TokenAttributes | None = None) -> Tensor:
         return self.weight.multiply(x)
 
 

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from vibe_sgl_lite.qwen3.layers.linear import TokenAttributes
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState, shard
 from vibe_sgl_lite.qwen3.layers.part_timer import OTHER, PartTimer
@@ -168,5 +169,6 @@ class MoEBlock:
         self.experts = Experts(config, parallel, operations, dtype, device)
         self.dispatch = dispatch
 
-    def __call__(self, x: Tensor, timer: PartTimer) -> Tensor:
+    def __call__(self, x: Tensor, timer: PartTimer, attributes: TokenAttributes | None = None) -> Tensor:
+        """attributes: experts do not depend on them."""
         return self.dispatch(x, self.router, self.experts, timer)

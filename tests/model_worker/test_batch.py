@@ -1,15 +1,17 @@
 """SlotStates against a plain model of the message: lists of tokens and pages, one Python loop a token."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from vibe_sgl_lite.model_worker.batch import SlotStates, StepInput
 from vibe_sgl_lite.model_worker.device import CpuDevice
-from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, pack_ids
+from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, RowAttributes, pack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, resolve
 
 PAGE = 4
@@ -76,11 +78,93 @@ def test_unchanged_rows_are_remembered_and_steps_need_no_earlier_result() -> Non
     assert slots.tokens[1, :4].tolist() == [5, 50, 51, 52]
 
 
-def test_a_row_beyond_the_known_tokens_is_our_mistake() -> None:
+def test_a_row_with_room_but_no_drafts_runs_what_is_known() -> None:
     slots = states()
-    slots.apply(ForwardBatch(0, new=[new_slot(1, [5], [0])], row_slots=pack_ids([1]), row_tokens=pack_ids([2])))
-    with pytest.raises(AssertionError, match="not known"):
+    slots.apply(ForwardBatch(0, new=[new_slot(1, [5, 6], [0])], row_slots=pack_ids([1]), row_tokens=pack_ids([4])))
+    assert not slots.waits(None)
+    step = slots.prepare()
+    assert step.batch.token_ids.tolist() == [5, 6]
+    assert step.sampling_positions.tolist() == [2]
+
+
+def test_a_row_of_a_slot_without_tokens_is_our_mistake() -> None:
+    slots = states()
+    slots.apply(ForwardBatch(0, row_slots=pack_ids([1]), row_tokens=pack_ids([1])))
+    with pytest.raises(AssertionError, match="no token to run"):
         slots.prepare()
+
+
+class Drafts:
+    """Proposes the same tokens ever."""
+
+    most = 3
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens = tokens
+        self.asked: list[tuple[int, int, int]] = []
+
+    def propose(self, slot: int, position: int, most: int) -> Sequence[int]:
+        self.asked.append((slot, position, most))
+        return self.tokens
+
+
+def test_drafts_are_run_and_settled() -> None:
+    slots = SlotStates(SLOTS, CONTEXT, PAGE, PADDING, CpuDevice(), max_drafts=3)
+    drafter = Drafts(30, 31, 32, 33)
+    new = [new_slot(1, [5, 6], [0, 1]), new_slot(2, [7, 8, 9], [2]), new_slot(3, [10], [3])]
+    slots.apply(ForwardBatch(0, new=new, row_slots=pack_ids([3, 1, 2]), row_tokens=pack_ids([1, 5, 2])))
+    assert slots.waits(drafter)
+    step = slots.prepare(drafter)
+    assert drafter.asked == [(1, 2, 3)]
+    assert step.drafts == {1: [30, 31, 32]}
+    assert step.batch.token_ids.tolist() == [10, 5, 6, 30, 31, 32, 7, 8]
+    assert step.batch.context_lengths.tolist() == [1, 5, 2]
+    assert step.batch.num_decode_rows == 1
+    assert step.batch.slot_mapping.tolist() == [12, 0, 1, 2, 3, 4, 8, 9]
+    assert step.sampling_rows.tolist() == [0, 1, 1, 1, 1]
+    assert step.sampling_positions.tolist() == [1, 2, 3, 4, 5]
+    assert step.last_tokens.tolist() == [0, 2, 3, 4, 5]
+    assert step.entries(1) == slice(1, 5)
+    slots.append(step, torch.tensor([11, 30, 31, 40, 41]))
+    slots.apply(ForwardBatch(1, row_slots=pack_ids([1, 2]), row_tokens=pack_ids([1, 1])))
+    assert slots.waits(None)
+    slots.settle(step, 1, 3)
+    assert not slots.waits(None)
+    step = slots.prepare()
+    assert step.batch.token_ids.tolist() == [40, 9]
+    assert step.batch.positions.tolist() == [4, 2]
+    assert slots.tokens[1, :5].tolist() == [5, 6, 30, 31, 40]
+
+
+def test_a_step_settles_nothing_of_who_came_to_its_slot_later() -> None:
+    slots = SlotStates(SLOTS, CONTEXT, PAGE, PADDING, CpuDevice(), max_drafts=3)
+    row, count = pack_ids([1]), pack_ids([3])
+    slots.apply(ForwardBatch(0, new=[new_slot(1, [5], [0])], row_slots=row, row_tokens=count))
+    old = slots.prepare(Drafts(30, 31))
+    slots.apply(ForwardBatch(1, released=row, new=[new_slot(1, [6], [1])], row_slots=row, row_tokens=count))
+    assert slots.waits(Drafts())
+    new = slots.prepare(Drafts(40, 41))
+    slots.settle(old, 0, 1)
+    slots.settle(new, 0, 3)
+    assert slots.num_tokens[1] == 4
+    assert slots.num_computed[1] == 3
+
+
+def test_attributes_are_those_of_each_token() -> None:
+    slots = states()
+    adapted = msgspec.structs.replace(new_slot(2, [7, 8, 9], [2]), attributes=RowAttributes(adapter=6))
+    batch = ForwardBatch(
+        0, new=[new_slot(1, [5, 6], [0]), adapted], row_slots=pack_ids([1, 2]), row_tokens=pack_ids([2, 2])
+    )
+    slots.apply(batch)
+    attributes = slots.prepare().attributes
+    assert attributes is not None
+    assert attributes.adapter.tolist() == [0, 0, 6, 6]
+    slots.apply(ForwardBatch(1, row_slots=pack_ids([1]), row_tokens=pack_ids([1])))
+    slots.num_tokens[1] += 1
+    assert slots.prepare().attributes is None
+    slots.apply(ForwardBatch(2, new=[new_slot(2, [7], [2])], row_slots=pack_ids([2]), row_tokens=pack_ids([1])))
+    assert slots.prepare().attributes is None
 
 
 @dataclass

@@ -13,8 +13,9 @@ from tests.qwen3.harness import DENSE, load_model, make_checkpoint, random_token
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner, PendingStep
 from vibe_sgl_lite.model_worker.worker import StepPipeline
+from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, QKVLinear, RowParallelLinear
 from vibe_sgl_lite.qwen3.model import Qwen3
-from vibe_sgl_lite.runtime.messages import FailedRow, ForwardBatch, StepResult, pack_ids, unpack_ids
+from vibe_sgl_lite.runtime.messages import FailedRow, ForwardBatch, RowAttributes, StepResult, pack_ids, unpack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, ThinkingRules
 
 LAUNCH_S, STEP_S = 1.0, 10.0
@@ -206,3 +207,104 @@ def test_captured_steps_give_the_same_tokens(dense: tuple[Any, Qwen3]) -> None:
     assert sizes == [8, 8, 2, 2, 4, 4, 8, 2]
     for slot, prompt in prompts.items():
         assert drawn[slot] == expected_tokens(reference, prompt, len(drawn[slot]))
+
+
+class Guesses:
+    """Drafts of what will come, wrong at every `wrong`th position."""
+
+    def __init__(self, most: int, wrong: int, sequences: dict[int, list[int]]) -> None:
+        self.most = most
+        self._wrong = wrong
+        self._sequences = sequences
+
+    def propose(self, slot: int, position: int, most: int) -> list[int]:
+        known = self._sequences[slot]
+        return [
+            (known[at] + 1) % 256 if at % self._wrong == 0 else known[at]
+            for at in range(position, min(position + most, len(known)))
+        ]
+
+
+@pytest.mark.parametrize("wrong", [1, 2, 3, 1000])
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_rows_with_drafts_yield_the_same_tokens_in_fewer_steps(
+    dense: tuple[Any, Qwen3], wrong: int, in_flight: int
+) -> None:
+    """Greedy, seeded with a penalty, and a row without room for drafts beside them; logprobs of all that counts."""
+    reference, model = dense
+    most, steps = 3, 7
+    prompts = {slot: random_tokens(5 + 2 * slot, seed=slot) for slot in range(3)}
+    kinds = [
+        sampling(logprobs=True),
+        sampling(temperature=1.0, seed=9, repetition_penalty=1.2, logprobs=True),
+        sampling(),
+    ]
+    counts = [len(ids) for ids in prompts.values()]
+    new = [new_slot(slot, ids, kinds[slot]) for slot, ids in prompts.items()]
+    rows = pack_ids(prompts)
+    first = ForwardBatch(0, new=new, row_slots=rows, row_tokens=pack_ids(counts))
+
+    def run(drafter: Guesses | None, row_tokens: list[int], number: int) -> list[StepResult]:
+        pool = KVPool(model.config, 1, SLOTS * PAGES_A_SLOT, PAGE, model.dtype, model.device)
+        runner = ModelRunner(
+            model, pool, GraphedAttention(pool), max_slots=SLOTS, context_length=CONTEXT, drafter=drafter,
+            device=FakeDevice(Clock(), STEP_S),
+        )  # fmt: skip
+        batches = [first, ForwardBatch(1, row_slots=rows, row_tokens=pack_ids(row_tokens))]
+        batches += [ForwardBatch(step) for step in range(2, number)]
+        results, pending = [], []
+        for batch in batches:
+            pending.append(runner.launch(batch))
+            if len(pending) == in_flight:
+                results.append(runner.collect(pending.pop(0)))
+        return results + [runner.collect(step) for step in pending]
+
+    plain = run(None, [1, 1, 1], 1 + (1 + most) * steps)
+    expected = {slot: [unpack_ids(result.token_ids)[slot] for result in plain] for slot in prompts}
+    scores = {slot: [result.logprobs[slot].sampled[0] for result in plain] for slot in (0, 1)}
+    assert expected[0][:6] == expected_tokens(reference, prompts[0], 6)
+    guesses = Guesses(most, wrong, {slot: prompts[slot] + expected[slot] for slot in prompts})
+    drawn: dict[int, list[int]] = {slot: [] for slot in prompts}
+    entries: dict[int, list[Any]] = {slot: [] for slot in prompts}
+    for result in run(guesses, [1 + most, 1 + most, 1], 1 + steps):
+        tokens = unpack_ids(result.token_ids)
+        for slot, count in enumerate(unpack_ids(result.counts) if result.counts else [1, 1, 1]):
+            drawn[slot] += [tokens.pop(0) for _ in range(count)]
+        assert tokens == []
+        for entry in result.logprobs:
+            entries[entry.row] += entry.sampled
+    assert len(drawn[2]) == 1 + steps
+    assert len(drawn[0]) == {1: 1 + steps, 1000: 1 + (1 + most) * steps}.get(wrong, len(drawn[0]))
+    assert wrong == 1 or len(drawn[0]) > 1 + steps
+    for slot in prompts:
+        assert drawn[slot] == expected[slot][: len(drawn[slot])]
+    for slot in (0, 1):
+        assert [entry.token_id for entry in entries[slot]] == drawn[slot]
+        for entry, score in zip(entries[slot], scores[slot], strict=False):
+            assert abs(entry.logprob - score.logprob) < 1e-5
+
+
+def test_attributes_reach_the_linears(dense: tuple[Any, Qwen3], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every token, in every linear layer; and none where all rows are plain."""
+    _, model = dense
+    seen: list[Any] = []
+    for kind in (ColumnParallelLinear, RowParallelLinear, QKVLinear):
+        call = kind.__call__
+
+        def record(self: Any, x: Any, attributes: Any = None, call: Any = call) -> Any:
+            seen.append(None if attributes is None else attributes.adapter.tolist())
+            return call(self, x, attributes)
+
+        monkeypatch.setattr(kind, "__call__", record)
+    runner = runner_on(model, FakeDevice(Clock(), STEP_S))
+    adapted = msgspec.structs.replace(new_slot(1, [7, 8]), attributes=RowAttributes(adapter=4))
+    new = [new_slot(0, [5, 6, 7]), adapted]
+    runs = [
+        ForwardBatch(0, new=new, row_slots=pack_ids([0, 1]), row_tokens=pack_ids([3, 2])),
+        ForwardBatch(1, row_slots=pack_ids([1, 0]), row_tokens=pack_ids([1, 1])),
+        ForwardBatch(2, row_slots=pack_ids([0]), row_tokens=pack_ids([1])),
+    ]
+    for batch, adapters in zip(runs, ([0, 0, 0, 4, 4], [4, 0], None), strict=True):
+        seen.clear()
+        ModelRunner.launch(runner, batch)  # not the one that forbids to look at tensors
+        assert seen == [adapters] * (4 * len(model.layers)) + [None]  # the head is no layer's
