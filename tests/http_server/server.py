@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import ssl
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ class Server:
     def __init__(self, daemon: Daemon, url: str) -> None:
         self.daemon = daemon
         self.url = url
+        self.tls: ssl.SSLContext | None = None  # for an https server
         self.address = (urlsplit(url).hostname or "", urlsplit(url).port or 0)
 
     def request(
@@ -47,7 +49,11 @@ class Server:
         headers: Mapping[str, str] | None = None,
         timeout: float = 60.0,
     ) -> Reply:
-        connection = http.client.HTTPConnection(*self.address, timeout=timeout)
+        connection: http.client.HTTPConnection
+        if self.tls is None:
+            connection = http.client.HTTPConnection(*self.address, timeout=timeout)
+        else:
+            connection = http.client.HTTPSConnection("localhost", self.address[1], timeout=timeout, context=self.tls)
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         given = {"content-type": "application/json"} if body is not None else {}
         try:

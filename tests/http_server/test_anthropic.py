@@ -134,3 +134,28 @@ def test_errors_have_anthropics_form(server: Server, claude: Any) -> None:
         reply = server.post("/v1/messages", body)
         assert reply.status == 400, reply.data
         assert reply.json["error"]["message"]
+
+
+def test_a_forced_call_whole_and_streamed(claude: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"unit": {"enum": ["C", "F"]}},
+        "required": ["unit"],
+        "additionalProperties": False,
+    }
+    options: Any = {
+        "model": "tiny",
+        "max_tokens": 100,
+        "messages": [{"role": "user", "content": "Tell me a story."}],
+        "tools": [{"name": "set_unit", "input_schema": schema}],
+        "tool_choice": {"type": "tool", "name": "set_unit"},
+    }
+    answer = claude.messages.create(**options)
+    assert [block.type for block in answer.content] == ["tool_use"]
+    assert answer.content[0].name == "set_unit"
+    assert answer.content[0].input["unit"] in ("C", "F")
+    assert answer.stop_reason == "tool_use"
+    with claude.messages.stream(**options) as stream:
+        final = stream.get_final_message()
+    assert final.content[0].input["unit"] in ("C", "F")
+    assert final.stop_reason == "tool_use"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -213,6 +214,41 @@ def test_stop_strings_and_what_matched(server: Server) -> None:
     assert "make" not in choice["message"]["reasoning"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=str)
+def test_a_forced_call(client: Any, choice: object, stream: bool) -> None:
+    """At a temperature that has the model ramble: the grammar alone makes it a call."""
+    other = {"type": "function", "function": {"name": "other"}}
+    options = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Tell me a story."}],
+        "tools": [WEATHER] if choice == "required" else [WEATHER, other],
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "temperature": 1.5,
+        "seed": 3,
+        "max_tokens": 200,
+        "reasoning_effort": "none",
+    }
+    if stream:
+        chunks = list(client.chat.completions.create(**options, stream=True))
+        calls = [call for chunk in chunks for c in chunk.choices for call in c.delta.tool_calls or []]
+        assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "tool_calls"
+        assert calls[0].index == 0
+        assert calls[0].id.startswith("call_")
+        assert joined(chunks)[1] == ""
+    else:
+        answer = client.chat.completions.create(**options)
+        assert answer.choices[0].finish_reason == "tool_calls"
+        assert answer.choices[0].message.content is None
+        calls = answer.choices[0].message.tool_calls
+    assert len(calls) == 1
+    assert calls[0].function.name == "get_weather"
+    arguments = json.loads(calls[0].function.arguments)
+    assert set(arguments) == {"city", "unit"}
+    assert arguments["unit"] in ("C", "F")
+
+
 def test_a_tool_history_goes_back_in(client: Any) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
     answer = client.chat.completions.create(
@@ -255,8 +291,6 @@ def test_structured_output(server: Server, extra: dict[str, object]) -> None:
 
 
 def test_a_json_object(server: Server) -> None:
-    import json
-
     body = {"messages": QUESTION, "max_tokens": 60, "temperature": 0, "reasoning_effort": "none"}
     choice = server.post("/v1/chat/completions", body | {"response_format": {"type": "json_object"}}).json["choices"][0]
     assert choice["message"]["content"].startswith("{")

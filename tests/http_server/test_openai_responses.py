@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import openai
@@ -116,3 +117,26 @@ def test_what_is_refused(client: Any, extra: dict[str, object], param: str) -> N
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(**{"model": "tiny", "input": "x"} | extra)
     assert caught.value.param == param
+
+
+def test_a_forced_call(client: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"unit": {"enum": ["C", "F"]}},
+        "required": ["unit"],
+        "additionalProperties": False,
+    }
+    options: Any = {
+        "model": "tiny",
+        "input": "Tell me a story.",
+        "tools": [{"type": "function", "name": "set_unit", "parameters": schema, "strict": True}],
+        "tool_choice": {"type": "function", "name": "set_unit"},
+        "reasoning": {"effort": "none"},
+    }
+    answer = client.responses.create(**options)
+    assert [(item.type, item.name) for item in answer.output] == [("function_call", "set_unit")]
+    assert json.loads(answer.output[0].arguments)["unit"] in ("C", "F")
+    events = list(client.responses.create(**options, stream=True))
+    done = next(event for event in events if event.type == "response.function_call_arguments.done")
+    assert json.loads(done.arguments)["unit"] in ("C", "F")
+    assert events[-1].response.output[0].arguments == done.arguments

@@ -1,0 +1,99 @@
+"""One server from its first moment to its last: loading, serving, full, draining, gone."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import socket
+import threading
+import time
+from typing import Any
+
+import openai
+import pytest
+
+from tests.http_server.server import Reply, Server
+from tests.integration.daemon import Daemon, wait_until
+
+BODY: dict[str, Any] = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_from_loading_to_gone() -> None:
+    port = free_port()
+    flags = ["--port", str(port), "--address", "tcp://127.0.0.1:0", "--max-running-requests", "1"]
+    with Daemon(*flags, "--max-queued-requests", "1") as daemon:
+        server = Server(daemon, f"http://127.0.0.1:{port}")
+        first = _first_answer(server, "/health")
+        assert (first.status, first.json["error"]["code"]) == (503, "loading")
+        early = server.post("/v1/completions", BODY)
+        assert (early.status, early.json["error"]["code"], early.headers["retry-after"]) == (503, "loading", "1")
+        assert daemon.wait_ready()["http"] == server.url
+        assert server.get("/health").status == 200
+        assert server.post("/v1/completions", BODY | {"max_tokens": 1}).status == 200
+        _full(server)
+        _drained(daemon, server)
+        assert daemon.wait_exit() == 0
+        assert not daemon.survivors(within=2)
+
+
+def _first_answer(server: Server, path: str) -> Reply:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return server.get(path)
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def _open_stream(server: Server, tokens: int) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection(*server.address, timeout=60)
+    body = json.dumps(BODY | {"stream": True, "max_tokens": tokens})
+    connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+    response = connection.getresponse()
+    assert response.status == 200
+    return response
+
+
+def _full(server: Server) -> None:
+    """One runs, one waits, the next is told to come again; then the first ones leave."""
+    running = _open_stream(server, 20_000)
+    running.read(10)
+    waiting = threading.Thread(target=lambda: server.post("/v1/completions", BODY | {"max_tokens": 1}))
+    waiting.start()
+    wait_until(lambda: _metric(server, "vllm:num_requests_waiting") == 1, 10, "one request waits")
+    refused = server.post("/v1/completions", BODY)
+    assert (refused.status, refused.json["error"]["code"], refused.headers["retry-after"]) == (429, "overloaded", "1")
+    streamed = server.post("/v1/completions", BODY | {"stream": True})
+    assert streamed.status == 429
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
+    with client, pytest.raises(openai.RateLimitError):
+        client.completions.create(model="tiny", prompt="x")
+    running.close()
+    waiting.join(20)
+    assert not waiting.is_alive()
+
+
+def _drained(daemon: Daemon, server: Server) -> None:
+    """After SIGTERM nothing new is taken, and what runs comes to its end."""
+    running = _open_stream(server, 200)
+    running.read(10)
+    daemon.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: server.get("/health").status == 503, 5, "draining is told")
+    late = server.post("/v1/completions", BODY)
+    assert (late.status, late.json["error"]["code"]) == (503, "draining")
+    rest = running.read()
+    assert rest.endswith(b"data: [DONE]\n\n")
+    assert b'"finish_reason":"length"' in rest
+
+
+def _metric(server: Server, name: str) -> float:
+    lines = server.get("/metrics").data.decode().splitlines()
+    return float(next(line for line in lines if line.startswith(name)).split()[1])

@@ -1,0 +1,141 @@
+"""Who is let in: keys, hosts, origins, content types, and what beyond loopback needs."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.http_server.server import Server, serving
+from tests.integration.daemon import Daemon
+from vibe_sgl_lite import LLM, ConfigError
+from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
+
+KEY = "s3cret"
+CHAT = "/v1/chat/completions"
+BODY = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With a key, TLS, a page's origin that may call, a log line for each request, and two processes."""
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(cert)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    flags = ["--api-key", KEY, "--cors-origin", "https://chat.example", "--log-requests", "json", "--http-workers", "2"]
+    with serving(*flags, "--ssl-certfile", str(cert), "--ssl-keyfile", str(key)) as server:
+        server.tls = ssl.create_default_context(cafile=str(cert))
+        yield server
+
+
+def test_a_key_is_asked_for_everywhere_but_at_the_health_check(locked: Server) -> None:
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": f"Basic {KEY}"},
+        {"authorization": f"Bearer {KEY}x"},
+        {"x-api-key": ""},
+    ):
+        for method, path in (("POST", CHAT), ("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/server_info")):
+            reply = locked.request(method, path, BODY if method == "POST" else None, headers)
+            assert (reply.status, reply.json["error"]["code"]) == (401, "invalid_api_key"), (path, headers)
+            assert reply.headers["www-authenticate"] == "Bearer"
+    for headers in ({"authorization": f"Bearer {KEY}"}, {"x-api-key": KEY}, {"authorization": f"bearer  {KEY}"}):
+        assert locked.post(CHAT, BODY, headers).status == 200
+    assert locked.get("/health").status == 200
+    assert KEY not in locked.get("/server_info", {"x-api-key": KEY}).data.decode()
+
+
+def test_no_web_page_drives_a_loopback_server(server: Server) -> None:
+    own = f"http://127.0.0.1:{server.address[1]}"
+    assert server.post(CHAT, BODY, {"origin": own}).status == 200
+    for headers, status in (
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"host": "evil.example"}, 403),
+        ({"host": f"evil.example:{server.address[1]}", "origin": f"http://evil.example:{server.address[1]}"}, 403),
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415),
+    ):
+        reply = server.post(CHAT, BODY, headers)
+        assert reply.status == status, headers
+        assert "access-control-allow-origin" not in reply.headers
+    for host in ("localhost", "localhost:30000", "[::1]:1", "127.0.0.1"):
+        assert server.get("/health", {"host": host}).status == 200
+    assert server.request("OPTIONS", CHAT, headers={"origin": "https://evil.example"}).status == 403
+    assert server.get("/metrics", {"host": "evil.example"}).status == 403
+
+
+def test_the_allowed_origin_may_call(locked: Server) -> None:
+    asked = {"origin": "https://chat.example", "access-control-request-method": "POST"}
+    reply = locked.request("OPTIONS", CHAT, headers=asked)
+    assert reply.status == 204
+    assert reply.headers["access-control-allow-origin"] == "https://chat.example"
+    assert "authorization" in reply.headers["access-control-allow-headers"]
+    reply = locked.post(CHAT, BODY, {"origin": "https://chat.example", "x-api-key": KEY})
+    assert (reply.status, reply.headers["access-control-allow-origin"]) == (200, "https://chat.example")
+
+
+def test_every_request_leaves_a_line_and_workers_share_counts(locked: Server) -> None:
+    for _ in range(20):  # over both processes
+        assert locked.post(CHAT, BODY, {"x-api-key": KEY}).status == 200
+    lines = [json.loads(line) for line in locked.daemon.log().splitlines() if line.startswith("{")]
+    line = next(line for line in lines if line.get("completion_tokens") == 1)
+    assert line["path"] == CHAT
+    assert {"rid", "prompt_tokens", "cached_tokens", "ttft", "seconds", "finish"} <= set(line)
+    assert KEY not in locked.daemon.log()
+    time.sleep(1.5)  # counts of other workers are a second old
+    pages = [locked.get("/metrics", {"x-api-key": KEY}).data.decode() for _ in range(4)]
+    name = "vllm:e2e_request_latency_seconds_count"
+    counts = {next(row for row in page.splitlines() if row.startswith(name)).split()[1] for page in pages}
+    assert len(counts) == 1
+    assert float(counts.pop()) >= 20
+
+
+def test_beyond_loopback_needs_a_key_or_a_word() -> None:
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+        with pytest.raises(ConfigError, match="--host") as caught:
+            ServerArgs(host=host)
+        assert caught.value.field == "host"
+        ServerArgs(host=host, api_key="k")
+        ServerArgs(host=host, insecure=True)
+        ServerArgs(host=host, no_http=True)
+    ServerArgs(host="localhost")
+    with pytest.raises(ConfigError, match="--ssl-certfile"):
+        ServerArgs(ssl_keyfile="x.pem")
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with Daemon("--port", str(port)) as daemon:
+            assert daemon.wait_exit() != 0
+            assert f"--port {port}" in daemon.log()
+
+
+def test_llm_serves_no_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoPipeline:
+        def __init__(self, args: ServerArgs) -> None:
+            raise NotImplementedError(str(args.no_http))
+
+    monkeypatch.setattr("vibe_sgl_lite.runtime.client.llm.Pipeline", NoPipeline)
+    with pytest.raises(NotImplementedError, match="True"):
+        LLM()
+
+
+def test_tls_is_served_with_the_certificate(locked: Server) -> None:
+    assert locked.url.startswith("https://127.0.0.1:")
+    with pytest.raises(http.client.RemoteDisconnected):  # what speaks plain HTTP gets nothing
+        Server(locked.daemon, locked.url).get("/health")
