@@ -1,0 +1,192 @@
+"""Attention of one new token a row over the row's paged context.
+
+One program a (kv head, row, split): the query heads of a KV head are the rows of its matrix products, so that keys and
+values are read once. The softmax runs along the keys in blocks (Milakov and Gimelshein, "Online normalizer calculation
+for softmax", 2018); contexts may be cut in splits, whose last program to arrive merges them (flash-decoding). Rows are
+taken in a given order, longest first, so that no long row starts last.
+
+Legend: R rows, G query heads a KV head, D head dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """How a launch is cut: keys a block, warps and pipeline stages of a program, splits of a context."""
+
+    keys: int
+    warps: int
+    stages: int
+    splits: int
+
+
+# By the most rows that they are for; measured on an H100 (docs/decisions.md).
+TILES = (
+    (1, DecodeTiles(64, 4, 3, 16)),
+    (4, DecodeTiles(64, 4, 3, 16)),
+    (8, DecodeTiles(64, 4, 3, 8)),
+    (16, DecodeTiles(64, 2, 2, 8)),
+    (32, DecodeTiles(64, 2, 2, 4)),
+    (64, DecodeTiles(128, 4, 2, 1)),
+)
+MANY_ROWS = DecodeTiles(64, 4, 2, 1)
+
+
+def choose_tiles(rows: int, dtype: torch.dtype) -> DecodeTiles:
+    """The tiles for a launch of `rows`; fp32 takes half the keys a block, for shared memory's sake."""
+    tiles = next((tiles for most, tiles in TILES if rows <= most), MANY_ROWS)
+    if dtype == torch.float32:
+        return DecodeTiles(32, tiles.warps, 2, tiles.splits)
+    return tiles
+
+
+class DecodeScratch:
+    """What splits leave for the one that merges them. One for all layers: launches follow each other.
+
+    For up to `rows` rows of `kv_heads` KV heads with `group` query heads each.
+    """
+
+    def __init__(self, rows: int, kv_heads: int, group: int, head_dim: int, device: torch.device) -> None:
+        splits = max(rows_here * tiles.splits for rows_here, tiles in TILES if tiles.splits > 1)
+        places = splits * kv_heads * group
+        self.sums = torch.empty((places, head_dim), dtype=torch.float32, device=device)
+        self.maxima_and_norms = torch.empty((places, 2), dtype=torch.float32, device=device)
+        self.arrived = torch.zeros((rows, kv_heads), dtype=torch.int32, device=device)  # zero between launches
+
+
+@triton.jit
+def _merge(
+    output, sums, maxima_and_norms, first, splits, output_row, G: tl.constexpr, D: tl.constexpr, MOST: tl.constexpr
+):  # fmt: skip
+    """Add up the partial results of `splits` places from `first` on, for each head of a group."""
+    dims = tl.arange(0, D)
+    part = tl.arange(0, MOST)
+    here = part < splits
+    for head in tl.static_range(G):
+        place = (first + part) * G + head
+        maxima = tl.load(maxima_and_norms + place * 2, mask=here, other=-float("inf"), cache_modifier=".cg")
+        norms = tl.load(maxima_and_norms + place * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
+        weight = tl.exp2(maxima - tl.max(maxima, 0))
+        partial = tl.load(
+            sums + place[:, None] * D + dims[None, :], mask=here[:, None], other=0.0, cache_modifier=".cg"
+        )
+        total = tl.sum(weight[:, None] * partial, 0) / tl.sum(weight * norms, 0)
+        tl.store(output + output_row + head * D + dims, total.to(output.dtype.element_ty))
+
+
+@triton.jit
+def _decode_attention(
+    query, keys, values, output, page_table, context_lengths, order, sums, maxima_and_norms, arrived,
+    query_stride, table_stride, page_stride, token_stride, head_stride, scale,
+    SPLITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (KV_HEADS, R, SPLITS). scale: of the scores, times log2(e). GP: G rounded up to a matrix's least rows."""
+    head = tl.program_id(0)
+    split = tl.program_id(2)
+    row = tl.load(order + tl.program_id(1))
+    length = tl.load(context_lengths + row)
+    dims = tl.arange(0, D)
+    group = tl.arange(0, GP)
+    in_group = (group < G)[:, None]
+    if SPLITS == 1:
+        splits = 1
+        start = 0
+        end = length
+    else:  # as many as have a block of keys at least
+        each = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK), 1) * BLOCK
+        splits = tl.maximum(tl.cdiv(length, each), 1)
+        start = split * each
+        end = tl.minimum(start + each, length)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    if split < splits:
+        heads = (head * G + group)[:, None] * D + dims[None, :]
+        q = tl.load(query + row.to(tl.int64) * query_stride + heads, mask=in_group, other=0.0)
+        maximum = tl.full([GP], -float("inf"), tl.float32)
+        norm = tl.zeros([GP], tl.float32)
+        total = tl.zeros([GP, D], tl.float32)
+        table = page_table + row.to(tl.int64) * table_stride
+        for first in tl.range(start, end, BLOCK, num_stages=STAGES):
+            token = first + tl.arange(0, BLOCK)
+            here = token < end
+            if PAGE % BLOCK == 0:  # the block lies in one page
+                page = tl.load(table + first // PAGE).to(tl.int64)
+                place = page * page_stride + (first % PAGE + tl.arange(0, BLOCK)) * token_stride + head * head_stride
+            else:
+                page = tl.load(table + token // PAGE, mask=here, other=0).to(tl.int64)
+                place = page * page_stride + (token % PAGE) * token_stride + head * head_stride
+            key = tl.load(keys + place[None, :] + dims[:, None], mask=here[None, :], other=0.0)
+            score = tl.dot(q, key, input_precision=PRECISION) * scale
+            score = tl.where(here[None, :], score, -float("inf"))
+            higher = tl.maximum(maximum, tl.max(score, 1))
+            shrink = tl.exp2(maximum - higher)
+            weight = tl.exp2(score - higher[:, None])
+            value = tl.load(values + place[:, None] + dims[None, :], mask=here[:, None], other=0.0)
+            norm = norm * shrink + tl.sum(weight, 1)
+            total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
+            maximum = higher
+        output_row = row.to(tl.int64) * (KV_HEADS * G * D)
+        if splits == 1:
+            total = total / tl.where(norm == 0.0, 1.0, norm)[:, None]  # a row without context gets zeros
+            tl.store(output + output_row + heads, total.to(output.dtype.element_ty), mask=in_group)
+        else:
+            first_place = (row * KV_HEADS + head) * SPLITS
+            place = (first_place + split) * G + group
+            tl.store(sums + place[:, None] * D + dims[None, :], total, mask=in_group)
+            tl.store(maxima_and_norms + place * 2, maximum, mask=group < G)
+            tl.store(maxima_and_norms + place * 2 + 1, norm, mask=group < G)
+            tl.debug_barrier()  # all of this program's threads have stored before it counts as arrived
+            before = tl.atomic_add(arrived + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
+            if before == splits - 1:
+                output_group = output_row + head * G * D
+                _merge(output, sums, maxima_and_norms, first_place, splits, output_group, G, D, SPLITS)
+                tl.store(arrived + row * KV_HEADS + head, 0)
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    context_lengths: Tensor,
+    order: Tensor,
+    scratch: DecodeScratch,
+    output: Tensor,
+    *,
+    pdl: bool,
+    tiles: DecodeTiles | None = None,
+) -> None:
+    """Fill `output`, [R, heads x D], for query of the same shape.
+
+    keys, values: [page, token, kv head, D], any strides but the last. page_table: [R or more, pages] int32;
+    context_lengths: [R or more] int32, the new token included, 0 for a row that is none. order: [R] int32, the rows
+    in the order to take them. tiles: how to cut, else as `choose_tiles`.
+    """
+    rows, width = output.shape
+    page_size, kv_heads, head_dim = keys.shape[1:]
+    group = width // (kv_heads * head_dim)
+    assert keys.stride() == values.stride()
+    assert keys.stride(3) == query.stride(1) == output.stride(1) == page_table.stride(1) == 1
+    tiles = tiles or choose_tiles(rows, query.dtype)
+    assert rows * kv_heads * group * tiles.splits <= len(scratch.sums) or tiles.splits == 1
+    options = {"launch_pdl": True} if pdl else {}
+    _decode_attention[(kv_heads, rows, tiles.splits)](
+        query, keys, values, output, page_table, context_lengths, order,
+        scratch.sums, scratch.maxima_and_norms, scratch.arrived,
+        query.stride(0), page_table.stride(0), *keys.stride()[:3], head_dim**-0.5 * LOG2_E,
+        SPLITS=tiles.splits, PAGE=page_size, BLOCK=tiles.keys, G=group, GP=max(16, triton.next_power_of_2(group)),
+        KV_HEADS=kv_heads, D=head_dim, STAGES=tiles.stages,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", PDL=pdl,
+        num_warps=tiles.warps, num_stages=tiles.stages, **options,
+    )  # fmt: skip

@@ -1,0 +1,166 @@
+"""Causal attention of many new tokens a row over the row's paged context, the new tokens included.
+
+A tile is BLOCK_M / G new tokens of a row times the G query heads of one KV head: keys and values are read once for the
+whole group. First the blocks of keys that every token of the tile sees, without a mask, then the ones on the diagonal.
+Tiles are listed by the host, a row's longest first where they are many (see `plan_tiles`).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import LOG2_E
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class PrefillTiles:
+    """How a launch is cut: rows (tokens x heads of a group) and keys of a block, warps and stages of a program."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def choose_prefill_tiles(longest: int, group: int, dtype: torch.dtype) -> PrefillTiles:
+    """For contexts of up to `longest` tokens. Measured on an H100 (docs/decisions.md)."""
+    if dtype == torch.float32:
+        return PrefillTiles(max(32, triton.next_power_of_2(group)), 32, 4, 2)
+    if longest <= 2048:
+        return PrefillTiles(max(64, triton.next_power_of_2(group)), 64, 4, 3)
+    return PrefillTiles(max(128, triton.next_power_of_2(group)), 64, 4, 2)
+
+
+def plan_tiles(query_start: IntArray, rows: IntArray, tokens: int) -> IntArray:
+    """[tiles, 2] int32: row and first new token of each tile, where a tile takes `tokens` new ones.
+
+    query_start: [R + 1]; rows: which of the R rows. The tiles of a row come last first: they have the most keys.
+    """
+    counts = query_start[rows + 1] - query_start[rows]
+    tiles = -(-counts // tokens)
+    first = np.cumsum(tiles) - tiles
+    index = np.arange(tiles.sum(), dtype=np.int32) - np.repeat(first, tiles).astype(np.int32)
+    place = (np.repeat(tiles, tiles) - 1 - index) * tokens
+    return np.stack((np.repeat(rows, tiles), place), axis=1).astype(np.int32)
+
+
+@triton.jit
+def _attend_blocks(
+    q, maximum, norm, total, start, end, last_seen, table, keys, values, head,
+    page_stride, token_stride, head_stride, scale,
+    PAGE: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take keys start .. end into the running softmax; end is their last multiple or, MASKED, what must not be read."""
+    dims = tl.arange(0, D)
+    for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+        token = first + tl.arange(0, BLOCK_N)
+        here = token < end
+        if PAGE % BLOCK_N == 0:
+            page = tl.load(table + first // PAGE).to(tl.int64)
+            place = page * page_stride + (first % PAGE + tl.arange(0, BLOCK_N)) * token_stride + head * head_stride
+        else:
+            page = tl.load(table + token // PAGE, mask=here, other=0).to(tl.int64)
+            place = page * page_stride + (token % PAGE) * token_stride + head * head_stride
+        if MASKED:
+            key = tl.load(keys + place[None, :] + dims[:, None], mask=here[None, :], other=0.0)
+        else:
+            key = tl.load(keys + place[None, :] + dims[:, None])
+        score = tl.dot(q, key, input_precision=PRECISION)
+        if MASKED:
+            score = tl.where(token[None, :] <= last_seen[:, None], score, -float("inf"))
+        higher = tl.maximum(maximum, tl.max(score, 1) * scale)
+        weight = tl.exp2(score * scale - higher[:, None])
+        shrink = tl.exp2(maximum - higher)
+        if MASKED:
+            value = tl.load(values + place[:, None] + dims[None, :], mask=here[:, None], other=0.0)
+        else:
+            value = tl.load(values + place[:, None] + dims[None, :])
+        norm = norm * shrink + tl.sum(weight, 1)
+        total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
+        maximum = higher
+    return maximum, norm, total
+
+
+@triton.jit
+def _prefill_attention(
+    query, keys, values, output, page_table, context_lengths, query_start, tiles,
+    query_stride, table_stride, page_stride, token_stride, head_stride, scale,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G: tl.constexpr, KV_HEADS: tl.constexpr,
+    D: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (KV_HEADS, tiles)."""
+    head = tl.program_id(0)
+    tile = tl.program_id(1)
+    row = tl.load(tiles + tile * 2)
+    first = tl.load(tiles + tile * 2 + 1)
+    row_start = tl.load(query_start + row)
+    count = tl.load(query_start + row + 1) - row_start
+    cached = tl.load(context_lengths + row) - count
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    index = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, D)
+    token = first + index // G
+    here = ((token < count) & (index < BLOCK_M // G * G))[:, None]
+    heads = (head * G + index % G)[:, None] * D + dims[None, :]
+    line = (row_start + token).to(tl.int64)[:, None]
+    q = tl.load(query + line * query_stride + heads, mask=here, other=0.0)
+    maximum = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    norm = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, D], tl.float32)
+    table = page_table + row.to(tl.int64) * table_stride
+    last_seen = cached + token
+    seen_by_all = (cached + first + 1) // BLOCK_N * BLOCK_N
+    end = cached + tl.minimum(first + BLOCK_M // G, count)
+    maximum, norm, total = _attend_blocks(
+        q, maximum, norm, total, 0, seen_by_all, last_seen, table, keys, values, head,
+        page_stride, token_stride, head_stride, scale, PAGE, BLOCK_N, D, False, STAGES, PRECISION,
+    )  # fmt: skip
+    maximum, norm, total = _attend_blocks(
+        q, maximum, norm, total, seen_by_all, end, last_seen, table, keys, values, head,
+        page_stride, token_stride, head_stride, scale, PAGE, BLOCK_N, D, True, STAGES, PRECISION,
+    )  # fmt: skip
+    line_out = line * (KV_HEADS * G * D)
+    tl.store(output + line_out + heads, (total / norm[:, None]).to(output.dtype.element_ty), mask=here)
+
+
+def prefill_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    context_lengths: Tensor,
+    query_start: Tensor,
+    tiles: Tensor,
+    cut: PrefillTiles,
+    output: Tensor,
+    *,
+    pdl: bool,
+) -> None:
+    """Fill the lines of `output`, [T, heads x D], that `tiles` lists, for query of the same shape.
+
+    keys, values, page_table, context_lengths: as in `decode_attention`. query_start: [R + 1] int32.
+    tiles: [n, 2] int32 on the device, `plan_tiles` for cut.rows // group tokens a tile.
+    """
+    page_size, kv_heads, head_dim = keys.shape[1:]
+    group = output.shape[1] // (kv_heads * head_dim)
+    assert keys.stride() == values.stride()
+    assert keys.stride(3) == query.stride(1) == output.stride(1) == page_table.stride(1) == 1
+    options = {"launch_pdl": True} if pdl else {}
+    _prefill_attention[(kv_heads, len(tiles))](
+        query, keys, values, output, page_table, context_lengths, query_start, tiles,
+        query.stride(0), page_table.stride(0), *keys.stride()[:3], head_dim**-0.5 * LOG2_E,
+        PAGE=page_size, BLOCK_M=cut.rows, BLOCK_N=cut.keys, G=group, KV_HEADS=kv_heads, D=head_dim, STAGES=cut.stages,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", PDL=pdl,
+        num_warps=cut.warps, num_stages=cut.stages, **options,
+    )  # fmt: skip

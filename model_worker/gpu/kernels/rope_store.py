@@ -1,0 +1,91 @@
+"""Normalise queries and keys a head, turn them by their position, and store keys and values in the paged cache."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _normal_and_turned(start, weight, cos, sin, eps, D: tl.constexpr, H: tl.constexpr, HP: tl.constexpr):
+    """[HP, D] fp32: H heads from `start` on, each divided by its rms, times weight, rotated (half-split)."""
+    head = tl.arange(0, HP)[:, None]
+    dim = tl.arange(0, D)
+    pair = (dim + D // 2) % D  # what each dimension turns together with
+    x = tl.load(start + head * D + dim[None, :], mask=head < H, other=0.0)
+    other = tl.load(start + head * D + pair[None, :], mask=head < H, other=0.0)
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+    x = (x * factor * tl.load(weight + dim).to(tl.float32)[None, :]).to(dtype).to(tl.float32)
+    other = other.to(tl.float32) * factor * tl.load(weight + pair).to(tl.float32)[None, :]
+    other = other.to(dtype).to(tl.float32)
+    return x * cos[None, :] + other * sin[None, :]
+
+
+@triton.jit
+def _rope_store(
+    qkv, query_norm, key_norm, cosines, sines, slots, query, keys, values, query_eps, key_eps,
+    page_stride, token_stride, head_stride,
+    PAGE: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, KV_HEADS: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A program a token. HP, KP: H and KV_HEADS rounded up to powers of two."""
+    token = tl.program_id(0)
+    dim = tl.arange(0, D)
+    slot = tl.load(slots + token).to(tl.int64)
+    angle = token.to(tl.int64) * (D // 2) + dim % (D // 2)
+    cos = tl.load(cosines + angle).to(tl.float32)
+    sin = tl.load(sines + angle).to(tl.float32) * tl.where(dim < D // 2, -1.0, 1.0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    start = qkv + token.to(tl.int64) * ((H + 2 * KV_HEADS) * D)
+    turned = _normal_and_turned(start, query_norm, cos, sin, query_eps, D, H, HP)
+    head = tl.arange(0, HP)[:, None]
+    tl.store(
+        query + token.to(tl.int64) * (H * D) + head * D + dim[None, :], turned.to(query.dtype.element_ty), mask=head < H
+    )
+    key = _normal_and_turned(start + H * D, key_norm, cos, sin, key_eps, D, KV_HEADS, KP)
+    head = tl.arange(0, KP)[:, None]
+    value = tl.load(start + (H + KV_HEADS) * D + head * D + dim[None, :], mask=head < KV_HEADS, other=0.0)
+    place = slot // PAGE * page_stride + slot % PAGE * token_stride + head * head_stride + dim[None, :]
+    tl.store(keys + place, key.to(keys.dtype.element_ty), mask=head < KV_HEADS)
+    tl.store(values + place, value, mask=head < KV_HEADS)
+
+
+def rope_store(
+    qkv: Tensor,
+    query_norm: Tensor,
+    key_norm: Tensor,
+    eps: tuple[float, float],
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query: Tensor,
+    *,
+    pdl: bool,
+) -> None:
+    """Fill query, [T, heads x D], and the slots' places in keys and values, [page, token, kv head, D].
+
+    qkv: [T, (heads + 2 x kv heads) x D]. query_norm, key_norm: [D] weights; eps: of both. cos, sin: [T, D / 2].
+    slots: [T] int64, page x page size + place.
+    """
+    page_size, kv_heads, head_dim = keys.shape[1:]
+    tokens, width = query.shape
+    heads = width // head_dim
+    assert qkv.is_contiguous()
+    assert query.is_contiguous()
+    assert cos.is_contiguous()
+    assert sin.is_contiguous()
+    assert qkv.shape[1] == (heads + 2 * kv_heads) * head_dim
+    assert keys.stride() == values.stride()
+    options = {"launch_pdl": True} if pdl else {}
+    _rope_store[(tokens,)](
+        qkv, query_norm, key_norm, cos, sin, slots, query, keys, values, *eps, *keys.stride()[:3],
+        PAGE=page_size, H=heads, HP=triton.next_power_of_2(heads), KV_HEADS=kv_heads,
+        KP=triton.next_power_of_2(kv_heads), D=head_dim, PDL=pdl, num_warps=8 if heads * head_dim > 1024 else 4,
+        **options,
+    )  # fmt: skip

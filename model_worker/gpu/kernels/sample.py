@@ -1,0 +1,156 @@
+"""Draws a token a row from its logits: the maximum, or Gumbel-max with the noise of `sampling/noise.py`.
+
+The noise is exact and dear: a 64-bit hash and two logarithms in fp64. So a first pass makes every score in fp32, with
+an error far below BOUND, and keeps each chunk's best; a second one makes exact scores only in the chunks whose best may
+be the row's, one chunk as a rule. The token is the one that exact scores everywhere would give, the lowest id of
+equals.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+CHUNK = 4096  # logits a program
+# Above what a score in fp32 may be off: at noise of up to 37, and in proportion to the score.
+BOUND = tl.constexpr(1e-3)
+RELATIVE_BOUND = tl.constexpr(2e-6)
+NONE = tl.constexpr(-1)
+
+GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
+MULTIPLY_1 = tl.constexpr(0xBF58476D1CE4E5B9)
+MULTIPLY_2 = tl.constexpr(0x94D049BB133111EB)
+
+
+@triton.jit
+def _mix(x):
+    """SplitMix64's finaliser, uint64."""
+    x = (x ^ (x >> 30)) * MULTIPLY_1
+    x = (x ^ (x >> 27)) * MULTIPLY_2
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _row_key(seed, position):
+    return _mix(_mix(seed.to(tl.uint64, bitcast=True) + GOLDEN) + position.to(tl.uint64))
+
+
+@triton.jit
+def _uniform_bits(key, token):
+    """The n of the uniform variate (n + 0.5) / 2**52, int64."""
+    return (_mix(key + (token + 1).to(tl.uint64) * GOLDEN) >> 12).to(tl.int64)
+
+
+@triton.jit
+def _gumbel(bits):
+    """fp64, as noise.py computes it."""
+    uniform = (bits | 0x3FF0000000000000).to(tl.float64, bitcast=True) - (1.0 - 1.1102230246251565e-16)
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def _gumbel_fp32(bits):
+    """The same within 1e-4: -log(u) near u = 1 by its series in 1 - u, which fp32 holds to its last bits."""
+    above = 0xFFFFFFFFFFFFF - bits  # 1 - u is (above + 0.5) / 2**52
+    high = (above >> 20).to(tl.uint32).to(tl.float32)
+    low = (above & 0xFFFFF).to(tl.int32).to(tl.float32) + 0.5
+    rest = high * 2.3283064365386963e-10 + low * 2.220446049250313e-16
+    series = rest * (1.0 + rest * (0.5 + rest * (0.33333334 + rest * (0.25 + rest * 0.2))))
+    # Where u itself is tiny, 1 - rest would have lost it.
+    uniform = bits.to(tl.float32) * 2.220446049250313e-16 + 1.1102230246251565e-16
+    return -tl.log(tl.where(rest < 0.0625, series, -tl.log(uniform)))
+
+
+@triton.jit
+def _chunk_maxima(
+    logits, maxima, slots, positions, inverse_temperatures, seeds, columns, CHUNK: tl.constexpr, PDL: tl.constexpr
+):
+    """Grid (rows, chunks): the highest fp32 score of each chunk."""
+    row = tl.program_id(0)
+    token = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    inside = token < columns
+    slot = tl.load(slots + row)
+    inverse = tl.load(inverse_temperatures + slot)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    score = tl.load(logits + row.to(tl.int64) * columns + token, mask=inside, other=-float("inf")).to(tl.float32)
+    if inverse != 0.0:
+        key = _row_key(tl.load(seeds + slot), tl.load(positions + row))
+        score = score * inverse.to(tl.float32) + _gumbel_fp32(_uniform_bits(key, token))
+        score = tl.where(inside, score, -float("inf"))
+    tl.store(maxima + row * tl.num_programs(1) + tl.program_id(1), tl.max(score, 0))
+
+
+@triton.jit
+def _draw(
+    logits, maxima, slots, positions, inverse_temperatures, seeds, token_ids, columns, chunks,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program a row: exact scores of the chunks that may hold the highest."""
+    row = tl.program_id(0)
+    chunk = tl.arange(0, CHUNKS)
+    slot = tl.load(slots + row)
+    inverse = tl.load(inverse_temperatures + slot)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    best_of = tl.load(maxima + row * chunks + chunk, mask=chunk < chunks, other=-float("inf"))
+    highest = tl.max(best_of, 0)
+    lowest = highest
+    if inverse != 0.0:
+        lowest = highest - BOUND - RELATIVE_BOUND * tl.abs(highest)
+    key = _row_key(tl.load(seeds + slot), tl.load(positions + row))
+    best = tl.full([], -float("inf"), tl.float64)
+    best_token = tl.full([], NONE, tl.int32)
+    candidate = (best_of >= lowest) & (tl.abs(best_of) < float("inf"))
+    at = tl.min(tl.where(candidate, chunk, CHUNKS), 0)
+    while at < CHUNKS:
+        token = at * CHUNK + tl.arange(0, CHUNK)
+        inside = token < columns
+        score = tl.load(logits + row.to(tl.int64) * columns + token, mask=inside, other=-float("inf")).to(tl.float64)
+        if inverse != 0.0:
+            score = score * inverse + _gumbel(_uniform_bits(key, token))
+            score = tl.where(inside, score, -float("inf"))
+        higher = tl.max(score, 0)
+        if higher > best:
+            best = higher
+            best_token = tl.min(tl.where(score == higher, token, 2147483647), 0)
+        at = tl.min(tl.where(candidate & (chunk > at), chunk, CHUNKS), 0)
+    tl.store(token_ids + row, best_token)
+
+
+def num_chunks(columns: int) -> int:
+    """How many fp32 of scratch a row of `columns` logits takes in `sample`."""
+    return -(-columns // CHUNK)
+
+
+def sample(
+    logits: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    inverse_temperatures: Tensor,
+    seeds: Tensor,
+    scratch: Tensor,
+    token_ids: Tensor,
+    *,
+    pdl: bool,
+) -> None:
+    """Fill token_ids, [R] int32, from logits, [R, vocabulary] in fp32 or bf16; -1 where these are NaN or infinite.
+
+    slots: [R] int32; positions: [R] ints, of the token to draw. Of each slot: inverse_temperatures [slots] fp64, 0 for
+    the greedy; seeds [slots] int64, 64 bits in two's complement. scratch: R x `num_chunks` fp32 or more.
+    """
+    rows, columns = logits.shape
+    chunks = num_chunks(columns)
+    assert logits.is_contiguous()
+    assert scratch.numel() >= rows * chunks
+    assert scratch.dtype == torch.float32
+    options = {"launch_pdl": True} if pdl else {}
+    parameters = (slots, positions, inverse_temperatures, seeds)
+    _chunk_maxima[(rows, chunks)](logits, scratch, *parameters, columns, CHUNK=CHUNK, PDL=pdl, num_warps=8, **options)
+    _draw[(rows,)](
+        logits, scratch, *parameters, token_ids, columns, chunks, CHUNK=CHUNK,
+        CHUNKS=triton.next_power_of_2(chunks), PDL=pdl, num_warps=8, **options,
+    )  # fmt: skip

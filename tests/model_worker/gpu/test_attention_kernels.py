@@ -1,0 +1,156 @@
+"""The paged attention kernels against torch's attention over the same contexts, gathered."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (
+    DecodeScratch,
+    DecodeTiles,
+    choose_tiles,
+    decode_attention,
+)
+from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import PrefillTiles, plan_tiles, prefill_attention
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
+
+
+@dataclass
+class Case:
+    """A cache with NaN wherever no row's context lies, and rows of given context lengths in scattered pages."""
+
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def make(
+        cls, lengths: list[int], page: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device
+    ) -> "Case":
+        generator = torch.Generator().manual_seed(sum(lengths) + page)
+        pages = [-(-length // page) for length in lengths]
+        order = torch.randperm(sum(pages) + 1, generator=generator).tolist()
+        # Layers lie between pages, as in a pool that keeps all that belongs to a page together.
+        pool = torch.full((sum(pages) + 1, 3, page, kv_heads, dim), float("nan"), dtype=dtype, device=device)
+        table = torch.full((len(lengths), max(pages) + 2), 10**6, dtype=torch.int32)  # not to be read
+        for row, length in enumerate(lengths):
+            for index in range(pages[row]):
+                table[row, index] = order.pop()
+                here = min(page, length - index * page)
+                new = torch.randn((2, here, kv_heads, dim), generator=generator)
+                pool[int(table[row, index]), :2, :here] = new.to(device, dtype)
+        numbers = torch.tensor(lengths, dtype=torch.int32, device=device)
+        return cls(pool[:, 0], pool[:, 1], table.to(device), numbers)
+
+    def expected(self, query: Tensor, row: int, context: int) -> Tensor:
+        """query [n, heads, dim], the last n of `context` tokens -> [n, heads x dim]."""
+        page = self.keys.shape[1]
+        pages = self.table[row, : -(-context // page)].long()
+        keys, values = (x[pages].flatten(0, 1)[:context].double().transpose(0, 1) for x in (self.keys, self.values))
+        group = query.shape[1] // keys.shape[0]
+        keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
+        n = len(query)
+        mask = torch.ones((n, context), dtype=torch.bool, device=query.device).tril(context - n)
+        attended = F.scaled_dot_product_attention(query.double().transpose(0, 1), keys, values, attn_mask=mask)
+        return attended.transpose(0, 1).flatten(1)
+
+
+def run_decode(case: Case, query: Tensor, tiles: DecodeTiles) -> Tensor:
+    rows, heads, dim = query.shape
+    kv_heads = case.keys.shape[2]
+    output = torch.full((rows, heads * dim), float("nan"), dtype=query.dtype, device=query.device)
+    scratch = DecodeScratch(rows, kv_heads, heads // kv_heads, dim, query.device)
+    order = case.lengths.argsort(descending=True).to(torch.int32)
+    flat = query.flatten(1)
+    for _ in range(2):  # the second finds what the first left behind
+        decode_attention(
+            flat, case.keys, case.values, case.table, case.lengths, order, scratch, output, pdl=False, tiles=tiles
+        )
+    assert not scratch.arrived.any()
+    return output
+
+
+@pytest.mark.parametrize(
+    ("page", "kv_heads", "group", "dim", "dtype", "tiles"),
+    [
+        (16, 2, 2, 64, torch.float32, DecodeTiles(16, 4, 2, 1)),
+        (16, 1, 8, 64, torch.float16, DecodeTiles(32, 4, 2, 4)),
+        (64, 2, 3, 64, torch.float16, DecodeTiles(64, 4, 2, 1)),
+        (64, 1, 1, 128, torch.float32, DecodeTiles(32, 4, 2, 4)),
+        (256, 1, 2, 128, torch.float16, DecodeTiles(64, 2, 2, 2)),
+        (6, 1, 5, 32, torch.float32, DecodeTiles(16, 4, 2, 2)),
+    ],
+)
+def test_decode_equals_torch(
+    page: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype, tiles: DecodeTiles, device: torch.device
+) -> None:
+    lengths = [1, page, page + 1, 3 * page - 1 if page < 64 else page + 37]
+    case = Case.make(lengths, page, kv_heads, dim, dtype, device)
+    query = torch.randn((len(lengths), kv_heads * group, dim), device=device).to(dtype)
+    output = run_decode(case, query, tiles)
+    for row, length in enumerate(lengths):
+        expected = case.expected(query[row : row + 1], row, length)
+        torch.testing.assert_close(
+            output[row : row + 1].double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+        )
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_decode_row_without_context_gets_zeros(splits: int, device: torch.device) -> None:
+    case = Case.make([5, 3], 16, 1, 32, torch.float32, device)
+    case.lengths[1] = 0
+    output = run_decode(case, torch.randn((2, 2, 32), device=device), DecodeTiles(16, 4, 2, splits))
+    assert output[0].isfinite().all()
+    assert not output[1].any()
+
+
+def test_decode_tiles_fit_their_scratch(device: torch.device) -> None:
+    for rows in range(1, 300):
+        for dtype in (torch.float32, torch.bfloat16):
+            splits = choose_tiles(rows, dtype).splits
+            scratch = DecodeScratch(rows, 1, 1, 1, device)
+            assert splits == 1 or len(scratch.sums) >= rows * splits
+
+
+@pytest.mark.parametrize(
+    ("page", "kv_heads", "group", "dim", "dtype", "cut"),
+    [
+        (16, 2, 2, 64, torch.float32, PrefillTiles(32, 32, 4, 2)),
+        (64, 1, 3, 64, torch.float16, PrefillTiles(32, 64, 4, 2)),
+        (128, 1, 8, 128, torch.float16, PrefillTiles(64, 64, 4, 2)),
+        (6, 2, 1, 32, torch.float32, PrefillTiles(16, 16, 4, 2)),
+    ],
+)
+def test_prefill_equals_torch(
+    page: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype, cut: PrefillTiles, device: torch.device
+) -> None:
+    """Rows: a whole prompt, a chunk after others, a decode row that is not among the tiles, one token, a long chunk."""
+    contexts, counts = [37, page + 29, 9, 2, 2 * page + 3 if page < 64 else page + 40], [37, 19, 1, 1, 41]
+    counts[-1] = min(counts[-1], contexts[-1])
+    case = Case.make(contexts, page, kv_heads, dim, dtype, device)
+    starts = np.cumsum([0, *counts], dtype=np.int32)
+    query = torch.randn((sum(counts), kv_heads * group, dim), device=device).to(dtype)
+    output = torch.full((sum(counts), kv_heads * group * dim), float("nan"), dtype=dtype, device=device)
+    rows = np.array([0, 1, 3, 4], dtype=np.int32)
+    tiles = torch.from_numpy(plan_tiles(starts, rows, cut.rows // group)).to(device)
+    start = torch.from_numpy(starts).to(device)
+    flat = query.flatten(1)
+    prefill_attention(flat, case.keys, case.values, case.table, case.lengths, start, tiles, cut, output, pdl=False)
+    for row, context in enumerate(contexts):
+        lines = slice(starts[row], starts[row + 1])
+        if row == 2:
+            assert output[lines].isnan().all()
+            continue
+        expected = case.expected(query[lines], row, context)
+        torch.testing.assert_close(output[lines].double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_tiles_cover_each_new_token_once() -> None:
+    starts = np.array([0, 5, 6, 22, 25], dtype=np.int32)
+    tiles = plan_tiles(starts, np.array([0, 2, 3], dtype=np.int32), 4)
+    assert tiles.tolist() == [[0, 4], [0, 0], [2, 12], [2, 8], [2, 4], [2, 0], [3, 0]]

@@ -1,0 +1,98 @@
+"""Norm, rotation, SiLU, embedding and few-row products against plain torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm, embed, silu_multiply
+from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
+from vibe_sgl_lite.model_worker.gpu.kernels.rope_store import rope_store
+from vibe_sgl_lite.qwen3.layers.rotary import RotaryEmbedding
+
+DTYPES = (torch.float32, torch.float16)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual, expected.to(actual.dtype), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("add", [True, False])
+def test_add_rms_norm(dtype: torch.dtype, add: bool, device: torch.device) -> None:
+    x, residual = torch.randn((2, 5, 48), device=device).to(dtype)
+    weight = torch.rand(48, device=device).to(dtype) + 0.5
+    expected = residual + x if add else x.clone()
+    output = torch.empty_like(x)
+    add_rms_norm(x, residual, weight, 1e-6, output, pdl=False, add=add)
+    assert torch.equal(residual, expected)
+    close(output, F.rms_norm(expected.float(), (48,), weight.float(), 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [96, 1500])
+def test_silu_multiply(dtype: torch.dtype, width: int, device: torch.device) -> None:
+    gate_up = torch.randn((3, 2 * width), device=device).to(dtype)
+    output = torch.empty((3, width), dtype=dtype, device=device)
+    silu_multiply(gate_up, output, pdl=False)
+    close(output, F.silu(gate_up[:, :width].float()) * gate_up[:, width:].float())
+
+
+def test_embed(device: torch.device) -> None:
+    matrix = torch.randn((11, 24), device=device)
+    ids = torch.tensor([3, 0, 10, 3], dtype=torch.int32, device=device)
+    output = torch.empty((4, 24), device=device)
+    embed(ids, matrix, output, pdl=False)
+    assert torch.equal(output, matrix[ids.long()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "page"), [(4, 2, 64, 16), (3, 3, 32, 6), (5, 1, 128, 64)])
+def test_rope_store(heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype, device: torch.device) -> None:
+    tokens = 7
+    qkv = torch.randn((tokens, (heads + 2 * kv_heads) * dim), device=device).to(dtype)
+    norms = torch.rand((2, dim), device=device).to(dtype) + 0.5
+    rotary = RotaryEmbedding(dim, 1e4, dtype, device)
+    positions = torch.tensor([0, 1, 2, 299, 5, 128, 63], dtype=torch.int32, device=device)
+    angles = rotary(positions)
+    slots = torch.randperm(3 * page, device=device)[:tokens]
+    pool = torch.full((3, 2, page, kv_heads, dim), float("nan"), dtype=dtype, device=device)
+    keys, values = pool[:, 0], pool[:, 1]
+    query = torch.empty((tokens, heads * dim), dtype=dtype, device=device)
+    rope_store(
+        qkv, norms[0], norms[1], (1e-6, 1e-6), angles.cos, angles.sin, slots, keys, values, query, pdl=False
+    )
+    packed = qkv.view(tokens, -1, dim)
+    turned = [
+        angles.rotate(F.rms_norm(packed[:, part], (dim,), norm, 1e-6))
+        for part, norm in ((slice(heads), norms[0]), (slice(heads, heads + kv_heads), norms[1]))
+    ]
+    close(query, turned[0].flatten(1))
+    close(keys[slots // page, slots % page], turned[1])
+    assert torch.equal(values[slots // page, slots % page], packed[:, heads + kv_heads :])
+    assert int(pool.isnan().any(-1).logical_not().sum()) == 2 * tokens * kv_heads  # nothing else was written
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("inputs", "outputs"), [(48, 40), (128, 21)])
+def test_gemv(rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randn((rows, inputs), device=device).to(dtype)
+    matrix = (torch.randn((2 * outputs, inputs), device=device) * inputs**-0.5).to(dtype)
+    gain = torch.rand(inputs, device=device).to(dtype) + 0.5
+    addend = torch.randn((rows, outputs), device=device).to(dtype)
+    product = x.double() @ matrix.double().T
+    normal = F.rms_norm(x.double(), (inputs,), gain.double(), 1e-6) @ matrix.double().T
+    output = torch.empty_like(addend)
+    half = matrix[:outputs]
+
+    gemv(x, half, output, pdl=False, block=8, warps=4)
+    close(output, product[:, :outputs])
+    gemv(x, half, output, pdl=False, block=8, warps=4, gain=gain, eps=1e-6)
+    close(output, normal[:, :outputs])
+    gemv(x, matrix, output, pdl=False, block=16, warps=4, gain=gain, eps=1e-6, silu=True)
+    close(output, F.silu(normal[:, :outputs]) * normal[:, outputs:])
+    expected = product[:, :outputs] + addend.double()
+    gemv(x, half, addend, pdl=False, block=8, warps=4, addend=addend)
+    close(addend, expected)

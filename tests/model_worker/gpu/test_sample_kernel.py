@@ -1,0 +1,52 @@
+"""The fused draw against scores made in full with `sampling/noise.py`."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from vibe_sgl_lite.model_worker.gpu.kernels import sample as kernels
+from vibe_sgl_lite.model_worker.sampling.noise import counters, gumbel, row_keys
+
+
+def draw(logits: Tensor, inverse_temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """One row a slot, in falling order of slots."""
+    rows = len(logits)
+    slots = torch.arange(rows - 1, -1, -1, dtype=torch.int32, device=logits.device)
+    scratch = torch.empty(rows * kernels.num_chunks(logits.shape[1]), device=logits.device)
+    token_ids = torch.full((rows,), -7, dtype=torch.int32, device=logits.device)
+    kernels.sample(logits, slots, positions, inverse_temperatures.flip(0), seeds.flip(0), scratch, token_ids, pdl=False)
+    return token_ids
+
+
+@pytest.mark.parametrize("vocab", [300, kernels.CHUNK, 3 * kernels.CHUNK + 17])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 8.0])
+def test_the_same_token_as_with_exact_noise_everywhere(vocab: int, spread: float, device: torch.device) -> None:
+    rows = 24
+    generator = torch.Generator().manual_seed(vocab)
+    logits = (torch.randn((rows, vocab), generator=generator) * spread).to(device)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator).to(device)
+    positions = torch.randint(0, 40_960, (rows,), generator=generator).to(device)
+    inverse = torch.linspace(0.5, 4.0, rows, dtype=torch.float64, device=device)
+    noise = gumbel(row_keys(seeds, positions)[:, None], counters(torch.arange(vocab, device=device)))
+    expected = (logits.double() * inverse[:, None] + noise).argmax(1)
+    assert draw(logits, inverse, seeds, positions).tolist() == expected.tolist()
+
+
+def test_greedy_rows_take_the_lowest_id_of_equals(device: torch.device) -> None:
+    vocab = 2 * kernels.CHUNK + 5
+    logits = torch.zeros((3, vocab), dtype=torch.bfloat16, device=device)
+    logits[0, 11] = logits[0, 4000] = logits[0, vocab - 1] = 2.0
+    logits[1, kernels.CHUNK + 3] = logits[1, vocab - 1] = 1.0
+    zeros = torch.zeros(3, dtype=torch.int64, device=device)
+    drawn = draw(logits, torch.zeros(3, dtype=torch.float64, device=device), zeros, zeros)
+    assert drawn.tolist() == [11, kernels.CHUNK + 3, 0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_of_no_numbers_is_told(bad: float, device: torch.device) -> None:
+    logits = torch.randn((3, 500), device=device)
+    logits[1] = bad
+    zeros = torch.zeros(3, dtype=torch.int64, device=device)
+    drawn = draw(logits, torch.ones(3, dtype=torch.float64, device=device), zeros, zeros)
+    assert drawn[1] == -1
+    assert (drawn[[0, 2]] >= 0).all()
