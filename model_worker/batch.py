@@ -45,9 +45,9 @@ class StepInput:
     On the host: slots [R] int32; sampling_rows [Q] int64, indices into R, ascending: a row with k drafts has 1 + k
     places, the others one; sampling_slots [Q] int64; sampling_positions [Q] int64, the position that the sampled token
     will take. drafts: those of the rows that have some, by row.
-    On the device: last_tokens [Q] int64, where in T they end; positions [Q] int64, as on the host; places [Q] int64,
-    where in all slots' tokens the sampled ones go. Where the batch is padded for a graph, these three go on for its
-    padding rows. attributes: None where all rows are plain.
+    On the device: last_tokens [Q] int64, where in T they end; positions and device_slots [Q] int64, as on the host;
+    places [Q] int64, where in all slots' tokens the sampled ones go. Where the batch is padded for a graph, these four
+    go on for its padding rows. attributes: None where all rows are plain.
     """
 
     batch: DeviceBatch
@@ -58,6 +58,7 @@ class StepInput:
     last_tokens: Tensor
     positions: Tensor
     places: Tensor
+    device_slots: Tensor
     drafts: dict[int, list[int]] = field(default_factory=dict)
     attributes: TokenAttributes | None = None
 
@@ -108,7 +109,9 @@ class SlotStates:
         max_tokens = max(max_slots + context_length if max_tokens is None else max_tokens, max_rows)
         self._rows = Fields(device, max_rows + 1, slots=np.int64, query_start=np.int32, context_lengths=np.int32)
         places = max_rows * (1 + max_drafts)
-        self._sampled = Fields(device, places, last_tokens=np.int64, positions=np.int64, places=np.int64)
+        self._sampled = Fields(
+            device, places, last_tokens=np.int64, positions=np.int64, places=np.int64, slots=np.int64
+        )
         self._tokens = Fields(device, max_tokens, places=np.int64, positions=np.int32, slot_mapping=np.int64)
         self._token_ids = torch.zeros(max_tokens, dtype=torch.int32, device=device.torch_device)
         if not device.synchronous:  # the device's own page table, to which changes are sent; and the rows of a step
@@ -268,10 +271,12 @@ class SlotStates:
         host["last_tokens"][:own] = query_start[1:][sampling_rows] - 1 - back
         host["positions"][:own] = sampling_positions
         host["places"][:own] = sampling_slots * width + sampling_positions
+        host["slots"][:own] = sampling_slots
         if padding:
             host["last_tokens"][own:sampled] = np.arange(real, num_tokens)
             host["positions"][own:sampled] = 1
             host["places"][own:sampled] = self.padding_slot * width + 1
+            host["slots"][own:sampled] = self.padding_slot
         self._sampled.send(sampled)
 
         token_ids, on_device = self._token_ids[:num_tokens], self._tokens.device
@@ -300,6 +305,7 @@ class SlotStates:
             last_tokens=device["last_tokens"][:sampled],
             positions=device["positions"][:sampled],
             places=device["places"][:sampled],
+            device_slots=device["slots"][:sampled],
             attributes=TokenAttributes(self.device.tensor(adapters)) if adapters.any() else None,
         )
 

@@ -2,16 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from vibe_sgl_lite.model_worker.attention.cpu_backend import KernelAttention
 from vibe_sgl_lite.model_worker.attention.torch_backend import TorchAttention
 from vibe_sgl_lite.model_worker.cpu import CpuKernels, load
+from vibe_sgl_lite.model_worker.cpu.fused_layers import fuse_layers
 from vibe_sgl_lite.model_worker.cpu.operations import KernelOperations
 from vibe_sgl_lite.model_worker.device_batch import StepBackend, StepGraphs
 from vibe_sgl_lite.model_worker.kv_pool import KVLayout, KVPool
+from vibe_sgl_lite.model_worker.sampling.sampler import FusedDraw
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations, TorchOperations
+from vibe_sgl_lite.qwen3.model import Qwen3
+
+GPU_HEAD_DIMS = (16, 32, 64, 128, 256)  # a tile's side
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,7 @@ class Compute:
     """Element-wise operations, and attention once there is a pool. name: for logs. kernels: for all else, if any.
 
     kv_layout: what the attention wants of its pool. graphs: makes what captures the steps of one runner, if anything.
+    fused_draw: see `Sampler`. plan_layers: called when a model has its weights, with the attention made for it.
     """
 
     name: str
@@ -27,6 +35,8 @@ class Compute:
     kernels: CpuKernels | None = None
     kv_layout: KVLayout = KVLayout.PAGES
     graphs: Callable[[], StepGraphs] | None = None
+    fused_draw: FusedDraw | None = None
+    plan_layers: Callable[[Qwen3, Any], None] = fuse_layers
 
 
 def torch_compute() -> Compute:
@@ -40,8 +50,43 @@ def kernel_compute(kernels: CpuKernels) -> Compute:
     return Compute(name, KernelOperations(kernels), lambda pool: KernelAttention(kernels, pool), kernels)
 
 
-def choose_compute(dtype: torch.dtype, device: torch.device, head_dim: int) -> Compute:
-    """The fastest that this machine has for these: compiled kernels on a CPU with a compiler, else plain torch."""
+@dataclass(frozen=True)
+class GpuSetup:
+    """What GPU kernels are set up for. group: query heads a KV head. graph_rows: of the largest step to capture."""
+
+    group: int
+    vocab_size: int
+    max_slots: int
+    graph_rows: int
+
+
+def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
+    """Everything through Triton kernels and captured graphs."""
+    from vibe_sgl_lite.model_worker.device import device_of
+    from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention
+    from vibe_sgl_lite.model_worker.gpu.draw import GpuDraw
+    from vibe_sgl_lite.model_worker.gpu.graphs import CudaGraphs, row_buckets
+    from vibe_sgl_lite.model_worker.gpu.layers import plan_layers
+    from vibe_sgl_lite.model_worker.gpu.operations import GpuOperations
+
+    max_rows = max(setup.max_slots, setup.graph_rows)
+    on_device = device_of(device)
+    return Compute(
+        f"Triton kernels, graphs of up to {setup.graph_rows} rows" if setup.graph_rows else "Triton kernels",
+        GpuOperations(device),
+        lambda pool: GpuAttention(pool, on_device, setup.group, max_rows),
+        kv_layout=KVLayout.LAYERS,
+        graphs=(lambda: CudaGraphs(row_buckets(setup.graph_rows))) if setup.graph_rows else None,
+        fused_draw=GpuDraw(on_device, setup.max_slots + 1, max_rows, setup.vocab_size),
+        plan_layers=plan_layers,
+    )
+
+
+def choose_compute(dtype: torch.dtype, device: torch.device, head_dim: int, gpu: GpuSetup | None = None) -> Compute:
+    """The fastest that this machine has for these: compiled kernels on a CPU with a compiler, Triton's on a GPU that is
+    set up, else plain torch."""
+    if device.type == "cuda" and gpu is not None and head_dim in GPU_HEAD_DIMS and find_spec("triton") is not None:
+        return gpu_compute(device, gpu)
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and head_dim % 8 == 0:
         kernels = load()
         if kernels is not None:

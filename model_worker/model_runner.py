@@ -11,7 +11,8 @@ the same tokens.
 import math
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,13 @@ from torch import Tensor
 
 from vibe_sgl_lite.model_worker.batch import Drafter, SlotStates, StepInput, unpack
 from vibe_sgl_lite.model_worker.device import Array, Device, ReadBack, device_of
-from vibe_sgl_lite.model_worker.device_batch import StepBackend, StepGraphs
+from vibe_sgl_lite.model_worker.device_batch import Result, StepBackend, StepGraphs
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.sampling.constraints import Constrained, Constraints, StepMask
 from vibe_sgl_lite.model_worker.sampling.grammar import GrammarLibrary
 from vibe_sgl_lite.model_worker.sampling.logprobs import Logprobs
 from vibe_sgl_lite.model_worker.sampling.prompt_logprobs import PromptLogprobs, PromptScores
-from vibe_sgl_lite.model_worker.sampling.sampler import ArgmaxFunction, Sampler
+from vibe_sgl_lite.model_worker.sampling.sampler import ArgmaxFunction, FusedDraw, Sampler
 from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER, OTHER, PartTimer
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import EngineError
@@ -81,12 +82,14 @@ class PendingStep:
 @dataclass(frozen=True)
 class ForwardOutput:
     """hidden: [T, H]. logits: [Q, vocab / ranks], None when no row samples. bad_rows [R], bad_logits [Q]: bool, rows
-    with NaN or inf in them; None where it is known that there are none."""
+    with NaN or inf in them; None where it is known that there are none. token_ids: int32 [Q], where they are drawn
+    already, and then -1 where they cannot be."""
 
     hidden: Tensor
     logits: Tensor | None
-    bad_rows: Tensor | None
-    bad_logits: Tensor | None
+    bad_rows: Tensor | None = None
+    bad_logits: Tensor | None = None
+    token_ids: Tensor | None = None
 
 
 class ModelRunner:
@@ -105,12 +108,14 @@ class ModelRunner:
         argmax: ArgmaxFunction | None = None,
         device: Device | None = None,
         graphs: StepGraphs | None = None,
+        fused_draw: FusedDraw | None = None,
         timer: PartTimer = NO_TIMER,
         drafter: Drafter | None = None,
     ) -> None:
         """max_tokens: of a step; see `SlotStates`. tokenizer_file: tokenizer.json, for grammars; without it no request
         may have one. argmax: see `Sampler`. device: by default, the model's. graphs: what captures steps, if anything.
-        timer: told where every part of a step begins. drafter: guesses tokens for rows that have room for them.
+        fused_draw: see `Sampler`. timer: told where every part of a step begins. drafter: guesses tokens for rows that
+        have room for them.
         """
         self.model = model
         self.pool = pool
@@ -129,7 +134,9 @@ class ModelRunner:
             row_buckets=() if graphs is None else graphs.row_buckets,
             max_drafts=0 if drafter is None else drafter.most,
         )
-        self.sampler = Sampler(model.config.vocab_size, model.parallel.tp, self.slots.tokens, argmax, self.device)
+        self.sampler = Sampler(
+            model.config.vocab_size, model.parallel.tp, self.slots.tokens, argmax, self.device, fused_draw
+        )
         library = None
         if tokenizer_file is not None:
             library = GrammarLibrary(tokenizer_file, model.config.vocab_size, model.config.eos_token_ids)
@@ -163,7 +170,7 @@ class ModelRunner:
         pending.constrained = self.constraints.of(step.sampling_slots)
         if not self._in_flight:
             pending.mask = self.constraints.begin(pending.constrained)
-        output = self._forward(step)
+        output = self._forward(step, fused=self._fuses(pending))
         pending.forward_s = time.perf_counter() - started
         self.timer.mark("sampling")
         pending.prompts = self.prompt_logprobs.of_step(output.hidden, step)
@@ -188,7 +195,7 @@ class ModelRunner:
         own, rows, sampled = len(step.sampling_rows), len(step.slots), len(step.places)
         ids = pending.results[0]
         token_ids[step.sampling_rows] = ids[:own]
-        failed: list[int] = []
+        failed = step.sampling_rows[ids[:own] < 0].tolist()
         if len(ids) > sampled:  # else there is no bad row
             bad = ids[sampled : sampled + rows].astype(np.bool_)
             bad[step.sampling_rows[ids[sampled + step.batch.num_rows :][:own].astype(np.bool_)]] = True
@@ -237,7 +244,7 @@ class ModelRunner:
             with self.graphs.capturing(), torch.inference_mode():
                 for rows in sorted(self.graphs.row_buckets, reverse=True):
                     for context in sorted(self.backend.graph_contexts(), reverse=True):
-                        self._forward(self.slots.padding_step(rows, context))
+                        self._forward(self.slots.padding_step(rows, context), fused=self.sampler.fused is not None)
 
     def apply(self, batch: ForwardBatch) -> None:
         """Take over what the batch changes; the first thing that `launch` does."""
@@ -252,16 +259,34 @@ class ModelRunner:
             self.prompt_logprobs.admit(new.slot, new.sampling, new.num_prompt_tokens)
             self.constraints.admit(new.slot, new.sampling, unpack(new.token_ids)[new.num_prompt_tokens :].tolist())
 
-    def _forward(self, step: StepInput) -> ForwardOutput:
-        """The model and the head: as they are, or as a graph of them."""
-        batch = step.batch
+    def _fuses(self, pending: PendingStep) -> bool:
+        """Whether all rows are such that the fused draw takes."""
+        fused = self.sampler.fused
+        step = pending.step
+        return fused is not None and not pending.constrained and not step.drafts and fused.takes(step.slots)
+
+    def _forward(self, step: StepInput, *, fused: bool) -> ForwardOutput:
+        """The model and the head, and the draw if it is fused: as they are, or as graphs of them."""
+        batch, draw = step.batch, self.sampler.fused
         metadata = self.backend.prepare(batch)
+        key = None
         captured = batch.decodes_only and len(step.places) == batch.num_rows and step.attributes is None
         if self.graphs is not None and captured:
-            key = self.backend.graph_key(batch)
-            if key is not None and batch.num_rows in self.graphs.row_buckets:
-                return self.graphs.run((batch.num_rows, key), lambda: self._compute(step, metadata))
-        return self._compute(step, metadata)
+            key = self.backend.graph_key(batch) if batch.num_rows in self.graphs.row_buckets else None
+        key = None if key is None else (batch.num_rows, key)
+        output = self._run(key, lambda: self._compute(step, metadata))
+        if not fused:
+            return self._guard(step, output)
+        logits = output.logits
+        if draw is None or logits is None:
+            return replace(output, token_ids=self.slots.tokens.new_empty(0))
+        where = step.device_slots, step.positions, self.slots.tokens, step.places
+        token_ids = self._run(key and ("draw", key), lambda: draw(logits, *where))
+        return replace(output, token_ids=token_ids)
+
+    def _run(self, key: Hashable | None, work: Callable[[], Result]) -> Result:
+        """As a graph, if there is a key for it."""
+        return work() if key is None or self.graphs is None else self.graphs.run(key, work)
 
     def _compute(self, step: StepInput, metadata: object) -> ForwardOutput:
         batch = step.batch
@@ -269,26 +294,37 @@ class ModelRunner:
             batch.token_ids, batch.positions, self.backend, metadata, self.timer, step.attributes
         )
         self.timer.mark(OTHER)
-        bad = self._bad(hidden)
-        bad_rows = None
-        if bad is not None:
-            hidden.masked_fill_(bad[:, None], 0)  # a NaN must not reach what other rows share
-            bad_rows = bad if batch.decodes_only else _any_in_row(bad, batch.query_start)
         if len(step.last_tokens) == 0:
-            return ForwardOutput(hidden, None, bad_rows, None)
+            return ForwardOutput(hidden, None)
+        ends = hidden if len(step.last_tokens) == len(hidden) else hidden[step.last_tokens]
         self.timer.mark("head")
-        logits = self._logits(hidden[step.last_tokens])
+        logits = self._logits(ends)
         self.timer.mark(OTHER)
+        return ForwardOutput(hidden, logits)
+
+    def _guard(self, step: StepInput, output: ForwardOutput) -> ForwardOutput:
+        """Find the rows with NaN or inf; their hidden states and logits become 0: other rows share the sampler."""
+        hidden, logits = output.hidden, output.logits
+        bad, bad_rows = self._bad(hidden), None
+        if bad is not None:
+            hidden.masked_fill_(bad[:, None], 0)
+            bad_rows = bad if step.batch.decodes_only else _any_in_row(bad, step.batch.query_start)
+        if logits is None:
+            return replace(output, bad_rows=bad_rows)
+        if bad is not None:
+            logits.masked_fill_(bad[step.last_tokens][:, None], 0)
         bad_logits = self._bad(logits)
         group = self.model.parallel.tp
         if group.size > 1:  # each rank has seen a part of the vocabulary
             if bad_logits is None:
                 bad_logits = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
             bad_logits = group.all_reduce_max(bad_logits.to(torch.int32)).to(torch.bool)
-        return ForwardOutput(hidden, logits, bad_rows, bad_logits)
+        return replace(output, bad_rows=bad_rows, bad_logits=bad_logits)
 
     def _sample(self, pending: PendingStep, output: ForwardOutput) -> list[Tensor]:
         """Draw, put the tokens behind their slots', and return what is to be read back; see `PendingStep`."""
+        if output.token_ids is not None:
+            return [output.token_ids]
         step, parts = pending.step, []
         if output.logits is not None and len(step.sampling_rows):
             own = len(step.sampling_rows)

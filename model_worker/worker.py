@@ -17,8 +17,7 @@ import msgspec
 import torch
 import zmq
 
-from vibe_sgl_lite.model_worker.compute import choose_compute
-from vibe_sgl_lite.model_worker.cpu.fused_layers import fuse_layers
+from vibe_sgl_lite.model_worker.compute import GpuSetup, choose_compute
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.memory_plan import plan_memory
@@ -123,7 +122,7 @@ def build_runner(
     """
     args = spec.args
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    compute = choose_compute(dtype, device, spec.model.head_dim)
+    compute = choose_compute(dtype, device, spec.model.head_dim, _gpu_setup(spec, parallel))
     model = Qwen3(spec.model, parallel, dtype, device, compute.operations, DISPATCH[args.moe_dispatch])
     choose_formats(model, args.quantization, compute.kernels)
     progress = _Progress(heartbeat, visible=parallel.rank == 0 and sys.stderr.isatty())
@@ -136,7 +135,7 @@ def build_runner(
     plan = plan_memory(
         spec.model,
         parallel.tp,
-        page_size=args.page_size,
+        page_size=spec.page_size,
         dtype=dtype,
         device=device,
         memory_fraction=args.mem_fraction_static,
@@ -146,7 +145,7 @@ def build_runner(
         int8=int8_cache,
     )
     pool = KVPool(
-        spec.model, parallel.tp.size, plan.num_pages, args.page_size, dtype, device, int8=int8_cache,
+        spec.model, parallel.tp.size, plan.num_pages, spec.page_size, dtype, device, int8=int8_cache,
         layout=compute.kv_layout,
     )  # fmt: skip
     loaded = time.monotonic()
@@ -160,7 +159,7 @@ def build_runner(
         compute.name,
     )
     attention = compute.attention(pool)
-    fuse_layers(model, attention)
+    compute.plan_layers(model, attention)
     return ModelRunner(
         model,
         pool,
@@ -171,7 +170,20 @@ def build_runner(
         tokenizer_file=_tokenizer_file(spec),
         argmax=None if compute.kernels is None else compute.kernels.argmax,
         graphs=None if compute.graphs is None else compute.graphs(),
+        fused_draw=compute.fused_draw,
         timer=timer,
+    )
+
+
+def _gpu_setup(spec: PipelineSpec, parallel: ParallelState) -> GpuSetup:
+    """Graphs are captured on one rank alone: collectives between ranks are not."""
+    args, tp = spec.args, parallel.tp.size
+    graph_rows = args.cuda_graph_max_bs or args.max_running_requests
+    return GpuSetup(
+        group=spec.model.num_attention_heads // tp // spec.model.local_kv_heads(tp),
+        vocab_size=spec.model.vocab_size,
+        max_slots=args.max_running_requests,
+        graph_rows=0 if args.disable_cuda_graph or tp > 1 or spec.model.is_moe else graph_rows,
     )
 
 

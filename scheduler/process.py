@@ -66,7 +66,7 @@ def make_config(spec: PipelineSpec, ready: RankReady) -> SchedulerConfig:
     args = spec.args
     return SchedulerConfig(
         num_pages=ready.kv_pages,
-        page_size=args.page_size,
+        page_size=spec.page_size,
         max_running_requests=args.max_running_requests,
         max_queued_requests=args.max_queued_requests,
         chunked_prefill_size=spec.chunked_prefill_size,
@@ -274,12 +274,10 @@ def main(child: Child) -> None:
     process = SchedulerProcess(child)
     ready = process.wait_for_ranks()
     if ready is not None:
-        log.info("%d KV pages of %d tokens on %s", ready.kv_pages, child.spec.args.page_size, ready.device)
+        log.info("%d KV pages of %d tokens on %s", ready.kv_pages, child.spec.page_size, ready.device)
         args = child.spec.args
         core = make_core(make_config(child.spec, ready), args.trace, args.profile)
-        child.ready(
-            kv_pages=ready.kv_pages, device=ready.device, dtype=ready.dtype, page_size=child.spec.args.page_size
-        )
+        child.ready(kv_pages=ready.kv_pages, device=ready.device, dtype=ready.dtype, page_size=child.spec.page_size)
         try:
             process.serve(core)
         finally:

@@ -12,6 +12,7 @@ its vocabulary again. Ranks exchange candidates, histograms and winners, never t
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,26 @@ from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 ArgmaxFunction = Callable[[Tensor], Tensor]
 
 
+class FusedDraw(Protocol):
+    """Draws, where no row asks for more than a temperature and a seed, without planning anything for the step."""
+
+    def admit(self, slot: int, sampling: ResolvedSampling, *, plain: bool) -> None:
+        """A row comes to `slot`; plain: it asks for no more."""
+        ...
+
+    def takes(self, slots: npt.NDArray[np.int32]) -> bool:
+        """Whether these are such rows; then, what the device has to know of them is on its way there."""
+        ...
+
+    def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        """int32 [rows], the tokens that `Sampler.sample` would draw, -1 where logits are NaN or infinite.
+
+        All on the device, [rows] ints: slots, positions as for `Sampler.sample`; places, where in `tokens` the drawn
+        ones go too.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class SampleOutput:
     """token_ids: int64 [rows], on the logits' device. logprobs: of the rows that asked for them, else None."""
@@ -62,7 +83,8 @@ class Sampler:
     vocab_size: of the whole vocabulary, 262,144 at most. group: the ranks that share it in equal ranges.
     tokens: [max_slots, context_len] int32, the sequences of the slots; read, never written. When `sample` runs,
         tokens[slot, :position] must hold all tokens before the one to draw (only penalties read it).
-    argmax: a faster one where the logits' device has it.
+    argmax: a faster one where the logits' device has it. fused: a draw of plain rows in one go, if the device has it;
+        kept for one rank alone.
     """
 
     def __init__(
@@ -72,12 +94,14 @@ class Sampler:
         tokens: Tensor,
         argmax: ArgmaxFunction | None = None,
         device: Device | None = None,
+        fused: FusedDraw | None = None,
     ) -> None:
         self.device = device or device_of(tokens.device)
         assert vocab_size <= MAX_VOCAB, f"a vocabulary of {vocab_size} is above {MAX_VOCAB}"
         self.vocab = shard(vocab_size, group)
         self.group = group
         self.slots = SlotSampling(tokens.shape[0], vocab_size, self.vocab, self.device)
+        self.fused = fused if group.size == 1 else None
         self._argmax = argmax or argmax_column
         self._adjuster = LogitAdjuster(tokens, self.vocab)
         self._ids = torch.arange(self.vocab.start, self.vocab.stop, device=tokens.device)
@@ -86,6 +110,9 @@ class Sampler:
     def admit(self, slot: int, sampling: ResolvedSampling, num_prompt_tokens: int) -> None:
         """A row comes to `slot`, for the first time or again after a retraction. sampling.seed is the sample's own."""
         self.slots.admit(slot, sampling, num_prompt_tokens)
+        if self.fused is not None:
+            plain = self.slots.is_plain(slot) and not sampling.prompt_logprobs
+            self.fused.admit(slot, sampling, plain=plain)
 
     def release(self, slot: int) -> None:
         """The slot is free again."""

@@ -180,6 +180,11 @@ class SlotSampling:
         self._records[slot]["occupied"] = False
         self._single.pop(slot, None)
 
+    def is_plain(self, slot: int) -> bool:
+        """Whether its row draws from all of its logits, as they are, and asks for nothing more."""
+        record = self._records[slot]
+        return not any(record[name] for name in ("filtered", "penalised", "biased", "held_back", "logprobs"))
+
     def plan(self, slots: npt.NDArray[np.int64]) -> SamplingPlan:
         """The plan for these rows' slots, in order. Every slot must be occupied. The last plan is kept."""
         key = slots.tobytes()

@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 class PipelineSpec(msgspec.Struct, frozen=True):
     """All that a child needs to start, written by the launcher as JSON into the private directory.
 
-    model_folder: resolved local folder. context_length, chunked_prefill_size, device, dtype: resolved from "auto".
-    epoch: random, one per start of the pipeline.
+    model_folder: resolved local folder. context_length, chunked_prefill_size, page_size, device, dtype: resolved
+    from "auto". epoch: random, one per start of the pipeline.
     """
 
     args: ServerArgs
@@ -50,6 +50,7 @@ class PipelineSpec(msgspec.Struct, frozen=True):
     tokenizer_folder: str
     context_length: int
     chunked_prefill_size: int
+    page_size: int
     device: str
     dtype: str
     epoch: str

@@ -181,7 +181,7 @@ class Pipeline:
             self.facts = {"node": self.args.node_rank, "ranks": f"{ranks.start}-{ranks.stop - 1}", "startup": started}
             self._settled.set()
             return
-        self._pool_tokens = int(found["kv_pages"]) * self.args.page_size
+        self._pool_tokens = int(found["kv_pages"]) * self._spec.page_size
         self.facts = {
             "address": found.get("address", self._spec.endpoints.api),  # port 0 was read back by who bound it
             "model": self._spec.model_name,
@@ -189,7 +189,7 @@ class Pipeline:
             "dtype": found.get("dtype", self._spec.dtype),
             "tp": self.args.tp,
             "kv_pages": found["kv_pages"],
-            "page_size": self.args.page_size,
+            "page_size": self._spec.page_size,
             "context_length": self._spec.context_length,
             "startup": started,
         }

@@ -20,7 +20,9 @@ from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
 
 CHUNK_CPU = 512  # tokens
-CHUNK_CUDA = 2048
+CHUNK_CUDA = 8192
+PAGE_CPU = 16  # tokens
+PAGE_CUDA = 64
 DUMMY_DTYPE = "float32"  # of weights that are made up where config.json names no dtype, as in transformers
 NO_CUDA = "the torch that is installed was built without CUDA"
 INT8_HEAD_DIM_MULTIPLE = 8  # what model_worker/kv_int8.py needs
@@ -50,6 +52,7 @@ def make_spec(args: ServerArgs, endpoints: Endpoints) -> PipelineSpec:
         tokenizer_folder=str(tokenizer),
         context_length=_context_length(args, model),
         chunked_prefill_size=args.chunked_prefill_size or (CHUNK_CUDA if device == "cuda" else CHUNK_CPU),
+        page_size=args.page_size or (PAGE_CUDA if device == "cuda" else PAGE_CPU),
         device=device,
         dtype=(model.dtype or DUMMY_DTYPE) if args.dtype == "auto" else args.dtype,
         epoch=secrets.token_hex(8),

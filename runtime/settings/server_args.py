@@ -279,17 +279,18 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
         ),
     ] = None
     page_size: Annotated[
-        int,
+        int | None,
         Spec(
             "size of a page of the KV cache, the unit of allocation and of prefix sharing",
             "Smaller pages share more and cost more bookkeeping.",
             unit="tokens",
+            unset="16 on CPU, 64 on GPU",
             group=MEMORY,
             low=1,
             high=4096,
             aliases=("block_size",),
         ),
-    ] = 16
+    ] = None
     max_total_tokens: Annotated[
         int | None,
         Spec(
@@ -340,7 +341,7 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
             "prompt tokens that one step computes at most; longer prompts are cut into chunks",
             "So running streams do not stall.",
             unit="tokens",
-            unset="512 on CPU, 2048 on GPU",
+            unset="512 on CPU, 8192 on GPU",
             group=MEMORY,
             low=1,
             high=2**20,
@@ -391,6 +392,25 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
             aliases=("disable_overlap_schedule",),
         ),
     ] = False
+    disable_cuda_graph: Annotated[
+        bool,
+        Spec(
+            "on a GPU, do not capture steps of generating requests as graphs: slower, starts sooner",
+            group=MEMORY,
+            like=("enforce_eager",),
+        ),
+    ] = False
+    cuda_graph_max_bs: Annotated[
+        int | None,
+        Spec(
+            "the largest number of generating requests for which steps are captured as graphs",
+            unit="requests",
+            unset="as many as --max-running-requests",
+            group=MEMORY,
+            low=1,
+            high=4096,
+        ),
+    ] = None
     num_threads: Annotated[
         int | None,
         Spec(

@@ -55,6 +55,7 @@ class Launcher:
             tokenizer_folder=str(folder),
             context_length=64,
             chunked_prefill_size=512,
+            page_size=settings.page_size or 16,
             device="cpu",
             dtype="float32",
             epoch="0",

@@ -68,7 +68,7 @@ class Neighbours:
         spec = PipelineSpec(
             args=ServerArgs(page_size=4, max_running_requests=4, **args), endpoints=endpoints, model=model,
             model_name="m", model_folder=folder, tokenizer_folder=folder, context_length=512, chunked_prefill_size=16,
-            device="cpu", dtype="float32", epoch="e",
+            page_size=4, device="cpu", dtype="float32", epoch="e",
         )  # fmt: skip
         self.endpoints = endpoints
         path = Path(folder) / "spec.json"

@@ -95,6 +95,7 @@ def make_spec(folder: Path, **args: Any) -> PipelineSpec:
         tokenizer_folder=str(folder),
         context_length=CONTEXT,
         chunked_prefill_size=512,
+        page_size=16,
         device="cpu",
         dtype="float32",
         epoch="e1",

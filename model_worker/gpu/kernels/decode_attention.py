@@ -8,7 +8,7 @@ taken in a given order, longest first, so that no long row starts last.
 Legend: R rows, G query heads a KV head, D head dim.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -29,9 +29,8 @@ class DecodeTiles:
     splits: int
 
 
-# By the most rows that they are for; measured on an H100 (docs/decisions.md).
+# By the most rows that they are for; measured on an H100 with 8 KV heads of 128 and contexts of about 850.
 TILES = (
-    (1, DecodeTiles(64, 4, 3, 16)),
     (4, DecodeTiles(64, 4, 3, 16)),
     (8, DecodeTiles(64, 4, 3, 8)),
     (16, DecodeTiles(64, 2, 2, 8)),
@@ -39,28 +38,36 @@ TILES = (
     (64, DecodeTiles(128, 4, 2, 1)),
 )
 MANY_ROWS = DecodeTiles(64, 4, 2, 1)
+LONG_CONTEXT = 4096  # tokens; above, few rows are cut in more splits
+LONG_PROGRAMS = 512  # that a launch over long contexts should have at least
+MAX_SPLITS = 32
 
 
-def choose_tiles(rows: int, dtype: torch.dtype) -> DecodeTiles:
+def choose_tiles(rows: int, kv_heads: int, dtype: torch.dtype, max_context: int) -> DecodeTiles:
     """The tiles for a launch of `rows`; fp32 takes half the keys a block, for shared memory's sake."""
     tiles = next((tiles for most, tiles in TILES if rows <= most), MANY_ROWS)
-    if dtype == torch.float32:
-        return DecodeTiles(32, tiles.warps, 2, tiles.splits)
-    return tiles
+    if max_context > LONG_CONTEXT:
+        wanted = triton.next_power_of_2(-(-LONG_PROGRAMS // max(1, rows * kv_heads)))
+        tiles = replace(tiles, splits=min(max(tiles.splits, wanted), MAX_SPLITS))
+    return replace(tiles, keys=32, stages=2) if dtype == torch.float32 else tiles
 
 
 class DecodeScratch:
     """What splits leave for the one that merges them. One for all layers: launches follow each other.
 
-    For up to `rows` rows of `kv_heads` KV heads with `group` query heads each.
+    For any launch that `choose_tiles` cuts, over `kv_heads` KV heads with `group` query heads each; or one of
+    `places`, which is rows x splits.
     """
 
-    def __init__(self, rows: int, kv_heads: int, group: int, head_dim: int, device: torch.device) -> None:
-        splits = max(rows_here * tiles.splits for rows_here, tiles in TILES if tiles.splits > 1)
-        places = splits * kv_heads * group
-        self.sums = torch.empty((places, head_dim), dtype=torch.float32, device=device)
-        self.maxima_and_norms = torch.empty((places, 2), dtype=torch.float32, device=device)
-        self.arrived = torch.zeros((rows, kv_heads), dtype=torch.int32, device=device)  # zero between launches
+    def __init__(self, kv_heads: int, group: int, head_dim: int, device: torch.device, places: int = 0) -> None:
+        # Above the last row count here no launch is split.
+        rows = max(LONG_PROGRAMS // kv_heads + 1, max(most for most, _ in TILES))
+        for count in range(1, rows + 1):
+            for context in (1, LONG_CONTEXT + 1):
+                places = max(places, count * choose_tiles(count, kv_heads, torch.float16, context).splits)
+        self.sums = torch.empty((places * kv_heads * group, head_dim), dtype=torch.float32, device=device)
+        self.maxima_and_norms = torch.empty((places * kv_heads * group, 2), dtype=torch.float32, device=device)
+        self.arrived = torch.zeros(places * kv_heads, dtype=torch.int32, device=device)  # zero between launches
 
 
 @triton.jit
@@ -164,21 +171,20 @@ def decode_attention(
     scratch: DecodeScratch,
     output: Tensor,
     *,
+    tiles: DecodeTiles,
     pdl: bool,
-    tiles: DecodeTiles | None = None,
 ) -> None:
     """Fill `output`, [R, heads x D], for query of the same shape.
 
     keys, values: [page, token, kv head, D], any strides but the last. page_table: [R or more, pages] int32;
     context_lengths: [R or more] int32, the new token included, 0 for a row that is none. order: [R] int32, the rows
-    in the order to take them. tiles: how to cut, else as `choose_tiles`.
+    in the order to take them. tiles: how to cut, see `choose_tiles`.
     """
     rows, width = output.shape
     page_size, kv_heads, head_dim = keys.shape[1:]
     group = width // (kv_heads * head_dim)
     assert keys.stride() == values.stride()
     assert keys.stride(3) == query.stride(1) == output.stride(1) == page_table.stride(1) == 1
-    tiles = tiles or choose_tiles(rows, query.dtype)
     assert rows * kv_heads * group * tiles.splits <= len(scratch.sums) or tiles.splits == 1
     options = {"launch_pdl": True} if pdl else {}
     _decode_attention[(kv_heads, rows, tiles.splits)](

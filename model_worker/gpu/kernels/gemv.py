@@ -13,18 +13,26 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 @triton.jit
 def _gemv(
     x, matrix, gain, addend, output, N, eps, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, SILU: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, SILU: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program BLOCK outputs of all ROWS. KP: K rounded up to a power of two."""
+    """A program BLOCK outputs of all ROWS. KP: K rounded up to a power of two. EVEN: nothing lies outside."""
     out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, KP)
-    inside = (out < N)[:, None] & (column < K)[None, :]
+    if EVEN:
+        inside = None
+        other = None
+    else:
+        inside = (out < N)[:, None] & (column < K)[None, :]
+        other = 0.0
     place = out.to(tl.int64)[:, None] * K + column[None, :]
     if PDL:
         gdc_launch_dependents()
-    weights = tl.load(matrix + place, mask=inside, other=0.0, eviction_policy="evict_first")
+    weights = tl.load(matrix + place, mask=inside, other=other, eviction_policy="evict_first")
     if SILU:
-        up_weights = tl.load(matrix + N.to(tl.int64) * K + place, mask=inside, other=0.0, eviction_policy="evict_first")
+        up_weights = tl.load(
+            matrix + N.to(tl.int64) * K + place, mask=inside, other=other, eviction_policy="evict_first"
+        )
     if NORM:
         gains = tl.load(gain + column, mask=column < K, other=0.0).to(tl.float32)
     if PDL:
@@ -72,6 +80,7 @@ def gemv(
     options = {"launch_pdl": True} if pdl else {}
     _gemv[(triton.cdiv(outputs, block),)](
         x, matrix, x if gain is None else gain, x if addend is None else addend, output, outputs, eps,
-        K=inputs, KP=triton.next_power_of_2(inputs), BLOCK=block, ROWS=rows, NORM=gain is not None,
+        K=inputs, KP=triton.next_power_of_2(inputs), BLOCK=block, ROWS=rows,
+        EVEN=outputs % block == 0 and triton.next_power_of_2(inputs) == inputs, NORM=gain is not None,
         ADD=addend is not None, SILU=silu, PDL=pdl, num_warps=warps, **options,
     )  # fmt: skip

@@ -25,7 +25,7 @@ def _normal_and_turned(start, weight, cos, sin, eps, D: tl.constexpr, H: tl.cons
 
 @triton.jit
 def _rope_store(
-    qkv, query_norm, key_norm, cosines, sines, slots, query, keys, values, query_eps, key_eps,
+    qkv, query_norm, key_norm, cosines, sines, slots, query, keys, values, query_eps, key_eps, angle_stride,
     page_stride, token_stride, head_stride,
     PAGE: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, KV_HEADS: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
     PDL: tl.constexpr,
@@ -34,7 +34,7 @@ def _rope_store(
     token = tl.program_id(0)
     dim = tl.arange(0, D)
     slot = tl.load(slots + token).to(tl.int64)
-    angle = token.to(tl.int64) * (D // 2) + dim % (D // 2)
+    angle = token.to(tl.int64) * angle_stride + dim % (D // 2)
     cos = tl.load(cosines + angle).to(tl.float32)
     sin = tl.load(sines + angle).to(tl.float32) * tl.where(dim < D // 2, -1.0, 1.0)
     if PDL:
@@ -78,14 +78,13 @@ def rope_store(
     heads = width // head_dim
     assert qkv.is_contiguous()
     assert query.is_contiguous()
-    assert cos.is_contiguous()
-    assert sin.is_contiguous()
+    assert cos.stride() == sin.stride() == (cos.stride(0), 1)
     assert qkv.shape[1] == (heads + 2 * kv_heads) * head_dim
     assert keys.stride() == values.stride()
     options = {"launch_pdl": True} if pdl else {}
     _rope_store[(tokens,)](
-        qkv, query_norm, key_norm, cos, sin, slots, query, keys, values, *eps, *keys.stride()[:3],
-        PAGE=page_size, H=heads, HP=triton.next_power_of_2(heads), KV_HEADS=kv_heads,
+        qkv, query_norm, key_norm, cos, sin, slots, query, keys, values, *eps, cos.stride(0),
+        *keys.stride()[:3], PAGE=page_size, H=heads, HP=triton.next_power_of_2(heads), KV_HEADS=kv_heads,
         KP=triton.next_power_of_2(kv_heads), D=head_dim, PDL=pdl, num_warps=8 if heads * head_dim > 1024 else 4,
         **options,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-CHUNK = 4096  # logits a program
+CHUNK = 2048  # logits a program
 # Above what a score in fp32 may be off: at noise of up to 37, and in proportion to the score.
 BOUND = tl.constexpr(1e-3)
 RELATIVE_BOUND = tl.constexpr(2e-6)
@@ -85,7 +85,7 @@ def _chunk_maxima(
 
 @triton.jit
 def _draw(
-    logits, maxima, slots, positions, inverse_temperatures, seeds, token_ids, columns, chunks,
+    logits, maxima, slots, positions, inverse_temperatures, seeds, token_ids, tokens, places, columns, chunks,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program a row: exact scores of the chunks that may hold the highest."""
@@ -119,6 +119,7 @@ def _draw(
             best_token = tl.min(tl.where(score == higher, token, 2147483647), 0)
         at = tl.min(tl.where(candidate & (chunk > at), chunk, CHUNKS), 0)
     tl.store(token_ids + row, best_token)
+    tl.store(tokens + tl.load(places + row), tl.maximum(best_token, 0))
 
 
 def num_chunks(columns: int) -> int:
@@ -134,13 +135,16 @@ def sample(
     seeds: Tensor,
     scratch: Tensor,
     token_ids: Tensor,
+    tokens: Tensor,
+    places: Tensor,
     *,
     pdl: bool,
 ) -> None:
     """Fill token_ids, [R] int32, from logits, [R, vocabulary] in fp32 or bf16; -1 where these are NaN or infinite.
 
     slots: [R] int32; positions: [R] ints, of the token to draw. Of each slot: inverse_temperatures [slots] fp64, 0 for
-    the greedy; seeds [slots] int64, 64 bits in two's complement. scratch: R x `num_chunks` fp32 or more.
+    the greedy; seeds [slots] int64, 64 bits in two's complement. The token also goes to tokens, of any shape, at its
+    place: places [R] int64; as 0 where it is none. scratch: R x `num_chunks` fp32 or more.
     """
     rows, columns = logits.shape
     chunks = num_chunks(columns)
@@ -151,6 +155,6 @@ def sample(
     parameters = (slots, positions, inverse_temperatures, seeds)
     _chunk_maxima[(rows, chunks)](logits, scratch, *parameters, columns, CHUNK=CHUNK, PDL=pdl, num_warps=8, **options)
     _draw[(rows,)](
-        logits, scratch, *parameters, token_ids, columns, chunks, CHUNK=CHUNK,
+        logits, scratch, *parameters, token_ids, tokens, places, columns, chunks, CHUNK=CHUNK,
         CHUNKS=triton.next_power_of_2(chunks), PDL=pdl, num_warps=8, **options,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import chain_attention
 from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (
     DecodeScratch,
     DecodeTiles,
@@ -15,6 +16,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (
     decode_attention,
 )
 from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import PrefillTiles, plan_tiles, prefill_attention
+from vibe_sgl_lite.qwen3.layers.rotary import RotaryEmbedding
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
 
@@ -64,7 +66,7 @@ def run_decode(case: Case, query: Tensor, tiles: DecodeTiles) -> Tensor:
     rows, heads, dim = query.shape
     kv_heads = case.keys.shape[2]
     output = torch.full((rows, heads * dim), float("nan"), dtype=query.dtype, device=query.device)
-    scratch = DecodeScratch(rows, kv_heads, heads // kv_heads, dim, query.device)
+    scratch = DecodeScratch(kv_heads, heads // kv_heads, dim, query.device, places=rows * tiles.splits)
     order = case.lengths.argsort(descending=True).to(torch.int32)
     flat = query.flatten(1)
     for _ in range(2):  # the second finds what the first left behind
@@ -109,12 +111,15 @@ def test_a_decode_row_without_context_gets_zeros(splits: int, device: torch.devi
     assert not output[1].any()
 
 
-def test_decode_tiles_fit_their_scratch(device: torch.device) -> None:
-    for rows in range(1, 300):
-        for dtype in (torch.float32, torch.bfloat16):
-            splits = choose_tiles(rows, dtype).splits
-            scratch = DecodeScratch(rows, 1, 1, 1, device)
-            assert splits == 1 or len(scratch.sums) >= rows * splits
+@pytest.mark.parametrize("kv_heads", [1, 8])
+def test_scratch_has_room_for_every_launch(kv_heads: int, device: torch.device) -> None:
+    scratch = DecodeScratch(kv_heads, 2, 1, device)
+    for rows in (*range(1, 100), 255, 256, 511, 512, 513, 2000):
+        for context in (1, 100_000):
+            for dtype in (torch.float32, torch.bfloat16):
+                splits = choose_tiles(rows, kv_heads, dtype, context).splits
+                assert splits == 1 or len(scratch.sums) >= rows * kv_heads * 2 * splits
+                assert splits == 1 or len(scratch.arrived) >= rows * kv_heads
 
 
 @pytest.mark.parametrize(
@@ -154,3 +159,46 @@ def test_tiles_cover_each_new_token_once() -> None:
     starts = np.array([0, 5, 6, 22, 25], dtype=np.int32)
     tiles = plan_tiles(starts, np.array([0, 2, 3], dtype=np.int32), 4)
     assert tiles.tolist() == [[0, 4], [0, 0], [2, 12], [2, 8], [2, 4], [2, 0], [3, 0]]
+
+
+@pytest.mark.parametrize(
+    ("page", "kv_heads", "group", "dim", "dtype", "tiles"),
+    [
+        (16, 2, 2, 64, torch.float32, DecodeTiles(16, 1, 1, 4)),
+        (64, 1, 3, 64, torch.float16, DecodeTiles(32, 2, 1, 8)),
+        (6, 2, 1, 32, torch.float32, DecodeTiles(16, 1, 1, 2)),
+        (128, 1, 8, 128, torch.float16, DecodeTiles(64, 4, 1, 16)),
+    ],
+)
+def test_the_chain_does_what_rotation_store_and_decode_attention_do(
+    page: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype, tiles: DecodeTiles, device: torch.device
+) -> None:
+    lengths = [1, page + 1, 2 * page + 9, 20]
+    heads = kv_heads * group
+    case = Case.make(lengths, page, kv_heads, dim, dtype, device)
+    qkv = torch.randn((len(lengths), (heads + 2 * kv_heads) * dim), device=device).to(dtype)
+    norms = torch.rand((2, dim), device=device).to(dtype) + 0.5
+    angles = RotaryEmbedding(dim, 1e4, dtype, device)(case.lengths - 1)
+    last = case.lengths.long() - 1
+    pages = case.table.gather(1, (last // page)[:, None])[:, 0].long()
+    slots = pages * page + last % page
+    case.keys[pages, last % page] = case.values[pages, last % page] = float("nan")  # the new token's, not there yet
+    scratch = DecodeScratch(kv_heads, group, dim, device, places=len(lengths) * tiles.splits)
+    output = torch.full((len(lengths), heads * dim), float("nan"), dtype=dtype, device=device)
+    for _ in range(2):
+        chain_attention(
+            qkv, norms[0], norms[1], (1e-6, 1e-6), angles.cos, angles.sin, slots, case.keys, case.values, case.table,
+            case.lengths, scratch, output, tiles=tiles, pdl=False,
+        )  # fmt: skip
+    packed = qkv.view(len(lengths), -1, dim)
+    query, key = (
+        angles.rotate(F.rms_norm(packed[:, part], (dim,), norm, 1e-6))
+        for part, norm in ((slice(heads), norms[0]), (slice(heads, heads + kv_heads), norms[1]))
+    )
+    torch.testing.assert_close(case.keys[pages, last % page], key, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert torch.equal(case.values[pages, last % page], packed[:, heads + kv_heads :])
+    for row, length in enumerate(lengths):
+        expected = case.expected(query[row : row + 1], row, length)
+        torch.testing.assert_close(
+            output[row : row + 1].double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+        )

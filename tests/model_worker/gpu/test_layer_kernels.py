@@ -60,9 +60,7 @@ def test_rope_store(heads: int, kv_heads: int, dim: int, page: int, dtype: torch
     pool = torch.full((3, 2, page, kv_heads, dim), float("nan"), dtype=dtype, device=device)
     keys, values = pool[:, 0], pool[:, 1]
     query = torch.empty((tokens, heads * dim), dtype=dtype, device=device)
-    rope_store(
-        qkv, norms[0], norms[1], (1e-6, 1e-6), angles.cos, angles.sin, slots, keys, values, query, pdl=False
-    )
+    rope_store(qkv, norms[0], norms[1], (1e-6, 1e-6), angles.cos, angles.sin, slots, keys, values, query, pdl=False)
     packed = qkv.view(tokens, -1, dim)
     turned = [
         angles.rotate(F.rms_norm(packed[:, part], (dim,), norm, 1e-6))

@@ -1,0 +1,42 @@
+"""Draws a step's tokens in two launches, where no row asks for more than a temperature and a seed."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vibe_sgl_lite.model_worker.device import Device, Fields
+from vibe_sgl_lite.model_worker.gpu.kernels.sample import num_chunks, sample
+from vibe_sgl_lite.model_worker.gpu.operations import has_dependent_launch
+from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
+
+
+class GpuDraw:
+    """A `FusedDraw` (sampling/sampler.py). Keeps each slot's parameters on the device, so that a graph finds them."""
+
+    def __init__(self, device: Device, max_slots: int, max_rows: int, vocab_size: int) -> None:
+        """max_slots: with the padding slot, which draws greedily. max_rows: of a step, padding rows included."""
+        self._pdl = has_dependent_launch(device.torch_device)
+        self._slots = Fields(device, max_slots, inverse_temperatures=np.float64, seeds=np.int64)
+        self._plain: npt.NDArray[np.bool_] = np.ones(max_slots, dtype=np.bool_)
+        self._scratch = torch.empty(max_rows * num_chunks(vocab_size), dtype=torch.float32, device=device.torch_device)
+        self._changed = False
+
+    def admit(self, slot: int, sampling: ResolvedSampling, *, plain: bool) -> None:
+        host = self._slots.host
+        host["inverse_temperatures"][slot] = 0.0 if sampling.greedy else 1.0 / sampling.temperature
+        host["seeds"][slot] = sampling.seed - (1 << 64) if sampling.seed >= 1 << 63 else sampling.seed
+        self._plain[slot] = plain
+        self._changed = True
+
+    def takes(self, slots: npt.NDArray[np.int32]) -> bool:
+        if self._changed:
+            self._slots.send(len(self._plain))
+            self._changed = False
+        return bool(self._plain[slots].all())
+
+    def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        token_ids = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
+        parameters = self._slots.device["inverse_temperatures"], self._slots.device["seeds"]
+        sample(logits, slots, positions, *parameters, self._scratch, token_ids, tokens, places, pdl=self._pdl)
+        return token_ids

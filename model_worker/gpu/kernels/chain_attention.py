@@ -1,0 +1,184 @@
+"""Attention of a decode step of few rows, with all that lies around it: norm, rotation and storing of the new token.
+
+What a chain of dependent launches needs: no matrix instructions, which one query head cannot fill; many short splits of
+the context; and each program's first keys and values on their way before the kernel before this one has ended. The new
+token's key and value come from registers: the last split starts its softmax with them. See decode_attention.py.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import LOG2_E, DecodeScratch, DecodeTiles, _merge
+
+CHAIN_ROWS = 4  # at most
+# By the longest context that they are for; measured on an H100 at contexts of 256, 384 and 850.
+TILES = (
+    (320, DecodeTiles(16, 1, 1, 64)),
+    (640, DecodeTiles(32, 2, 1, 32)),
+    (2**31, DecodeTiles(64, 4, 1, 16)),
+)
+CHAIN_CONTEXTS = tuple(min(most, 4096) for most, _ in TILES)  # one for each
+CHAIN_SPLITS = max(tiles.splits for _, tiles in TILES)
+
+
+def choose_chain_tiles(max_context: int) -> DecodeTiles:
+    """The tiles for contexts of up to so many tokens."""
+    return next(tiles for most, tiles in TILES if max_context <= most)
+
+
+@triton.jit
+def _turned_head(start, gain, pair_gain, cos, sin, eps, D: tl.constexpr):
+    """[D] fp32, rounded to the model's dtype: one head over its rms, times gain, rotated; pair: dimension i + D / 2."""
+    dim = tl.arange(0, D)
+    x = tl.load(start + dim)
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    other = tl.load(start + (dim + D // 2) % D).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+    x = (x * factor * gain).to(dtype).to(tl.float32)
+    other = (other * factor * pair_gain).to(dtype).to(tl.float32)
+    return (x * cos + other * sin).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _places(table, token, here, head, page_stride, token_stride, head_stride, PAGE: tl.constexpr):
+    page = tl.load(table + token // PAGE, mask=here, other=0).to(tl.int64)
+    return page * page_stride + (token % PAGE) * token_stride + head * head_stride
+
+
+@triton.jit
+def _attend(query, key, value, here, maximum, norm, total):
+    """One block of keys into the running softmax of one query head."""
+    score = tl.where(here, tl.sum(key.to(tl.float32) * query[None, :], 1), -float("inf"))
+    higher = tl.maximum(maximum, tl.max(score, 0))
+    weight = tl.exp2(score - higher)
+    shrink = tl.exp2(maximum - higher)
+    norm = norm * shrink + tl.sum(weight, 0)
+    return higher, norm, total * shrink + tl.sum(weight[:, None] * value.to(tl.float32), 0)
+
+
+@triton.jit
+def _chain_attention(
+    qkv, query_norm, key_norm, cosines, sines, slots, keys, values, output, page_table, context_lengths,
+    sums, maxima_and_norms, arrived, query_eps, key_eps, table_stride, angle_stride,
+    page_stride, token_stride, head_stride, scale,
+    SPLITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, KV_HEADS: tl.constexpr,
+    D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (KV_HEADS, R, SPLITS)."""
+    head = tl.program_id(0)
+    row = tl.program_id(1)
+    split = tl.program_id(2)
+    dim = tl.arange(0, D)
+    if PDL:
+        gdc_launch_dependents()
+    length = tl.load(context_lengths + row)
+    each = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK), 1) * BLOCK
+    splits = tl.maximum(tl.cdiv(length, each), 1)
+    start = split * each
+    end = tl.minimum(start + each, length - 1)  # of what is cached already
+    table = page_table + row.to(tl.int64) * table_stride
+    token = start + tl.arange(0, BLOCK)
+    here = token < end
+    place = _places(table, token, here, head, page_stride, token_stride, head_stride, PAGE)
+    first_key = tl.load(keys + place[:, None] + dim[None, :], mask=here[:, None], other=0.0)
+    first_value = tl.load(values + place[:, None] + dim[None, :], mask=here[:, None], other=0.0)
+    pair = (dim + D // 2) % D
+    gain = tl.load(query_norm + dim).to(tl.float32)
+    pair_gain = tl.load(query_norm + pair).to(tl.float32)
+    key_gain = tl.load(key_norm + dim).to(tl.float32)
+    key_pair_gain = tl.load(key_norm + pair).to(tl.float32)
+    angle = row * angle_stride + dim % (D // 2)
+    cos = tl.load(cosines + angle).to(tl.float32)
+    sin = tl.load(sines + angle).to(tl.float32) * tl.where(dim < D // 2, -1.0, 1.0)
+    slot = tl.load(slots + row).to(tl.int64)
+    if PDL:
+        gdc_wait()
+    if split < splits:
+        line = qkv + row.to(tl.int64) * ((G + 2) * KV_HEADS * D)
+        is_last = split == splits - 1
+        new_key = tl.zeros([D], tl.float32)
+        new_value = tl.zeros([D], tl.float32)
+        if is_last:
+            new_key = _turned_head(line + (G * KV_HEADS + head) * D, key_gain, key_pair_gain, cos, sin, key_eps, D)
+            value_line = tl.load(line + ((G + 1) * KV_HEADS + head) * D + dim)
+            new_value = value_line.to(tl.float32)
+            new_place = slot // PAGE * page_stride + slot % PAGE * token_stride + head * head_stride + dim
+            tl.store(keys + new_place, new_key.to(keys.dtype.element_ty))
+            tl.store(values + new_place, value_line)
+        for member in tl.static_range(G):
+            query_line = line + (head * G + member) * D
+            query = _turned_head(query_line, gain, pair_gain, cos, sin, query_eps, D) * scale
+            maximum = -1e30
+            norm = 0.0
+            total = tl.zeros([D], tl.float32)
+            if is_last:
+                maximum = tl.sum(query * new_key, 0)
+                norm = 1.0
+                total = new_value
+            maximum, norm, total = _attend(query, first_key, first_value, here, maximum, norm, total)
+            for first in tl.range(start + BLOCK, end, BLOCK, num_stages=1):
+                later = first + tl.arange(0, BLOCK)
+                inside = later < end
+                spot = _places(table, later, inside, head, page_stride, token_stride, head_stride, PAGE)
+                key = tl.load(keys + spot[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
+                value = tl.load(values + spot[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
+                maximum, norm, total = _attend(query, key, value, inside, maximum, norm, total)
+            output_line = (row.to(tl.int64) * KV_HEADS + head) * G + member
+            if splits == 1:
+                tl.store(output + output_line * D + dim, (total / norm).to(output.dtype.element_ty))
+            else:
+                spot = ((row * KV_HEADS + head) * SPLITS + split) * G + member
+                tl.store(sums + spot * D + dim, total)
+                tl.store(maxima_and_norms + spot * 2, maximum)
+                tl.store(maxima_and_norms + spot * 2 + 1, norm)
+        if splits > 1:
+            tl.debug_barrier()
+            before = tl.atomic_add(arrived + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
+            if before == splits - 1:
+                first_place = (row * KV_HEADS + head) * SPLITS
+                output_group = (row.to(tl.int64) * KV_HEADS + head) * G * D
+                _merge(output, sums, maxima_and_norms, first_place, splits, output_group, G, D, SPLITS)
+                tl.store(arrived + row * KV_HEADS + head, 0)
+
+
+def chain_attention(
+    qkv: Tensor,
+    query_norm: Tensor,
+    key_norm: Tensor,
+    eps: tuple[float, float],
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    context_lengths: Tensor,
+    scratch: DecodeScratch,
+    output: Tensor,
+    *,
+    tiles: DecodeTiles,
+    pdl: bool,
+) -> None:
+    """What `rope_store` and `decode_attention` do of R decode rows; a row without context gets some numbers.
+
+    qkv: [R, (heads + 2 x kv heads) x D]; output: [R, heads x D]. The others as there.
+    """
+    rows, width = output.shape
+    page_size, kv_heads, head_dim = keys.shape[1:]
+    group = width // (kv_heads * head_dim)
+    assert qkv.is_contiguous()
+    assert output.is_contiguous()
+    assert keys.stride() == values.stride()
+    assert cos.stride() == sin.stride()
+    assert rows * kv_heads * group * tiles.splits <= len(scratch.sums)
+    options = {"launch_pdl": True} if pdl else {}
+    _chain_attention[(kv_heads, rows, tiles.splits)](
+        qkv, query_norm, key_norm, cos, sin, slots, keys, values, output, page_table, context_lengths,
+        scratch.sums, scratch.maxima_and_norms, scratch.arrived, *eps, page_table.stride(0), cos.stride(0),
+        *keys.stride()[:3], head_dim**-0.5 * LOG2_E,
+        SPLITS=tiles.splits, PAGE=page_size, BLOCK=tiles.keys, G=group, KV_HEADS=kv_heads, D=head_dim, PDL=pdl,
+        num_warps=tiles.warps, num_stages=tiles.stages, **options,
+    )  # fmt: skip

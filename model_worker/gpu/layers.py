@@ -1,0 +1,157 @@
+"""A model's decoder layers on a GPU: a chain of five kernels each for steps of a few decode rows, else one by one.
+
+With few rows a step is as long as its weights take to be read, if nothing else takes time: so the kernels are few, and
+each has its weights on their way when the one before it ends. The norms are in the products, the residual is added by
+them, and attention does all between two of them (kernels/gemv.py, kernels/chain_attention.py).
+"""
+
+from dataclasses import dataclass
+
+import triton
+from torch import Tensor
+
+from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention, GpuMetadata
+from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import chain_attention
+from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
+from vibe_sgl_lite.qwen3.attention_backend import ForwardContext
+from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
+from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight, PlainMatrix
+from vibe_sgl_lite.qwen3.mlp import MLP
+from vibe_sgl_lite.qwen3.model import DecoderLayer, Qwen3
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix, and how its product is cut: rows of the matrix a program, and warps."""
+
+    matrix: Tensor
+    block: int
+    warps: int
+
+    @classmethod
+    def of(cls, matrix: Tensor, elements: int, warps: int) -> "Product":
+        """elements: of the matrix that a thread holds; measured on an H100 at the 0.6B shape."""
+        block = elements * warps * 32 // triton.next_power_of_2(matrix.shape[1])
+        return cls(matrix, min(max(block, 1), triton.next_power_of_2(matrix.shape[0])), warps)
+
+
+@dataclass(frozen=True)
+class ChainLayer:
+    """One layer's weights. Matrices: qkv [(Hq + 2 Hk) D, H], output [H, Hq D], gate_up [2 I, H], down [H, I]."""
+
+    qkv: Product
+    output: Product
+    gate_up: Product
+    down: Product
+    attention_norm: RMSNorm
+    query_norm: RMSNorm
+    key_norm: RMSNorm
+    feed_forward_norm: RMSNorm
+
+
+class GpuLayers:
+    """A `vibe_sgl_lite.qwen3.model.AllLayers` whose metadata is `GpuMetadata`."""
+
+    def __init__(self, layers: list[DecoderLayer], chain: list[ChainLayer], attention: GpuAttention) -> None:
+        self.layers = layers
+        self.chain = chain
+        self.attention = attention
+
+    def __call__(self, update: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
+        metadata: GpuMetadata = context.metadata
+        if metadata.chain_tiles is not None:
+            return self._run_chain(update, context)
+        for layer in self.layers:
+            update = layer(update, residual, context)
+        return update
+
+    def _run_chain(self, stream: Tensor, context: ForwardContext) -> Tensor:
+        """stream: [R, H], the embedding; becomes the sum of all layers, to which nothing is left to be added."""
+        metadata: GpuMetadata = context.metadata
+        assert metadata.chain_tiles is not None
+        first, pdl, batch = self.chain[0], self.attention.pdl, metadata.batch
+        qkv = stream.new_empty((len(stream), first.qkv.matrix.shape[0]))
+        attended = stream.new_empty((len(stream), first.output.matrix.shape[1]))
+        inner = stream.new_empty((len(stream), first.down.matrix.shape[1]))
+        for layer, (keys, values) in zip(self.chain, self.attention.caches, strict=True):
+            _multiply(stream, layer.qkv, qkv, pdl=pdl, norm=layer.attention_norm)
+            chain_attention(
+                qkv,
+                layer.query_norm.weight.tensor,
+                layer.key_norm.weight.tensor,
+                (layer.query_norm.eps, layer.key_norm.eps),
+                context.angles.cos,
+                context.angles.sin,
+                batch.slot_mapping,
+                keys,
+                values,
+                batch.page_table,
+                batch.context_lengths,
+                self.attention.scratch,
+                attended,
+                tiles=metadata.chain_tiles,
+                pdl=pdl,
+            )
+            _multiply(attended, layer.output, stream, pdl=pdl, addend=stream)
+            _multiply(stream, layer.gate_up, inner, pdl=pdl, norm=layer.feed_forward_norm, silu=True)
+            _multiply(inner, layer.down, stream, pdl=pdl, addend=stream)
+        return stream
+
+
+def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
+    """Give `model`, whose weights are loaded, the chain, if there is one for it: dense, on one rank."""
+    if model.parallel.tp.size > 1:
+        return
+    chain = [_chain_layer(layer) for layer in model.layers]
+    if None not in chain:
+        model.all_layers = GpuLayers(model.layers, [layer for layer in chain if layer is not None], attention)
+        attention.has_chain = True
+
+
+def _chain_layer(layer: DecoderLayer) -> ChainLayer | None:
+    attention, feed_forward = layer.attention, layer.feed_forward
+    if not isinstance(feed_forward, MLP):
+        return None
+    holders = (attention.qkv.weight, attention.output.weight, feed_forward.gate_up.weight, feed_forward.down.weight)
+    matrices = [_plain(holder) for holder in holders]
+    qkv, output, gate_up, down = matrices
+    if qkv is None or output is None or gate_up is None or down is None:
+        return None
+    return ChainLayer(
+        Product.of(qkv, 64, 8),
+        Product.of(output, 64, 4),
+        Product.of(gate_up, 64, 8),
+        Product.of(down, 256, 4),
+        layer.attention_norm,
+        attention.query_norm,
+        attention.key_norm,
+        layer.feed_forward_norm,
+    )
+
+
+def _plain(holder: MatrixWeight) -> Tensor | None:
+    return holder.matrix.tensor if isinstance(holder.matrix, PlainMatrix) else None
+
+
+def _multiply(
+    x: Tensor,
+    product: Product,
+    output: Tensor,
+    *,
+    pdl: bool,
+    norm: RMSNorm | None = None,
+    addend: Tensor | None = None,
+    silu: bool = False,
+) -> None:
+    gemv(
+        x,
+        product.matrix,
+        output,
+        pdl=pdl,
+        block=product.block,
+        warps=product.warps,
+        gain=None if norm is None else norm.weight.tensor,
+        eps=0.0 if norm is None else norm.eps,
+        addend=addend,
+        silu=silu,
+    )

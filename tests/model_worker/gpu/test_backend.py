@@ -1,0 +1,85 @@
+"""A runner on the GPU backend, its kernels interpreted where there is no GPU: transformers' tokens, the CPU's draws."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.model_worker.test_model_runner import Driver, expected_tokens, new_slot, sampling
+from tests.qwen3.harness import DENSE, make_checkpoint, random_tokens
+from vibe_sgl_lite.model_worker.compute import Compute, GpuSetup, gpu_compute, torch_compute
+from vibe_sgl_lite.model_worker.kv_pool import KVPool
+from vibe_sgl_lite.model_worker.model_runner import ModelRunner
+from vibe_sgl_lite.model_worker.weights import load_weights
+from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
+from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
+
+PAGE, PAGES_A_SLOT, SLOTS = 8, 12, 6  # as the driver's slots have them
+GROUP = DENSE["num_attention_heads"] // DENSE["num_key_value_heads"]
+
+
+def runner_of(folder: Path, device: torch.device, compute: Compute, *, chain: bool = True) -> ModelRunner:
+    config = ModelConfig.from_folder(folder)
+    model = Qwen3(config, ParallelState(), torch.float32, device, compute.operations)
+    load_weights(model, folder)
+    pool = KVPool(config, 1, SLOTS * PAGES_A_SLOT, PAGE, torch.float32, device, layout=compute.kv_layout)
+    pool.data.fill_(float("nan"))  # whatever is read without having been written shows
+    attention = compute.attention(pool)
+    if chain:
+        compute.plan_layers(model, attention)
+    return ModelRunner(
+        model,
+        pool,
+        attention,
+        max_slots=SLOTS,
+        context_length=PAGE * PAGES_A_SLOT,
+        graphs=None if compute.graphs is None else compute.graphs(),
+        fused_draw=compute.fused_draw,
+    )
+
+
+def gpu(device: torch.device) -> Compute:
+    """With graphs where there is a GPU to capture them on."""
+    return gpu_compute(device, GpuSetup(GROUP, DENSE["vocab_size"], SLOTS, 4 if device.type == "cuda" else 0))
+
+
+def run(driver: Driver, prompts: list[list[int]], count: int, params: list[Any]) -> dict[int, list[int]]:
+    """Prompts arrive one a step, run in chunks of 7 beside what decodes; until each has `count` tokens."""
+    computed = [0] * len(prompts)
+    for now in range(100):
+        present = [s for s in range(min(now + 1, len(prompts))) if len(driver.tokens.get(s, [])) < count]
+        if not present:
+            break
+        rows = []
+        for slot in present:
+            known = len(prompts[slot]) + len(driver.tokens.get(slot, []))
+            rows.append((slot, min(7, known - computed[slot])))
+            computed[slot] += rows[-1][1]
+        rows.sort(key=lambda row: row[1] != 1)  # those that decode first, as the scheduler sends them
+        new = [new_slot(now, prompts[now], params[now])] if now < len(prompts) else []
+        driver.run(rows, new=new)
+    return driver.tokens
+
+
+@pytest.mark.parametrize("chain", [True, False])
+def test_chunks_beside_decodes_give_transformers_tokens(tmp_path: Path, device: torch.device, chain: bool) -> None:
+    reference = make_checkpoint(tmp_path, DENSE)
+    prompts = [random_tokens(n, seed=n) for n in (3, 20, 9)]
+    runner = runner_of(tmp_path, device, gpu(device), chain=chain)
+    if device.type == "cuda":
+        runner.warm_up()
+    tokens = run(Driver(runner), prompts, 4, [sampling()] * 3)
+    for slot, prompt in enumerate(prompts):
+        assert tokens[slot] == expected_tokens(reference, prompt, 4)
+
+
+def test_seeds_give_the_tokens_of_plain_torch(tmp_path: Path, device: torch.device) -> None:
+    """Rows of the fused draw, and steps in which one row wants a filter or logprobs and takes all to the other one."""
+    make_checkpoint(tmp_path, DENSE)
+    prompts = [random_tokens(n, seed=n) for n in (3, 5)]
+    for extra in ({}, {"top_k": 5}, {"logprobs": True}):
+        params = [sampling(temperature=0.9, top_p=1.0, seed=2**63 + 5), sampling(temperature=1.3, seed=9, **extra)]
+        got = run(Driver(runner_of(tmp_path, device, gpu(device))), prompts, 3, params)
+        assert got == run(Driver(runner_of(tmp_path, torch.device("cpu"), torch_compute())), prompts, 3, params)
