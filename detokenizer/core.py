@@ -113,9 +113,13 @@ class Detokenizer:
         return len(self._samples)
 
     def open(self, options: OpenText) -> None:
-        """Opening a sample that is open changes nothing."""
+        """Opening a sample that is open changes nothing. What its client has already is not said again: the text after
+        k tokens follows from these tokens alone."""
         if options.uid not in self._samples:
-            self._samples[options.uid] = _Sample(options, self._vocabulary)
+            sample = self._samples[options.uid] = _Sample(options, self._vocabulary)
+            ids = unpack_ids(options.resume_ids)
+            sample.count = len(ids)
+            _parse(sample.chat, sample.add(ids, None, None)[0], False)
 
     def step(self, step: StepOutput) -> tuple[ChunkBatch, list[StopMatched]]:
         """Chunks of one step, one a sample that brought something new, and the samples that a stop string ended."""

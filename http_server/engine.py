@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from vibe_sgl_lite.http_server.timing import CallTimes
-from vibe_sgl_lite.runtime.client.connection import Connection, Event, QueryAnswer
+from vibe_sgl_lite.runtime.client.connection import Connection, QueryAnswer
+from vibe_sgl_lite.runtime.client.in_flight import Event
 from vibe_sgl_lite.runtime.client.requests import Request
 from vibe_sgl_lite.runtime.errors import EngineError, VibeError, error_from_code
 from vibe_sgl_lite.runtime.messages import Accepted, Chunk, Finish, ModelInfo, QueryReply, Welcome
@@ -37,7 +38,7 @@ class Engine:
         self.model: ModelInfo | None = None
         self.calls: set[Call] = set()
         self._loop = asyncio.get_running_loop()
-        self._connection = Connection(address)
+        self._connection = Connection(address, queue=False)
         self._events: deque[tuple[Call, int, Event]] = deque()
         self._wake_due = False
         self._ticker = self._loop.create_task(self._tick())
@@ -70,7 +71,7 @@ class Engine:
         """Send requests whose outputs make one answer."""
         call = Call(self, requests, times)
         for position, request in enumerate(requests):
-            self._connection.submit(request.rid, request.frame, self._receiver(call, position), request.n)
+            self._connection.submit(request, self._receiver(call, position))
         self.calls.add(call)
         return call
 

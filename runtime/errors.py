@@ -11,6 +11,7 @@
     └── EngineError (also a RuntimeError)  the engine could not do what was asked
         ├── StartupError                   the pipeline did not come up
         ├── EngineDeadError                "engine_dead": a process died or the connection was lost
+        │   ├── EngineLostError            "engine_lost": as before, but the engine starts again; clients resume
         │   └── ConnectError               nobody answers at the address (also a ConnectionError)
         ├── ClosedError                    "closed": the client itself was closed, before the call or during it
         ├── OverloadedError                "overloaded": the queue is full
@@ -102,6 +103,12 @@ class EngineDeadError(EngineError):
     code = "engine_dead"
 
 
+class EngineLostError(EngineDeadError):
+    """A process of the engine died with what it knew of a request, and starts again."""
+
+    code = "engine_lost"
+
+
 class ConnectError(EngineDeadError, ConnectionError):
     """Nobody answers at the address."""
 
@@ -148,6 +155,7 @@ def error_from_code(code: str, message: str, field: str | None = None) -> VibeEr
         return ContextLengthError(message, field=field)
     for kind in (
         EngineDeadError,
+        EngineLostError,
         OverloadedError,
         DrainingError,
         KVExhaustedError,

@@ -73,7 +73,15 @@ class Request:
         "uses_cache",
     )
 
-    def __init__(self, message: AddRequest, index: int, sampling: ResolvedSampling, seq: int, arrival: float) -> None:
+    def __init__(
+        self,
+        message: AddRequest,
+        index: int,
+        sampling: ResolvedSampling,
+        seq: int,
+        arrival: float,
+        resume_ids: bytes = b"",
+    ) -> None:
         self.uid = message.uid + index
         self.group = message.uid
         self.index = index
@@ -91,6 +99,7 @@ class Request:
         self.arrival = arrival
         self.tokens = bytearray(message.token_ids)
         self.num_prompt_tokens = len(self.tokens) // TOKEN_BYTES
+        self.tokens += resume_ids
         self.limit = self.num_prompt_tokens + sampling.max_new_tokens
         self.kv_limit = self.limit - 1
         self.ends = frozenset(sampling.end_token_ids + sampling.stop_token_ids)
@@ -102,7 +111,7 @@ class Request:
         self.num_shared_pages = 0
         self.reserved_pages = 0
         self.num_computed_tokens = 0
-        self.prefill_end = self.num_prompt_tokens
+        self.prefill_end = self.num_tokens
         self.last_step = -1
         self.cached_version = -1  # KVMemory.cached_length: the cache's version when it was looked up
         self.cached_depth = 0
@@ -146,6 +155,7 @@ class Request:
             s.skip_special_tokens,
             max(0, self.cached_tokens),
             self.text_format,
+            bytes(self.tokens[TOKEN_BYTES * self.num_prompt_tokens :]),
         )
 
     def __repr__(self) -> str:
@@ -153,11 +163,13 @@ class Request:
 
 
 def samples_of(message: AddRequest, seq: int, now: float) -> list[Request]:
-    """The n samples of a request: sample i has uid + i and seed + i (64 bits)."""
+    """The n samples of a request, without those that have ended: sample i has uid + i and seed + i (64 bits)."""
     samples = []
-    for index in range(message.sampling.n):
+    for index, resume_ids in enumerate(message.resume_ids or [b""] * message.sampling.n):
+        if resume_ids is None:
+            continue
         sampling = message.sampling
         if index:
             sampling = msgspec.structs.replace(sampling, seed=(sampling.seed + index) % 2**64)
-        samples.append(Request(message, index, sampling, seq + index, now))
+        samples.append(Request(message, index, sampling, seq + index, now, resume_ids))
     return samples

@@ -8,6 +8,7 @@ it, the client falls behind, or the engine ends.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -51,14 +52,16 @@ from vibe_sgl_lite.runtime.messages import (
     Usage,
     Welcome,
 )
+from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import GrammarCompiler
 from vibe_sgl_lite.tokenizer_manager.queries import ANSWER_S, Pending, Queries
 from vibe_sgl_lite.tokenizer_manager.requests import Request, RequestTable
 from vibe_sgl_lite.tokenizer_manager.sessions import Session, Sessions
-from vibe_sgl_lite.tokenizer_manager.validate import Checked, Limits, Prepared, Unreadable, check, prepare, read_frame
+from vibe_sgl_lite.tokenizer_manager.validate import Limits, Prepared, Unreadable, check, prepare, read_frame
 
 DRAINING = ErrorInfo(DrainingError.code, "the engine is draining and takes no new requests; ask another one, or later")
+ABOUT_POOL = 0  # the number of our own question to the scheduler; clients' begin at 1
 FLUSH_PATIENCE_S = 0.5  # a client that takes nothing for so long does not hold up the end of a drain
 
 log = logging.getLogger(__name__)
@@ -107,6 +110,8 @@ class TokenizerManager:
             spec.model_name, spec.context_length, spec.model.vocab_size, device=spec.device, dtype=spec.dtype
         )
         self._queries = Queries()
+        self._pool_tokens: int | None = None  # until the scheduler has told
+        self._need_pool: list[Callable[[], None]] = []  # requests that wait for it
         self._closed: ErrorInfo | None = None  # what new requests are refused with
         self._ending = False  # `Drained` is owed
         self._encoder = msgspec.msgpack.Encoder()
@@ -154,8 +159,10 @@ class TokenizerManager:
             message = f"{len(self._sessions)} clients are connected, no more are taken; close some"
             self._sessions.answer_stranger(identity, Refused(ErrorInfo(OverloadedError.code, message)))
         else:
-            session = self._sessions.open(identity, hello.client, self._now())
-            self._send(session, Welcome(PROTOCOL, session.token, self._spec.epoch, self._model))
+            owner = hello.pid == os.getppid()  # the launcher, in the program itself
+            session = self._sessions.open(identity, hello.client, self._now(), owner)
+            welcome = Welcome(PROTOCOL, session.token, self._spec.epoch, self._model, self._most_requests)
+            self._send(session, welcome)
 
     def _on_stranger(self, identity: bytes, message: Any) -> None:
         if isinstance(message, Unreadable) and message.rid is None:
@@ -179,16 +186,26 @@ class TokenizerManager:
             text = f"{len(self.requests)} requests run or wait, no more may: ask later, or raise --max-queued-requests"
             return self._refuse(session, message.rid, ErrorInfo(OverloadedError.code, text))
         try:
-            checked = check(message, self._limits, self._tokenizer)
+            params = check(message, self._limits, self._tokenizer)
         except RequestError as error:
             return self._refuse(session, message.rid, _info(error))
-        request = self.requests.add(session, message.rid, checked.n)
+        request = self.requests.add(session, message.rid, params.n if isinstance(params.n, int) else 1)
+        if params.max_new_tokens is None and self._pool_tokens is None:
+            if not self._need_pool:
+                self._to_scheduler(SchedulerQuery(ABOUT_POOL, "stats"))
+            self._need_pool.append(partial(self._prepare, request, message, params))
+        else:
+            self._prepare(request, message, params)
+
+    def _prepare(self, request: Request, message: Generate, params: SamplingParams) -> None:
         self._in_thread(
-            partial(prepare, checked, self._tokenizer, self._grammars, self._spec, self._limits),
-            partial(self._on_prepared, request, checked),
+            partial(
+                prepare, message, params, self._tokenizer, self._grammars, self._spec, self._limits, self._pool_tokens
+            ),
+            partial(self._on_prepared, request, message),
         )
 
-    def _on_prepared(self, request: Request, checked: Checked, future: Future[Prepared]) -> None:
+    def _on_prepared(self, request: Request, message: Generate, future: Future[Prepared]) -> None:
         if request.ended or future.cancelled():
             return  # aborted, or its client is gone
         error = future.exception()
@@ -201,7 +218,7 @@ class TokenizerManager:
                 info = ErrorInfo(EngineError.code, f"tokenizing failed: {type(error).__name__}: {error}")
             return self._refuse(request.session, request.rid, info)
         prepared = future.result()
-        uid = self.requests.number(request, prepared.num_tokens)
+        uid = self.requests.number(request, prepared.num_tokens, message.resume_ids)
         self._send(request.session, Accepted(request.rid, prepared.num_tokens, prepared.sampling))
         if not request.ended:  # the client was gone
             self._to_scheduler(
@@ -210,10 +227,12 @@ class TokenizerManager:
                     request.rid,
                     prepared.token_ids,
                     prepared.sampling,
-                    checked.priority,
-                    checked.cache_salt,
+                    message.priority,
+                    message.cache_salt or "",
                     prepared.text_format,
                     session=request.session.token,
+                    timeout_s=prepared.sampling.timeout_s,
+                    resume_ids=message.resume_ids,
                 )
             )
 
@@ -247,6 +266,11 @@ class TokenizerManager:
                     self.requests.end(request)
                     self._refuse(request.session, request.rid, error)
             case SchedulerReply(qid=qid, values=values, error=error):
+                if "kv_pages_total" in values:
+                    self._pool_tokens = int(values["kv_pages_total"]) * self._spec.page_size
+                    waiting, self._need_pool = self._need_pool, []
+                    for prepare_it in waiting:
+                        prepare_it()
                 pending = self._queries.answered(qid)
                 if pending is not None:
                     self._answer(pending, values, error)

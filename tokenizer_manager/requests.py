@@ -6,7 +6,7 @@ A request ends when its last sample has had its terminal event; the table is wha
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from vibe_sgl_lite.tokenizer_manager.sessions import Session
 
@@ -66,14 +66,18 @@ class RequestTable:
         self._count += 1
         return request
 
-    def number(self, request: Request, prompt_tokens: int) -> int:
-        """Give a tokenized request its uid."""
+    def number(self, request: Request, prompt_tokens: int, resume_ids: Sequence[bytes | None] | None = None) -> int:
+        """Give a tokenized request its uid. resume_ids: as in `Generate`; samples that had ended end here, untold."""
         assert request.uid is None
         assert not request.ended
         request.uid, request.prompt_tokens = self._next_uid, prompt_tokens
         self._next_uid += request.n
         for sample in range(request.n):
             self._by_uid[request.uid + sample] = request
+        for sample, ids in enumerate(resume_ids or ()):
+            request.tokens[sample] = len(ids or b"") // 4
+            if ids is None:
+                self.end_sample(request, sample)
         return request.uid
 
     def end_sample(self, request: Request, sample: int) -> None:

@@ -77,23 +77,25 @@ class ClientSocket:
 
 
 class Session:
-    """token: made here, what a request is tied to. gone: its connection is lost."""
+    """token: made here, what a request is tied to. gone: its connection is lost. owner: of the program that started
+    this engine, which ends with it: it may be stopped for any time (Ctrl-Z, a debugger) and finds all of it there."""
 
-    __slots__ = ("client", "gone", "identity", "last_seen", "outbox", "token")
+    __slots__ = ("client", "gone", "identity", "last_seen", "outbox", "owner", "token")
 
-    def __init__(self, identity: bytes, client: str, now: float) -> None:
+    def __init__(self, identity: bytes, client: str, now: float, owner: bool = False) -> None:
         self.identity = identity
         self.client = client
         self.token = secrets.token_hex(16)
         self.last_seen = now
         self.outbox = Outbox()
         self.gone = False
+        self.owner = owner
 
     def behind(self, now: float) -> bool:
-        return self.outbox.chunk_bytes > BEHIND_BYTES or self.outbox.age(now) > BEHIND_S
+        return not self.owner and (self.outbox.chunk_bytes > BEHIND_BYTES or self.outbox.age(now) > BEHIND_S)
 
     def hopeless(self) -> bool:
-        return self.outbox.num_bytes > HOPELESS_BYTES
+        return not self.owner and self.outbox.num_bytes > HOPELESS_BYTES
 
 
 class Sessions:
@@ -124,9 +126,9 @@ class Sessions:
     def find(self, identity: bytes) -> Session | None:
         return self._by_identity.get(identity)
 
-    def open(self, identity: bytes, client: str, now: float) -> Session:
+    def open(self, identity: bytes, client: str, now: float, owner: bool = False) -> Session:
         assert identity not in self._by_identity
-        session = Session(identity, client, now)
+        session = Session(identity, client, now, owner)
         self._by_identity[identity] = session
         self.opened_total += 1
         return session
@@ -176,7 +178,8 @@ class Sessions:
         if pause > STALL_S:
             for session in self._by_identity.values():
                 session.last_seen += pause
-        return [session for session in self._by_identity.values() if read_up_to - session.last_seen > SILENCE_S]
+        sessions = self._by_identity.values()
+        return [s for s in sessions if read_up_to - s.last_seen > SILENCE_S and not s.owner]
 
     def _send(self, session: Session, uid: int | None, frame: bytes, now: float) -> None:
         if session.gone:

@@ -15,7 +15,7 @@ import msgspec
 
 from vibe_sgl_lite.runtime.errors import ContextLengthError, RequestError, TokenizerError
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
-from vibe_sgl_lite.runtime.messages import ClientMessage, Generate
+from vibe_sgl_lite.runtime.messages import ClientMessage, Generate, check_fields, decode_extension
 from vibe_sgl_lite.runtime.messages.parts import TextFormat
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, resolve
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
@@ -29,15 +29,12 @@ REQUEST_EXTRA_BYTES = 1024 * 1024  # of one frame, on top of its text: message k
 MAX_TEMPLATE_BYTES = 256 * 1024
 MAX_MESSAGES = 4096
 MAX_DEPTH = 32
-MAX_RID_CHARS = 256
-MAX_SALT_CHARS = 256
-MAX_PRIORITY = 2**31 - 1
 ROLES = ("system", "user", "assistant", "tool")
 # Arguments of the template call that a request may not replace or that are not done here.
 RESERVED = ("messages", "chat_template", "tokenize", "documents")
 
 _FRAME_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError)
-_decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
+_decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage, ext_hook=decode_extension)
 
 
 class _GenerateHead(msgspec.Struct, array_like=True, tag="Generate"):
@@ -67,28 +64,6 @@ class Unreadable(msgspec.Struct, frozen=True):
     rid: str | None = None
 
 
-class Checked(msgspec.Struct, frozen=True):
-    """A request as far as it can be checked without tokenizing; exactly one of prompt, input_ids, messages is set."""
-
-    rid: str
-    prompt: str | None
-    input_ids: bytes | None
-    messages: list[dict[str, Any]] | None
-    params: SamplingParams
-    priority: int
-    cache_salt: str
-    template_kwargs: dict[str, Any]
-    json_schema: str | None = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    max_thinking_tokens: int | None = None
-    grammar: str | None = None
-
-    @property
-    def n(self) -> int:
-        return self.params.n if isinstance(self.params.n, int) else 1
-
-
 class Prepared(msgspec.Struct, frozen=True):
     """token_ids: int32 bytes. text_format: of a chat."""
 
@@ -113,65 +88,51 @@ def read_frame(frame: bytes, limits: Limits) -> ClientMessage | Unreadable:
         return Unreadable(_frame_error(error), _rid_of(frame))
 
 
-def check(message: Generate, limits: Limits, tokenizer: ChatTokenizer) -> Checked:
-    """Everything about a request that is cheap to check. Raises RequestError naming the field."""
-    if not 0 < len(message.rid) <= MAX_RID_CHARS:
-        raise RequestError(f"rid has {len(message.rid)} characters: must have 1 to {MAX_RID_CHARS}", field="rid")
+def check(message: Generate, limits: Limits, tokenizer: ChatTokenizer) -> SamplingParams:
+    """Everything about a request that is cheap to check. Returns its sampling parameters.
+
+    Raises RequestError naming the field.
+    """
+    check_fields(message)
     if sum(part is not None for part in (message.prompt, message.input_ids, message.messages)) != 1:
         raise RequestError("give exactly one of prompt, input_ids and messages", field="prompt")
     if message.prompt is not None:
         _check_text(message.prompt, limits, "prompt")
     if message.messages is not None:
         _check_messages(message.messages)
-    kwargs = message.template_kwargs or {}
-    if kwargs:
-        if message.messages is None:
-            raise RequestError("template_kwargs go with messages only; leave them out", field="template_kwargs")
-        _check_template_kwargs(kwargs, tokenizer)
-    if message.max_thinking_tokens is not None:
-        if message.messages is None:
-            raise RequestError("max_thinking_tokens goes with messages only; leave it out", field="max_thinking_tokens")
-        if not 0 <= message.max_thinking_tokens < 2**31:
-            raise RequestError(
-                f"max_thinking_tokens={message.max_thinking_tokens}: must be 0 or more", field="max_thinking_tokens"
-            )
-    salt = message.cache_salt or ""
-    if len(salt) > MAX_SALT_CHARS:
-        raise RequestError(f"cache_salt has {len(salt)} characters: at most {MAX_SALT_CHARS}", field="cache_salt")
-    if not -MAX_PRIORITY <= message.priority <= MAX_PRIORITY:
-        raise RequestError(
-            f"priority={message.priority}: must be from -{MAX_PRIORITY} to {MAX_PRIORITY}", field="priority"
-        )
-    return Checked(
-        message.rid,
-        message.prompt,
-        message.input_ids,
-        message.messages,
-        _read_sampling(message.sampling),
-        message.priority,
-        salt,
-        kwargs,
-        message.json_schema,
-        message.regex,
-        message.choice,
-        message.max_thinking_tokens,
-        message.grammar,
-    )
+    else:
+        for field in ("template_kwargs", "max_thinking_tokens"):
+            if getattr(message, field) not in (None, {}):
+                raise RequestError(f"{field} goes with messages only; leave it out", field=field)
+    if message.template_kwargs:
+        _check_template_kwargs(message.template_kwargs, tokenizer)
+    return _read_sampling(message.sampling)
 
 
 def prepare(
-    request: Checked, tokenizer: ChatTokenizer, grammars: GrammarCompiler, spec: PipelineSpec, limits: Limits
+    request: Generate,
+    params: SamplingParams,
+    tokenizer: ChatTokenizer,
+    grammars: GrammarCompiler,
+    spec: PipelineSpec,
+    limits: Limits,
+    pool_tokens: int | None = None,
 ) -> Prepared:
-    """Token ids and concrete sampling parameters; for a thread, it may take long. Raises RequestError."""
+    """Token ids and concrete sampling parameters; for a thread, it may take long. Raises RequestError.
+
+    params: what `check` returned. pool_tokens: of the whole KV pool, where it is known.
+    """
+    kwargs = request.template_kwargs or {}
     chat = None
     if request.input_ids is not None:
         packed = request.input_ids
-        num_tokens = _check_ids(packed, spec.model.vocab_size)
+        num_tokens = len(_check_ids(packed, spec.model.vocab_size, "input_ids"))
     else:
         if request.messages is not None:
-            rendered = tokenizer.apply_chat_template(request.messages, **request.template_kwargs)
+            allowed = params.allow_special_tokens is True
+            rendered = tokenizer.apply_chat_template(request.messages, allow_special_tokens=allowed, **kwargs)
             _check_text(rendered, limits, "messages")
-            chat = text_format(tokenizer.plain_text(rendered), request.template_kwargs, tokenizer)
+            chat = text_format(tokenizer.plain_text(rendered), kwargs, tokenizer)
             ids = tokenizer.encode_chat(rendered)
         else:
             assert request.prompt is not None
@@ -181,12 +142,13 @@ def prepare(
     if num_tokens == 0:
         raise RequestError("the prompt is empty: it must have at least one token", field="prompt")
     sampling = resolve(
-        request.params,
+        params,
         model_defaults=spec.model.generation_defaults.as_dict(),
         end_token_ids=spec.model.eos_token_ids,
         prompt_tokens=num_tokens,
         context_length=spec.context_length,
         vocab_size=spec.model.vocab_size,
+        pool_tokens=pool_tokens,
     )
     source = grammar_source(request.json_schema, request.regex, request.choice, request.grammar)
     grammar = None
@@ -195,11 +157,11 @@ def prepare(
         grammar = grammars.compile(source)
     thinking = None
     if chat is not None:
-        thinking = thinking_rules(
-            chat, request.max_thinking_tokens, grammar is not None, request.template_kwargs, tokenizer
-        )
+        thinking = thinking_rules(chat, request.max_thinking_tokens, grammar is not None, kwargs, tokenizer)
     if grammar is not None or thinking is not None:
         sampling = msgspec.structs.replace(sampling, grammar=grammar, thinking=thinking)
+    if request.resume_ids is not None:
+        _check_resume(request.resume_ids, params, sampling, spec.model.vocab_size)
     return Prepared(packed, num_tokens, sampling, chat)
 
 
@@ -243,17 +205,12 @@ def _frame_error(error: Exception) -> RequestError:
 
 def _read_sampling(raw: msgspec.Raw) -> SamplingParams:
     try:
-        return msgspec.msgpack.decode(raw, type=SamplingParams)
+        values = msgspec.msgpack.decode(raw)
     except _FRAME_ERRORS as error:
-        if isinstance(error.__cause__, RequestError):
-            raise error.__cause__ from error
-        unknown = re.search(r"unknown field `(.*)`", str(error))
-        if unknown is not None:
-            known = ", ".join(SamplingParams.__struct_fields__)
-            raise RequestError(f"{unknown[1]} is no sampling parameter; there are {known}", field=unknown[1]) from error
-        path = re.search(r"\$\.(\w+)", str(error))
-        field = path[1] if path is not None else "sampling"
-        raise RequestError(f"{field}: {error}", field=field) from error
+        raise RequestError(f"sampling: {error}", field="sampling") from error
+    if not (isinstance(values, dict) and all(isinstance(name, str) for name in values)):
+        raise RequestError("sampling: must be a map of sampling parameters by name", field="sampling")
+    return SamplingParams(**values)
 
 
 def _check_text(text: str, limits: Limits, field: str) -> None:
@@ -266,18 +223,35 @@ def _check_text(text: str, limits: Limits, field: str) -> None:
         )
 
 
-def _check_ids(packed: bytes, vocab_size: int) -> int:
-    """Number of ids."""
+def _check_ids(packed: bytes, vocab_size: int, field: str) -> array[int]:
     ids = array("i")
     if len(packed) % ids.itemsize:
-        raise RequestError(f"input_ids has {len(packed)} bytes: must be int32 values, 4 bytes each", field="input_ids")
+        raise RequestError(f"{field} has {len(packed)} bytes: must be int32 values, 4 bytes each", field=field)
     ids.frombytes(packed)
     if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
         place = next(i for i, token_id in enumerate(ids) if not 0 <= token_id < vocab_size)
-        raise RequestError(
-            f"input_ids[{place}]={ids[place]} is outside the vocabulary, 0..{vocab_size - 1}", field="input_ids"
-        )
-    return len(ids)
+        raise RequestError(f"{field}[{place}]={ids[place]} is outside the vocabulary, 0..{vocab_size - 1}", field=field)
+    return ids
+
+
+def _check_resume(
+    resume_ids: list[bytes | None], params: SamplingParams, sampling: ResolvedSampling, vocab_size: int
+) -> None:
+    """What a client has of its samples must be what could have come. Raises RequestError."""
+    field = "resume_ids"
+    if not isinstance(params.seed, int):
+        raise RequestError(f"{field} go with the seed that the request ran with: give it", field=field)
+    if len(resume_ids) != sampling.n or all(ids is None for ids in resume_ids):
+        raise RequestError(f"{field} must have {sampling.n} entries, one a sample, one of them not None", field=field)
+    ends = {*sampling.end_token_ids, *sampling.stop_token_ids}
+    for ids in (_check_ids(packed, vocab_size, field) for packed in resume_ids if packed is not None):
+        if len(ids) >= sampling.max_new_tokens:
+            raise RequestError(
+                f"{field} has {len(ids)} tokens, max_new_tokens={sampling.max_new_tokens}: nothing is left to generate",
+                field=field,
+            )
+        if not ends.isdisjoint(ids):
+            raise RequestError(f"{field} has a token that ends the output: such a sample is None", field=field)
 
 
 def _check_messages(messages: list[dict[str, Any]]) -> None:

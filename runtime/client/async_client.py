@@ -5,154 +5,37 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from types import TracebackType
-from typing import Any, Generic, Literal, TypeVar, Unpack, overload
+from typing import Any, Generic, TypeVar
 
-from vibe_sgl_lite.runtime.client.call import Call
-from vibe_sgl_lite.runtime.client.client import Params, Rid, Values
-from vibe_sgl_lite.runtime.client.connection import Connection, Event, QueryAnswer
-from vibe_sgl_lite.runtime.client.outputs import Collector, Output, OutputChunk, chunk_from_message
-from vibe_sgl_lite.runtime.client.requests import (
-    ChatOptions,
-    GenerateOptions,
-    Messages,
-    Plan,
-    Request,
-    plan_chat,
-    plan_generate,
-    single,
-)
-from vibe_sgl_lite.runtime.errors import VibeError, error_from_code
-from vibe_sgl_lite.runtime.messages import Accepted, Chunk, ModelInfo, Welcome
-from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams
-from vibe_sgl_lite.runtime.transport.rundir import default_address
+from vibe_sgl_lite.runtime.client.connection import Connection
+from vibe_sgl_lite.runtime.client.core import Call, Requests, StreamState, Values, connect, values_of
+from vibe_sgl_lite.runtime.client.in_flight import Event
+from vibe_sgl_lite.runtime.client.outputs import Output, OutputChunk
+from vibe_sgl_lite.runtime.client.requests import Plan, Request
+from vibe_sgl_lite.runtime.errors import VibeError
+from vibe_sgl_lite.runtime.messages import ModelInfo, Welcome
 
 T = TypeVar("T")
 
 
-class AsyncClient:
+class AsyncClient(Requests[Coroutine[Any, Any, Output], Coroutine[Any, Any, list[Output]], "AsyncStream"]):
     """`Client` for asyncio: the same calls and errors, awaited; streams are iterated with `async for`.
 
     Nothing is sent before the first call or `async with`, whichever comes first, so it can be made outside of a loop.
+    Cancelling the task that awaits `generate` or `chat` aborts its requests; call `stream` and `stream_chat` inside the
+    running loop.
     """
 
-    def __init__(self, address: str | None = None, *, name: str = "default") -> None:
-        self._connection = Connection(default_address(name) if address is None else address)
+    def __init__(self, address: str | None = None, *, name: str = "default", resume: bool = True) -> None:
+        self._connection = connect(address, name, resume=resume)
         weakref.finalize(self, self._connection.stop).atexit = False  # at exit the connection closes itself
-
-    # ------------------------------------------------------------------------------------------------- requests
-
-    @overload
-    async def generate(
-        self,
-        prompt: str | list[int] | None = None,
-        sampling_params: SamplingParams | None = None,
-        *,
-        input_ids: list[int] | None = None,
-        rid: str | None = None,
-        **options: Unpack[GenerateOptions],
-    ) -> Output: ...
-
-    @overload
-    async def generate(
-        self,
-        prompt: list[str] | list[list[int]],
-        sampling_params: Params = None,
-        *,
-        input_ids: None = None,
-        rid: Rid = None,
-        **options: Unpack[GenerateOptions],
-    ) -> list[Output]: ...
-
-    @overload
-    async def generate(
-        self,
-        prompt: None = None,
-        sampling_params: Params = None,
-        *,
-        input_ids: list[list[int]],
-        rid: Rid = None,
-        **options: Unpack[GenerateOptions],
-    ) -> list[Output]: ...
-
-    async def generate(
-        self,
-        prompt: Any = None,
-        sampling_params: Any = None,
-        *,
-        input_ids: Any = None,
-        rid: Any = None,
-        **options: Unpack[GenerateOptions],
-    ) -> Any:
-        """As `Client.generate`. Cancelling the awaiting task aborts the requests."""
-        return await self._run(plan_generate(prompt, sampling_params, input_ids=input_ids, rid=rid, options=options))
-
-    @overload
-    async def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        sampling_params: SamplingParams | None = None,
-        *,
-        rid: str | None = None,
-        **options: Unpack[ChatOptions],
-    ) -> Output: ...
-
-    @overload
-    async def chat(
-        self,
-        messages: Sequence[Messages],
-        sampling_params: Params = None,
-        *,
-        rid: Rid = None,
-        **options: Unpack[ChatOptions],
-    ) -> list[Output]: ...
-
-    async def chat(
-        self,
-        messages: Any,
-        sampling_params: Any = None,
-        *,
-        rid: Any = None,
-        **options: Unpack[ChatOptions],
-    ) -> Any:
-        """As `Client.chat`. Cancelling the awaiting task aborts the requests."""
-        return await self._run(plan_chat(messages, sampling_params, rid=rid, options=options))
-
-    def stream(
-        self,
-        prompt: str | list[int] | None = None,
-        sampling_params: SamplingParams | None = None,
-        *,
-        input_ids: list[int] | None = None,
-        rid: str | None = None,
-        **options: Unpack[GenerateOptions],
-    ) -> AsyncStream:
-        """As `Client.stream`; call it inside the running loop. The request is sent at once."""
-        plan = plan_generate(prompt, sampling_params, input_ids=input_ids, rid=rid, options=options)
-        return AsyncStream(self, self._connection, single(plan))
-
-    def stream_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        sampling_params: SamplingParams | None = None,
-        *,
-        rid: str | None = None,
-        **options: Unpack[ChatOptions],
-    ) -> AsyncStream:
-        """As `Client.stream_chat`; call it inside the running loop."""
-        plan = plan_chat(messages, sampling_params, rid=rid, options=options)
-        return AsyncStream(self, self._connection, single(plan))
 
     async def abort(self, rid: str) -> None:
         """As `Client.abort`."""
         self._connection.abort(rid)
-
-    # --------------------------------------------------------------------------------------------------- engine
-
-    @property
-    def address(self) -> str:
-        return self._connection.address
 
     async def model(self) -> ModelInfo:
         """As `Client.model`."""
@@ -160,15 +43,15 @@ class AsyncClient:
 
     async def stats(self) -> Values:
         """As `Client.stats`."""
-        return await self._query("stats")
+        return values_of(await _answer(partial(self._connection.query, "stats")))
 
     async def health(self) -> Values:
         """As `Client.health`."""
-        return await self._query("health")
+        return values_of(await _answer(partial(self._connection.query, "health")))
 
     async def flush_cache(self) -> None:
         """As `Client.flush_cache`."""
-        await self._query("flush_cache")
+        values_of(await _answer(partial(self._connection.query, "flush_cache")))
 
     async def close(self) -> None:
         """As `Client.close`."""
@@ -189,11 +72,12 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    # -------------------------------------------------------------------------------------------------- waiting
+    async def _session(self) -> Welcome:
+        return await _answer(self._connection.open)
 
-    async def _run(self, plan: Plan) -> Any:
+    async def _run(self, make: Callable[[], Plan]) -> Any:
         ended: Mailbox[int] = Mailbox()
-        call = Call(self._connection, plan, ended.put)
+        call = Call(self._connection, make(), ended.put)
         try:
             call.start()
             while call.running:
@@ -202,17 +86,8 @@ class AsyncClient:
             call.abandon()
         return call.result()
 
-    async def _session(self) -> Welcome:
-        return await _answer(self._connection.open)
-
-    async def _query(self, what: Literal["stats", "health", "flush_cache"]) -> Values:
-        def ask(deliver: Callable[[QueryAnswer], None]) -> None:
-            self._connection.query(what, deliver)
-
-        reply = await _answer(ask)
-        if reply.error is not None:
-            raise error_from_code(reply.error.code, reply.error.message, reply.error.field)
-        return reply.values
+    def _stream(self, request: Request) -> AsyncStream:
+        return AsyncStream(self, self._connection, request)
 
 
 class Mailbox(Generic[T]):
@@ -251,28 +126,19 @@ async def _answer(ask: Callable[[Callable[[T | VibeError], None]], None]) -> T:
     return answer
 
 
-class AsyncStream(AsyncIterator[OutputChunk]):
+class AsyncStream(StreamState, AsyncIterator[OutputChunk]):
     """The chunks of one request. It is aborted when it is left early: aclose, the end of its `async with`, garbage
     collection, and the cancellation of the task that waits for a chunk or that made it.
 
-    For one task at a time. `sampling` is what the request runs with, from the first chunk on.
+    For one task at a time.
     """
 
     def __init__(self, client: AsyncClient, connection: Connection, request: Request) -> None:
-        self.rid = request.rid
-        self._client = client  # keeps it open
-        self._connection = connection
-        self._collector = Collector(request.rid, request.n)
         self._events: Mailbox[Event] = Mailbox()
-        self._ended = False
-        connection.submit(request.rid, request.frame, self._events.put, request.n)
+        super().__init__(client, connection, request, self._events.put)
         task = asyncio.current_task()
         if task is not None:
             task.add_done_callback(_close_if_cancelled(self))
-
-    @property
-    def sampling(self) -> ResolvedSampling | None:
-        return self._collector.sampling
 
     async def __anext__(self) -> OutputChunk:
         while not self._ended:
@@ -281,22 +147,13 @@ class AsyncStream(AsyncIterator[OutputChunk]):
             except BaseException:
                 self._close()
                 raise
-            self._collector.add(event)
-            self._ended = self._collector.done
-            if self._collector.error is not None:
-                raise self._collector.failure()
-            if isinstance(event, Chunk):
-                return chunk_from_message(event)
-            assert isinstance(event, Accepted)
+            chunk = self._take(event)
+            if chunk is not None:
+                return chunk
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
         self._close()
-
-    def _close(self) -> None:
-        if not self._ended:
-            self._ended = True
-            self._connection.drop(self.rid)
 
     async def __aenter__(self) -> AsyncStream:
         return self
@@ -305,10 +162,6 @@ class AsyncStream(AsyncIterator[OutputChunk]):
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_ended"):  # false when the constructor failed
-            self._close()
 
 
 def _close_if_cancelled(stream: AsyncStream) -> Callable[[asyncio.Task[Any]], None]:

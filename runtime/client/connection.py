@@ -1,9 +1,10 @@
 """A client's line to the engine, sync or async: one background thread does all socket work.
 
 So a slow consumer is not a dead one (pings go on), and any number of threads may use one connection. Every request gets
-exactly one terminal event: the engine's, or one made here when the engine dies, stops answering, or forgets the
-session. Repeated chunks are dropped by the index of their first token. After a loss, the next request starts a new
-session. Knows nothing of prompts and outputs; what it delivers are messages and errors.
+exactly one terminal event: the engine's, or one made here when the engine dies for good. Repeated chunks are dropped by
+the index of their first token. When the session is lost while the engine lives on (a process of it starts again, or
+this one did not run for a while), open requests are sent again in a new one, with what has come of them
+(in_flight.py). Knows nothing of prompts and outputs; what it delivers are messages and errors.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import os
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import msgspec
 import zmq
 
+from vibe_sgl_lite.runtime.client.in_flight import Event, Window
+from vibe_sgl_lite.runtime.client.requests import Request
 from vibe_sgl_lite.runtime.client.socket_thread import ClientSocket, may_listen
 from vibe_sgl_lite.runtime.errors import (
     ClosedError,
@@ -49,47 +54,47 @@ from vibe_sgl_lite.runtime.messages import (
     Welcome,
 )
 from vibe_sgl_lite.runtime.settings.address import check_address
+from vibe_sgl_lite.runtime.transport.rundir import engine_lives
 
 PING_S = 0.5
 CONNECT_S = 1.7  # until somebody must be there: "no daemon" is said within 2 s
 WELCOME_S = 10.0  # from then until the handshake is answered: a loaded machine may be slow
 SILENCE_S = 4.0  # a ping unanswered for so long means that the engine hangs
+OWN_PAUSE_S = 1.0  # between two turns of the loop, beyond its poll: this process was stopped, or held the lock
+RECONNECT_S = 30.0  # after a loss: until the engine must be there again
+RETRY_S = 0.1
 CLOSE_S = 1.0  # for the last frames to leave
-ID_BYTES = 4
 
-Event = Accepted | Chunk | VibeError  # an error ends a request, as a chunk with `finish` does
 QueryAnswer = QueryReply | VibeError
-
-
-class _Open:
-    """A request in flight. `received`: generated tokens so far, of each sample. `open`: samples that have not ended.
-    `deliver` is None once its caller has left."""
-
-    __slots__ = ("deliver", "open", "received")
-
-    def __init__(self, deliver: Callable[[Event], None], n: int) -> None:
-        self.deliver: Callable[[Event], None] | None = deliver
-        self.received = [0] * n
-        self.open = set(range(n))
-
-    def tell(self, event: Event) -> None:
-        if self.deliver is not None:
-            self.deliver(event)
 
 
 class Connection:
     """Thread-safe. Every `deliver` is called in the connection's thread and must neither block nor raise.
 
-    address: ipc://PATH or tcp://HOST:PORT; ConfigError for another. cause: why the engine died, when the owner of the
-    connection can tell (`LLM` can).
+    address: ipc://PATH or tcp://HOST:PORT; ConfigError for another. resume: go on after a loss. queue: hold requests
+    back that are more than the engine takes; else they are sent, and its refusal (OverloadedError) is what comes.
+    lives: whether the engine is there although nobody answers; None where nothing tells. cause: why it died, where the
+    connection's owner can tell. owner: the engine is this process's own: it ends with it, so silence says nothing.
     """
 
-    def __init__(self, address: str, cause: Callable[[], str | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        resume: bool = True,
+        queue: bool = True,
+        owner: bool = False,
+        lives: Callable[[], bool | None] | None = None,
+        cause: Callable[[], str | None] = lambda: None,
+    ) -> None:
         check_address(address)
         self.address = address
         self.welcome: Welcome | None = None  # of the latest session
+        self._resume = resume
+        self._owner = owner
+        self._lives = partial(engine_lives, address) if lives is None else lives
         self._cause = cause
-        self._requests: dict[str, _Open] = {}
+        self._window = Window(queue)
         self._queries: dict[int, Callable[[QueryAnswer], None]] = {}
         self._openers: list[Callable[[Welcome | VibeError], None]] = []
         self._next_qid = 0
@@ -111,6 +116,8 @@ class Connection:
         self._connect_due = 0.0
         self._next_ping = 0.0
         self._unanswered_since: float | None = None
+        self._lost: tuple[float, VibeError] | None = None  # since when a session is sought again, and why
+        self._retry_at = 0.0
 
         self._thread = threading.Thread(target=self._run, name="vibe-sgl-lite client", daemon=True)
         self._thread.start()
@@ -122,12 +129,13 @@ class Connection:
         """Start a session unless there is one, and tell of it."""
         self._post_or_raise(lambda: self._open(deliver))
 
-    def submit(self, rid: str, frame: bytes, deliver: Callable[[Event], None], n: int = 1) -> None:
-        """Send the encoded `Generate` of `rid`, which asks for n samples; each of them ends with a chunk of its own.
+    def submit(self, request: Request, deliver: Callable[[Event], None], *, patient: bool = False) -> None:
+        """Each sample ends with a chunk of its own, or all of them with an error.
 
-        An rid already in flight is answered with an error. Raises ClosedError.
+        patient: wait until an engine that is full of others' requests takes this one. An rid already in flight is
+        answered with an error. Raises ClosedError.
         """
-        self._post_or_raise(lambda: self._submit(rid, frame, deliver, n))
+        self._post_or_raise(lambda: self._submit(request, deliver, patient))
 
     def query(self, what: Literal["stats", "health", "flush_cache"], deliver: Callable[[QueryAnswer], None]) -> None:
         """Raises ClosedError."""
@@ -135,7 +143,7 @@ class Connection:
 
     def abort(self, rid: str) -> None:
         """Ask the engine to end a request; its terminal event comes as always. Unknown rids are ignored."""
-        self._post_or_raise(lambda: self._send(Abort(rid=rid)) if rid in self._requests else None)
+        self._post_or_raise(lambda: self._abort(rid))
 
     def drop(self, rid: str) -> None:
         """Forget a request, and have the engine end it if it still runs. No event is delivered any more."""
@@ -173,19 +181,27 @@ class Connection:
     def _run(self) -> None:
         try:
             while not self._closing:
-                self._poller.poll(self._timeout_ms())
+                asked_ms = self._timeout_ms()
+                began = time.monotonic()
+                self._poller.poll(asked_ms)
+                if asked_ms is not None and time.monotonic() - began > asked_ms / 1000 + OWN_PAUSE_S:
+                    self._unanswered_since = None  # nobody could have answered; the next ping will tell
                 self._sleep_again()
                 self._run_commands()
                 if self._line is not None:
                     self._serve(self._line)
+                elif self._lost is not None and time.monotonic() >= self._retry_at:
+                    self._connect()
         finally:
             self._end()
 
     def _timeout_ms(self) -> int | None:
         if self._line is None:
-            return None
-        due = self._next_ping if self._in_session else self._handshake_due(self._line)
-        return max(0, int((due - time.monotonic()) * 1000) + 1)
+            due = None if self._lost is None else self._retry_at
+        else:
+            due = self._next_ping if self._in_session else self._handshake_due(self._line)
+            due = min(due, self._window.retry_at or due)
+        return None if due is None else max(0, int((due - time.monotonic()) * 1000) + 1)
 
     def _handshake_due(self, line: ClientSocket) -> float:
         return self._connect_due + (WELCOME_S if line.connected else 0.0)
@@ -214,12 +230,13 @@ class Connection:
 
     def _keep_alive(self, now: float) -> None:
         # Whatever came before was read just now, so a thread that did not run for a while sees no false silence.
-        if self._unanswered_since is not None and now - self._unanswered_since > SILENCE_S:
+        since = self._unanswered_since
+        if since is not None and now - since > SILENCE_S and not self._owner:
             self._lose(EngineDeadError(self._why(f"the engine has not answered for {SILENCE_S:g} s")))
         elif now >= self._next_ping:
             self._next_ping = now + PING_S
             self._send(Ping())
-            if self._unanswered_since is None:
+            if since is None:
                 self._unanswered_since = now
 
     def _end(self) -> None:
@@ -246,13 +263,14 @@ class Connection:
             self._openers.append(deliver)
             self._connect()
 
-    def _submit(self, rid: str, frame: bytes, deliver: Callable[[Event], None], n: int) -> None:
-        if rid in self._requests:
-            deliver(RequestError(f"rid={rid!r} is still in flight in this client; choose another", field="rid"))
+    def _submit(self, request: Request, deliver: Callable[[Event], None], patient: bool) -> None:
+        if request.rid in self._window:
+            text = f"rid={request.rid!r} is still in flight in this client; choose another"
+            deliver(RequestError(text, field="rid"))
             return
-        self._requests[rid] = _Open(deliver, n)
-        self._outbox.append(frame)
+        self._window.add(request, deliver, patient)
         self._connect()
+        self._flush()
 
     def _query(self, what: Literal["stats", "health", "flush_cache"], deliver: Callable[[QueryAnswer], None]) -> None:
         self._next_qid += 1
@@ -260,10 +278,12 @@ class Connection:
         self._send(Query(qid=self._next_qid, what=what))
         self._connect()
 
+    def _abort(self, rid: str) -> None:
+        if self._window.abort(rid):
+            self._send(Abort(rid=rid))
+
     def _drop(self, rid: str) -> None:
-        request = self._requests.get(rid)
-        if request is not None and request.deliver is not None:
-            request.deliver = None  # kept until its end has come, so that a reused rid cannot get its late chunks
+        if self._window.drop(rid):
             self._send(Abort(rid=rid))
 
     def _stop(self) -> None:
@@ -282,7 +302,8 @@ class Connection:
         self._in_session = False
         self._unanswered_since = None
         self._connect_due = time.monotonic() + CONNECT_S
-        self._line.send(self._encoder.encode(Hello(protocol=PROTOCOL, client="vibe_sgl_lite")))
+        hello = Hello(protocol=PROTOCOL, client="vibe_sgl_lite", pid=os.getpid() if self._owner else 0)
+        self._line.send(self._encoder.encode(hello))
 
     def _send(self, message: ClientMessage) -> None:
         self._outbox.append(self._encoder.encode(message))
@@ -290,29 +311,48 @@ class Connection:
     def _flush(self) -> None:
         if self._line is None or not self._in_session:
             return
+        if not self._outbox:
+            self._outbox.extend(self._window.due(time.monotonic()))
         while self._outbox and self._line.send(self._outbox[0]):
             self._outbox.popleft()
+            if not self._outbox:
+                self._outbox.extend(self._window.due(time.monotonic()))
         self._line.wait_writable(bool(self._outbox))
 
-    def _lose(self, error: VibeError) -> None:
-        """The session is over: everything that waits for an answer gets this error."""
+    def _lose(self, error: VibeError, *, final: bool = False) -> None:
+        """The session is over, or none came about. Unless the engine is gone for good, open requests wait for another;
+        without one, everything that waits for an answer gets this error."""
+        in_session = self._in_session
         if self._line is not None:
             self._line.close()
             self._line = None
         self._in_session = False
         self._outbox.clear()
-        self._fail_all(error)
+        now = time.monotonic()
+        self._window.lose(error)
+        lives = self._lives() if self._resume and not final and self.welcome is not None else False
+        if self._lost is None and (lives or (in_session and lives is None)):
+            self._lost = now, error
+        if self._lost is None or lives is False or now - self._lost[0] > RECONNECT_S:
+            self._fail_all(self._lost[1] if self._lost is not None else error)
+        else:
+            self._fail_queries(error)
+            self._retry_at = now + RETRY_S
+            if not self._window and not self._openers:
+                self._lost = None
 
     def _fail_all(self, error: VibeError) -> None:
+        self._lost = None
         openers, self._openers = self._openers, []
-        queries, self._queries = self._queries, {}
-        requests, self._requests = self._requests, {}
         for opener in openers:
             opener(copy.copy(error))  # each its own: an exception collects the traceback of who raises it
+        self._fail_queries(error)
+        self._window.fail(lambda: copy.copy(error))
+
+    def _fail_queries(self, error: VibeError) -> None:
+        queries, self._queries = self._queries, {}
         for query in queries.values():
             query(copy.copy(error))
-        for request in requests.values():
-            request.tell(copy.copy(error))
 
     def _nobody(self) -> EngineDeadError:
         cause = self._cause()
@@ -333,11 +373,10 @@ class Connection:
         self._unanswered_since = None
         match message:
             case Chunk():
-                self._on_chunk(message)
+                if self._window.on_chunk(message, self._resume):
+                    self._send(Abort(rid=message.rid))
             case Accepted():
-                request = self._requests.get(message.rid)
-                if request is not None:
-                    request.tell(message)
+                self._window.on_accepted(message)
             case Pong():
                 pass
             case QueryReply():
@@ -350,6 +389,8 @@ class Connection:
                 self.welcome = message
                 self._in_session = True
                 self._next_ping = 0.0
+                self._lost = None
+                self._window.set_capacity(message.capacity)
                 openers, self._openers = self._openers, []
                 for opener in openers:
                     opener(message)
@@ -357,34 +398,13 @@ class Connection:
     def _on_refused(self, message: Refused) -> None:
         info = message.error
         if message.rid is not None and info.code != ProtocolError.code:
-            request = self._requests.pop(message.rid, None)
-            if request is not None:
-                request.tell(_exception(info))
+            self._window.on_refused(message.rid, info, _exception(info), time.monotonic())
         elif self._in_session:
-            self._lose(EngineDeadError(self._why(f"the engine ended this session: {info.message}")))
+            # Without a session there (it was silent for too long), the engine lives; else it says that it ends.
+            error = EngineDeadError(self._why(f"the engine ended this session: {info.message}"))
+            self._lose(error, final=info.code != ProtocolError.code)
         else:
-            self._lose(_exception(info))
-
-    def _on_chunk(self, chunk: Chunk) -> None:
-        request = self._requests.get(chunk.rid)
-        if request is None or chunk.index not in request.open:
-            return  # ended, or dropped
-        received = request.received[chunk.index]
-        end = chunk.first + len(chunk.token_ids) // ID_BYTES
-        if chunk.first < received and end <= received:
-            if chunk.finish is None:
-                return  # a repeat
-            chunk = Chunk(chunk.rid, chunk.index, received, b"", "", chunk.finish, chunk.usage)
-        elif chunk.first != received:
-            what = f"request {chunk.rid}: token {chunk.first} of sample {chunk.index} came where {received} was due"
-            request.tell(ProtocolError(what))
-            self._drop(chunk.rid)
-        request.received[chunk.index] = max(received, end)
-        if chunk.finish is not None:
-            request.open.remove(chunk.index)
-            if not request.open:
-                del self._requests[chunk.rid]
-        request.tell(chunk)
+            self._lose(_exception(info), final=True)
 
 
 def _exception(info: ErrorInfo) -> VibeError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import secrets
 import time
 import weakref
@@ -9,7 +11,7 @@ from typing import Any
 
 from vibe_sgl_lite.runtime.client.client import Client
 from vibe_sgl_lite.runtime.client.connection import Connection
-from vibe_sgl_lite.runtime.errors import ConfigError
+from vibe_sgl_lite.runtime.errors import ConfigError, ModelConfigError
 from vibe_sgl_lite.runtime.launcher.pipeline import Pipeline
 from vibe_sgl_lite.runtime.settings.server_args import make_args
 
@@ -20,20 +22,28 @@ class LLM(Client):
     """Spawns an engine, the same processes as `launch.py`, and is its client; `close` stops it. A context manager.
 
     model_path and settings: the flags of `launch.py`, with underscores. The name is random unless given. Works from
-    any thread, without a main guard, from stdin and in notebooks; the engine dies with this process.
-    Raises ConfigError, ModelConfigError and the like for what the user can fix, StartupError when a process did not
-    come up. When a process dies later, calls raise EngineDeadError with the cause.
+    any thread, without a main guard, from stdin and in notebooks; the engine dies with this process. resume: as in
+    `Client`. Raises ConfigError, ModelConfigError and the like for what the user can fix, StartupError when a process
+    did not come up. When a process dies later for good, calls raise EngineDeadError with the cause.
     """
 
-    def __init__(self, model_path: str = "embedded", **settings: Any) -> None:
-        name = f"llm-{secrets.token_hex(4)}"
-        args = make_args({"name": name, "model_path": model_path, **settings, "no_http": True})
-        if args.node_rank > 0:
-            raise ConfigError(
-                f"--node-rank {args.node_rank} only hosts ranks, which needs launch.py; LLM runs on node 0",
-                field="node_rank",
-            )
-        pipeline = Pipeline(args)
+    def __init__(
+        self, model_path: str | os.PathLike[str] | None = None, *, resume: bool = True, **settings: Any
+    ) -> None:
+        if model_path is not None:
+            settings["model_path"] = model_path
+        try:
+            args = make_args({"name": f"llm-{secrets.token_hex(4)}", **settings, "no_http": True})
+            if args.node_rank > 0:
+                raise ConfigError(
+                    f"--node-rank {args.node_rank} only hosts ranks, which needs launch.py; LLM runs on node 0",
+                    field="node_rank",
+                )
+            self._start(Pipeline(args), resume)
+        except (ConfigError, ModelConfigError) as error:
+            raise type(error)(_in_python(str(error)), field=error.field) from error.__cause__
+
+    def _start(self, pipeline: Pipeline, resume: bool) -> None:
         self._pipeline = pipeline
         weakref.finalize(self, pipeline.request_stop, 0.0).atexit = False  # at exit the pipeline stops itself
 
@@ -45,7 +55,8 @@ class LLM(Client):
 
         try:
             pipeline.start()
-            self._attach(Connection(pipeline.address, cause))
+            lives = lambda: pipeline.failure is None and not pipeline.wait(0.0)  # noqa: E731
+            self._attach(Connection(pipeline.address, resume=resume, owner=True, lives=lives, cause=cause))
         except BaseException:
             pipeline.stop(0.0)
             raise
@@ -59,3 +70,8 @@ class LLM(Client):
         """Abort what runs and stop the engine's processes; returns when they are gone. Safe to call again."""
         super().close()
         self._pipeline.stop(0.0)
+
+
+def _in_python(message: str) -> str:
+    """Flags as the keywords that they are here."""
+    return re.sub(r"--([a-z][a-z0-9-]*)", lambda match: match[1].replace("-", "_"), message)

@@ -9,60 +9,33 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any, TypedDict
+from typing import Any
 
 import msgspec
 
 from vibe_sgl_lite.runtime.errors import RequestError
-from vibe_sgl_lite.runtime.messages import MAX_FRAME_BYTES, Generate, pack_ids
-from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams
+from vibe_sgl_lite.runtime.messages import MAX_FRAME_BYTES, Generate, check_fields, encode_request, pack_ids
+from vibe_sgl_lite.runtime.settings.sampling_params import FIELDS, SamplingParams
+from vibe_sgl_lite.runtime.settings.schema import hint, is_list, plain, shown
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
+Params = SamplingParams | Mapping[str, Any] | Sequence[SamplingParams | Mapping[str, Any]] | None
 
-MAX_PRIORITY = 2**31 - 1
-
-
-class GenerateOptions(TypedDict, total=False):
-    """Keywords of every call; they hold for all its prompts.
-
-    priority: higher goes first where the engine runs with `--schedule-policy priority` (0).
-    cache_salt: only requests with the same salt share cached prefixes (none).
-    json_schema (a dict or JSON text), regex, choice (a list of texts), grammar (Lark's syntax): the output, after a
-    thinking block, is exactly that: a JSON document that validates, a full match, one of the texts, what the grammar
-    describes. At most one of them. They need the `grammar` extra where the engine runs.
-    """
-
-    priority: int
-    cache_salt: str | None
-    json_schema: Mapping[str, Any] | str | None
-    regex: str | None
-    choice: Sequence[str] | None
-    grammar: str | None
-
-
-class ChatOptions(GenerateOptions, total=False):
-    """Keywords of chats.
-
-    enable_thinking: passed to the chat template; None leaves its default.
-    max_thinking_tokens: a thinking block is closed after so many tokens (no limit).
-    tools: functions that the model may call, as dicts for the chat template (OpenAI's form); calls come as
-    `tool_calls`.
-    template_kwargs: other variables of the chat template, `continue_final_message` and `add_generation_prompt` too.
-    """
-
-    enable_thinking: bool | None
-    max_thinking_tokens: int | None
-    tools: Sequence[Mapping[str, Any]] | None
-    template_kwargs: Mapping[str, Any] | None
+GENERATE_OPTIONS = ("priority", "cache_salt", "json_schema", "regex", "choice", "grammar")
+CHAT_OPTIONS = (*GENERATE_OPTIONS, "enable_thinking", "max_thinking_tokens", "tools", "template_kwargs")
 
 
 class Request(msgspec.Struct, frozen=True):
-    """frame: the encoded `Generate`. n: samples it asks for."""
+    """frame: the encoded message. n: samples it asks for."""
 
-    rid: str
+    message: Generate
     frame: bytes
     n: int = 1
+
+    @property
+    def rid(self) -> str:
+        return self.message.rid
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -74,62 +47,53 @@ class Plan(msgspec.Struct, frozen=True):
 
 def plan_generate(
     prompt: Prompt | Sequence[Prompt] | None,
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    sampling_params: Params,
     *,
     input_ids: Sequence[int] | Sequence[Sequence[int]] | None,
     rid: str | Sequence[str] | None,
     options: Mapping[str, Any],
 ) -> Plan:
-    """Requests of one `generate` call; options: `GenerateOptions`. Raises RequestError naming the argument."""
-    shared = _shared(options, GenerateOptions)
+    """Requests of one `generate` call; options: see `Requests.generate`. Raises RequestError naming the argument."""
+    shared, sampling = _split(options, GENERATE_OPTIONS)
     if (prompt is None) == (input_ids is None):
         raise RequestError("give exactly one of prompt and input_ids", field="prompt")
-    if prompt is not None:
-        field, given = "prompt", prompt
-        if not (isinstance(prompt, str) or _is_list(prompt)):
-            raise RequestError(
-                f"prompt is a {type(prompt).__name__}: must be a text, a list of token ids, or a list of these",
-                field="prompt",
-            )
-        many = not isinstance(prompt, str) and not _is_ids(prompt)
-    else:
-        assert input_ids is not None
-        field, given = "input_ids", input_ids
-        if not _is_list(input_ids) or len(input_ids) == 0:
-            raise RequestError(
-                "input_ids must be a list of one or more token ids, or a list of such lists", field="input_ids"
-            )
-        many = not _is_ids(input_ids)
-    prompts: list[Any] = list(given) if many else [given]
-    params, rids = _per_prompt(len(prompts), many, sampling_params, rid)
+    field = "prompt" if input_ids is None else "input_ids"
+    given = plain(prompt if input_ids is None else input_ids)
+    if not is_list(given) and not (field == "prompt" and isinstance(given, str)):
+        kinds = "a list of token ids, or a list of these"
+        raise RequestError(
+            f"{field} is a {type(given).__name__}: must be {'a text, ' if field == 'prompt' else ''}{kinds}",
+            field=field,
+        )
+    if field == "input_ids" and len(given) == 0:
+        raise RequestError("input_ids must hold at least one token id", field=field)
+    many = not isinstance(given, str) and not _is_ids(given)
     requests = []
-    for item, sampling, name in zip(prompts, params, rids, strict=True):
-        text = item if field == "prompt" and isinstance(item, str) else None
-        ids = None if text is not None else _pack(item, field)
-        requests.append(_request(name, sampling, shared, prompt=text, input_ids=ids))
+    for item, name, params in _each(given if many else [given], many, sampling_params, sampling, rid):
+        text = str.__str__(item) if field == "prompt" and isinstance(item, str) else None
+        ids = _pack(plain(item), field) if text is None else None
+        requests.append(_request(field, params, rid=name, prompt=text, input_ids=ids, messages=None, **shared))
     return Plan(requests, many)
 
 
 def plan_chat(
     messages: Messages | Sequence[Messages],
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    sampling_params: Params,
     *,
     rid: str | Sequence[str] | None,
     options: Mapping[str, Any],
 ) -> Plan:
-    """Requests of one `chat` call; options: `ChatOptions`. Raises RequestError naming the argument."""
-    shared = _shared(options, ChatOptions) | _template_fields(options)
-    if not _is_list(messages) or len(messages) == 0:
+    """Requests of one `chat` call; options: see `Requests.chat`. Raises RequestError naming the argument."""
+    shared, sampling = _split(options, CHAT_OPTIONS)
+    if not is_list(messages) or len(messages) == 0:
         raise RequestError("messages must be a list of one or more messages, or a list of such lists", field="messages")
     many = not isinstance(messages[0], Mapping)
-    chats: list[Any] = list(messages) if many else [messages]
-    params, rids = _per_prompt(len(chats), many, sampling_params, rid)
     requests = []
-    for chat, sampling, name in zip(chats, params, rids, strict=True):
-        if not _is_list(chat) or not all(isinstance(m, Mapping) for m in chat):
+    for chat, name, params in _each(messages if many else [messages], many, sampling_params, sampling, rid):
+        if not is_list(chat) or not all(isinstance(m, Mapping) for m in chat):
             raise RequestError("messages: every message must be a dict with role and content", field="messages")
         turns = [dict(m) for m in chat]
-        requests.append(_request(name, sampling, shared, messages=turns))
+        requests.append(_request("messages", params, rid=name, prompt=None, input_ids=None, messages=turns, **shared))
     return Plan(requests, many)
 
 
@@ -140,75 +104,97 @@ def single(plan: Plan) -> Request:
     return plan.requests[0]
 
 
-def _shared(options: Mapping[str, Any], known: type[GenerateOptions]) -> dict[str, Any]:
-    """Fields of `Generate` that all prompts of a call share."""
-    for name in options:
-        if name not in known.__annotations__:
-            raise RequestError(f"{name} is no argument of this call", field=name)
-    priority, cache_salt = options.get("priority", 0), options.get("cache_salt")
-    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
-        raise RequestError(
-            f"priority={priority!r} must be a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}", field="priority"
-        )
-    if cache_salt is not None and not isinstance(cache_salt, str):
-        raise RequestError(f"cache_salt={cache_salt!r} must be a text or None", field="cache_salt")
-    return {"priority": priority, "cache_salt": cache_salt, **_grammar_fields(options)}
-
-
-def _grammar_fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    schema, choice = options.get("json_schema"), options.get("choice")
-    if schema is not None and not isinstance(schema, str):
+def _split(options: Mapping[str, Any], known: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of `Generate` that all prompts of a call share, and sampling parameters that were passed by name."""
+    sampling = {name: value for name, value in options.items() if name not in known}
+    shared = {name: value for name, value in options.items() if name in known}
+    aliases = {alias for field in FIELDS.values() for alias in (*field.spec.aliases, *field.spec.like)}
+    for name in sampling:
+        if name not in FIELDS and name not in aliases:
+            told = hint(name, FIELDS) or f"there are {', '.join(known)}, and the sampling parameters"
+            raise RequestError(f"{name} is no argument of this call; {told}", field=name)
+    if (schema := shared.get("json_schema")) is not None and not isinstance(schema, str):
         if not isinstance(schema, Mapping):
             raise RequestError(
                 f"json_schema is a {type(schema).__name__}: must be a dict or JSON text", field="json_schema"
             )
         try:
-            schema = json.dumps(schema)
+            shared["json_schema"] = json.dumps(schema, default=_json_value)
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"json_schema is no JSON: {error}", field="json_schema") from error
-    texts = {name: options.get(name) for name in ("regex", "grammar")}
-    for name, value in texts.items():
-        if value is not None and not isinstance(value, str):
-            raise RequestError(f"{name}={value!r} must be a text", field=name)
-    if choice is not None:
-        if not _is_list(choice) or not all(isinstance(text, str) for text in choice):
-            raise RequestError(f"choice={choice!r:.100} must be a list of texts", field="choice")
-        choice = list(choice)
-    return {"json_schema": schema, "choice": choice, **texts}
+    shared["cache_salt"] = shared.get("cache_salt") or None
+    if "tools" in known:
+        shared["template_kwargs"] = _template_kwargs(shared) or None
+    return shared, sampling
 
 
-def _template_fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    thinking, budget, tools = (options.get(name) for name in ("enable_thinking", "max_thinking_tokens", "tools"))
-    if thinking is not None and not isinstance(thinking, bool):
-        raise RequestError(f"enable_thinking={thinking!r} must be True, False or None", field="enable_thinking")
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or not 0 <= budget < 2**31):
-        raise RequestError(
-            f"max_thinking_tokens={budget!r} must be a whole number of 0 or more", field="max_thinking_tokens"
-        )
-    given = options.get("template_kwargs")
-    if given is not None and not (isinstance(given, Mapping) and all(isinstance(name, str) for name in given)):
+def _template_kwargs(shared: dict[str, Any]) -> dict[str, Any]:
+    """What the chat template gets, taken out of `shared`."""
+    kwargs, thinking = shared.pop("template_kwargs", None), plain(shared.pop("enable_thinking", None))
+    tools = shared.pop("tools", None)
+    if kwargs is not None and not (isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs)):
         raise RequestError("template_kwargs must be a dict of variables by name", field="template_kwargs")
-    kwargs: dict[str, Any] = dict(given or {})
+    kwargs = dict(kwargs or {})
     if thinking is not None:
+        if not isinstance(thinking, bool):
+            raise RequestError(
+                f"enable_thinking={shown(thinking)} must be True, False or None", field="enable_thinking"
+            )
         kwargs["enable_thinking"] = thinking
     if tools is not None:
-        if not _is_list(tools) or not all(isinstance(tool, Mapping) for tool in tools):
+        if not is_list(tools) or not all(isinstance(tool, Mapping) for tool in tools):
             raise RequestError("tools must be a list of dicts", field="tools")
         if tools:
             kwargs["tools"] = list(tools)
-    return {"template_kwargs": kwargs or None, "max_thinking_tokens": budget}
+    return kwargs
 
 
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+def _each(
+    prompts: Sequence[Any],
+    many: bool,
+    sampling_params: Params,
+    changes: Mapping[str, Any],
+    rid: str | Sequence[str] | None,
+) -> zip[tuple[Any, str, SamplingParams]]:
+    """Each prompt with its rid and sampling parameters; both may be one for all (a rid only when there is one)."""
+    count = len(prompts)
+    if sampling_params is None or isinstance(sampling_params, SamplingParams | Mapping):
+        params = [_sampling(sampling_params, changes)] * count
+    else:
+        given = sampling_params if is_list(sampling_params) else [sampling_params]  # which is refused
+        params = [_sampling(one, changes) for one in given]
+    rids: Any = (
+        [secrets.token_hex(8) for _ in prompts] if rid is None else [rid] if isinstance(rid, str) else plain(rid)
+    )
+    if not is_list(rids):
+        raise RequestError(f"rid={shown(rid)} must be a text, or a list of texts", field="rid")
+    for field, entries in (("sampling_params", params), ("rid", rids)):
+        if len(entries) != count:
+            wanted = f"{count} prompts need {count}" if many else "one prompt needs one"
+            raise RequestError(f"{field} has {len(entries)} entries, {wanted}", field=field)
+    if any(not isinstance(name, str) or not name for name in rids) or len(set(rids)) != count:
+        raise RequestError("every rid must be a text of its own, and not empty", field="rid")
+    return zip(prompts, rids, params, strict=True)
+
+
+def _sampling(params: Any, changes: Mapping[str, Any]) -> SamplingParams:
+    if isinstance(params, SamplingParams):
+        return SamplingParams(**{**params.to_dict(), **SamplingParams(**changes).to_dict()}) if changes else params
+    if params is not None and not (isinstance(params, Mapping) and all(isinstance(name, str) for name in params)):
+        raise RequestError(
+            f"sampling_params={shown(params)} must be a SamplingParams, a dict of its fields, or a list of these",
+            field="sampling_params",
+        )
+    base = SamplingParams(**(params or {}))
+    return _sampling(base, changes) if changes else base
 
 
 def _is_ids(value: Sequence[object]) -> bool:
-    return _is_list(value) and len(value) > 0 and isinstance(value[0], Integral)
+    return is_list(value) and len(value) > 0 and isinstance(plain(value[0]), Integral)
 
 
 def _pack(ids: Any, field: str) -> bytes:
-    if not _is_list(ids):
+    if not is_list(ids):
         raise RequestError(
             f"{field} holds a {type(ids).__name__}: every prompt must be a {'text or a ' if field == 'prompt' else ''}"
             "list of token ids",
@@ -223,54 +209,12 @@ def _pack(ids: Any, field: str) -> bytes:
     return packed
 
 
-def _per_prompt(
-    count: int,
-    many: bool,
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-    rid: str | Sequence[str] | None,
-) -> tuple[list[SamplingParams], list[str]]:
-    """Sampling parameters and rid of each prompt; both may be one for all (a rid only when there is one prompt)."""
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        params = [sampling_params or SamplingParams()] * count
-    elif isinstance(sampling_params, Sequence) and all(isinstance(p, SamplingParams) for p in sampling_params):
-        params = list(sampling_params)
-    else:
-        raise RequestError("sampling_params must be a SamplingParams or a list of them", field="sampling_params")
-    if rid is None:
-        rids = [secrets.token_hex(8) for _ in range(count)]
-    elif isinstance(rid, str):
-        rids = [rid]
-    else:
-        rids = list(rid)
-    for field, given in (("sampling_params", params), ("rid", rids)):
-        if len(given) != count:
-            wanted = f"{count} prompts need {count}" if many else "one prompt needs one"
-            raise RequestError(f"{field} has {len(given)} entries, {wanted}", field=field)
-    if any(not isinstance(name, str) or not name for name in rids) or len(set(rids)) != count:
-        raise RequestError("every rid must be a text of its own, and not empty", field="rid")
-    return params, rids
-
-
-def _request(
-    rid: str,
-    sampling: SamplingParams,
-    shared: Mapping[str, Any],
-    *,
-    prompt: str | None = None,
-    input_ids: bytes | None = None,
-    messages: list[dict[str, Any]] | None = None,
-) -> Request:
-    message = Generate(
-        rid=rid,
-        prompt=prompt,
-        input_ids=input_ids,
-        messages=messages,
-        sampling=msgspec.Raw(msgspec.msgpack.encode(sampling)),
-        **shared,
-    )
-    field = "messages" if messages is not None else "prompt" if prompt is not None else "input_ids"
+def _request(field: str, sampling: SamplingParams, **values: Any) -> Request:
+    """field: what is sent, for errors."""
+    message = Generate(sampling=msgspec.Raw(msgspec.msgpack.encode(sampling)), **values)
+    check_fields(message)
     try:
-        frame = msgspec.msgpack.encode(message)
+        frame = encode_request(message)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:  # ValueError: lone surrogates are no text
         raise RequestError(f"{field} cannot be sent: {error}", field=field) from error
     if len(frame) > MAX_FRAME_BYTES:
@@ -278,4 +222,11 @@ def _request(
             f"{field} makes a request of {len(frame)} bytes, at most {MAX_FRAME_BYTES} can be sent: shorten it",
             field=field,
         )
-    return Request(rid, frame, sampling.n if isinstance(sampling.n, int) else 1)
+    return Request(message, frame, sampling.n if isinstance(sampling.n, int) else 1)
+
+
+def _json_value(value: Any) -> Any:
+    simple = plain(value)
+    if simple is value:
+        raise TypeError(f"it holds a {type(value).__name__}")
+    return simple

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from vibe_sgl_lite.runtime.errors import EngineDeadError
+from vibe_sgl_lite.runtime.errors import EngineDeadError, EngineLostError
 from vibe_sgl_lite.runtime.launcher.boot import LOAD_FAILED
 from vibe_sgl_lite.runtime.launcher.control import ControlLine
 from vibe_sgl_lite.runtime.launcher.spawn import STACK_DUMP_S, ChildProcess, ChildSpec
@@ -238,7 +238,9 @@ class Watch:
             self._epoch += 1
             self._send(SCHEDULER, RanksLost(self._epoch))
         if SCHEDULER in ended or DETOKENIZER in ended:
-            self._send(TOKENIZER_MANAGER, EngineLost(ErrorInfo("engine_dead", f"{failure}; the engine restarts")))
+            self._send(
+                TOKENIZER_MANAGER, EngineLost(ErrorInfo(EngineLostError.code, f"{failure}; the engine restarts"))
+            )
         if TOKENIZER_MANAGER in ended:
             self._send(SCHEDULER, ClientsLost())
 

@@ -39,6 +39,9 @@ from vibe_sgl_lite.runtime.messages.client import (
     Refused,
     ServerMessage,
     Welcome,
+    check_fields,
+    decode_extension,
+    encode_request,
 )
 from vibe_sgl_lite.runtime.messages.control import (
     AbortAll,
@@ -153,6 +156,9 @@ __all__ = [
     "TokenizerInput",
     "Usage",
     "Welcome",
+    "check_fields",
+    "decode_extension",
+    "encode_request",
     "pack_ids",
     "unpack_ids",
 ]

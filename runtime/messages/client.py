@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from vibe_sgl_lite.runtime.errors import RequestError
 from vibe_sgl_lite.runtime.messages.base import Message
 from vibe_sgl_lite.runtime.messages.parts import ErrorInfo, Finish, Usage
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
+from vibe_sgl_lite.runtime.settings.schema import Spec, plain, settle
 
 PROTOCOL = 1
 # The tokenizer manager names its own limit, from the context length, up to this size; a larger frame would cost the
 # client's connection, so clients refuse to send one.
 MAX_FRAME_BYTES = 16 * 1024 * 1024
+MAX_PRIORITY = 2**31 - 1
+BIG_INT = 1  # msgpack's extension type of whole numbers beyond 64 bits, as decimal digits
+MAX_DIGITS = 4300  # Python's own limit
 
 
 class ModelInfo(msgspec.Struct, array_like=True, frozen=True):
@@ -41,14 +47,19 @@ class LogprobEntry(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Hello(Message, frozen=True):
-    """First message of a session. A wrong protocol number is answered with `Refused` and the session ends."""
+    """First message of a session. A wrong protocol number is answered with `Refused` and the session ends.
+
+    pid: of the client's process. The program that started the engine may be silent: the engine ends with it anyway.
+    """
 
     protocol: int
     client: str = ""
+    pid: int = 0
 
 
 class Ping(Message, frozen=True):
-    """Sent every 0.5 s by the client's background thread; a session silent for 2.5 s is dead and its requests abort."""
+    """Sent every 0.5 s by the client's background thread; a session silent for 2.5 s is dead and its requests abort,
+    but for that of the program that started the engine."""
 
     number: int = 0
 
@@ -57,24 +68,52 @@ class Generate(Message, frozen=True):
     """One request: exactly one of prompt, input_ids (int32 bytes) and messages (chat) is set.
 
     sampling: a msgpack map of SamplingParams' set fields, decoded on its own so that a bad field is answered by name.
-    template_kwargs: passed to the chat template (`enable_thinking`, `tools`).
+    template_kwargs: variables of the chat template (`enable_thinking`, `tools`).
     json_schema (JSON text), regex, choice, grammar (Lark): what the output must match; at most one of them.
-    max_thinking_tokens: the thinking block of a chat is closed after so many tokens.
+    resume_ids: of a request that is sent again, the tokens that the client has of each sample (int32 bytes), None for a
+    sample that has ended; they count as generated, and what comes is what follows them. `sampling` then has the seed.
     """
 
-    rid: str
+    rid: Annotated[str, Spec("names the request in its session", chars=256)]
     prompt: str | None
     input_ids: bytes | None
     messages: list[dict[str, Any]] | None
     sampling: msgspec.Raw
-    priority: int = 0
-    cache_salt: str | None = None
+    priority: Annotated[
+        int,
+        Spec(
+            "higher goes first, where the engine runs with `--schedule-policy priority`",
+            low=-MAX_PRIORITY,
+            high=MAX_PRIORITY,
+        ),
+    ] = 0
+    cache_salt: Annotated[
+        str | None, Spec("only requests with the same salt share cached prefixes", unset="none", chars=256)
+    ] = None
     template_kwargs: dict[str, Any] | None = None
-    json_schema: str | None = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    max_thinking_tokens: int | None = None
-    grammar: str | None = None
+    json_schema: Annotated[
+        str | None, Spec("dict or JSON text: the output is a JSON document that validates", unset="none")
+    ] = None
+    regex: Annotated[str | None, Spec("the output is a full match", unset="none")] = None
+    choice: Annotated[Sequence[str] | None, Spec("the output is one of these texts", unset="none")] = None
+    max_thinking_tokens: Annotated[
+        int | None,
+        Spec(
+            "a chat's thinking block is closed after so many tokens",
+            unset="no limit",
+            low=0,
+            high=2**31 - 1,
+        ),
+    ] = None
+    grammar: Annotated[str | None, Spec("the output is what this grammar in Lark's syntax describes", unset="none")] = (
+        None
+    )
+    resume_ids: list[bytes | None] | None = None
+
+
+def check_fields(message: Generate) -> None:
+    """What the fields' specs say; values of other libraries become plain ones. Raises RequestError."""
+    settle(message, lambda name, unfit: RequestError(f"{name}={unfit.value}: {unfit.problem}", field=name))
 
 
 class Abort(Message, frozen=True):
@@ -97,13 +136,59 @@ class Goodbye(Message, frozen=True):
 ClientMessage = Hello | Ping | Generate | Abort | Query | Goodbye
 
 
+def encode_request(message: Generate) -> bytes:
+    """Messages, tools and the like may hold other libraries' scalars and any whole number.
+
+    Raises TypeError, ValueError, OverflowError or RecursionError for what cannot be sent.
+    """
+    try:
+        return msgspec.msgpack.encode(message, enc_hook=_simple)
+    except OverflowError:
+        return msgspec.msgpack.encode(
+            msgspec.structs.replace(
+                message, messages=_mark_big(message.messages), template_kwargs=_mark_big(message.template_kwargs)
+            ),
+            enc_hook=_simple,
+        )
+
+
+def decode_extension(code: int, data: memoryview) -> int:
+    """`ext_hook` of whoever decodes requests. Raises ValueError."""
+    if code != BIG_INT or len(data) > MAX_DIGITS:
+        raise ValueError(f"extension {code} of {len(data)} bytes is not known here")
+    return int(bytes(data))
+
+
+def _simple(value: Any) -> Any:
+    if isinstance(value, str):
+        return str.__str__(value)
+    simple = plain(value)
+    if simple is value:
+        raise TypeError(f"it holds a {type(value).__name__}")
+    return simple
+
+
+def _mark_big(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _mark_big(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mark_big(inner) for inner in value]
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return msgspec.msgpack.Ext(BIG_INT, str(value).encode())
+    return value
+
+
 class Welcome(Message, frozen=True):
-    """Answer to `Hello`. `session` is made by the server; `epoch` changes when the engine restarts."""
+    """Answer to `Hello`. `session` is made by the server; `epoch` changes when the engine restarts.
+
+    capacity: samples that may run or wait at once; clients keep more than that back. 0: not told.
+    """
 
     protocol: int
     session: str
     epoch: str
     model: ModelInfo
+    capacity: int = 0
 
 
 class Refused(Message, frozen=True):
@@ -120,7 +205,9 @@ class Pong(Message, frozen=True):
 
 
 class Accepted(Message, frozen=True):
-    """The request is valid and queued; `sampling` is what it runs with, its seed included."""
+    """The request is valid and queued; `sampling` is what it runs with, its seed included.
+
+    Of a request that was sent again, nothing new is in here."""
 
     rid: str
     prompt_tokens: int

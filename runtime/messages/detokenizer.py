@@ -12,6 +12,7 @@ from vibe_sgl_lite.runtime.messages.scheduler import RequestRejected, SchedulerR
 class OpenText(Message, frozen=True):
     """Scheduler -> detokenizer: text options of a sample, sent once before its first output. `uid` is the sample's.
 
+    resume_ids: int32 bytes of tokens whose text the client has already.
     cached_tokens: of the prompt, from the radix cache; for the usage of a sample that a stop string ends. A later
     `TokenOutput.usage` overrides it.
     """
@@ -25,6 +26,7 @@ class OpenText(Message, frozen=True):
     skip_special_tokens: bool
     cached_tokens: int = 0
     text_format: TextFormat | None = None
+    resume_ids: bytes = b""
 
 
 class TokenOutput(msgspec.Struct, array_like=True, frozen=True):

@@ -15,6 +15,7 @@ class AddRequest(Message, frozen=True):
 
     text_format: for the detokenizer; None leaves the text as it is. attributes: of its rows; None for the plain ones.
     session: whose request it is; sessions get fair shares. timeout_s: so long after its arrival it ends as an error.
+    resume_ids: as in `Generate`, checked.
     """
 
     uid: int
@@ -27,6 +28,7 @@ class AddRequest(Message, frozen=True):
     attributes: RowAttributes | None = None
     session: str = ""
     timeout_s: float | None = None
+    resume_ids: list[bytes | None] | None = None
 
 
 class AbortRequest(Message, frozen=True):

@@ -26,6 +26,7 @@ class GenerationDefaults(msgspec.Struct, frozen=True):
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    max_new_tokens: int | None = None
     repetition_penalty: float | None = None
 
     def as_dict(self) -> dict[str, float | int]:
@@ -273,10 +274,15 @@ def _eos_token_ids(fields: "_Fields", generation: "_Fields", vocab_size: int) ->
 
 
 def _generation_defaults(generation: "_Fields") -> GenerationDefaults:
+    max_new_tokens = generation.optional_integer("max_new_tokens")
+    if max_new_tokens is not None and not 0 < max_new_tokens < 2**31:
+        raise generation.error("max_new_tokens", max_new_tokens, "must be from 1 to 2**31 - 1")
     if generation.get("do_sample") is False:
         # The model asks for greedy decoding; transformers then ignores temperature, top_k and top_p.
         return GenerationDefaults(
-            temperature=0.0, repetition_penalty=generation.optional_number("repetition_penalty", above=0.0)
+            temperature=0.0,
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=generation.optional_number("repetition_penalty", above=0.0),
         )
     top_k = generation.optional_integer("top_k")
     return GenerationDefaults(
@@ -284,6 +290,7 @@ def _generation_defaults(generation: "_Fields") -> GenerationDefaults:
         top_k=-1 if top_k is not None and top_k <= 0 else top_k,  # transformers' 0 is our -1
         top_p=generation.optional_number("top_p", above=0.0, at_most=1.0),
         min_p=generation.optional_number("min_p", at_least=0.0, at_most=1.0),
+        max_new_tokens=max_new_tokens,
         repetition_penalty=generation.optional_number("repetition_penalty", above=0.0),
     )
 

@@ -163,6 +163,22 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         Spec("of the prompt's tokens, with `top_logprobs` alternatives", default=False),
     ] = UNSET
 
+    timeout_s: Annotated[
+        float | UnsetType | None,
+        Spec(
+            "so long after its arrival the request ends as an error, code `deadline`; `None` is never",
+            default=None,
+            unit="seconds",
+            low=0,
+            high=10_000_000,
+            above_low=True,
+        ),
+    ] = UNSET
+    allow_special_tokens: Annotated[
+        bool | UnsetType,
+        Spec("in chats: special tokens written in the messages count as such; else they are text", default=False),
+    ] = UNSET
+
     def __post_init__(self) -> None:
         settle(self, _refusal)
 
@@ -225,6 +241,8 @@ class ResolvedSampling(msgspec.Struct, array_like=True, frozen=True):
     prompt_logprobs: bool
     thinking: ThinkingRules | None = None
     grammar: str | None = None
+    timeout_s: float | None = None
+    allow_special_tokens: bool = False
 
     @property
     def greedy(self) -> bool:
@@ -239,8 +257,12 @@ def resolve(
     prompt_tokens: int,
     context_length: int,
     vocab_size: int,
+    pool_tokens: int | None = None,
 ) -> ResolvedSampling:
     """Fill in the model's defaults and check what needs the prompt and the model.
+
+    pool_tokens: of the whole KV pool, where it is known; max_new_tokens=None keeps within it. A default of the model's
+    that is more than what fits gives way.
 
     Raises RequestError: prompt + max_new_tokens over the context length, and ids outside the vocabulary.
     """
@@ -256,7 +278,10 @@ def resolve(
             field="prompt",
         )
     if values["max_new_tokens"] is None:
-        values["max_new_tokens"] = room
+        in_pool = room if pool_tokens is None else pool_tokens - prompt_tokens + 1  # the last token needs no place
+        values["max_new_tokens"] = max(1, min(room, in_pool))
+    elif params.max_new_tokens is UNSET and "max_new_tokens" in model_defaults:
+        values["max_new_tokens"] = min(values["max_new_tokens"], room)
     elif values["max_new_tokens"] > room:
         raise ContextLengthError(
             f"max_new_tokens={values['max_new_tokens']} with a prompt of {prompt_tokens} tokens passes the context "

@@ -81,7 +81,7 @@ class Field(msgspec.Struct, frozen=True):
         if value is None and self.optional:
             return None
         if type(value) not in (int, float, bool, str):
-            value = _plain(value)
+            value = plain(value)
         spec, kind = self.spec, self.kinds[-1]
         if kind == list[str]:
             words = "a text or a list of texts" if str in self.kinds else "a list of texts"
@@ -237,7 +237,7 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """numpy's and torch's scalars as Python's, their arrays as lists; anything else as it is."""
     dimensions = getattr(value, "ndim", None)
     if dimensions == 0 and hasattr(value, "item"):
@@ -248,7 +248,7 @@ def _plain(value: Any) -> Any:
 
 
 def _whole(value: Any) -> int:
-    value = _plain(value)
+    value = plain(value)
     if not isinstance(value, bool):
         try:
             return operator.index(value)
@@ -259,7 +259,7 @@ def _whole(value: Any) -> int:
 
 def _number(value: Any) -> float:
     """NaN and what is beyond a float come back as such: no range has them in it."""
-    value = _plain(value)
+    value = plain(value)
     if not isinstance(value, Real) or isinstance(value, bool):
         _refuse(value, "must be a number")
     try:
@@ -272,7 +272,7 @@ def _number(value: Any) -> float:
 
 
 def _text(value: Any) -> str:
-    value = _plain(value)
+    value = plain(value)
     if not isinstance(value, str):
         _refuse(value, "must be a text")
     text = str.__str__(value)  # of a subclass, too

@@ -53,6 +53,22 @@ def default_address(name: str = "default") -> str:
     return f"ipc://{found / name / API_SOCKET}"
 
 
+def engine_lives(address: str) -> bool | None:
+    """Whether the launcher of the engine at `address` is there, by the pid in its lock; None: nothing tells (TCP)."""
+    if not address.startswith("ipc://"):
+        return None
+    path = Path(address.removeprefix("ipc://"))
+    for lock in (path.with_name(LOCK_FILE), path.with_name(path.name + ".lock")):
+        try:
+            os.kill(int(lock.read_text()), 0)
+        except PermissionError:
+            return True
+        except (OSError, ValueError):
+            continue
+        return True
+    return False
+
+
 class RunDir:
     """One daemon's hold on its name and its address. `address` is where the API is to be bound; `inner` is private.
 

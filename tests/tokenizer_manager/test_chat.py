@@ -46,7 +46,7 @@ def prepared(spec: PipelineSpec, tokenizer: ChatTokenizer = TOKENIZER, **fields:
     values: dict[str, Any] = {"rid": "r", "prompt": None, "input_ids": None, "messages": None}
     message = Generate(**values | {"sampling": msgspec.Raw(msgspec.msgpack.encode({}))} | fields)
     limits = Limits.of(spec.context_length)
-    return prepare(check(message, limits, tokenizer), tokenizer, GRAMMARS, spec, limits)
+    return prepare(message, check(message, limits, tokenizer), tokenizer, GRAMMARS, spec, limits)
 
 
 def with_template(text: str) -> ChatTokenizer:

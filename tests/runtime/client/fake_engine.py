@@ -5,6 +5,7 @@ A `script` decides what happens to each `Generate`; whatever arrives is recorded
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -87,6 +88,7 @@ class FakeEngine:
         self.script = script
         self.answers_pings = True
         self.answers_hellos = True
+        self.capacity = 0
         self.values: dict[str, Any] = {"num_running": 0}
         self.query_error: ErrorInfo | None = None
         self.received: list[tuple[float, bytes, ClientMessage]] = []
@@ -126,7 +128,7 @@ class FakeEngine:
             case Hello(protocol=protocol) if protocol != PROTOCOL:
                 return [Refused(error=ErrorInfo(code="protocol", message=f"protocol {protocol}"))]
             case Hello() if self.answers_hellos:
-                return [Welcome(protocol=PROTOCOL, session="s", epoch="e", model=MODEL)]
+                return [Welcome(protocol=PROTOCOL, session="s", epoch="e", model=MODEL, capacity=self.capacity)]
             case Ping(number=number) if self.answers_pings:
                 return [Pong(number=number)]
             case Query(qid=qid):
@@ -135,6 +137,10 @@ class FakeEngine:
                 return self.script(message)
             case _:
                 return []
+
+    def lives(self) -> None:
+        """Look as if a launcher were there, whatever becomes of this socket."""
+        Path(self.address.removeprefix("ipc://")).with_name("lock").write_text(str(os.getpid()))
 
     def send(self, *messages: ServerMessage) -> None:
         """To the client that was heard last; returns when they are on their way."""

@@ -340,7 +340,7 @@ def test_an_address_that_makes_no_sense(address: str) -> None:
         Client(address)
 
 
-def test_the_default_address_is_the_default_daemons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with pytest.raises(ConnectError, match=f"{tmp_path}/vibe-sgl-lite/default/api.sock"):
         Client()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -54,7 +55,7 @@ def model(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def make(model: str, **settings: object) -> LLM:
+def make(model: str, **settings: Any) -> LLM:
     return LLM(model, load_format="dummy", log_level="error", **settings)
 
 

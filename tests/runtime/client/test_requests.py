@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from vibe_sgl_lite.runtime.client.requests import Plan, plan_chat, plan_generate, single
@@ -50,7 +51,26 @@ def sent(plan: Plan) -> list[Generate]:
         ({"input_ids": [1, 2.5]}, "input_ids"),
         ({"input_ids": [1, -1]}, "input_ids"),
         ({"input_ids": [2**31]}, "input_ids"),
-        ({"prompt": "a", "sampling_params": {"temperature": 0}}, "sampling_params"),
+        ({"prompt": "a", "sampling_params": {"temperature": -1}}, "temperature"),
+        ({"prompt": "a", "sampling_params": {"temprature": 1}}, "temprature"),
+        ({"prompt": "a", "sampling_params": {1: 2}}, "sampling_params"),
+        ({"prompt": "a", "sampling_params": 5}, "sampling_params"),
+        ({"prompt": "a", "sampling_params": "x"}, "sampling_params"),
+        ({"prompt": ["a"], "sampling_params": [5]}, "sampling_params"),
+        ({"prompt": "a", "temperature": "x"}, "temperature"),
+        ({"prompt": "a", "rid": 5}, "rid"),
+        ({"prompt": ["a"], "rid": 5}, "rid"),
+        ({"prompt": "a", "rid": "x" * 257}, "rid"),
+        ({"prompt": "a", "rid": "\ud800"}, "rid"),
+        ({"prompt": "a", "cache_salt": "\ud800"}, "cache_salt"),
+        ({"prompt": "a", "regex": "\ud800"}, "regex"),
+        ({"prompt": "a", "choice": ["\ud800"]}, "choice"),
+        ({"prompt": "a", "priority": np.float64(1)}, "priority"),
+        ({"prompt": "a", "priority": True}, "priority"),
+        ({"prompt": np.array([1.5])}, "prompt"),
+        ({"prompt": np.array(5)}, "prompt"),
+        ({"input_ids": np.zeros((2, 2, 2), np.int64)}, "input_ids"),
+        ({"input_ids": [2**70]}, "input_ids"),
         ({"prompt": "a", "sampling_params": [SamplingParams()] * 2}, "sampling_params"),
         ({"prompt": ["a", "b"], "sampling_params": [SamplingParams()]}, "sampling_params"),
         ({"prompt": ["a", "b"], "rid": "r"}, "rid"),
