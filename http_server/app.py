@@ -12,6 +12,7 @@ from vibe_sgl_lite.http_server.exchange import DisconnectedError, Exchange, Rece
 from vibe_sgl_lite.http_server.openai_chat import chat_completions
 from vibe_sgl_lite.http_server.openai_completions import completions
 from vibe_sgl_lite.http_server.openai_responses import responses
+from vibe_sgl_lite.http_server.openapi import openapi
 from vibe_sgl_lite.http_server.request_log import RequestLog
 from vibe_sgl_lite.http_server.security import Guard
 from vibe_sgl_lite.http_server.service import Service
@@ -33,6 +34,7 @@ ROUTES: dict[tuple[str, str], Handler] = {
     ("GET", "/v1/models"): info.models,
     ("GET", "/health"): info.health,
     ("GET", "/metrics"): info.prometheus,
+    ("GET", "/openapi.json"): openapi,
     ("GET", "/version"): info.version,
     ("GET", "/server_info"): info.server_info,
     ("GET", "/get_server_info"): info.server_info,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from importlib import metadata
 
@@ -84,7 +85,7 @@ async def version(service: Service, exchange: Exchange) -> None:
 
 
 async def server_info(service: Service, exchange: Exchange) -> None:
-    """Settings, without the key, and the engine's counters."""
+    """Settings, without the key, and the engine's counters; this worker's requests in flight and tasks."""
     service.check_ready()
     args = msgspec.to_builtins(service.spec.args) | {"api_key": None}
     stats = await service.engine.query("stats")
@@ -96,6 +97,7 @@ async def server_info(service: Service, exchange: Exchange) -> None:
             "dtype": service.spec.dtype,
             "max_total_num_tokens": int(stats.get("kv_pages_total", 0)) * args["page_size"],
             "internal_states": [stats],
+            "http": {"calls": len(service.engine.calls), "tasks": len(asyncio.all_tasks())},
         }
     )
 
