@@ -1,6 +1,7 @@
 """The tables of fields in docs/, made from what the code checks: `python docs/tables.py` writes them anew.
 
-A table stands between `<!-- fields: NAME -->` and `<!-- end -->`; NAME is a group of server settings, or `sampling`.
+A table stands between `<!-- fields: NAME -->` and `<!-- end -->`; NAME is a group of server settings,
+`sampling`, or a file's name.
 tests/test_docs.py checks that the pages are up to date.
 """
 
@@ -11,10 +12,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
+from vibe_sgl_lite.runtime.settings.model_config import GenerationDefaults, ModelConfig, Yarn
 from vibe_sgl_lite.runtime.settings.sampling_params import FIELDS
-from vibe_sgl_lite.runtime.settings.schema import Field
+from vibe_sgl_lite.runtime.settings.schema import Field, table
 from vibe_sgl_lite.runtime.settings.server_args import FLAGS, flag_name
 
+MODEL_TABLES = {"config.json": ModelConfig, "yarn": Yarn, "generation_config.json": GenerationDefaults}
 PAGES = tuple(Path(__file__).resolve().parent.glob("*.md"))
 PLACE = re.compile(r"(<!-- fields: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -25,6 +30,15 @@ def fill(page: str) -> str:
 
 
 def _table(name: str) -> Iterator[str]:
+    if name in MODEL_TABLES:
+        yield "| key | allowed | meaning |\n|---|---|---|"
+        for field in table(MODEL_TABLES[name]).values():
+            allowed = ", ".join(field.spec.choices) or _allowed(field)
+            otherwise = "" if field.default is msgspec.NODEFAULT or field.default is None else f"`{field.default}`"
+            otherwise = field.spec.unset or otherwise
+            text = _meaning(field) + (f" Left out: {otherwise}." if otherwise else "")
+            yield f"| `{field.name}` | {allowed} | {text} |"
+        return
     if name == "sampling":
         yield "| field | default | allowed | meaning |\n|---|---|---|---|"
         for field in FIELDS.values():

@@ -89,8 +89,8 @@ class Qwen3:
             device,
             tied=self.head.weight if config.tie_word_embeddings else None,
         )
-        positions = config.max_position_embeddings if device.type == "cuda" else 0  # a launch less for each function
-        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, dtype, device, positions)
+        positions = config.context_limit if device.type == "cuda" else 0  # a launch less for each function
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, dtype, device, positions, config.yarn)
         self.layers = [
             DecoderLayer(
                 Attention(layer, config, parallel, dtype, device),

@@ -3,10 +3,13 @@
 Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from vibe_sgl_lite.runtime.settings.model_config import Yarn
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,29 @@ class RotaryEmbedding:
     """Makes the angles. They are computed in fp32 and rounded once to the model's dtype, as transformers does.
 
     positions: for so many, they are kept in a table, and looked up.
+    yarn: stretches slow rotations to a longer context and leaves fast ones; section 3 of Peng et al., "YaRN: Efficient
+    Context Window Extension of Large Language Models", 2023, with transformers' options.
     """
 
     def __init__(
-        self, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device, positions: int = 0
+        self,
+        head_dim: int,
+        theta: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        positions: int = 0,
+        yarn: Yarn | None = None,
     ) -> None:
         self.dtype = dtype
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-        self.inverse_frequencies = 1.0 / theta**exponents  # [head_dim / 2]
+        periods = theta**exponents
+        self.inverse_frequencies = 1.0 / periods  # [head_dim / 2]
+        self.scale = 1.0
+        if yarn is not None:
+            kept = _kept(yarn, head_dim, theta).to(device)
+            # In transformers' order of operations: a bit's difference is 0.01 rad after 131,072 tokens.
+            self.inverse_frequencies = 1.0 / (yarn.factor * periods) * (1 - kept) + self.inverse_frequencies * kept
+            self.scale = _attention_factor(yarn)
         self._table: Tensor | None = None  # [positions, 2, head_dim / 2]
         if positions:
             known = self(torch.arange(positions, device=device))
@@ -46,4 +64,33 @@ class RotaryEmbedding:
             cos, sin = self._table.index_select(0, positions).unbind(1)
             return RopeAngles(cos, sin)
         angles = positions.to(torch.float32).unsqueeze(-1) * self.inverse_frequencies
-        return RopeAngles(cos=angles.cos().to(self.dtype), sin=angles.sin().to(self.dtype))
+        return RopeAngles(
+            cos=(angles.cos() * self.scale).to(self.dtype), sin=(angles.sin() * self.scale).to(self.dtype)
+        )
+
+
+def _kept(yarn: Yarn, head_dim: int, theta: float) -> Tensor:
+    """[head_dim / 2]: 1 for frequencies that stay as they are, 0 for those that are divided by the factor."""
+
+    def dimension(rotations: float) -> float:
+        """Of the frequency that turns so many times over the trained length."""
+        length = yarn.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return head_dim * math.log(length) / (2 * math.log(theta))
+
+    low, high = dimension(yarn.beta_fast or 32.0), dimension(yarn.beta_slow or 1.0)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low if high != low else 0.001)
+    return 1 - ramp.clamp(0, 1)
+
+
+def _attention_factor(yarn: Yarn) -> float:
+    def scale(weight: float) -> float:
+        return 1.0 if yarn.factor <= 1 else 0.1 * weight * math.log(yarn.factor) + 1.0
+
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+    if yarn.mscale and yarn.mscale_all_dim:
+        return scale(yarn.mscale) / scale(yarn.mscale_all_dim)
+    return scale(1.0)

@@ -68,11 +68,11 @@ def threads_per_rank(args: ServerArgs) -> int:
 
 def _context_length(args: ServerArgs, model: ModelConfig) -> int:
     if args.context_length is None:
-        return model.max_position_embeddings
-    if args.context_length > model.max_position_embeddings:
+        return model.context_limit
+    if args.context_length > model.context_limit:
         raise ConfigError(
             f"--context-length {args.context_length} is above the model's max_position_embeddings="
-            f"{model.max_position_embeddings}: ask for at most that",
+            f"{model.context_limit}: ask for at most that",
             field="context_length",
         )
     return args.context_length

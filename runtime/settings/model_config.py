@@ -1,37 +1,89 @@
 """What a model folder says about its model: config.json and generation_config.json, read and checked once.
 
 Knows nothing about tensors: every process reads it, most of them without torch. A `ModelConfig` that exists is one that
-`qwen3` can run; whatever is not supported is refused here by field and value.
+`qwen3` can run; whatever is not supported is refused here by field and value. docs/models.md has the tables.
 """
 
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from vibe_sgl_lite.runtime.errors import ModelConfigError
+from vibe_sgl_lite.runtime.logs import one_line
+from vibe_sgl_lite.runtime.settings.schema import Spec, Unfit, shown, table
 
-SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+DENSE, MOE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
+SUPPORTED_ARCHITECTURES = (DENSE, MOE)
+MODEL_TYPES = {DENSE: "qwen3", MOE: "qwen3_moe"}
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
-# What transformers fills in for a key that config.json leaves out.
-_DEFAULT_ROPE_THETA = 10_000.0
-_DEFAULT_HEAD_DIM_DENSE = 128
+DEFAULT_HEAD_DIM_DENSE = 128  # what transformers fills in
+MAX_TOKENS = 2**31 - 1
+MAX_SIZE = 2**20  # of a matrix's side; the largest Qwen3 has 5,120 and 25,600
+# Keys that must be absent, null or this, and why.
+FIXED: Mapping[str, tuple[Any, str]] = {
+    "hidden_act": ("silu", "only silu is supported"),
+    "attention_bias": (False, "Qwen3 checkpoints have none"),
+    "mlp_bias": (False, "Qwen3 checkpoints have none"),
+    "partial_rotary_factor": (1.0, "Qwen3 turns whole heads"),
+    "auto_map": (None, "asks for code from the model folder, which is never run; remove it"),
+    "compression_config": (None, "is not supported; use an unquantised checkpoint"),
+    "is_encoder_decoder": (False, "Qwen3 has a decoder alone"),
+}
+READ = {"architectures", "model_type", "rope_theta", "rope_scaling", "rope_parameters", "eos_token_id", "layer_types",
+        "use_sliding_window", "sliding_window", "quantization_config"}  # fmt: skip
+# Keys that are known and not used: nothing that this engine computes depends on them.
+UNUSED = {
+    "attention_dropout", "hidden_dropout", "initializer_range", "max_window_layers", "output_attentions", "use_cache",
+    "output_hidden_states", "output_router_logits", "pad_token_id", "return_dict", "return_dict_in_generate",
+    "router_aux_loss_coef", "tokenizer_class", "torchscript", "transformers_version", "unsloth_version",
+    "unsloth_fixed", "_name_or_path", "_attn_implementation_autoset", "name_or_path", "is_decoder", "id2label",
+    "add_cross_attention", "label2id", "task_specific_params", "problem_type", "chunk_size_feed_forward",
+    "finetuning_task", "use_bfloat16",
+}  # fmt: skip
+GENERATION_READ = {"eos_token_id", "do_sample"}
+GENERATION_UNUSED = {
+    "bos_token_id", "pad_token_id", "max_length", "transformers_version", "_from_model_config", "output_attentions",
+    "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate", "use_cache",
+    "trust_remote_code",
+}  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True):
     """The model's own sampling values, from generation_config.json; None where it names none. top_k -1 is off."""
 
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    max_new_tokens: int | None = None
-    repetition_penalty: float | None = None
+    temperature: Annotated[float | None, Spec("as in a request", low=0, high=1e6)] = None
+    top_k: Annotated[int | None, Spec("as in a request; 0 is off", low=-1, high=MAX_TOKENS)] = None
+    top_p: Annotated[float | None, Spec("as in a request", low=0, high=1, above_low=True)] = None
+    min_p: Annotated[float | None, Spec("as in a request", low=0, high=1)] = None
+    repetition_penalty: Annotated[float | None, Spec("as in a request", low=0, high=1e6, above_low=True)] = None
+    max_new_tokens: Annotated[
+        int | None, Spec("as in a request, as far as the context reaches", low=1, high=MAX_TOKENS)
+    ] = None
 
     def as_dict(self) -> dict[str, float | int]:
         """The values that are set, by the names of `SamplingParams`."""
         return {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+
+
+class Yarn(msgspec.Struct, frozen=True, kw_only=True):
+    """rope_parameters of type yarn: Peng et al., "YaRN: Efficient Context Window Extension", 2023."""
+
+    factor: Annotated[float, Spec("how many times the trained length", low=1, high=1e6)]
+    original_max_position_embeddings: Annotated[int, Spec("the length that was trained", low=1, high=MAX_TOKENS)]
+    attention_factor: Annotated[float | None, Spec("scale of cosines and sines", low=0, high=1e6, above_low=True)] = (
+        None
+    )
+    beta_fast: Annotated[float | None, Spec("rotations above which nothing changes", low=0, high=1e6)] = None
+    beta_slow: Annotated[float | None, Spec("rotations below which all is stretched", low=0, high=1e6)] = None
+    mscale: Annotated[float | None, Spec("see attention_factor in transformers", low=0, high=1e6)] = None
+    mscale_all_dim: Annotated[float | None, Spec("see attention_factor in transformers", low=0, high=1e6)] = None
+    truncate: Annotated[bool, Spec("whether the range of dimensions is of whole numbers")] = True
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,27 +93,33 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    dtype: str | None
-    initializer_range: float
-    eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
-    generation_defaults: GenerationDefaults
-    num_experts: int = 0
-    num_experts_per_tok: int = 0
-    moe_intermediate_size: int = 0
-    norm_topk_prob: bool = False
-    decoder_sparse_step: int = 1
+    vocab_size: Annotated[int, Spec("tokens that have an embedding", low=1, high=MAX_TOKENS)]
+    hidden_size: Annotated[int, Spec("width of the residual stream", low=1, high=MAX_SIZE)]
+    intermediate_size: Annotated[int, Spec("width of a dense MLP", low=1, high=MAX_SIZE)]
+    num_hidden_layers: Annotated[int, Spec("decoder layers", low=1, high=10_000)]
+    num_attention_heads: Annotated[int, Spec("query heads", low=1, high=65_536)]
+    num_key_value_heads: Annotated[int, Spec("KV heads", unset="as many as query heads", low=1, high=65_536)]
+    head_dim: Annotated[
+        int, Spec("width of a head, even", unset="128; with experts hidden_size / heads", low=2, high=65_536)
+    ]
+    max_position_embeddings: Annotated[int, Spec("longest context", low=1, high=MAX_TOKENS)]
+    rms_norm_eps: Annotated[float, Spec("of all norms", low=0, high=1, above_low=True)] = 1e-6
+    rope_theta: float = 10_000.0
+    yarn: Yarn | None = None
+    tie_word_embeddings: Annotated[bool, Spec("whether the head is the embedding")] = False
+    dtype: Annotated[
+        str | None,
+        Spec("of the checkpoint", unset="the tensors' own", choices=SUPPORTED_DTYPES, aliases=("torch_dtype",)),
+    ] = None
+    initializer_range: Annotated[float, Spec("of `--load-format dummy`'s weights", low=0, high=1e3)] = 0.02
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: Annotated[int | None, Spec("not used", low=0, high=MAX_TOKENS)] = None
+    generation_defaults: GenerationDefaults = GenerationDefaults()
+    num_experts: Annotated[int, Spec("experts of a layer", low=1, high=65_536, aliases=("num_local_experts",))] = 0
+    num_experts_per_tok: Annotated[int, Spec("experts that a token goes to", low=1, high=65_536)] = 0
+    moe_intermediate_size: Annotated[int, Spec("width of an expert", low=1, high=MAX_SIZE)] = 0
+    norm_topk_prob: Annotated[bool, Spec("whether chosen experts' weights add up to 1")] = False
+    decoder_sparse_step: Annotated[int, Spec("every how many layers has experts", low=1, high=10_000)] = 1
     mlp_only_layers: tuple[int, ...] = ()
 
     @classmethod
@@ -77,10 +135,15 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"{path} does not exist: --model-path must be a folder with config.json, "
                 "tokenizer.json and *.safetensors"
             )
-        fields = _Fields(path, _read_json_object(path))
         generation_path = folder / "generation_config.json"
-        generation_values = _read_json_object(generation_path) if generation_path.is_file() else {}
-        return _build(fields, _Fields(generation_path, generation_values))
+        generation = _File(generation_path, _read_json_object(generation_path) if generation_path.is_file() else {})
+        return _build(_File(path, _read_json_object(path)), generation)
+
+    @property
+    def context_limit(self) -> int:
+        """The longest context that the positions are made for, in tokens."""
+        stretched = 0 if self.yarn is None else int(self.yarn.factor * self.yarn.original_max_position_embeddings)
+        return min(MAX_TOKENS, max(self.max_position_embeddings, stretched))
 
     @property
     def is_moe(self) -> bool:
@@ -159,227 +222,205 @@ def _join(degrees: list[int]) -> str:
     return ", ".join(str(degree) for degree in degrees)
 
 
-def _build(fields: "_Fields", generation: "_Fields") -> ModelConfig:
-    architecture = _architecture(fields)
-    is_moe = architecture == "Qwen3MoeForCausalLM"
-    _refuse_unsupported(fields)
-    hidden_size = fields.integer("hidden_size")
-    heads = fields.integer("num_attention_heads")
-    kv_heads = fields.integer("num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise fields.error("num_key_value_heads", kv_heads, f"must divide num_attention_heads={heads}")
-    head_dim = fields.integer("head_dim", hidden_size // heads if is_moe else _DEFAULT_HEAD_DIM_DENSE)
-    if head_dim % 2:
-        raise fields.error("head_dim", head_dim, "must be even, rotary embedding turns pairs")
-    return ModelConfig(
-        architecture=architecture,
-        vocab_size=fields.integer("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size"),
-        num_hidden_layers=fields.integer("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope_theta=_rope_theta(fields),
-        max_position_embeddings=fields.integer("max_position_embeddings"),
-        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-        dtype=_dtype(fields),
-        initializer_range=fields.number("initializer_range", 0.02),
-        eos_token_ids=_eos_token_ids(fields, generation, fields.integer("vocab_size")),
-        bos_token_id=fields.optional_integer("bos_token_id"),
-        generation_defaults=_generation_defaults(generation),
-        **(_expert_fields(fields) if is_moe else {}),
-    )
+MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step")
+S = TypeVar("S", bound=msgspec.Struct)
 
 
-def _architecture(fields: "_Fields") -> str:
+class _File:
+    """One file's values, taken by the tables above; errors name file, field and value."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        self.path = path
+        self.values = values
+
+    def get(self, key: str) -> Any:
+        return self.values.get(key)
+
+    def error(self, key: str, value: object, problem: str) -> ModelConfigError:
+        return ModelConfigError(f"{self.path}: {key}={shown(value)} {problem}", field=key)
+
+    def take(self, struct: type[msgspec.Struct], names: list[str] | None = None) -> dict[str, Any]:
+        """The values of `struct`'s fields, or of those called `names`, that the file has and that are not null."""
+        taken: dict[str, Any] = {}
+        for name, field in table(struct).items():
+            key = next((key for key in (name, *field.spec.aliases) if self.get(key) is not None), None)
+            if key is None or (names is not None and name not in names):
+                continue
+            try:
+                taken[name] = field.take(self.values[key])
+            except Unfit as unfit:
+                raise self.error(key, self.values[key], unfit.problem) from None
+        return taken
+
+    def make(self, struct: type[S], values: Mapping[str, Any]) -> S:
+        """A `struct` of `values`; ModelConfigError for what is missing."""
+        for info in msgspec.structs.fields(struct):
+            if info.required and info.name not in values:
+                raise ModelConfigError(
+                    f"{self.path}: {info.name} is missing; the model cannot be built without it", field=info.name
+                )
+        return struct(**values)
+
+    def warn_of_others(self, known: set[str]) -> None:
+        others = sorted(key for key, value in self.values.items() if key not in known and value is not None)
+        if others:
+            log.warning("%s: not known and not used: %s", self.path, one_line(", ".join(others))[:500])
+
+
+def _build(config: _File, generation: _File) -> ModelConfig:
+    architecture = _architecture(config)
+    is_moe = architecture == MOE
+    _refuse_unsupported(config)
+    dense = [name for name in table(ModelConfig) if name not in MOE_FIELDS]
+    values = config.take(ModelConfig, None if is_moe else dense)
+    heads, hidden = values.get("num_attention_heads", 1), values.get("hidden_size", 1)
+    values.setdefault("num_key_value_heads", heads)
+    values.setdefault("head_dim", hidden // heads if is_moe else DEFAULT_HEAD_DIM_DENSE)
+    theta, yarn = _rope(config, values.get("max_position_embeddings"))
+    vocabulary = values.get("vocab_size", MAX_TOKENS)
+    values |= {"architecture": architecture, "rope_theta": theta, "yarn": yarn}
+    values["eos_token_ids"] = _eos_token_ids(vocabulary, config, generation)
+    values["generation_defaults"] = _generation_defaults(generation)
+    if is_moe:
+        values["mlp_only_layers"] = _mlp_only_layers(config)
+        missing = next((name for name in MOE_FIELDS[:3] if name not in values), None)
+        if missing is not None:
+            raise ModelConfigError(
+                f"{config.path}: {missing} is missing; there are no experts without it", field=missing
+            )
+    model = config.make(ModelConfig, values)
+    if heads % model.num_key_value_heads:
+        raise config.error("num_key_value_heads", model.num_key_value_heads, f"must divide num_attention_heads={heads}")
+    if model.head_dim % 2:
+        raise config.error("head_dim", model.head_dim, "must be even, rotary embedding turns pairs")
+    if is_moe and model.num_experts_per_tok > model.num_experts:
+        raise config.error(
+            "num_experts_per_tok", model.num_experts_per_tok, f"must not exceed num_experts={model.num_experts}"
+        )
+    names = {key for name, field in table(ModelConfig).items() for key in (name, *field.spec.aliases)}
+    config.warn_of_others(names | READ | UNUSED | FIXED.keys() | {"mlp_only_layers", *table(GenerationDefaults)})
+    return model
+
+
+def _architecture(config: _File) -> str:
     supported = " or ".join(SUPPORTED_ARCHITECTURES)
-    names = fields.get("architectures")
+    names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
-        raise fields.error("architectures", names, f"must be a list of one name, {supported}")
+        raise config.error("architectures", names, f"must be a list of one name, {supported}")
     if names[0] not in SUPPORTED_ARCHITECTURES:
-        raise fields.error("architectures", names, f"is not supported; this engine runs {supported}")
+        raise config.error("architectures", names, f"is not supported; this engine runs {supported}")
+    kind = config.get("model_type")
+    if kind is not None and kind != MODEL_TYPES[names[0]]:
+        raise config.error("model_type", kind, f"must be {MODEL_TYPES[names[0]]!r}, as architectures says")
     return str(names[0])
 
 
-def _refuse_unsupported(fields: "_Fields") -> None:
-    if fields.get("auto_map") is not None:
-        raise fields.error(
-            "auto_map", fields.get("auto_map"), "asks for code from the model folder, which is never run; remove it"
+def _refuse_unsupported(config: _File) -> None:
+    for key, (allowed, why) in FIXED.items():
+        value = config.get(key)
+        if value is not None and (type(value) is bool) != (type(allowed) is bool):
+            raise config.error(key, value, f"must be {allowed!r}; {why}" if allowed is not None else why)
+        if value is not None and value != allowed:
+            raise config.error(key, value, f"is not supported; {why}")
+    if config.get("quantization_config") is not None:
+        raise config.error(
+            "quantization_config", config.get("quantization_config"), "is not supported; use an unquantised checkpoint"
         )
-    if fields.get("quantization_config") is not None:
-        raise fields.error(
-            "quantization_config", fields.get("quantization_config"), "is not supported; use an unquantised checkpoint"
+    sliding = config.get("use_sliding_window")
+    if sliding is not None and not isinstance(sliding, bool):
+        raise config.error("use_sliding_window", sliding, "must be true or false")
+    if sliding and config.get("sliding_window") is not None:
+        raise config.error(
+            "sliding_window", config.get("sliding_window"), "is not supported; set use_sliding_window to false"
         )
-    activation = fields.get("hidden_act", "silu")
-    if activation != "silu":
-        raise fields.error("hidden_act", activation, "is not supported; only silu is")
-    if fields.flag("attention_bias", False):
-        raise fields.error("attention_bias", True, "is not supported; Qwen3 checkpoints have none")
-    if fields.flag("use_sliding_window", False) and fields.get("sliding_window") is not None:
-        raise fields.error(
-            "sliding_window", fields.get("sliding_window"), "is not supported; set use_sliding_window to false"
-        )
-    layer_types = fields.get("layer_types")
-    if layer_types is not None and any(kind != "full_attention" for kind in layer_types):
-        raise fields.error("layer_types", layer_types, "is not supported; every layer must be full_attention")
+    layer_types = config.get("layer_types")
+    if layer_types is not None and (
+        not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
+    ):
+        raise config.error("layer_types", layer_types, "is not supported; every layer must be full_attention")
 
 
-def _rope_theta(fields: "_Fields") -> float:
-    """Transformers 5 keeps theta and type in `rope_parameters`; 4 has `rope_theta` beside a `rope_scaling`."""
-    theta = fields.get("rope_theta")
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = fields.get(key)
-        if rope is None:
-            continue
+def _rope(config: _File, max_position_embeddings: int | None) -> tuple[float, Yarn | None]:
+    """Theta and YaRN. Transformers 5 keeps both in `rope_parameters`; 4 has `rope_theta` beside a `rope_scaling`."""
+    theta, yarn = config.get("rope_theta"), None
+    given = [key for key in ("rope_parameters", "rope_scaling") if config.get(key) is not None]
+    if len(given) == 2 and config.get(given[0]) != config.get(given[1]):
+        raise config.error(given[1], config.get(given[1]), "differs from rope_parameters; remove one")
+    for key in given[:1]:
+        rope = config.get(key)
         if not isinstance(rope, dict):
-            raise fields.error(key, rope, "must be an object")
+            raise config.error(key, rope, "must be an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise fields.error(
-                key, rope, f"has rope type {kind!r}, which is not supported; only 'default' is (remove {key})"
+        known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        if kind == "yarn":
+            known |= table(Yarn).keys()
+            file = _File(config.path, rope)
+            values = file.take(Yarn)
+            if max_position_embeddings is not None:
+                values.setdefault("original_max_position_embeddings", max_position_embeddings)
+                values.setdefault("factor", max_position_embeddings / values["original_max_position_embeddings"])
+            yarn = file.make(Yarn, values)
+            if (yarn.beta_fast or 32) < (yarn.beta_slow or 1):
+                raise config.error(key, rope, "must have beta_fast above beta_slow")
+        elif kind != "default":
+            raise config.error(
+                key, rope, f"has rope type {shown(kind)}, which is not supported; only 'default' and 'yarn' are"
             )
+        others = [name for name in rope if name not in known] if yarn is not None else []
+        if others or rope.get("partial_rotary_factor") not in (None, 1.0):
+            raise config.error(key, rope, f"has {(others or ['partial_rotary_factor'])[0]}, which is not supported")
         theta = rope.get("rope_theta", theta)
-    theta = _DEFAULT_ROPE_THETA if theta is None else theta
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-        raise fields.error("rope_theta", theta, "must be a number above 0")
-    return float(theta)
+    theta = 10_000.0 if theta is None else theta
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < 1e30:
+        raise config.error("rope_theta", theta, "must be a number above 1")
+    return float(theta), yarn
 
 
-def _dtype(fields: "_Fields") -> str | None:
-    key = "dtype" if fields.get("dtype") is not None else "torch_dtype"
-    name = fields.get(key)
-    if name is None:
-        return None
-    if name not in SUPPORTED_DTYPES:
-        raise fields.error(key, name, f"is not supported; it must be one of {', '.join(SUPPORTED_DTYPES)}")
-    return str(name)
-
-
-def _eos_token_ids(fields: "_Fields", generation: "_Fields", vocab_size: int) -> tuple[int, ...]:
+def _eos_token_ids(vocabulary: int, *files: _File) -> tuple[int, ...]:
     """End tokens of both files, in order, once each; generation_config.json often lists more of them."""
     ids: list[int] = []
-    for source in (fields, generation):
-        value = source.get("eos_token_id")
-        listed = [] if value is None else value if isinstance(value, list) else [value]
-        for token in listed:
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                raise source.error("eos_token_id", value, "must be a token id or a list of them")
-            if token >= vocab_size:
-                raise source.error("eos_token_id", value, f"must be ids of the vocabulary, 0..{vocab_size - 1}")
+    for file in files:
+        value = file.get("eos_token_id")
+        for token in [] if value is None else value if isinstance(value, list) else [value]:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
+                raise file.error(
+                    "eos_token_id",
+                    value,
+                    f"must be a token id of the vocabulary, below {vocabulary}, or a list of them",
+                )
             if token not in ids:
                 ids.append(token)
     return tuple(ids)
 
 
-def _generation_defaults(generation: "_Fields") -> GenerationDefaults:
-    max_new_tokens = generation.optional_integer("max_new_tokens")
-    if max_new_tokens is not None and not 0 < max_new_tokens < 2**31:
-        raise generation.error("max_new_tokens", max_new_tokens, "must be from 1 to 2**31 - 1")
-    if generation.get("do_sample") is False:
-        # The model asks for greedy decoding; transformers then ignores temperature, top_k and top_p.
-        return GenerationDefaults(
-            temperature=0.0,
-            max_new_tokens=max_new_tokens,
-            repetition_penalty=generation.optional_number("repetition_penalty", above=0.0),
-        )
-    top_k = generation.optional_integer("top_k")
-    return GenerationDefaults(
-        temperature=generation.optional_number("temperature", at_least=0.0),
-        top_k=-1 if top_k is not None and top_k <= 0 else top_k,  # transformers' 0 is our -1
-        top_p=generation.optional_number("top_p", above=0.0, at_most=1.0),
-        min_p=generation.optional_number("min_p", at_least=0.0, at_most=1.0),
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=generation.optional_number("repetition_penalty", above=0.0),
-    )
+def _generation_defaults(generation: _File) -> GenerationDefaults:
+    sample = generation.get("do_sample")
+    if sample is not None and not isinstance(sample, bool):
+        raise generation.error("do_sample", sample, "must be true or false")
+    values = generation.take(GenerationDefaults)
+    if sample is False:
+        # The model asks for greedy decoding; transformers then ignores what only sampling has.
+        values = {name: values[name] for name in ("repetition_penalty", "max_new_tokens") if name in values}
+        values["temperature"] = 0.0
+    if values.get("top_k") == 0:
+        values["top_k"] = -1  # transformers' 0 is our -1
+    generation.warn_of_others(GENERATION_READ | GENERATION_UNUSED | table(GenerationDefaults).keys())
+    return GenerationDefaults(**values)
 
 
-def _expert_fields(fields: "_Fields") -> dict[str, Any]:
-    key = "num_local_experts" if fields.get("num_local_experts") is not None else "num_experts"
-    num_experts = fields.integer(key)
-    top_k = fields.integer("num_experts_per_tok")
-    if top_k > num_experts:
-        raise fields.error("num_experts_per_tok", top_k, f"must not exceed {key}={num_experts}")
-    mlp_only = fields.get("mlp_only_layers")
-    mlp_only = [] if mlp_only is None else mlp_only
-    if not isinstance(mlp_only, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in mlp_only):
-        raise fields.error("mlp_only_layers", mlp_only, "must be a list of layer numbers")
-    return {
-        "num_experts": num_experts,
-        "num_experts_per_tok": top_k,
-        "moe_intermediate_size": fields.integer("moe_intermediate_size"),
-        "norm_topk_prob": fields.flag("norm_topk_prob", False),
-        "decoder_sparse_step": fields.integer("decoder_sparse_step", 1),
-        "mlp_only_layers": tuple(mlp_only),
-    }
+def _mlp_only_layers(config: _File) -> tuple[int, ...]:
+    layers = config.get("mlp_only_layers")
+    layers = [] if layers is None else layers
+    if not isinstance(layers, list) or any(type(layer) is not int or not 0 <= layer < 10_000 for layer in layers):
+        raise config.error("mlp_only_layers", layers, "must be a list of layer numbers")
+    return tuple(layers)
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-        raise ModelConfigError(f"{path} cannot be read as JSON: {error}; download the file again") from error
+    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise ModelConfigError(f"{path} cannot be read as JSON: {one_line(error)}; download the file again") from error
     if not isinstance(value, dict):
         raise ModelConfigError(f"{path} must hold a JSON object, not {type(value).__name__}; download the file again")
     return value
-
-
-class _Fields:
-    """Typed access to one file's values, with errors that name file, field and value."""
-
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        self._path = path
-        self._values = values
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._values.get(key, default)
-
-    def error(self, key: str, value: object, problem: str) -> ModelConfigError:
-        return ModelConfigError(f"{self._path}: {key}={value!r} {problem}", field=key)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number of 1 or more; `default` stands in where the key is missing or null."""
-        value = self._values.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise ModelConfigError(f"{self._path}: {key} is missing; the model cannot be built without it", field=key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(key, value, "must be a whole number of 1 or more")
-        return value
-
-    def optional_integer(self, key: str) -> int | None:
-        value = self._values.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(key, value, "must be a whole number")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        """A number above 0."""
-        value = self.optional_number(key, above=0.0)
-        return default if value is None else value
-
-    def optional_number(
-        self, key: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
-    ) -> float | None:
-        value = self._values.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(key, value, "must be a number")
-        if above is not None and not value > above:
-            raise self.error(key, value, f"must be above {above:g}")
-        if at_least is not None and not value >= at_least:
-            raise self.error(key, value, f"must be {at_least:g} or more")
-        if at_most is not None and not value <= at_most:
-            raise self.error(key, value, f"must be {at_most:g} or less")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self._values.get(key)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise self.error(key, value, "must be true or false")
-        return value

@@ -268,7 +268,7 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
         int | None,
         Spec(
             "longest prompt plus output of one request",
-            "Not above the model's `max_position_embeddings`.",
+            "Not above the model's `max_position_embeddings`, or what YaRN makes of it.",
             unit="tokens",
             unset="the model's own",
             group=MODEL,

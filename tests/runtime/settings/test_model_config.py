@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 from vibe_sgl_lite.runtime.errors import ModelConfigError, UserError
-from vibe_sgl_lite.runtime.settings.model_config import GenerationDefaults, ModelConfig, check_parallel_degrees
+from vibe_sgl_lite.runtime.settings.model_config import (
+    GenerationDefaults,
+    ModelConfig,
+    Yarn,
+    check_parallel_degrees,
+)
 
 DENSE: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -97,6 +102,50 @@ def test_unset_defaults_are_left_out_and_top_k_zero_is_off(tmp_path: Path) -> No
     }
 
 
+@pytest.mark.parametrize(
+    ("generation", "names"),
+    [
+        ({"temperature": float("inf")}, ["temperature", "inf"]),
+        ({"temperature": "warm"}, ["temperature", "warm"]),
+        ({"top_k": 2.5}, ["top_k", "2.5"]),
+        ({"do_sample": "yes"}, ["do_sample", "yes"]),
+        ({"max_new_tokens": 0}, ["max_new_tokens", "0"]),
+        ({"max_new_tokens": 10**30}, ["max_new_tokens", "1000000"]),
+        ({"eos_token_id": 512}, ["eos_token_id", "512"]),
+    ],
+)
+def test_refuses_generation_values_by_field(tmp_path: Path, generation: dict[str, Any], names: list[str]) -> None:
+    with pytest.raises(ModelConfigError) as caught:
+        read(tmp_path, DENSE, generation)
+    for name in ["generation_config.json", *names]:
+        assert name in str(caught.value)
+
+
+def test_the_models_own_max_new_tokens(tmp_path: Path) -> None:
+    for sample in (True, False):
+        defaults = read(tmp_path, DENSE, {"do_sample": sample, "max_new_tokens": 2048}).generation_defaults
+        assert defaults.as_dict()["max_new_tokens"] == 2048
+
+
+def test_what_is_not_used_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read(tmp_path, DENSE | {"use_cache": True, "attention_dropout": 0.0}, {"max_length": 20, "do_sample": True})
+    assert caplog.text == ""
+    read(tmp_path, DENSE | {"scale_emb": 12}, {"num_beams": 4, "temperature": 1.0})
+    assert "config.json: not known and not used: scale_emb" in caplog.text
+    assert "generation_config.json: not known and not used: num_beams" in caplog.text
+
+
+def test_yarn(tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = read(tmp_path, DENSE | {"rope_scaling": scaling, "max_position_embeddings": 40960})
+    assert config.yarn == Yarn(factor=4.0, original_max_position_embeddings=32768)
+    assert config.context_limit == 131072
+    new = {"rope_theta": 1e6, "rope_type": "yarn", "factor": 2}
+    config = read(tmp_path, DENSE | {"rope_parameters": new, "rope_theta": None})
+    assert config.yarn == Yarn(factor=2.0, original_max_position_embeddings=1024)
+    assert (config.rope_theta, config.context_limit) == (1e6, 2048)
+
+
 def test_kv_bytes(tmp_path: Path) -> None:
     config = read(tmp_path, DENSE)
     assert config.kv_bytes_per_token(tp_size=1, element_bytes=2) == 2 * 4 * 2 * 16 * 2
@@ -111,7 +160,28 @@ def test_kv_bytes(tmp_path: Path) -> None:
         ({"architectures": None}, ["architectures", "None"]),
         ({"auto_map": {"AutoModel": "x.py"}}, ["auto_map", "x.py", "never run"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "4"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_scaling", "yarn"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, ["rope_scaling", "dynamic"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, ["factor", "0.5"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": float("nan")}}, ["factor", "nan"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "short_factor": [1]}}, ["short_factor"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 1, "beta_slow": 9}}, ["beta_fast"]),
+        ({"rope_parameters": {"rope_type": "yarn"}, "rope_scaling": {"type": "linear"}}, ["rope_scaling", "differs"]),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, ["rope_parameters", "yarn"]),
+        ({"rope_theta": float("nan")}, ["rope_theta", "nan"]),
+        ({"rope_theta": float("inf")}, ["rope_theta", "inf"]),
+        ({"rms_norm_eps": float("nan")}, ["rms_norm_eps", "nan"]),
+        ({"rms_norm_eps": "1e-6"}, ["rms_norm_eps", "1e-6"]),
+        ({"hidden_size": 64.0}, ["hidden_size", "64.0"]),
+        ({"hidden_size": 10**400}, ["hidden_size", "1048576"]),
+        ({"num_hidden_layers": True}, ["num_hidden_layers", "True"]),
+        ({"num_hidden_layers": 10**6}, ["num_hidden_layers", "10000"]),
+        ({"model_type": "qwen2"}, ["model_type", "qwen2", "qwen3"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
+        ({"hidden_act": False}, ["hidden_act", "False"]),
+        ({"attention_bias": 0}, ["attention_bias", "0"]),
+        ({"layer_types": 3}, ["layer_types", "3"]),
+        ({"use_sliding_window": "no"}, ["use_sliding_window", "no"]),
+        ({"architectures": [["Qwen3ForCausalLM"]]}, ["architectures"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["rope_parameters", "linear"]),
         ({"use_sliding_window": True, "sliding_window": 4096}, ["sliding_window", "4096"]),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
@@ -154,7 +224,7 @@ def test_refuses_bad_expert_fields(tmp_path: Path, change: dict[str, Any], names
 
 
 def test_refuses_bad_generation_values(tmp_path: Path) -> None:
-    with pytest.raises(ModelConfigError, match=r"generation_config\.json: top_p=1\.5 must be 1 or less"):
+    with pytest.raises(ModelConfigError, match=r"generation_config\.json: top_p=1\.5 must be above 0 and at most 1"):
         read(tmp_path, DENSE, {"top_p": 1.5})
 
 
