@@ -7,7 +7,7 @@ the step before it have reached the host.
 Legend: S slots, R rows of a step, T tokens of all rows, Q rows that sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -38,6 +38,10 @@ class Drafter(Protocol):
         ...
 
 
+# What model_worker/gpu/kernels/expand_rows.py does.
+ExpandRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int], None]
+
+
 @dataclass(frozen=True)
 class StepInput:
     """One step as the runner needs it: the device's part, and which of its rows sample. None of them is padding.
@@ -47,7 +51,8 @@ class StepInput:
     will take. drafts: those of the rows that have some, by row.
     On the device: last_tokens [Q] int64, where in T they end; positions and device_slots [Q] int64, as on the host;
     places [Q] int64, where in all slots' tokens the sampled ones go. Where the batch is padded for a graph, these four
-    go on for its padding rows. attributes: None where all rows are plain.
+    go on for its padding rows. attributes: None where all rows are plain. expand: makes the device's tensors of the
+    rows' slots and lengths; it comes before all else, and can be captured.
     """
 
     batch: DeviceBatch
@@ -61,11 +66,21 @@ class StepInput:
     device_slots: Tensor
     drafts: dict[int, list[int]] = field(default_factory=dict)
     attributes: TokenAttributes | None = None
+    expand: Callable[[], None] | None = None
 
     def entries(self, row: int) -> slice:
         """Where among the Q places a row's are."""
         first, end = np.searchsorted(self.sampling_rows, (row, row + 1)).tolist()
         return slice(first, end)
+
+
+@dataclass(frozen=True)
+class _DecodeViews:
+    """The device's tensors of a step of so many decode rows, and what fills them: the same in every such step."""
+
+    batch: dict[str, Tensor]
+    step: dict[str, Tensor]
+    expand: Callable[[], None]
 
 
 class SlotStates:
@@ -83,9 +98,10 @@ class SlotStates:
         max_tokens: int | None = None,
         row_buckets: Sequence[int] = (),
         max_drafts: int = 0,
+        expand_rows: ExpandRows | None = None,
     ) -> None:
         """max_tokens: of a step; by default as many as all slots and a context have. row_buckets: of `StepGraphs`.
-        max_drafts: of a row."""
+        max_drafts: of a row. expand_rows: makes steps of decode rows alone on the device, if it can."""
         self.page_size = page_size
         self.padding_page = padding_page
         self.device = device
@@ -118,6 +134,12 @@ class SlotStates:
             self._changed: list[LongArray] = []
             self._device_pages = torch.from_numpy(self.page_table.copy()).to(device.torch_device)
             self._row_pages = self._device_pages.new_full((max_rows, pages), padding_page)
+            self._counting = torch.arange(max_rows + 1, device=device.torch_device)
+            self._starts = self._counting.to(torch.int32)
+        self._expand_rows = None if device.synchronous else expand_rows
+        self._host_starts = np.arange(max_rows + 1, dtype=np.int32)
+        self._host_rows = np.arange(max_rows)
+        self._decodes: dict[int, _DecodeViews] = {}
 
     def apply(self, batch: ForwardBatch) -> None:
         """Take over everything that `batch` changes, in the order that the message promises."""
@@ -179,6 +201,8 @@ class SlotStates:
             sampling_rows = np.repeat(sampling_rows, each)
             back = np.repeat(np.cumsum(each), each) - 1 - np.arange(len(sampling_rows))
         padding = self._padding(counts, len(sampling_rows))
+        if self._expand_rows is not None and not drafts and len(sampling_rows) == len(slots) and (counts == 1).all():
+            return self._fill_decodes(self._expand_rows, slots, ends, padding, int(ends.max(initial=1)))
         step = self._fill(slots, starts, ends, sampling_rows, back, padding)
         if drafts:
             step = replace(step, drafts=drafts)
@@ -215,6 +239,8 @@ class SlotStates:
     def padding_step(self, rows: int, max_context: int) -> StepInput:
         """A step of padding rows alone, for graphs: as a batch of that many decode rows with such a longest context."""
         none, nobody = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
+        if self._expand_rows is not None:
+            return self._fill_decodes(self._expand_rows, none, none, rows, max_context)
         return self._fill(none, none, none, nobody, nobody, rows, max_context)
 
     def append(self, step: StepInput, token_ids: Tensor) -> None:
@@ -227,6 +253,62 @@ class SlotStates:
         if rows == 0 or num_sampling < rows or (counts != 1).any():
             return 0
         return next((bucket - rows for bucket in self.row_buckets if bucket >= rows), 0)
+
+    def _fill_decodes(
+        self, expand_rows: ExpandRows, slots: IntArray, ends: IntArray, padding: int, longest: int
+    ) -> StepInput:
+        """As `_fill` for rows of one token that all sample, with most of the work left to the device."""
+        rows, padded = len(slots), len(slots) + padding
+        host, lengths = self._rows.host, np.zeros(padded, dtype=np.int32)
+        lengths[:rows] = ends
+        host["slots"][:rows] = slots
+        host["slots"][rows:padded] = self.padding_slot
+        host["context_lengths"][:padded] = lengths
+        self._rows.send(padded)
+        self._send_pages()
+        if padded not in self._decodes:
+            self._decodes[padded] = self._decode_views(expand_rows, padded)
+        views = self._decodes[padded]
+        adapters = self.adapters[slots]
+        return StepInput(
+            batch=DeviceBatch(
+                **views.batch,
+                num_decode_rows=padded,
+                host_query_start=self._host_starts[: padded + 1],
+                host_context_lengths=lengths,
+                max_context=longest,
+            ),
+            slots=slots,
+            sampling_rows=self._host_rows[:rows],
+            sampling_slots=slots.astype(np.int64),
+            sampling_positions=ends.astype(np.int64),
+            last_tokens=views.step["last_tokens"],
+            positions=views.step["positions"],
+            places=views.step["places"],
+            device_slots=views.step["device_slots"],
+            attributes=TokenAttributes(self.device.tensor(adapters)) if adapters.any() else None,
+            expand=views.expand,
+        )
+
+    def _decode_views(self, expand_rows: ExpandRows, padded: int) -> "_DecodeViews":
+        lengths, slots = self._rows.device["context_lengths"][:padded], self._rows.device["slots"][:padded]
+        batch = {
+            "token_ids": self._token_ids[:padded],
+            "positions": self._tokens.device["positions"][:padded],
+            "slot_mapping": self._tokens.device["slot_mapping"][:padded],
+            "query_start": self._starts[: padded + 1],
+            "context_lengths": lengths,
+            "page_table": self._row_pages[:padded],
+        }
+        step = {
+            "last_tokens": self._counting[:padded],
+            "positions": self._sampled.device["positions"][:padded],
+            "places": self._sampled.device["places"][:padded],
+            "device_slots": slots,
+        }
+        made = (batch["token_ids"], batch["positions"], batch["slot_mapping"], batch["page_table"])
+        arguments = (slots, lengths, self.tokens, self._device_pages, *made, step["positions"], step["places"])
+        return _DecodeViews(batch, step, lambda: expand_rows(*arguments, self.page_size, self.padding_page))
 
     def _fill(
         self,
@@ -319,14 +401,18 @@ class SlotStates:
         if self.device.synchronous:
             slots = self._rows.host["slots"][:padded_rows]
             return torch.from_numpy(self.page_table[slots, : -(-longest // self.page_size)])
+        self._send_pages()
+        rows = self._row_pages[:padded_rows]
+        return torch.index_select(self._device_pages, 0, self._rows.device["slots"][:padded_rows], out=rows)
+
+    def _send_pages(self) -> None:
+        """Bring what has changed in the page table to the device."""
         if self._changed:
             changed = np.concatenate(self._changed)
             self._changed.clear()
             # Values as they are now: an entry that changed twice comes twice, with the same value.
             values = self.device.tensor(self.page_table.reshape(-1)[changed])
             self._device_pages.view(-1)[self.device.tensor(changed)] = values
-        rows = self._row_pages[:padded_rows]
-        return torch.index_select(self._device_pages, 0, self._rows.device["slots"][:padded_rows], out=rows)
 
 
 def unpack(data: bytes) -> IntArray:

@@ -9,6 +9,7 @@ import torch
 
 from vibe_sgl_lite.model_worker.attention.cpu_backend import KernelAttention
 from vibe_sgl_lite.model_worker.attention.torch_backend import TorchAttention
+from vibe_sgl_lite.model_worker.batch import ExpandRows
 from vibe_sgl_lite.model_worker.cpu import CpuKernels, load
 from vibe_sgl_lite.model_worker.cpu.fused_layers import fuse_layers
 from vibe_sgl_lite.model_worker.cpu.operations import KernelOperations
@@ -26,7 +27,8 @@ class Compute:
     """Element-wise operations, and attention once there is a pool. name: for logs. kernels: for all else, if any.
 
     kv_layout: what the attention wants of its pool. graphs: makes what captures the steps of one runner, if anything.
-    fused_draw: see `Sampler`. plan_layers: called when a model has its weights, with the attention made for it.
+    fused_draw: see `Sampler`. expand_rows: see `SlotStates`. plan_layers: called when a model has its weights, with
+    the attention made for it.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Compute:
     kv_layout: KVLayout = KVLayout.PAGES
     graphs: Callable[[], StepGraphs] | None = None
     fused_draw: FusedDraw | None = None
+    expand_rows: ExpandRows | None = None
     plan_layers: Callable[[Qwen3, Any], None] = fuse_layers
 
 
@@ -66,6 +69,7 @@ def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
     from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention
     from vibe_sgl_lite.model_worker.gpu.draw import GpuDraw
     from vibe_sgl_lite.model_worker.gpu.graphs import CudaGraphs, row_buckets
+    from vibe_sgl_lite.model_worker.gpu.kernels.expand_rows import expand_rows
     from vibe_sgl_lite.model_worker.gpu.layers import plan_layers
     from vibe_sgl_lite.model_worker.gpu.operations import GpuOperations
 
@@ -78,6 +82,7 @@ def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
         kv_layout=KVLayout.LAYERS,
         graphs=(lambda: CudaGraphs(row_buckets(setup.graph_rows))) if setup.graph_rows else None,
         fused_draw=GpuDraw(on_device, setup.max_slots + 1, max_rows, setup.vocab_size),
+        expand_rows=expand_rows,
         plan_layers=plan_layers,
     )
 

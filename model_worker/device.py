@@ -18,6 +18,7 @@ from torch import Tensor
 
 Array = npt.NDArray[Any]
 _ALIGNMENT = 16  # bytes
+_STAGING_PART, _STAGING_PARTS = 1 << 20, 4
 _ONE_COPY_BYTES = 1 << 16  # a block up to this size is copied whole: cheaper than to say which parts are in use
 
 
@@ -111,6 +112,28 @@ class _PinnedCopies:
         return [copy.numpy() for copy in self._copies]
 
 
+class _PinnedRing:
+    """Pinned memory for small copies to the device, in parts: one is written anew when the copies from it are done."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(_STAGING_PARTS * _STAGING_PART, dtype=torch.uint8, pin_memory=True)
+        self._bytes = self._memory.numpy()
+        self._left = [torch.cuda.Event() for _ in range(_STAGING_PARTS)]  # type: ignore[no-untyped-call]
+        self._part, self._used = 0, 0
+
+    def put(self, host: Tensor) -> Tensor:
+        """A pinned copy of a contiguous tensor, for a copy that is enqueued right after this call."""
+        if self._used + host.nbytes > _STAGING_PART:
+            self._left[self._part].record()
+            self._part, self._used = (self._part + 1) % _STAGING_PARTS, 0
+            self._left[self._part].synchronize()
+        start = self._part * _STAGING_PART + self._used
+        end = start + host.nbytes
+        self._used += -(-host.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._bytes[start:end] = host.numpy().reshape(-1).view(np.uint8)
+        return self._memory[start:end].view(host.dtype).view(host.shape)
+
+
 class CudaDevice:
     """A `Device` whose work runs on torch's current stream. A thread waits for it, so that a poll can."""
 
@@ -119,6 +142,7 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         self.torch_device = device
         self.completion_fd: int | None = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._staging = _PinnedRing()
         self._awaited: queue.SimpleQueue[_PinnedCopies] = queue.SimpleQueue()
         threading.Thread(target=self._wake, name="device-completions", daemon=True).start()
 
@@ -126,7 +150,8 @@ class CudaDevice:
         return torch.from_numpy(array).pin_memory().to(self.torch_device, non_blocking=True)
 
     def copy(self, host: Tensor, target: Tensor) -> None:
-        target.copy_(host.pin_memory(), non_blocking=True)
+        staged = self._staging.put(host) if host.nbytes <= _STAGING_PART else host.pin_memory()
+        target.copy_(staged, non_blocking=True)
 
     def read_back(self, tensors: Sequence[Tensor]) -> ReadBack:
         copies = _PinnedCopies(tensors)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.batch import Drafter, SlotStates, StepInput, unpack
+from vibe_sgl_lite.model_worker.batch import Drafter, ExpandRows, SlotStates, StepInput, unpack
 from vibe_sgl_lite.model_worker.device import Array, Device, ReadBack, device_of
 from vibe_sgl_lite.model_worker.device_batch import Result, StepBackend, StepGraphs
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
@@ -109,13 +109,14 @@ class ModelRunner:
         device: Device | None = None,
         graphs: StepGraphs | None = None,
         fused_draw: FusedDraw | None = None,
+        expand_rows: ExpandRows | None = None,
         timer: PartTimer = NO_TIMER,
         drafter: Drafter | None = None,
     ) -> None:
         """max_tokens: of a step; see `SlotStates`. tokenizer_file: tokenizer.json, for grammars; without it no request
         may have one. argmax: see `Sampler`. device: by default, the model's. graphs: what captures steps, if anything.
-        fused_draw: see `Sampler`. timer: told where every part of a step begins. drafter: guesses tokens for rows that
-        have room for them.
+        fused_draw: see `Sampler`. expand_rows: see `SlotStates`. timer: told where every part of a step begins.
+        drafter: guesses tokens for rows that have room for them.
         """
         self.model = model
         self.pool = pool
@@ -133,6 +134,7 @@ class ModelRunner:
             max_tokens=max_tokens,
             row_buckets=() if graphs is None else graphs.row_buckets,
             max_drafts=0 if drafter is None else drafter.most,
+            expand_rows=expand_rows,
         )
         self.sampler = Sampler(
             model.config.vocab_size, model.parallel.tp, self.slots.tokens, argmax, self.device, fused_draw
@@ -290,6 +292,8 @@ class ModelRunner:
 
     def _compute(self, step: StepInput, metadata: object) -> ForwardOutput:
         batch = step.batch
+        if step.expand is not None:
+            step.expand()
         hidden = self.model.forward(
             batch.token_ids, batch.positions, self.backend, metadata, self.timer, step.attributes
         )

@@ -171,6 +171,7 @@ def build_runner(
         argmax=None if compute.kernels is None else compute.kernels.argmax,
         graphs=None if compute.graphs is None else compute.graphs(),
         fused_draw=compute.fused_draw,
+        expand_rows=compute.expand_rows,
         timer=timer,
     )
 

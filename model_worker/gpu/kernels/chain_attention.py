@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import LOG2_E, DecodeScratch, DecodeTiles, _merge
+from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import LOG2_E, MERGED, DecodeScratch, DecodeTiles, _merge
 
 CHAIN_ROWS = 4  # at most
 # By the longest context that they are for; measured on an H100 at contexts of 256, 384 and 850.
@@ -140,7 +140,7 @@ def _chain_attention(
             if before == splits - 1:
                 first_place = (row * KV_HEADS + head) * SPLITS
                 output_group = (row.to(tl.int64) * KV_HEADS + head) * G * D
-                _merge(output, sums, maxima_and_norms, first_place, splits, output_group, G, D, SPLITS)
+                _merge(output, sums, maxima_and_norms, first_place, splits, output_group, G, D, MERGED)
                 tl.store(arrived + row * KV_HEADS + head, 0)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2_E = 1.4426950408889634
+MERGED = tl.constexpr(16)  # partial results that are added up at once
 
 
 @dataclass(frozen=True)
@@ -72,22 +73,30 @@ class DecodeScratch:
 
 @triton.jit
 def _merge(
-    output, sums, maxima_and_norms, first, splits, output_row, G: tl.constexpr, D: tl.constexpr, MOST: tl.constexpr
+    output, sums, maxima_and_norms, first, splits, output_row, G: tl.constexpr, D: tl.constexpr, AT_ONCE: tl.constexpr
 ):  # fmt: skip
     """Add up the partial results of `splits` places from `first` on, for each head of a group."""
     dims = tl.arange(0, D)
-    part = tl.arange(0, MOST)
-    here = part < splits
+    part = tl.arange(0, AT_ONCE)
     for head in tl.static_range(G):
-        place = (first + part) * G + head
-        maxima = tl.load(maxima_and_norms + place * 2, mask=here, other=-float("inf"), cache_modifier=".cg")
-        norms = tl.load(maxima_and_norms + place * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
-        weight = tl.exp2(maxima - tl.max(maxima, 0))
-        partial = tl.load(
-            sums + place[:, None] * D + dims[None, :], mask=here[:, None], other=0.0, cache_modifier=".cg"
-        )
-        total = tl.sum(weight[:, None] * partial, 0) / tl.sum(weight * norms, 0)
-        tl.store(output + output_row + head * D + dims, total.to(output.dtype.element_ty))
+        maximum = -float("inf")
+        norm = 0.0
+        total = tl.zeros([D], tl.float32)
+        for begin in range(0, splits, AT_ONCE):
+            here = begin + part < splits
+            place = (first + begin + part) * G + head
+            maxima = tl.load(maxima_and_norms + place * 2, mask=here, other=-float("inf"), cache_modifier=".cg")
+            norms = tl.load(maxima_and_norms + place * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
+            partial = tl.load(
+                sums + place[:, None] * D + dims[None, :], mask=here[:, None], other=0.0, cache_modifier=".cg"
+            )
+            higher = tl.maximum(maximum, tl.max(maxima, 0))
+            weight = tl.exp2(maxima - higher)
+            shrink = tl.exp2(maximum - higher)
+            norm = norm * shrink + tl.sum(weight * norms, 0)
+            total = total * shrink + tl.sum(weight[:, None] * partial, 0)
+            maximum = higher
+        tl.store(output + output_row + head * D + dims, (total / norm).to(output.dtype.element_ty))
 
 
 @triton.jit
@@ -157,7 +166,7 @@ def _decode_attention(
             before = tl.atomic_add(arrived + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
             if before == splits - 1:
                 output_group = output_row + head * G * D
-                _merge(output, sums, maxima_and_norms, first_place, splits, output_group, G, D, SPLITS)
+                _merge(output, sums, maxima_and_norms, first_place, splits, output_group, G, D, MERGED)
                 tl.store(arrived + row * KV_HEADS + head, 0)
 
 

@@ -37,6 +37,7 @@ def runner_of(folder: Path, device: torch.device, compute: Compute, *, chain: bo
         context_length=PAGE * PAGES_A_SLOT,
         graphs=None if compute.graphs is None else compute.graphs(),
         fused_draw=compute.fused_draw,
+        expand_rows=compute.expand_rows,
     )
 
 
