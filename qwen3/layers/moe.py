@@ -91,9 +91,13 @@ class AllReduceDispatch:
         local = expert_ids.flatten() - experts.ids.start
         local = torch.where((local >= 0) & (local < experts.count), local, experts.count)
         order = torch.argsort(local, stable=True)  # pairs of other ranks' experts sort to the end
-        counts = torch.bincount(local, minlength=experts.count + 1)[: experts.count]
-        order = order[: int(counts.sum())]
-        rows = experts(x[order // router.top_k], counts, timer)
+        counts = _count(local, experts.count + 1)[: experts.count]
+        if _reads_are_free(x):
+            order = order[: int(counts.sum())]
+            rows = experts(x[order // router.top_k], counts, timer)
+        else:  # they stay, and count for nothing: only the device knows how many they are
+            elsewhere = (local[order] == experts.count)[:, None]
+            rows = experts(x[order // router.top_k], counts, timer).masked_fill_(elsewhere, 0)
         return self.group.all_reduce(_combine(rows, order, weights))
 
 
@@ -116,7 +120,7 @@ class AllToAllDispatch:
         order = torch.argsort(flat, stable=True)  # experts lie on the EP ranks in order, so this also sorts by rank
 
         # counts_sent[r, e]: pairs for expert e of rank r; counts_received[r, e]: pairs of rank r for our expert e.
-        counts_sent = torch.bincount(flat, minlength=self.ep.size * experts.count).view(self.ep.size, experts.count)
+        counts_sent = _count(flat, self.ep.size * experts.count).view(self.ep.size, experts.count)
         ones = [1] * self.ep.size
         counts_received = self.ep.all_to_all(counts_sent, ones, ones)
         send_rows: list[int] = counts_sent.sum(dim=1).tolist()
@@ -132,6 +136,16 @@ class AllToAllDispatch:
         output = x.new_zeros((part, x.shape[1]))
         output[: mine.shape[0]] = _combine(returned, order, weights)
         return self.ep.all_gather(self.expert_tp.all_reduce(output))[:num_tokens]
+
+
+def _reads_are_free(x: Tensor) -> bool:
+    """Whether the host may look at numbers on x's device without waiting for it."""
+    return x.device.type == "cpu"
+
+
+def _count(values: Tensor, below: int) -> Tensor:
+    """int64 [below]: how often each number is among `values`, int64. As torch.bincount, which waits for the device."""
+    return values.new_zeros(below).scatter_add_(0, values, torch.ones_like(values))
 
 
 def _combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
