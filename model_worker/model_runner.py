@@ -12,7 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,63 +20,20 @@ import torch
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.batch import Drafter, ExpandRows, SlotStates, StepInput, unpack
-from vibe_sgl_lite.model_worker.device import Array, Device, ReadBack, device_of
+from vibe_sgl_lite.model_worker.device import Device, device_of
 from vibe_sgl_lite.model_worker.device_batch import Result, StepBackend, StepGraphs
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
-from vibe_sgl_lite.model_worker.sampling.constraints import Constrained, Constraints, StepMask
+from vibe_sgl_lite.model_worker.pending_step import PendingStep
+from vibe_sgl_lite.model_worker.sampling.constraints import Constraints
 from vibe_sgl_lite.model_worker.sampling.grammar import GrammarLibrary
-from vibe_sgl_lite.model_worker.sampling.logprobs import Logprobs
-from vibe_sgl_lite.model_worker.sampling.prompt_logprobs import PromptLogprobs, PromptScores
+from vibe_sgl_lite.model_worker.sampling.prompt_logprobs import PromptLogprobs
 from vibe_sgl_lite.model_worker.sampling.sampler import ArgmaxFunction, FusedDraw, Sampler
 from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER, OTHER, PartTimer
 from vibe_sgl_lite.qwen3.model import Qwen3
-from vibe_sgl_lite.runtime.errors import EngineError
-from vibe_sgl_lite.runtime.messages import (
-    FailedRow,
-    ForwardBatch,
-    NewSlot,
-    RowLogprobs,
-    StepResult,
-    TokenLogprob,
-    pack_ids,
-)
+from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, StepResult, pack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams, resolve
 
 WARM_UP_TOKENS = 32
-
-
-@dataclass
-class PendingStep:
-    """A step that was launched: what comes back of it, in order, and what the host has to know to read it.
-
-    The first of `read_back` are the sampled ids [Q], rows with bad hidden states [R] and with bad logits [Q], in one;
-    then logprobs, packed, of the sampled tokens and of each of `prompts`. results: on the host, once it has them.
-    """
-
-    number: int
-    epoch: int
-    step: StepInput
-    started: float
-    forward_s: float = 0.0
-    read_back: ReadBack | None = None
-    constrained: Constrained = field(default_factory=list)
-    mask: StepMask | None = None
-    logprobs: Logprobs | None = None
-    prompts: list[PromptScores] = field(default_factory=list)
-    results: list[Array] | None = None
-    total_s: float = 0.0
-
-    def done(self) -> bool:
-        """Whether `collect` would return at once."""
-        return self.read_back is None or self.read_back.done()
-
-    def tokens(self, row: int) -> list[int]:
-        """A row's sampled tokens that count: up to the first that is not the draft in its place."""
-        assert self.results is not None
-        sampled: list[int] = self.results[0][self.step.entries(row)].tolist()
-        drafts = self.step.drafts.get(row, [])
-        pairs = zip(sampled, drafts, strict=False)
-        return sampled[: next((i + 1 for i, (token, draft) in enumerate(pairs) if token != draft), len(sampled))]
 
 
 @dataclass(frozen=True)
@@ -167,6 +124,7 @@ class ModelRunner:
         step = self.slots.prepare(self.drafter)
         pending = PendingStep(batch.step, batch.epoch, step, started)
         if len(step.slots) == 0:
+            pending.total_s = time.perf_counter() - started
             return pending
         self.timer.mark("sampling")
         pending.constrained = self.constraints.of(step.sampling_slots)
@@ -188,38 +146,9 @@ class ModelRunner:
 
     def collect(self, pending: PendingStep) -> StepResult:
         """Tell what came of each row. Waits until the step is done. Steps are collected in the order of launch."""
-        step, token_ids = pending.step, np.full(len(pending.step.slots), -1, dtype=np.int32)
-        if pending.read_back is None:
-            total_s = time.perf_counter() - pending.started
-            return StepResult(pending.number, token_ids.tobytes(), total_s=total_s, epoch=pending.epoch)
-        self._land_until(pending)
-        assert pending.results is not None
-        own, rows, sampled = len(step.sampling_rows), len(step.slots), len(step.places)
-        ids = pending.results[0]
-        token_ids[step.sampling_rows] = ids[:own]
-        failed = step.sampling_rows[ids[:own] < 0].tolist()
-        if len(ids) > sampled:  # else there is no bad row
-            bad = ids[sampled : sampled + rows].astype(np.bool_)
-            bad[step.sampling_rows[ids[sampled + step.batch.num_rows :][:own].astype(np.bool_)]] = True
-            failed = np.flatnonzero(bad).tolist()
-            token_ids[failed] = -1
-        counts = b""
-        if step.drafts:
-            yielded = [[] if row in failed else pending.tokens(row) for row in range(rows)]
-            token_ids = np.array([token for tokens in yielded for token in tokens], dtype=np.int32)
-            counts = pack_ids(map(len, yielded))
-        stuck = [] if pending.mask is None else step.sampling_rows[pending.mask.failed].tolist()
-        return StepResult(
-            step=pending.number,
-            token_ids=token_ids.tobytes(),
-            failed=[FailedRow(row) for row in failed]
-            + [FailedRow(row, EngineError.code) for row in stuck if row not in failed],
-            logprobs=_entries(pending, {*failed}),
-            forward_s=pending.forward_s,
-            total_s=pending.total_s,
-            counts=counts,
-            epoch=pending.epoch,
-        )
+        if pending.read_back is not None:
+            self._land_until(pending)
+        return pending.result()
 
     def warm_up(self) -> None:
         """Run a short prefill and a decode, so that thread pools, scratch memory and kernels are ready for requests;
@@ -280,6 +209,8 @@ class ModelRunner:
         if not fused:
             return self._guard(step, output)
         logits = output.logits
+        if len(step.last_tokens) < batch.num_rows:  # the others' logits show it: what is NaN in a row stays to its end
+            output = self._guard(step, replace(output, logits=None))
         if draw is None or logits is None:
             return replace(output, token_ids=self.slots.tokens.new_empty(0))
         where = step.device_slots, step.positions, self.slots.tokens, step.places
@@ -327,10 +258,10 @@ class ModelRunner:
 
     def _sample(self, pending: PendingStep, output: ForwardOutput) -> list[Tensor]:
         """Draw, put the tokens behind their slots', and return what is to be read back; see `PendingStep`."""
-        if output.token_ids is not None:
-            return [output.token_ids]
         step, parts = pending.step, []
-        if output.logits is not None and len(step.sampling_rows):
+        if output.token_ids is not None:
+            parts.append(output.token_ids)
+        elif output.logits is not None and len(step.sampling_rows):
             own = len(step.sampling_rows)
             sampled = self.sampler.sample(
                 output.logits[:own], step.sampling_slots, step.sampling_positions, pending.mask, step.positions[:own]
@@ -387,23 +318,3 @@ def _any_in_row(tokens: Tensor, query_start: Tensor) -> Tensor:
     """bool [T] -> bool [R]: whether any token of the row is True."""
     before = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
     return before[query_start[1:]] > before[query_start[:-1]]
-
-
-def _entries(pending: PendingStep, failed: set[int]) -> list[RowLogprobs]:
-    """What each row that did not fail asked for, by row."""
-    assert pending.results is not None
-    packed = iter(pending.results[1:])
-    sampled: dict[int, list[TokenLogprob]] = {}
-    if pending.logprobs is not None:
-        for place, entry in pending.logprobs.entries(next(packed)):
-            sampled.setdefault(int(pending.step.sampling_rows[place]), []).append(entry)
-    if pending.step.drafts:
-        sampled = {row: entries[: len(pending.tokens(row))] for row, entries in sampled.items()}
-    prompts = {
-        prompt.row: (prompt.first, tuple(e for part in prompt.parts for _, e in part.entries(next(packed))))
-        for prompt in pending.prompts
-    }
-    return [
-        RowLogprobs(row, tuple(sampled.get(row, ())), *prompts.get(row, (0, ())))
-        for row in sorted({*sampled, *prompts} - failed)
-    ]

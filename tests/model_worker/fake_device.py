@@ -91,28 +91,37 @@ class NothingIsRead(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class FakeGraphs:
-    """`StepGraphs` whose replay runs the captured call again: over the tensors that it had then, as a graph does."""
+    """`StepGraphs` whose replay runs the captured call again: over the tensors that it had then, into those that it
+    returned then, as a graph does."""
 
     def __init__(self, row_buckets: Sequence[int]) -> None:
         self.row_buckets = row_buckets
-        self.captured: dict[Hashable, Callable[[], Any]] = {}
+        self.captured: dict[Hashable, tuple[Callable[[], Any], Any]] = {}
         self.replayed: list[Hashable] = []
         self._capturing = False
 
     def run(self, key: Hashable, work: Callable[[], Result]) -> Result:
         if key in self.captured:
             self.replayed.append(key)
-            result: Result = self.captured[key]()
-            return result
+            again, result = self.captured[key]
+            for old, new in zip(_tensors(result), _tensors(again()), strict=True):
+                old.copy_(new)
+            return result  # type: ignore[no-any-return]
+        result = work()
         if self._capturing:
-            self.captured[key] = work
-        return work()
+            self.captured[key] = work, result
+        return result
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
         self._capturing = True
         yield
         self._capturing = False
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    fields = [result] if isinstance(result, Tensor) else vars(result).values()
+    return [field for field in fields if isinstance(field, Tensor)]
 
 
 class GraphedAttention(TorchAttention):

@@ -6,12 +6,15 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
+from torch import Tensor
 
 from tests.model_worker.fake_device import Clock, FakeDevice, FakeGraphs, GraphedAttention, NothingIsRead
 from tests.model_worker.test_model_runner import CONTEXT, PAGE, PAGES_A_SLOT, expected_tokens, new_slot, sampling
 from tests.qwen3.harness import DENSE, load_model, make_checkpoint, random_tokens
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
-from vibe_sgl_lite.model_worker.model_runner import ModelRunner, PendingStep
+from vibe_sgl_lite.model_worker.model_runner import ModelRunner
+from vibe_sgl_lite.model_worker.pending_step import PendingStep
 from vibe_sgl_lite.model_worker.worker import StepPipeline
 from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, QKVLinear, RowParallelLinear
 from vibe_sgl_lite.qwen3.model import Qwen3
@@ -308,3 +311,42 @@ def test_attributes_reach_the_linears(dense: tuple[Any, Qwen3], monkeypatch: pyt
         seen.clear()
         ModelRunner.launch(runner, batch)  # not the one that forbids to look at tensors
         assert seen == [adapters] * (4 * len(model.layers)) + [None]  # the head is no layer's
+
+
+class GreedyDraw:
+    """A `FusedDraw` of rows without a temperature."""
+
+    def admit(self, slot: int, sampling: ResolvedSampling, *, plain: bool) -> None:
+        assert plain
+
+    def takes(self, slots: Any) -> bool:
+        return True
+
+    def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        bad = torch.isfinite(logits).all(1).logical_not()
+        ids = logits.argmax(1).to(torch.int32).masked_fill(bad, -1)
+        tokens.view(-1)[places] = ids.clamp(min=0)
+        return ids
+
+
+def test_a_fused_draw_finds_bad_rows_and_so_does_a_chunk_without_one(dense: tuple[Any, Qwen3]) -> None:
+    reference, model = dense
+    model.embedding.weight.tensor[200] = float("nan")
+    pool = KVPool(model.config, 1, SLOTS * PAGES_A_SLOT, PAGE, model.dtype, model.device)
+    runner = ModelRunner(
+        model, pool, GraphedAttention(pool), max_slots=SLOTS, context_length=CONTEXT, fused_draw=GreedyDraw(),
+        device=FakeDevice(Clock(), STEP_S), graphs=FakeGraphs((2, 4)),
+    )  # fmt: skip
+    runner.warm_up()
+    good = [token for token in random_tokens(7) if token != 200]
+    new = [new_slot(0, [1, 200, 3, 4]), new_slot(1, good), new_slot(2, [200, 7]), new_slot(3, [200, 9, 8])]
+    rows = pack_ids([0, 1, 2, 3])
+    first = runner.run(ForwardBatch(0, new=new, row_slots=rows, row_tokens=pack_ids([3, len(good), 2, 1])))
+    assert first.failed == [FailedRow(0), FailedRow(2), FailedRow(3)]
+    second = runner.run(ForwardBatch(1, row_slots=pack_ids([1]), row_tokens=pack_ids([1])))
+    tokens = [unpack_ids(first.token_ids)[1], unpack_ids(second.token_ids)[0]]
+    assert tokens == expected_tokens(reference, good, 2)
+    only_chunk = [new_slot(4, [5, 200, 6])]
+    third = runner.run(ForwardBatch(2, new=only_chunk, row_slots=pack_ids([4]), row_tokens=pack_ids([2])))
+    assert third.failed == [FailedRow(0)]
+    assert unpack_ids(third.token_ids) == [-1]

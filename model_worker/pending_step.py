@@ -1,0 +1,103 @@
+"""A step that was launched: what comes back of it, and how the host reads that. Q sampled places, R rows."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vibe_sgl_lite.model_worker.batch import StepInput
+from vibe_sgl_lite.model_worker.device import Array, ReadBack
+from vibe_sgl_lite.model_worker.sampling.constraints import Constrained, StepMask
+from vibe_sgl_lite.model_worker.sampling.logprobs import Logprobs
+from vibe_sgl_lite.model_worker.sampling.prompt_logprobs import PromptScores
+from vibe_sgl_lite.runtime.errors import EngineError
+from vibe_sgl_lite.runtime.messages import FailedRow, RowLogprobs, StepResult, TokenLogprob, pack_ids
+
+
+@dataclass
+class PendingStep:
+    """One of them. read_back: None for a step without rows, else what comes back, and `results` once it is here.
+
+    First the sampled ids, Q and padding rows: negative where none could be drawn; then, if any row may be bad, flags of
+    rows with bad hidden states, R and padding rows, and of those with bad logits, as the ids: all in one. Then, packed,
+    logprobs of the sampled tokens and of each part of `prompts`.
+    """
+
+    number: int
+    epoch: int
+    step: StepInput
+    started: float
+    forward_s: float = 0.0
+    read_back: ReadBack | None = None
+    constrained: Constrained = field(default_factory=list)
+    mask: StepMask | None = None
+    logprobs: Logprobs | None = None
+    prompts: list[PromptScores] = field(default_factory=list)
+    results: list[Array] | None = None
+    total_s: float = 0.0
+
+    def done(self) -> bool:
+        """Whether `collect` would return at once."""
+        return self.read_back is None or self.read_back.done()
+
+    def tokens(self, row: int) -> list[int]:
+        """A row's sampled tokens that count: up to the first that is not the draft in its place."""
+        assert self.results is not None
+        sampled: list[int] = self.results[0][self.step.entries(row)].tolist()
+        drafts = self.step.drafts.get(row, [])
+        pairs = zip(sampled, drafts, strict=False)
+        return sampled[: next((i + 1 for i, (token, draft) in enumerate(pairs) if token != draft), len(sampled))]
+
+    def result(self) -> StepResult:
+        """What the scheduler learns of it; once `results` are here, if any are to come."""
+        token_ids, failed, counts = np.full(len(self.step.slots), -1, dtype=np.int32), set[int](), b""
+        stuck: list[int] = []
+        if self.results is not None:
+            failed = self._bad_rows()
+            token_ids[self.step.sampling_rows] = self.results[0][: len(self.step.sampling_rows)]
+            token_ids[[*failed]] = -1
+            if self.step.drafts:
+                yielded = [[] if row in failed else self.tokens(row) for row in range(len(token_ids))]
+                token_ids = np.array([token for tokens in yielded for token in tokens], dtype=np.int32)
+                counts = pack_ids(map(len, yielded))
+            if self.mask is not None:
+                stuck = [row for row in self.step.sampling_rows[self.mask.failed].tolist() if row not in failed]
+        return StepResult(
+            step=self.number,
+            token_ids=token_ids.tobytes(),
+            failed=[FailedRow(row) for row in sorted(failed)] + [FailedRow(row, EngineError.code) for row in stuck],
+            logprobs=self._logprobs(failed) if self.logprobs is not None or self.prompts else [],
+            forward_s=self.forward_s,
+            total_s=self.total_s,
+            counts=counts,
+            epoch=self.epoch,
+        )
+
+    def _bad_rows(self) -> set[int]:
+        """Rows with NaN or inf in their hidden states or logits."""
+        assert self.results is not None
+        own, rows, sampled = len(self.step.sampling_rows), len(self.step.slots), len(self.step.places)
+        ids, flags = self.results[0][:own], self.results[0][sampled:].astype(np.bool_)
+        bad = self.step.sampling_rows[ids < 0].tolist()
+        if len(flags):
+            bad += np.flatnonzero(flags[:rows]).tolist()
+            bad += self.step.sampling_rows[flags[self.step.batch.num_rows :][:own]].tolist()
+        return {*bad}
+
+    def _logprobs(self, failed: set[int]) -> list[RowLogprobs]:
+        """What each row that did not fail asked for, by row."""
+        assert self.results is not None
+        packed = iter(self.results[1:])
+        sampled: dict[int, list[TokenLogprob]] = {}
+        if self.logprobs is not None:
+            for place, entry in self.logprobs.entries(next(packed)):
+                sampled.setdefault(int(self.step.sampling_rows[place]), []).append(entry)
+        if self.step.drafts:
+            sampled = {row: entries[: len(self.tokens(row))] for row, entries in sampled.items()}
+        prompts = {
+            prompt.row: (prompt.first, tuple(e for part in prompt.parts for _, e in part.entries(next(packed))))
+            for prompt in self.prompts
+        }
+        return [
+            RowLogprobs(row, tuple(sampled.get(row, ())), *prompts.get(row, (0, ())))
+            for row in sorted({*sampled, *prompts} - failed)
+        ]
