@@ -26,6 +26,9 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Callable, Sequence
+from functools import update_wrapper
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 from vibe_sgl_lite.runtime.errors import DeadlineError, KVExhaustedError, OverloadedError, PoisonError
 from vibe_sgl_lite.runtime.messages import AddRequest, ErrorInfo, Finish, ForwardBatch, RequestRejected, StepResult
@@ -33,18 +36,37 @@ from vibe_sgl_lite.scheduler.admission import NewTokenRatio
 from vibe_sgl_lite.scheduler.batch import Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.cost import CostModel
+from vibe_sgl_lite.scheduler.observer import Call, SchedulerObserver
 from vibe_sgl_lite.scheduler.planner import StepPlanner
 from vibe_sgl_lite.scheduler.policies import make_policy
 from vibe_sgl_lite.scheduler.request import TOKEN_BYTES, samples_of
 from vibe_sgl_lite.scheduler.results import Outputs, ResultApplier
 from vibe_sgl_lite.scheduler.state import SchedulerState
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def observed(method: Callable[Concatenate[Scheduler, P], R]) -> Callable[Concatenate[Scheduler, P], R]:
+    """Tell the observers of each call. All arguments are given by position."""
+    name = cast(Call, method.__name__)
+
+    def call(scheduler: Scheduler, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        decision = method(scheduler, *args, **kwargs)
+        for observer in scheduler.observers:
+            observer.observe(name, args, decision, scheduler.newest_step)
+        return decision
+
+    update_wrapper(call, method)
+    return call
+
 
 class Scheduler:
     """See the module. Raises ConfigError for an unknown policy."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, observers: Sequence[SchedulerObserver] = ()) -> None:
         self.config = config
+        self.observers = observers
         self.state = SchedulerState(config)
         self.cost = CostModel(config.base_tokens)
         self._ratio = NewTokenRatio(config.conservativeness)
@@ -56,6 +78,7 @@ class Scheduler:
 
     # -------------------------------------------------------------------------------------------------------- inputs
 
+    @observed
     def add(self, message: AddRequest, now: float) -> RequestRejected | None:
         """Queue a request; returns the refusal of one that cannot fit the empty pool or finds the queue full."""
         state, config, sampling = self.state, self.config, message.sampling
@@ -81,6 +104,7 @@ class Scheduler:
             self._deadlines = sorted(deadline for deadline in self._deadlines if deadline[1] in state.requests)
         return None
 
+    @observed
     def expire(self, now: float) -> Outputs:
         """End every sample whose deadline has come, as an error."""
         outputs, deadlines = Outputs(), self._deadlines
@@ -96,6 +120,7 @@ class Scheduler:
         """When `expire` may have something to do; infinite when not."""
         return self._deadlines[0][0] if self._deadlines else math.inf
 
+    @observed
     def abort(self, uid: int, now: float) -> Outputs:
         """End every sample of a request with finish reason "abort"; an unknown uid is ignored."""
         outputs = Outputs()
@@ -103,6 +128,7 @@ class Scheduler:
             self._results.end(self.state.requests[sample], Finish("abort"), outputs)
         return outputs
 
+    @observed
     def stop_matched(self, uid: int, now: float) -> None:
         """The detokenizer has ended this sample at a stop string; one that is not there any more is ignored."""
         request = self.state.requests.get(uid)
@@ -111,6 +137,7 @@ class Scheduler:
 
     # --------------------------------------------------------------------------------------------------------- ranks
 
+    @observed
     def lose_ranks(self, epoch: int, now: float) -> Outputs:
         """The rank group is gone; that of `epoch` is to come. Every request that ran waits again, with its tokens.
 
@@ -123,6 +150,7 @@ class Scheduler:
             self._results.end(request, Finish("error", error=ErrorInfo(PoisonError.code, message)), outputs)
         return outputs
 
+    @observed
     def ranks_ready(self, num_pages: int, now: float) -> Outputs:
         """The group of the newest epoch is there, with so many KV pages; requests that these cannot hold are ended."""
         state, outputs = self.state, Outputs()
@@ -140,26 +168,26 @@ class Scheduler:
 
     def schedule(self, now: float) -> ForwardBatch | None:
         """The next step for the ranks, or None: nothing to run, or nothing before a result comes."""
-        if not self.can_schedule:
-            return None
+        return self.plan(now) if self.can_schedule else None
+
+    @observed
+    def plan(self, now: float) -> ForwardBatch | None:
+        """`schedule` once it may: there are ranks, and not too many steps in flight."""
         if not self.state.requests:
             self._ratio.idle()
             return None
         step = self._planner.plan(now)
         return None if step is None else self.state.builder.build(step)
 
+    @observed
     def complete(self, result: StepResult, now: float) -> Outputs:
         """Apply the result of the oldest step in flight. One that comes from ranks that are lost means nothing."""
-        if self.is_stale(result):
+        if result.epoch != self.state.epoch:
             return Outputs()
         step = self.state.in_flight.popleft()
         assert result.step == step.number, f"result of step {result.step}, {step.number} was due"
         self.cost.observe(step.work, result.total_s)
         return self._results.apply(step, result)
-
-    def is_stale(self, result: StepResult) -> bool:
-        """It comes from ranks that are lost."""
-        return result.epoch != self.state.epoch
 
     @property
     def can_schedule(self) -> bool:
@@ -206,7 +234,13 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------------------- queries
 
-    def flush_cache(self) -> int | None:
+    def close(self) -> None:
+        """Finish the observers' files."""
+        for observer in self.observers:
+            observer.close()
+
+    @observed
+    def flush_cache(self, now: float) -> int | None:
         """Empty the radix cache; returns the pages freed. None: refused, requests run, wait or are winding down."""
         return self.state.memory.cache.flush() if self.idle else None
 

@@ -40,7 +40,7 @@ from vibe_sgl_lite.runtime.messages import (
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.core import Scheduler
-from vibe_sgl_lite.scheduler.observer import ObservedScheduler, SchedulerObserver
+from vibe_sgl_lite.scheduler.observer import SchedulerObserver
 from vibe_sgl_lite.scheduler.policies import make_policy
 from vibe_sgl_lite.scheduler.results import Outputs
 from vibe_sgl_lite.scheduler.tools.timeline import Timeline
@@ -55,8 +55,6 @@ LULL_MS = 1
 GATHER_S = 0.005
 BASE_TOKENS = {"cpu": 16.0, "cuda": 800.0}  # an empty step costs about as much as so many tokens
 FLUSH_REFUSED = ErrorInfo("flush_refused", "flush_cache is refused while requests run or wait; try again when idle")
-
-Core = Scheduler | ObservedScheduler
 
 log = logging.getLogger(__name__)
 
@@ -80,15 +78,14 @@ def make_config(spec: PipelineSpec, ready: RankReady) -> SchedulerConfig:
     )
 
 
-def make_core(config: SchedulerConfig, trace: str | None, profile: str | None) -> Core:
+def make_core(config: SchedulerConfig, trace: str | None, profile: str | None) -> Scheduler:
     """The core, watched if a trace file or a folder for timelines is asked for. Raises ConfigError."""
-    core = Scheduler(config)
     observers: list[SchedulerObserver] = []
     if trace is not None:
         observers.append(TraceWriter(trace, config))
     if profile is not None:
         observers.append(Timeline(profile))
-    return ObservedScheduler(core, observers) if observers else core
+    return Scheduler(config, observers)
 
 
 class SchedulerProcess:
@@ -141,7 +138,7 @@ class SchedulerProcess:
         endpoints = self.child.spec.endpoints.of_epoch(self.epoch)
         self.ranks = [Sender(self.child.context, endpoints.rank(rank)) for rank in self.child.spec.args.local_ranks]
 
-    def _lose_ranks(self, core: Core | None, epoch: int) -> list[Outputs]:
+    def _lose_ranks(self, core: Scheduler | None, epoch: int) -> list[Outputs]:
         """Whoever says it first, the launcher or the new ranks: those of an older epoch than this are gone."""
         if epoch <= self.epoch:
             return []
@@ -151,7 +148,7 @@ class SchedulerProcess:
 
     # ------------------------------------------------------------------------------------------------------------ loop
 
-    def serve(self, core: Core) -> None:
+    def serve(self, core: Scheduler) -> None:
         """Until the launcher says `Shutdown`."""
         poller = self._poller(self.inputs.socket, self.results.socket)
         while not self._shutdown:
@@ -159,7 +156,8 @@ class SchedulerProcess:
             poller.poll(math.ceil(min(POLL_MS, until_deadline_ms)))
             outputs = self._take_results(core)
             outputs += self._launcher(core)
-            outputs.append(core.expire(time.monotonic()))
+            if core.next_deadline <= time.monotonic():
+                outputs.append(core.expire(time.monotonic()))
             self._take_inputs(core, outputs)
             if not self._hung:
                 self._send_steps(core)  # before the outputs: the ranks wait, clients hardly notice
@@ -167,7 +165,7 @@ class SchedulerProcess:
             for output in outputs:
                 self._tell(output)
 
-    def _launcher(self, core: Core | None) -> list[Outputs]:
+    def _launcher(self, core: Scheduler | None) -> list[Outputs]:
         """A heartbeat to the launcher, and what it commands. core: None before the first ranks are ready."""
         outputs = []
         self.child.heartbeat()
@@ -185,7 +183,7 @@ class SchedulerProcess:
                         outputs += [core.abort(uid, time.monotonic()) for uid in core.client_requests]
         return outputs
 
-    def _take_results(self, core: Core) -> list[Outputs]:
+    def _take_results(self, core: Scheduler) -> list[Outputs]:
         outputs = []
         for message in self.results.drain():
             now = time.monotonic()
@@ -198,7 +196,7 @@ class SchedulerProcess:
                 outputs.append(core.ranks_ready(message.kv_pages, now))
         return outputs
 
-    def _take_inputs(self, core: Core, outputs: list[Outputs]) -> None:
+    def _take_inputs(self, core: Scheduler, outputs: list[Outputs]) -> None:
         """Aborts append to `outputs`: what ends a request must not overtake the tokens it was just given.
 
         A flush that comes while the last step is still on its way back waits for it, and what comes later for both.
@@ -226,7 +224,7 @@ class SchedulerProcess:
                 case SchedulerQuery():
                     self.tokenizer_manager.send(self._answer(core, message))
 
-    def _send_steps(self, core: Core) -> None:
+    def _send_steps(self, core: Scheduler) -> None:
         while (batch := core.schedule(time.monotonic())) is not None:
             frame = self._encoder.encode(batch)
             for rank in self.ranks:
@@ -239,17 +237,17 @@ class SchedulerProcess:
             self.detokenizer.send(StepOutput(outputs.tokens))
 
     @staticmethod
-    def _answer(core: Core, query: SchedulerQuery) -> SchedulerReply:
+    def _answer(core: Scheduler, query: SchedulerQuery) -> SchedulerReply:
         if query.what == "stats":
             return SchedulerReply(query.qid, core.stats())
-        freed = core.flush_cache()
+        freed = core.flush_cache(time.monotonic())
         if freed is None:
             return SchedulerReply(query.qid, {}, error=FLUSH_REFUSED)
         return SchedulerReply(query.qid, {"flushed_pages": freed})
 
     # -------------------------------------------------------------------------------------------------------- watching
 
-    def _watch_ranks(self, core: Core) -> None:
+    def _watch_ranks(self, core: Scheduler) -> None:
         step = core.oldest_step
         if step is None:
             return
@@ -281,8 +279,7 @@ def main(child: Child) -> None:
         try:
             process.serve(core)
         finally:
-            if isinstance(core, ObservedScheduler):
-                core.close()
+            core.close()
     process.stop_ranks()
 
 

@@ -13,20 +13,9 @@ from pathlib import Path
 import msgspec
 
 from vibe_sgl_lite.runtime.errors import ConfigError, VibeError
+from vibe_sgl_lite.runtime.messages import ForwardBatch
 from vibe_sgl_lite.scheduler.core import Scheduler
-from vibe_sgl_lite.scheduler.tools.trace import (
-    Aborted,
-    Added,
-    Completed,
-    Expired,
-    Flushed,
-    RanksCame,
-    RanksDied,
-    Scheduled,
-    StopSeen,
-    digest_of,
-    read_trace,
-)
+from vibe_sgl_lite.scheduler.tools.trace import digest_of, read_trace
 
 
 class ReplayError(VibeError):
@@ -51,33 +40,14 @@ def replay(path: str | Path) -> tuple[ReplaySummary, Scheduler]:
     summary = ReplaySummary()
     began = time.perf_counter()
     for event in events:
-        match event:
-            case Added():
-                same = digest_of(core.add(event.message, event.now)) == event.digest
-                summary.requests += 1
-            case Aborted():
-                same = digest_of(core.abort(event.uid, event.now)) == event.digest
-            case StopSeen():
-                core.stop_matched(event.uid, event.now)
-                same = True
-            case Scheduled():
-                same = digest_of(core.schedule(event.now)) == event.digest
-                summary.steps += bool(event.digest)
-            case Completed():
-                same = digest_of(core.complete(event.result, event.now)) == event.digest
-            case Expired():
-                same = digest_of(core.expire(event.now)) == event.digest
-            case RanksDied():
-                same = digest_of(core.lose_ranks(event.epoch, event.now)) == event.digest
-            case RanksCame():
-                same = digest_of(core.ranks_ready(event.num_pages, event.now)) == event.digest
-            case Flushed():
-                same = core.flush_cache() == event.freed
-        if not same:
+        decision = getattr(core, event.call)(*event.args)
+        if digest_of(decision) != event.digest:
             raise ReplayError(
-                f"event {summary.events}, {type(event).__name__} at {event.now if hasattr(event, 'now') else '-'}: "
-                f"the core decided differently; {summary.steps} steps before were the same"
+                f"event {summary.events}, {event.call} at {event.args[-1]}: the core decided differently; "
+                f"{summary.steps} steps before were the same"
             )
+        summary.requests += event.call == "add"
+        summary.steps += isinstance(decision, ForwardBatch)
         summary.events += 1
     summary.seconds = time.perf_counter() - began
     return summary, core

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from typing import Any
 import msgspec
 
 from vibe_sgl_lite.runtime.chrome_trace import REQUESTS, SCHEDULER, SUFFIX, WORKERS, ChromeTrace
-from vibe_sgl_lite.runtime.messages import AddRequest, ForwardBatch, RequestRejected, StepResult, StepTimes
+from vibe_sgl_lite.runtime.messages import AddRequest, RequestRejected, StepResult, StepTimes
 from vibe_sgl_lite.scheduler.batch import Step
+from vibe_sgl_lite.scheduler.observer import Call
 from vibe_sgl_lite.scheduler.results import Outputs
 
 FILE_NAME = "scheduler" + SUFFIX
@@ -38,11 +39,32 @@ class Timeline:
         self._trace = ChromeTrace(folder, "scheduler", (SCHEDULER, WORKERS, REQUESTS))
         self._clock = clock
         self._worker_free_at = 0.0
-        self._in_flight = 0
+        self._steps: deque[Step] = deque()  # in flight
         self._live: set[int] = set()  # uids of samples without an end
         self._means = {kind: _Mean() for kind in ("decode steps", "steps with prompts")}
 
-    def added(self, message: AddRequest, now: float, rejected: RequestRejected | None) -> None:
+    def observe(self, call: Call, args: tuple[Any, ...], decision: Any, newest: Step | None) -> None:
+        now: float = args[-1]
+        match call:
+            case "add":
+                self._added(args[0], now, decision)
+            case "stop_matched":
+                self._stop_matched(args[0], now)
+            case "plan" if decision is not None:
+                assert newest is not None
+                self._steps.append(newest)
+                self._span_of_ours(f"schedule {newest.number}", now, new=len(decision.new))
+            case "complete" if self._steps and self._steps[0].number == args[0].step:
+                self._completed(args[0], now, self._steps.popleft(), decision)
+            case "lose_ranks":
+                self._trace.event("i", WORKERS, now, name="ranks lost", args={"steps": len(self._steps)})
+                self._steps.clear()
+            case "ranks_ready":
+                self._trace.event("i", WORKERS, now, name="ranks ready", args={"kv_pages": args[0]})
+        if isinstance(decision, Outputs):
+            self._outputs(decision, now)
+
+    def _added(self, message: AddRequest, now: float, rejected: RequestRejected | None) -> None:
         tokens = len(message.token_ids) // 4
         if rejected is not None:
             self._trace.event("i", REQUESTS, now, name=f"refused: {rejected.error.code}", args={"rid": message.rid})
@@ -53,30 +75,14 @@ class Timeline:
             self._phase("b", uid, "request", now, args)
             self._phase("b", uid, "waiting and prefill", now)
 
-    def aborted(self, uid: int, now: float, outputs: Outputs) -> None:
-        self._outputs(outputs, now)
-
-    def stop_matched(self, uid: int, now: float) -> None:
+    def _stop_matched(self, uid: int, now: float) -> None:
         if uid in self._live:
             self._live.remove(uid)
             self._phase("e", uid, "decode", now)
             self._phase("e", uid, "request", now, {"finish": "stop string"})
 
-    def expired(self, now: float, outputs: Outputs) -> None:
-        self._outputs(outputs, now)
-
-    def scheduled(self, now: float, batch: ForwardBatch | None, step: Step | None) -> None:
-        if step is not None:
-            self._in_flight += 1
-            self._trace.span(
-                SCHEDULER, f"schedule {step.number}", now, self._clock() - now, {"new": len(batch.new if batch else [])}
-            )
-
-    def completed(self, result: StepResult, now: float, step: Step, outputs: Outputs) -> None:
-        self._trace.span(
-            SCHEDULER, f"complete {step.number}", now, self._clock() - now, {"outputs": len(outputs.tokens)}
-        )
-        self._in_flight -= 1
+    def _completed(self, result: StepResult, now: float, step: Step, outputs: Outputs) -> None:
+        self._span_of_ours(f"complete {step.number}", now, outputs=len(outputs.tokens))
         if result.times is None:
             began = max(step.sent_at, self._worker_free_at)
             if result.total_s > 0:
@@ -103,19 +109,9 @@ class Timeline:
         if result.times is not None:
             self._parts(result.times)
             self._means["steps with prompts" if step.chunks else "decode steps"].add(result.times)
-        self._outputs(outputs, now)
 
-    def ranks_lost(self, epoch: int, now: float, outputs: Outputs) -> None:
-        self._trace.event("i", WORKERS, now, name="ranks lost", args={"steps": self._in_flight})
-        self._in_flight = 0
-        self._outputs(outputs, now)
-
-    def ranks_ready(self, num_pages: int, now: float, outputs: Outputs) -> None:
-        self._trace.event("i", WORKERS, now, name="ranks ready", args={"kv_pages": num_pages})
-        self._outputs(outputs, now)
-
-    def flushed(self, freed: int | None) -> None:
-        pass
+    def _span_of_ours(self, name: str, now: float, **args: int) -> None:
+        self._trace.span(SCHEDULER, name, now, self._clock() - now, args)
 
     def close(self) -> None:
         """Ends the file with the mean of each part, and logs them."""

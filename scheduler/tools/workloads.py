@@ -13,12 +13,13 @@ import heapq
 import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from vibe_sgl_lite.runtime.messages import AddRequest
 from vibe_sgl_lite.runtime.settings.sampling_params import DEFAULTS, ResolvedSampling
-from vibe_sgl_lite.scheduler.tools.trace import Added, read_trace
+from vibe_sgl_lite.scheduler.tools.trace import read_trace
 
 MAX_NEW_TOKENS = 512  # what requests ask for; most end earlier, as real ones do
 OUTPUT_TOKENS = 150  # mean
@@ -108,9 +109,8 @@ def fewshot(count: int, rate: float, seed: int) -> Iterator[Arrival]:
 
 def from_trace(path: str | Path) -> list[Arrival]:
     """The arrivals of a recorded run, at their times; each runs to its max_new_tokens. Raises ConfigError."""
-    added = [event for event in read_trace(path)[1] if isinstance(event, Added)]
-    first = added[0].now if added else 0.0
-    return [Arrival(event.now - first, event.message, event.message.sampling.max_new_tokens) for event in added]
+    added: list[Any] = [event.args for event in read_trace(path)[1] if event.call == "add"]
+    return [Arrival(now - added[0][1], message, message.sampling.max_new_tokens) for message, now in added]
 
 
 WORKLOADS: Mapping[str, Callable[[int, float, int], Iterator[Arrival]]] = {

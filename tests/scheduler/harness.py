@@ -30,7 +30,7 @@ from vibe_sgl_lite.runtime.messages import (
 from vibe_sgl_lite.runtime.settings.sampling_params import DEFAULTS, ResolvedSampling
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.core import Scheduler
-from vibe_sgl_lite.scheduler.observer import ObservedScheduler, SchedulerObserver
+from vibe_sgl_lite.scheduler.observer import SchedulerObserver
 from vibe_sgl_lite.scheduler.results import Outputs
 
 VOCAB = 50
@@ -325,8 +325,7 @@ class Harness:
     ) -> None:
         self.config = scheduler_config
         self.now = 0.0
-        self.scheduler = Scheduler(scheduler_config)
-        self.observed = ObservedScheduler(self.scheduler, observers(self))
+        self.scheduler = Scheduler(scheduler_config, observers(self))
         self.samples: dict[int, Sample] = {}
         self.rejected: dict[int, RequestRejected] = {}
         self.results: deque[StepResult] = deque()
@@ -347,7 +346,7 @@ class Harness:
         return message.cache_salt if message.attributes is None else (message.cache_salt, message.attributes.adapter)
 
     def add(self, message: AddRequest) -> bool:
-        rejected = self.observed.add(message, self.now)
+        rejected = self.scheduler.add(message, self.now)
         if rejected is not None:
             assert rejected.uid == message.uid
             self.rejected[message.uid] = rejected
@@ -357,15 +356,15 @@ class Harness:
         return True
 
     def abort(self, uid: int) -> None:
-        self._take(self.observed.abort(uid, self.now))
+        self._take(self.scheduler.abort(uid, self.now))
 
     def stop_matched(self, uid: int) -> None:
         self.samples[uid].silent = True
-        self.observed.stop_matched(uid, self.now)
+        self.scheduler.stop_matched(uid, self.now)
 
     def expire(self, now: float) -> None:
         self.now = max(self.now, now)
-        self._take(self.observed.expire(now))
+        self._take(self.scheduler.expire(now))
 
     def lose_ranks(self) -> None:
         """The ranks die. Results that they have sent may still come in, and who ran in vain thrice is ended."""
@@ -375,7 +374,7 @@ class Harness:
             sample.tokens_at_loss = len(sample.tokens)
         guilty = {uid for uid in self.live() if self.samples[uid].losses >= 3}
         epoch = self.rank.epoch + 1
-        outputs = self.observed.lose_ranks(epoch, self.now)
+        outputs = self.scheduler.lose_ranks(epoch, self.now)
         self._take(outputs)
         ended = {output.uid: output.finish.error for output in outputs.tokens if output.finish is not None}
         assert {*ended} == guilty
@@ -386,7 +385,7 @@ class Harness:
         """The next ranks are there, with as many pages as the last ones, or so many."""
         if num_pages is not None:
             self.rank = self._new_rank(num_pages, self.rank.epoch)
-        self._take(self.observed.ranks_ready(len(self.rank.pages), self.now))
+        self._take(self.scheduler.ranks_ready(len(self.rank.pages), self.now))
 
     def due(self) -> list[StepResult]:
         """Results of the ranks that live which the scheduler has not got yet."""
@@ -394,7 +393,7 @@ class Harness:
 
     def schedule(self) -> bool:
         self.now += 0.001
-        batch = self.observed.schedule(self.now)
+        batch = self.scheduler.schedule(self.now)
         if batch is not None:
             batch = msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=ForwardBatch)
             self.results.append(self.rank.run(batch))
@@ -405,7 +404,7 @@ class Harness:
             return False
         self.now += 0.001
         result = self.results.popleft()
-        outputs = self.observed.complete(result, self.now)
+        outputs = self.scheduler.complete(result, self.now)
         assert result.epoch == self.rank.epoch or not outputs, "dead ranks still count"
         self._take(outputs)
         return True

@@ -170,12 +170,12 @@ def test_an_earlier_chunk_of_a_failed_request_stays_cached() -> None:
 def test_flush_is_refused_while_anything_is_there() -> None:
     h = Harness(config())
     h.add(request(1, [1] * 20, max_new_tokens=3))
-    assert h.scheduler.flush_cache() is None
+    assert h.scheduler.flush_cache(0.0) is None
     h.schedule()
     h.abort(1)
-    assert h.scheduler.flush_cache() is None, "a step is in flight"
+    assert h.scheduler.flush_cache(0.0) is None, "a step is in flight"
     h.run()
-    assert h.scheduler.flush_cache() == 4  # the first chunk, 16 tokens
+    assert h.scheduler.flush_cache(0.0) == 4  # the first chunk, 16 tokens
     assert h.scheduler.stats()["kv_pages_free"] == 64
 
 

@@ -15,7 +15,6 @@ from vibe_sgl_lite.runtime.chrome_trace import WORKERS
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.messages import StepResult, StepTimes, pack_ids
 from vibe_sgl_lite.scheduler.core import Scheduler
-from vibe_sgl_lite.scheduler.observer import ObservedScheduler
 from vibe_sgl_lite.scheduler.planner import StepPlanner
 from vibe_sgl_lite.scheduler.policies import POLICIES
 from vibe_sgl_lite.scheduler.tools.replay import ReplayError, replay
@@ -48,9 +47,9 @@ def record(folder: Path, policy: str = "fcfs", seed: int = 0, requests: int = 40
         if rng.random() < 0.1:
             h.lose_ranks()
             h.ranks_ready()
-        h.observed.flush_cache()
+        h.scheduler.flush_cache(0.0)
     h.run()
-    h.observed.close()
+    h.scheduler.close()
     return path
 
 
@@ -92,7 +91,7 @@ def test_a_full_disk_ends_the_observers_alone(tmp_path: Path, caplog: pytest.Log
     for uid in range(60):
         h.add(request(uid, range(40), max_new_tokens=9))
     h.run(checked=False)
-    h.observed.close()
+    h.scheduler.close()
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2, warnings
     assert all("No space left on device" in warning for warning in warnings)
@@ -132,7 +131,7 @@ def test_the_parts_of_a_step_lie_in_it(tmp_path: Path, caplog: pytest.LogCapture
     settings = config(num_pages=64, chunked_prefill_size=512)
     now = 0.0
     timeline = Timeline(tmp_path, lambda: now)
-    core = ObservedScheduler(Scheduler(settings), [timeline])
+    core = Scheduler(settings, [timeline])
     core.add(request(1, range(40), max_new_tokens=4), now)
     steps = 0
     while (batch := core.schedule(now)) is not None:
