@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import msgspec
 
-from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot
+from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, pack_ids
 from vibe_sgl_lite.scheduler.cost import Work
 from vibe_sgl_lite.scheduler.request import Request
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class PrefillChunk(msgspec.Struct, frozen=True):
     """A prefill row: `count` tokens of `request`, up to `end`. It samples when `end` is the last known token."""
 
     request: Request
@@ -33,7 +33,7 @@ class Step(msgspec.Struct):
 
     number: int
     decode: list[Request]
-    chunks: list[Chunk]
+    chunks: list[PrefillChunk]
     sent_at: float
     work: Work
     estimate_s: float
@@ -51,38 +51,25 @@ class BatchBuilder:
         self._epoch = epoch
         self._released: list[int] = []
         self._new: dict[int, Request] = {}
-        self._page_slots: list[int] = []
-        self._page_index: list[int] = []
-        self._page_ids: list[int] = []
+        # Changes of page tables: whose, where, and which page. Those of the second kind may wait for a step.
+        self._added: list[tuple[Request, int, int]] = []
         self._replaced: list[tuple[Request, int, int]] = []
-        self._last_slots = b""
-        self._last_tokens = b""
+        self._last_rows = b"", b""
 
     def release_slot(self, request: Request) -> None:
         """The slot is free again; page changes it was still to learn are moot."""
         self._released.append(request.slot)
-        if self._replaced:
-            self._replaced = [change for change in self._replaced if change[0] is not request]
+        self._replaced = [change for change in self._replaced if change[0] is not request]
 
     def take_slot(self, request: Request) -> None:
         """A request begins in its slot; its page table is read when the batch is built."""
         self._new[request.uid] = request
 
-    def is_new(self, request: Request) -> bool:
-        """The ranks do not know the slot's page table yet, and will get all of it."""
-        return request.uid in self._new
-
-    def add_pages(self, request: Request, first: int, pages: Sequence[int]) -> None:
-        """`pages` now follow the first `first` pages of a running request's table."""
-        self._page_slots += [request.slot] * len(pages)
-        self._page_index += range(first, first + len(pages))
-        self._page_ids += pages
-
-    def add_page_each(self, requests: Sequence[Request], pages: Sequence[int]) -> None:
-        """The last page of each request's table is new."""
-        self._page_slots += [r.slot for r in requests]
-        self._page_index += [len(r.pages) - 1 for r in requests]
-        self._page_ids += pages
+    def add_pages(self, request: Request, pages: Sequence[int]) -> None:
+        """`pages` are now the last of a request's table."""
+        if request.uid not in self._new:
+            first = len(request.pages) - len(pages)
+            self._added += [(request, first + index, page) for index, page in enumerate(pages)]
 
     def replace_pages(self, request: Request, changes: Sequence[tuple[int, int]]) -> None:
         """(index, page) in a running request's table that the ranks must learn before its next row."""
@@ -94,32 +81,27 @@ class BatchBuilder:
         for chunk in step.chunks:
             slots.append(chunk.request.slot)
             tokens.append(chunk.count)
-        row_slots, row_tokens = slots.tobytes(), tokens.tobytes()
-        same = row_slots == self._last_slots and row_tokens == self._last_tokens
-        self._last_slots, self._last_tokens = row_slots, row_tokens
-
-        for request, index, page in self._replaced:
-            self._page_slots.append(request.slot)
-            self._page_index.append(index)
-            self._page_ids.append(page)
+        rows = slots.tobytes(), tokens.tobytes()
+        same = rows == self._last_rows
+        self._last_rows = rows
         chunks = {chunk.request.uid: chunk for chunk in step.chunks} if self._new else {}
+        changes = self._added + self._replaced
         batch = ForwardBatch(
             step=step.number,
-            released=array("i", self._released).tobytes(),
+            released=pack_ids(self._released),
             new=[self._new_slot(r, chunks[r.uid]) for r in self._new.values()],
-            page_slots=array("i", self._page_slots).tobytes(),
-            page_index=array("i", self._page_index).tobytes(),
-            page_ids=array("i", self._page_ids).tobytes(),
-            row_slots=None if same else row_slots,
-            row_tokens=None if same else row_tokens,
+            page_slots=pack_ids(request.slot for request, _, _ in changes),
+            page_index=pack_ids(index for _, index, _ in changes),
+            page_ids=pack_ids(page for _, _, page in changes),
+            row_slots=None if same else rows[0],
+            row_tokens=None if same else rows[1],
             epoch=self._epoch,
         )
-        self._released, self._new, self._replaced = [], {}, []
-        self._page_slots, self._page_index, self._page_ids = [], [], []
+        self._released, self._new, self._added, self._replaced = [], {}, [], []
         return batch
 
     @staticmethod
-    def _new_slot(request: Request, chunk: Chunk) -> NewSlot:
+    def _new_slot(request: Request, chunk: PrefillChunk) -> NewSlot:
         return NewSlot(
             slot=request.slot,
             uid=request.uid,

@@ -3,16 +3,14 @@
 It has no sockets, no clock, no torch and no globals; time comes in as arguments, in seconds of any monotonic clock. The
 same object is driven by the process (scheduler/process.py), by tests, by the simulator and by a recorded trace.
 
-    core.py            the interface: add, abort, stop_matched, schedule, complete, lose_ranks, flush_cache, stats
-    planner.py         what runs next                     policies/      who is next
-    results.py         what a result means                sharing.py     who waits for whose prefix
-    state.py           where every request is             admission.py   how much room is kept
-    memory.py          pages: radix_cache.py, page_allocator.py
-    batch.py           what the ranks are told            cost.py        what a step costs
-    request.py         one sample                         waiting.py     the queue
+    core.py       the interface: add, abort, schedule, complete, lose_ranks ...; observer.py: who watches it
+    planner.py    what runs next: policies.py, fairness.py (who), admission.py (how much room), cost.py (how long)
+    results.py    what a result means
+    state.py      where every request is (request.py), and the queue; sharing.py: who waits for whose prefix
+    memory.py     pages, and the prefixes that they cache: radix_cache.py
+    batch.py      what the ranks are told
 
-Around it: process.py moves messages; observer.py lets others watch: trace.py (with replay.py) and timeline.py;
-simulator.py, workloads.py, simulate.py and plot.py compare policies without ranks.
+Around it: process.py moves messages; tools/ records and replays, draws timelines, and simulates without ranks.
 
 Ranks may die: `lose_ranks` puts everything that ran back into the queue, and the ranks of the next epoch go on with it.
 

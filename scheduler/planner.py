@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 
 from vibe_sgl_lite.scheduler.admission import NewTokenRatio
-from vibe_sgl_lite.scheduler.batch import Chunk, Step
+from vibe_sgl_lite.scheduler.batch import PrefillChunk, Step
 from vibe_sgl_lite.scheduler.cost import CostModel, Work, chunk_work, decode_work
 from vibe_sgl_lite.scheduler.policies import SchedulePolicy
 from vibe_sgl_lite.scheduler.request import NO_SLOT, Request
@@ -39,7 +39,7 @@ class StepPlanner:
         # of the step being planned
         self._tokens_left = 0
         self._cost_left = math.inf
-        self._chunks: list[Chunk] = []
+        self._chunks: list[PrefillChunk] = []
         self._retracted = False
 
     def plan(self, now: float) -> Step | None:
@@ -91,7 +91,7 @@ class StepPlanner:
             return None
         for request, need in zip(state.decoding.values(), needs, strict=True):
             if need:
-                state.builder.add_pages(request, len(request.pages), memory.grow(request, need))
+                state.builder.add_pages(request, memory.grow(request, need))
         return tokens
 
     def _secure_decode_pages(self) -> set[int]:
@@ -113,7 +113,8 @@ class StepPlanner:
                     continue
                 needy = sure[:room_sure] + others[:room_others]
             if needy:
-                state.builder.add_page_each(needy, memory.grow_each(needy))
+                for request, page in zip(needy, memory.grow_each(needy), strict=True):
+                    state.builder.add_pages(request, (page,))
             return {r.uid for r in stalled}
 
     def _decode_rows(self, stalled: set[int], tokens: array[int] | None) -> tuple[list[Request], Work]:
@@ -184,15 +185,12 @@ class StepPlanner:
         count = min(count, (len(request.pages) + room) * self._page_size - start)
         if count <= 0:
             return False
-        first = len(request.pages)
-        pages = memory.grow(request, memory.pages_for(start + count) - first)
-        if not state.builder.is_new(request):
-            state.builder.add_pages(request, first, pages)
         end = start + count
+        state.builder.add_pages(request, memory.grow(request, memory.pages_for(end) - len(request.pages)))
         request.num_computed_tokens = end
         request.last_step = state.next_step
         samples = end == request.prefill_end
-        self._chunks.append(Chunk(request, count, end, samples))
+        self._chunks.append(PrefillChunk(request, count, end, samples))
         self._tokens_left -= count
         self._cost_left -= self._cost.added(chunk_work(start, count))
         if samples:

@@ -22,7 +22,7 @@ from vibe_sgl_lite.runtime.messages import (
     TokenOutput,
     unpack_ids,
 )
-from vibe_sgl_lite.scheduler.batch import Chunk, Step
+from vibe_sgl_lite.scheduler.batch import PrefillChunk, Step
 from vibe_sgl_lite.scheduler.request import TOKEN_BYTES, Request
 from vibe_sgl_lite.scheduler.state import SchedulerState
 
@@ -102,7 +102,7 @@ class ResultApplier:
         self.num_completion_tokens += taken
 
     def _chunk(
-        self, chunk: Chunk, tokens: bytes, failed: str | None, logprobs: RowLogprobs | None, outputs: Outputs
+        self, chunk: PrefillChunk, tokens: bytes, failed: str | None, logprobs: RowLogprobs | None, outputs: Outputs
     ) -> None:
         request, state = chunk.request, self._state
         if failed is not None:

@@ -23,7 +23,7 @@ from vibe_sgl_lite.runtime.messages import AddRequest, StepResult, pack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import DEFAULTS, ResolvedSampling
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.core import Scheduler
-from vibe_sgl_lite.scheduler.page_allocator import PageAllocator
+from vibe_sgl_lite.scheduler.memory import PageAllocator
 from vibe_sgl_lite.scheduler.radix_cache import RadixCache
 
 PROMPT_TOKENS = 64

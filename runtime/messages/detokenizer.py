@@ -29,7 +29,7 @@ class OpenText(Message, frozen=True):
     resume_ids: bytes = b""
 
 
-class TokenOutput(msgspec.Struct, array_like=True, frozen=True):
+class TokenOutput(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """New tokens of one sample in a step. `first`: index of the first of them among its generated tokens."""
 
     uid: int

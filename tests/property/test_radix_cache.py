@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from vibe_sgl_lite.runtime.messages import pack_ids
-from vibe_sgl_lite.scheduler.page_allocator import PageAllocator
+from vibe_sgl_lite.scheduler.memory import PageAllocator
 from vibe_sgl_lite.scheduler.radix_cache import RadixCache, RadixNode
 
 NUM_PAGES = 24

@@ -11,6 +11,7 @@ SCHEDULER_EXAMPLES and SCHEDULER_RULES make longer runs.
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,12 +28,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.scheduler.harness import VOCAB, Harness, config, request
-from vibe_sgl_lite.runtime.messages import StepResult, TokenOutput, unpack_ids
+from tests.scheduler.harness import VOCAB, Harness, config, reference, request
+from vibe_sgl_lite.runtime.messages import AddRequest, StepResult, TokenOutput, pack_ids, unpack_ids
 from vibe_sgl_lite.scheduler.batch import BatchBuilder
 from vibe_sgl_lite.scheduler.core import Scheduler
-from vibe_sgl_lite.scheduler.memory import KVMemory
-from vibe_sgl_lite.scheduler.page_allocator import PageAllocator
+from vibe_sgl_lite.scheduler.memory import KVMemory, PageAllocator
+from vibe_sgl_lite.scheduler.planner import StepPlanner
 from vibe_sgl_lite.scheduler.policies import POLICIES
 from vibe_sgl_lite.scheduler.radix_cache import RadixCache
 from vibe_sgl_lite.scheduler.request import Request
@@ -102,6 +103,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt_logprobs=st.sampled_from([False] * 7 + [True]),
         session=st.sampled_from(["", "", "a", "b"]),
         timeout_s=st.sampled_from([None] * 6 + [1.0, 60.0]),
+        resumed=st.sampled_from([None] * 4 + [0, 1, 5]),
     )
     def add(
         self,
@@ -115,19 +117,32 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt_logprobs: bool,
         session: str,
         timeout_s: float | None,
+        resumed: int | None,
     ) -> None:
         prompt = [token for piece in pieces for token in PIECES[piece]] + (PIECES[-1] if poisoned else [])
         message = request(
             self.uid, prompt, salt=salt, priority=priority, max_new_tokens=new, n=n, seed=self.uid % 3,
             end_token_ids=tuple(end), prompt_logprobs=prompt_logprobs,
         )  # fmt: skip
-        accepted = self.harness.add(msgspec.structs.replace(message, session=session, timeout_s=timeout_s))
+        message = msgspec.structs.replace(message, session=session, timeout_s=timeout_s)
+        if resumed is not None and not poisoned:
+            message = msgspec.structs.replace(message, resume_ids=self.what_a_client_has(message, resumed))
+        accepted = self.harness.add(message)
         fits = -(-(len(prompt) + new - 1) // self.harness.config.page_size) <= self.num_pages
         if not fits:
             assert self.harness.rejected[self.uid].error.code == "kv_exhausted"
         elif not accepted:
             assert self.harness.rejected[self.uid].error.code == "overloaded"
         self.uid += n
+
+    def what_a_client_has(self, message: AddRequest, count: int) -> list[bytes | None]:
+        """The first `count` tokens of each sample; None for one that has ended by then, unless all have."""
+        salt = message.cache_salt if self.harness.config.radix_cache else f"request {message.uid}"
+        prompt, resumed = unpack_ids(message.token_ids), []
+        for index in range(message.sampling.n):
+            tokens = reference(prompt, message.sampling, salt, index)
+            resumed.append(pack_ids(tokens[:count]) if count < len(tokens) else None)
+        return resumed if any(ids is not None for ids in resumed) else [b""] * message.sampling.n
 
     @rule()
     def schedule(self) -> None:
@@ -343,6 +358,11 @@ def suspect_too_many(state: SchedulerState, epoch: int) -> list[Request]:
     return LOSE_RANKS(state, epoch)
 
 
+def promise_pages(planner: StepPlanner) -> array[int]:
+    requests, most = planner._state.decoding.values(), 1 + planner._draft_tokens
+    return array("i", [min(most, r.kv_limit - r.num_computed_tokens) for r in requests])
+
+
 def take_any_result(scheduler: Scheduler, result: StepResult, now: float) -> Outputs:
     return COMPLETE(scheduler, msgspec.structs.replace(result, epoch=scheduler.state.epoch), now)
 
@@ -360,14 +380,15 @@ PLANTED = {
     "a terminal event is lost": Planted(ResultApplier, "_sampled", 1, lose_the_last_output),
     "a slot is not released": Planted(SchedulerState, "_release", 3, nothing),
     "pages are free before their step is done": Planted(SchedulerState, "_leave", 1, leave_at_once),
-    "the ranks do not learn of a page": Planted(BatchBuilder, "add_page_each", 3, nothing),
+    "the ranks do not learn of a page": Planted(BatchBuilder, "add_pages", 3, nothing),
     "a failed row enters the cache": Planted(ResultApplier, "_fail", 1, lambda applier, r, *rest: None),
     "a dropped row counts": Planted(ResultApplier, "_sampled", 1, count_a_dropped_row),
     "what follows an end counts": Planted(ResultApplier, "_sampled", 1, keep_what_follows_an_end),
     "a page of a rejected draft leaks": Planted(KVMemory, "shrink", 1, leak_pages_of_drafts),
     "rejected drafts count as computed": Planted(SchedulerState, "reject_drafts", 1, nothing),
     "rejected drafts leave a request at its end": Planted(SchedulerState, "reject_drafts", 1, stay_at_the_end),
-    "the ranks do not learn of a draft's pages": Planted(BatchBuilder, "add_pages", 3, nothing),
+    "the ranks do not learn of a replaced page": Planted(BatchBuilder, "replace_pages", 1, nothing),
+    "a draft's pages are not taken": Planted(StepPlanner, "_secure_draft_pages", 1, promise_pages),
     "one is not requeued": Planted(SchedulerState, "lose_ranks", 1, skip_a_requeue),
     "a requeued one loses its tokens": Planted(SchedulerState, "lose_ranks", 1, requeue_without_the_tokens),
     "batches have an old epoch": Planted(SchedulerState, "lose_ranks", 1, forget_the_new_epoch),

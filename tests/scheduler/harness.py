@@ -351,8 +351,9 @@ class Harness:
             assert rejected.uid == message.uid
             self.rejected[message.uid] = rejected
             return False
-        for index in range(message.sampling.n):
-            self.samples[message.uid + index] = Sample(message, index)
+        for index, resumed in enumerate(message.resume_ids or [b""] * message.sampling.n):
+            if resumed is not None:
+                self.samples[message.uid + index] = Sample(message, index, unpack_ids(resumed))
         return True
 
     def abort(self, uid: int) -> None:
@@ -471,7 +472,7 @@ class Harness:
 
     def check_tokens(self, sample: Sample) -> None:
         params = sample.message.sampling
-        salt = self._cache_salt(sample.message.uid)
+        salt = self._cache_salt(sample.message.uid + sample.index)
         expected = reference(unpack_ids(sample.message.token_ids), params, salt, sample.index)
         reason = sample.finish.reason if sample.finish is not None else None
         if reason in ("stop", "length"):
