@@ -9,10 +9,12 @@ from vibe_sgl_lite.http_server import info, native
 from vibe_sgl_lite.http_server.anthropic_messages import count_tokens, messages
 from vibe_sgl_lite.http_server.errors import RETRY_AFTER_S, ApiError, from_engine
 from vibe_sgl_lite.http_server.exchange import DisconnectedError, Exchange, Receive, Scope, Send
+from vibe_sgl_lite.http_server.live import watch
 from vibe_sgl_lite.http_server.openai_chat import chat_completions
 from vibe_sgl_lite.http_server.openai_completions import completions
 from vibe_sgl_lite.http_server.openai_responses import responses
 from vibe_sgl_lite.http_server.openapi import openapi
+from vibe_sgl_lite.http_server.pages import page
 from vibe_sgl_lite.http_server.request_log import RequestLog
 from vibe_sgl_lite.http_server.security import Guard
 from vibe_sgl_lite.http_server.service import Service
@@ -32,6 +34,8 @@ ROUTES: dict[tuple[str, str], Handler] = {
     ("POST", "/abort_request"): native.abort_request,
     ("POST", "/flush_cache"): native.flush_cache,
     ("GET", "/v1/models"): info.models,
+    ("GET", "/"): page,
+    ("GET", "/watch"): watch,
     ("GET", "/health"): info.health,
     ("GET", "/metrics"): info.prometheus,
     ("GET", "/openapi.json"): openapi,
@@ -42,7 +46,7 @@ ROUTES: dict[tuple[str, str], Handler] = {
     ("GET", "/get_model_info"): info.model_info,
 }
 # Paths that begin with these lead to one handler.
-TREES: dict[str, Handler] = {"/v1/models/": info.one_model}
+TREES: dict[str, Handler] = {"/v1/models/": info.one_model, "/static/": page}
 GENERATES = ("/v1/", "/generate")  # what needs a model that is loaded
 
 log = logging.getLogger(__name__)

@@ -55,7 +55,7 @@ class Engine:
             except VibeError:
                 await asyncio.sleep(READY_POLL_S)
 
-    async def query(self, what: Literal["stats", "health", "flush_cache"]) -> Values:
+    async def query(self, what: Literal["stats", "health", "flush_cache", "watch"]) -> Values:
         """Raises VibeError."""
 
         def ask(deliver: Callable[[QueryAnswer], None]) -> None:

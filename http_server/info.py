@@ -64,7 +64,7 @@ async def prometheus(service: Service, exchange: Exchange) -> None:
     args = service.spec.args
     pages = int(stats.get("kv_pages_total", 0))
     cache = {
-        "block_size": str(args.page_size),
+        "block_size": str(service.spec.page_size),
         "num_gpu_blocks": str(pages),
         "cache_dtype": args.kv_cache_dtype,
         "enable_prefix_caching": str(not args.disable_radix_cache),
@@ -87,7 +87,7 @@ async def version(service: Service, exchange: Exchange) -> None:
 async def server_info(service: Service, exchange: Exchange) -> None:
     """Settings, without the key, and the engine's counters; this worker's requests in flight and tasks."""
     service.check_ready()
-    args = msgspec.to_builtins(service.spec.args) | {"api_key": None}
+    args = msgspec.to_builtins(service.spec.args) | {"api_key": None, "page_size": service.spec.page_size}
     stats = await service.engine.query("stats")
     await exchange.answer_json(
         {
@@ -95,7 +95,7 @@ async def server_info(service: Service, exchange: Exchange) -> None:
             "server_args": args,
             "device": service.spec.device,
             "dtype": service.spec.dtype,
-            "max_total_num_tokens": int(stats.get("kv_pages_total", 0)) * args["page_size"],
+            "max_total_num_tokens": int(stats.get("kv_pages_total", 0)) * service.spec.page_size,
             "internal_states": [stats],
             "http": {"calls": len(service.engine.calls), "tasks": len(asyncio.all_tasks())},
         }

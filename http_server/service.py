@@ -12,6 +12,7 @@ from vibe_sgl_lite.http_server.bodies import BodyReader
 from vibe_sgl_lite.http_server.engine import Call, Engine
 from vibe_sgl_lite.http_server.errors import ApiError
 from vibe_sgl_lite.http_server.exchange import Exchange
+from vibe_sgl_lite.http_server.live_view import LiveView
 from vibe_sgl_lite.http_server.metrics import SharedMetrics
 from vibe_sgl_lite.http_server.timing import CallTimes
 from vibe_sgl_lite.runtime.client.requests import Request
@@ -45,6 +46,7 @@ class Service:
         self.model = spec.args.served_model_name or spec.model_name
         self.created = int(time.time())
         self.progress = Progress()
+        self.live = LiveView(engine, metrics, lambda: self.tokenizer, self.model)
 
     @cached_property
     def tokenizer(self) -> ChatTokenizer:

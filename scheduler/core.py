@@ -39,6 +39,7 @@ from vibe_sgl_lite.scheduler.planner import StepPlanner
 from vibe_sgl_lite.scheduler.policies import make_policy
 from vibe_sgl_lite.scheduler.request import TOKEN_BYTES, samples_of
 from vibe_sgl_lite.scheduler.results import Outputs, ResultApplier
+from vibe_sgl_lite.scheduler.snapshot import Snapshot, take
 from vibe_sgl_lite.scheduler.state import SchedulerState
 
 P = ParamSpec("P")
@@ -241,6 +242,10 @@ class Scheduler:
     def flush_cache(self, now: float) -> int | None:
         """Empty the radix cache; returns the pages freed. None: refused, requests run, wait or are winding down."""
         return self.state.memory.cache.flush() if self.idle else None
+
+    def snapshot(self) -> Snapshot:
+        """For a person who watches."""
+        return take(self.state, self.stats())
 
     def stats(self) -> dict[str, int | float | str | bool]:
         """Counters and gauges; pages and tokens as counts."""

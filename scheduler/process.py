@@ -240,6 +240,8 @@ class SchedulerProcess:
     def _answer(core: Scheduler, query: SchedulerQuery) -> SchedulerReply:
         if query.what == "stats":
             return SchedulerReply(query.qid, core.stats())
+        if query.what == "watch":
+            return SchedulerReply(query.qid, {"snapshot": msgspec.json.encode(core.snapshot()).decode()})
         freed = core.flush_cache(time.monotonic())
         if freed is None:
             return SchedulerReply(query.qid, {}, error=FLUSH_REFUSED)

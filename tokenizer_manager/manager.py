@@ -251,7 +251,7 @@ class TokenizerManager:
             self._send(session, QueryReply(query.qid, {}, error))
             return
         number = self._queries.ask(session, query.qid, query.what, self._now())
-        self._to_scheduler(SchedulerQuery(number, "flush_cache" if query.what == "flush_cache" else "stats"))
+        self._to_scheduler(SchedulerQuery(number, "stats" if query.what == "health" else query.what))
 
     # --------------------------------------------------------------------------------------------- from the engine
 

@@ -11,7 +11,7 @@ from vibe_sgl_lite.tokenizer_manager.sessions import Session
 ANSWER_S = 2.0
 MAX_PENDING = 1024
 
-What = Literal["stats", "health", "flush_cache"]
+What = Literal["stats", "health", "flush_cache", "watch"]
 
 
 class Pending(msgspec.Struct, frozen=True):

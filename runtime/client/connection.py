@@ -137,7 +137,9 @@ class Connection:
         """
         self._post_or_raise(lambda: self._submit(request, deliver, patient))
 
-    def query(self, what: Literal["stats", "health", "flush_cache"], deliver: Callable[[QueryAnswer], None]) -> None:
+    def query(
+        self, what: Literal["stats", "health", "flush_cache", "watch"], deliver: Callable[[QueryAnswer], None]
+    ) -> None:
         """Raises ClosedError."""
         self._post_or_raise(lambda: self._query(what, deliver))
 
@@ -272,7 +274,9 @@ class Connection:
         self._connect()
         self._flush()
 
-    def _query(self, what: Literal["stats", "health", "flush_cache"], deliver: Callable[[QueryAnswer], None]) -> None:
+    def _query(
+        self, what: Literal["stats", "health", "flush_cache", "watch"], deliver: Callable[[QueryAnswer], None]
+    ) -> None:
         self._next_qid += 1
         self._queries[self._next_qid] = deliver
         self._send(Query(qid=self._next_qid, what=what))

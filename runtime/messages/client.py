@@ -123,10 +123,11 @@ class Abort(Message, frozen=True):
 
 
 class Query(Message, frozen=True):
-    """`stats`, `health` or `flush_cache`; answered by a `QueryReply` with the same qid."""
+    """Answered by a `QueryReply` with the same qid. `watch`: its value `snapshot` is the JSON text of
+    scheduler/snapshot.py."""
 
     qid: int
-    what: Literal["stats", "health", "flush_cache"]
+    what: Literal["stats", "health", "flush_cache", "watch"]
 
 
 class Goodbye(Message, frozen=True):

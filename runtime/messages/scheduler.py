@@ -45,7 +45,7 @@ class StopMatched(Message, frozen=True):
 
 class SchedulerQuery(Message, frozen=True):
     qid: int
-    what: Literal["stats", "flush_cache"]
+    what: Literal["stats", "flush_cache", "watch"]
 
 
 SchedulerInput = AddRequest | AbortRequest | StopMatched | SchedulerQuery
