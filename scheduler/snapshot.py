@@ -59,7 +59,7 @@ class Snapshot(msgspec.Struct):
 
 def take(state: SchedulerState, stats: dict[str, int | float | str | bool]) -> Snapshot:
     running = [*state.decoding.values(), *state.ending.values(), *state.prefilling.values()]
-    phases = {uid: "prefill" for uid in state.prefilling}
+    phases = dict.fromkeys(state.prefilling, "prefill")
     rows = [_row(request, phases.get(request.uid, "decode")) for request in running[:MAX_ROWS]]
     waiting = state.waiting.snapshot()[:MAX_WAITING]
     nodes = _walk(state)

@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime.launcher": LAUNCHER,
     "runtime.text": SETTINGS,
     "runtime.client": LAUNCHER | {"runtime.text"},
+    "runtime.commands": LAUNCHER | {"runtime.client"},
     "tokenizer_manager": {"runtime"},
     "scheduler": {"runtime"},
     "detokenizer": {"runtime"},

@@ -10,6 +10,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+import msgspec
+
 from vibe_sgl_lite.runtime.client.connection import Connection
 from vibe_sgl_lite.runtime.client.core import Call, Requests, StreamState, Values, connect, values_of
 from vibe_sgl_lite.runtime.client.in_flight import Event
@@ -52,6 +54,11 @@ class AsyncClient(Requests[Coroutine[Any, Any, Output], Coroutine[Any, Any, list
     async def flush_cache(self) -> None:
         """As `Client.flush_cache`."""
         values_of(await _answer(partial(self._connection.query, "flush_cache")))
+
+    async def watch(self) -> dict[str, Any]:
+        """As `Client.watch`."""
+        values = values_of(await _answer(partial(self._connection.query, "watch")))
+        return dict(msgspec.json.decode(str(values["snapshot"])))
 
     async def close(self) -> None:
         """As `Client.close`."""

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import msgspec
 
 from vibe_sgl_lite.runtime.client.connection import Connection
 from vibe_sgl_lite.runtime.client.core import Call, Requests, StreamState, Values, connect, values_of
@@ -64,6 +66,11 @@ class Client(Requests[Output, list[Output], "Stream"]):
     def flush_cache(self) -> None:
         """Empty the radix cache. Raises EngineError while requests run or wait."""
         values_of(_answer(partial(self._connection.query, "flush_cache")))
+
+    def watch(self) -> dict[str, Any]:
+        """What the engine does now: running and waiting requests, pages, the radix tree (scheduler/snapshot.py)."""
+        values = values_of(_answer(partial(self._connection.query, "watch")))
+        return dict(msgspec.json.decode(str(values["snapshot"])))
 
     def close(self) -> None:
         """End the session; requests that still run are aborted, and calls that wait for them raise ClosedError."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,50 +75,3 @@ def test_streaming(daemon: Daemon) -> None:
     out = run("streaming.py", "--address", daemon.address, "The little dog")
     assert out.startswith("The little dog")
     assert re.search(r"\[(length|stop): \d+ tokens in [\d.]+ s, the first after \d+ ms\]", out)
-
-
-def test_chat_with_a_daemon(daemon: Daemon) -> None:
-    script = "What is 17 + 25?\nAnd 3 more?\n/reset\nHello\n\n/quit\nnot reached\n"
-    out = run("chat.py", "--address", daemon.address, "--max-new-tokens", "20", text=script)
-    assert out.startswith("tiny: /reset forgets")
-    said = re.findall(
-        r"\[(\d+) tokens(?:, [\d.]+ tokens/s)?, the first after \d+ ms; "
-        r"(\d+) of (\d+) prompt tokens were cached; (?:stop|length)\]",
-        out,
-    )
-    assert len(said) == 3
-    prompts = [int(prompt) for _, _, prompt in said]
-    assert prompts[2] < prompts[0] < prompts[1]  # history grows, /reset forgets it
-    assert int(said[1][1]) >= 16  # the first turn's pages are found again
-    assert out.count("[forgotten]") == 1
-
-
-def test_chat_says_what_is_wrong(daemon: Daemon) -> None:
-    out = run("chat.py", "--address", daemon.address, "--max-new-tokens", "100000", text="hi\nhi again\n")
-    assert out.count("[max_new_tokens=100000 with a prompt of") == 2
-    command = [sys.executable, str(ROOT / "examples" / "chat.py"), "--address", "ipc:///nowhere/api.sock"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=environment())
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: no engine answers at ipc:///nowhere/api.sock")
-    assert "Traceback" not in done.stderr
-
-
-def test_chat_starts_its_own_engine_and_ctrl_c_cuts_an_answer_short() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "chat.py"), "--max-new-tokens", "20000", "--temperature", "0"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    ) as chat:
-        assert chat.stdin is not None
-        assert chat.stdout is not None
-        assert chat.stderr is not None
-        assert chat.stdout.readline().startswith("tiny: /reset forgets")
-        chat.stdin.write("Repeat: one two three\n")
-        chat.stdin.flush()
-        assert chat.stdout.read(3)[:2] == "> "  # the prompt, and the first of an answer
-        time.sleep(0.3)
-        chat.send_signal(signal.SIGINT)
-        rest, log = chat.communicate("/quit\n", timeout=30)
-    assert chat.returncode == 0, log
-    assert "[cut short]" in rest or "tokens were cached" in rest  # a short answer may have ended by itself
-    assert log.startswith("starting an engine ...")
-    assert "Traceback" not in log

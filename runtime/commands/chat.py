@@ -1,18 +1,26 @@
-"""Chat in the terminal: streaming, with history.
+"""`vibe-sgl-lite chat`: talk in the terminal, streaming, with history.
 
-    python examples/chat.py                     with the daemon called 'default' if one runs, else an engine of its own
-    python examples/chat.py --address ADDRESS   with a running daemon
-    python examples/chat.py --model-path FOLDER with an engine of its own on another model
+    vibe-sgl-lite chat                      with the daemon called 'default' if one runs, else an engine of its own
+    vibe-sgl-lite chat --address ADDRESS    with a running daemon
+    vibe-sgl-lite chat --model-path FOLDER  with an engine of its own on another model
 
-/reset forgets the conversation, /quit (or Ctrl-D) leaves, Ctrl-C cuts an answer short.
+/reset forgets the conversation, /system TEXT begins a new one under a system prompt, /quit (or Ctrl-D) leaves, Ctrl-C
+cuts an answer short.
 """
+
+from __future__ import annotations
 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 
-from vibe_sgl_lite import LLM, Client, ConnectError, EngineDeadError, EngineError, RequestError, SamplingParams
+from vibe_sgl_lite.runtime.client.client import Client
+from vibe_sgl_lite.runtime.client.llm import LLM
+from vibe_sgl_lite.runtime.errors import ConnectError, EngineDeadError, EngineError, RequestError
+from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams
 
+KEYS = "/reset forgets, /system TEXT sets a system prompt, /quit leaves, Ctrl-C cuts an answer short"
 # How the thinking block is set off from the answer.
 DIM, PLAIN = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
 
@@ -61,20 +69,22 @@ def answer(client: Client, history: list[dict[str, str]], params: SamplingParams
     return text
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "vibe-sgl-lite chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--address", help="as the daemon's ready line shows it")
     parser.add_argument("--model-path", help="model folder or hub id, for an engine of its own")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's own)")
     parser.add_argument("--no-thinking", action="store_true", help="ask for answers without a thinking block")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     limits = {"max_new_tokens": args.max_new_tokens}
     heat = {} if args.temperature is None else {"temperature": args.temperature}
     try:
         params = SamplingParams(**limits, **heat)
         with connect(args.address, args.model_path) as client:
-            print(f"{client.model.name}: /reset forgets, /quit leaves, Ctrl-C cuts an answer short")
+            print(f"{client.model.name}: {KEYS}")
             talk(client, params, thinking=False if args.no_thinking else None)
     except (ValueError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -95,6 +105,10 @@ def talk(client: Client, params: SamplingParams, thinking: bool | None) -> None:
         if line == "/reset":
             history.clear()
             print("[forgotten]")
+        elif line.startswith("/system"):
+            text = line.removeprefix("/system").strip()
+            history[:] = [{"role": "system", "content": text}] if text else []
+            print("[a new conversation]")
         elif line:
             history.append({"role": "user", "content": line})
             try:
@@ -104,7 +118,3 @@ def talk(client: Client, params: SamplingParams, thinking: bool | None) -> None:
             except (RequestError, EngineError) as error:  # too long for the context, or the engine is overloaded
                 history.pop()
                 print(f"\n[{error}]")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
