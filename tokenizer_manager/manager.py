@@ -58,10 +58,14 @@ from vibe_sgl_lite.tokenizer_manager.grammar_compiler import GrammarCompiler
 from vibe_sgl_lite.tokenizer_manager.queries import ANSWER_S, Pending, Queries
 from vibe_sgl_lite.tokenizer_manager.requests import Request, RequestTable
 from vibe_sgl_lite.tokenizer_manager.sessions import Session, Sessions
+from vibe_sgl_lite.tokenizer_manager.tokenizing import Run, TokenizingQueue
 from vibe_sgl_lite.tokenizer_manager.validate import Limits, Prepared, Unreadable, check, prepare, read_frame
 
 DRAINING = ErrorInfo(DrainingError.code, "the engine is draining and takes no new requests; ask another one, or later")
 ABOUT_POOL = 0  # the number of our own question to the scheduler; clients' begin at 1
+MAX_ECHO_CHARS = 256  # of what a client sent
+MAX_MESSAGE_CHARS = 1000  # a longer one repeats a long value
+THREADS = min(4, os.cpu_count() or 1)
 FLUSH_PATIENCE_S = 0.5  # a client that takes nothing for so long does not hold up the end of a drain
 
 log = logging.getLogger(__name__)
@@ -81,7 +85,7 @@ class Counters(msgspec.Struct):
 class TokenizerManager:
     """For one thread.
 
-    in_thread(work, done): run `work` elsewhere, then `done` with its future in this thread.
+    in_thread(work, done): run `work` elsewhere, then `done` with its future in this thread; THREADS at a time.
     to_scheduler: must not block. now: monotonic seconds.
     """
 
@@ -91,7 +95,7 @@ class TokenizerManager:
         tokenizer: ChatTokenizer,
         grammars: GrammarCompiler,
         sessions: Sessions,
-        in_thread: Callable[[Callable[[], Prepared], Callable[[Future[Prepared]], None]], None],
+        in_thread: Run[Prepared],
         to_scheduler: Callable[[SchedulerInput], None],
         now: Callable[[], float],
     ) -> None:
@@ -101,7 +105,7 @@ class TokenizerManager:
         self._tokenizer = tokenizer
         self._grammars = grammars
         self._sessions = sessions
-        self._in_thread = in_thread
+        self._tokenizing = TokenizingQueue(in_thread, THREADS)
         self._to_scheduler = to_scheduler
         self._now = now
         self._limits = Limits.of(spec.context_length)
@@ -160,7 +164,7 @@ class TokenizerManager:
             self._sessions.answer_stranger(identity, Refused(ErrorInfo(OverloadedError.code, message)))
         else:
             owner = hello.pid == os.getppid()  # the launcher, in the program itself
-            session = self._sessions.open(identity, hello.client, self._now(), owner)
+            session = self._sessions.open(identity, hello.client[:MAX_ECHO_CHARS], self._now(), owner)
             welcome = Welcome(PROTOCOL, session.token, self._spec.epoch, self._model, self._most_requests)
             self._send(session, welcome)
 
@@ -173,7 +177,8 @@ class TokenizerManager:
                 ProtocolError.code,
                 "there is no such session: it never began, or was silent for too long; say Hello again",
             )
-            self._sessions.answer_stranger(identity, Refused(error, None if isinstance(message, Abort) else rid))
+            rid = None if isinstance(message, Abort) or rid is None else rid[:MAX_ECHO_CHARS]
+            self._sessions.answer_stranger(identity, Refused(error, rid))
 
     def _on_generate(self, session: Session, message: Generate) -> None:
         self.counters.requests_total += 1
@@ -198,7 +203,8 @@ class TokenizerManager:
             self._prepare(request, message, params)
 
     def _prepare(self, request: Request, message: Generate, params: SamplingParams) -> None:
-        self._in_thread(
+        self._tokenizing.add(
+            request,
             partial(
                 prepare, message, params, self._tokenizer, self._grammars, self._spec, self._limits, self._pool_tokens
             ),
@@ -372,7 +378,7 @@ class TokenizerManager:
 
     def _refuse(self, session: Session, rid: str, error: ErrorInfo) -> None:
         self.counters.requests_refused_total += 1
-        self._send(session, Refused(error, rid))
+        self._send(session, Refused(_short(error), rid[:MAX_ECHO_CHARS]))
 
     def _end_request(self, request: Request, finish: Finish) -> None:
         """Give every open sample its terminal event ourselves; what the engine still sends for it is dropped."""
@@ -389,6 +395,7 @@ class TokenizerManager:
     def _end_session(self, session: Session) -> None:
         """Its client left, or is taken as gone: nobody waits for its requests any more."""
         self._sessions.close(session)
+        self._tokenizing.drop(session.token)
         for request in self.requests.of_session(session):
             self.requests.end(request)
             if request.uid is not None:
@@ -410,6 +417,14 @@ class TokenizerManager:
             if request.uid is not None:
                 self._to_scheduler(AbortRequest(request.uid))
             self._end_request(request, Finish("abort"))
+
+
+def _short(error: ErrorInfo) -> ErrorInfo:
+    """What a client sent may stand in an error: only its beginning goes back."""
+    field = None if error.field is None else error.field[:MAX_ECHO_CHARS]
+    if len(error.message) <= MAX_MESSAGE_CHARS:
+        return msgspec.structs.replace(error, field=field)
+    return ErrorInfo(error.code, f"{error.message[:MAX_ECHO_CHARS]} ...", field)
 
 
 def _info(error: RequestError) -> ErrorInfo:

@@ -26,8 +26,9 @@ from vibe_sgl_lite.runtime.launcher.child import Child, run_child
 from vibe_sgl_lite.runtime.messages import AbortAll, Drain, EngineLost, Finish, SchedulerInput, Shutdown, TokenizerInput
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.runtime.transport.channels import Receiver, new_socket
+from vibe_sgl_lite.tokenizer_manager.connections import ConnectionLimit, raise_descriptor_limit
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import CompilerArgs, GrammarCompiler
-from vibe_sgl_lite.tokenizer_manager.manager import TokenizerManager
+from vibe_sgl_lite.tokenizer_manager.manager import THREADS, TokenizerManager
 from vibe_sgl_lite.tokenizer_manager.sessions import ClientSocket, Sessions
 from vibe_sgl_lite.tokenizer_manager.validate import Limits, Prepared, check_tokenizer
 
@@ -35,7 +36,7 @@ FRAMES_AT_ONCE = 256  # of one socket, before the others have their turn
 TICK_S = 0.25
 RETRY_S = 0.02  # while a client or the scheduler does not take what is there for it
 GOODBYE_S = 0.3
-MAX_THREADS = 4
+READ_S = 0.05  # for clients' frames, before the others have their turn
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,9 @@ class Service:
         self._scheduler = SchedulerLine(child.context, endpoints.scheduler)
         addresses = dict.fromkeys((endpoints.inner_api, endpoints.api))
         self._clients = ClientSocket(child.context, Limits.of(spec.context_length).frame_bytes, *addresses)
+        self._connections = ConnectionLimit(self._clients.socket, self._clients.addresses, raise_descriptor_limit())
         self._sessions = Sessions(self._clients, loop.time())
-        self._executor = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "tokenize")
+        self._executor = ThreadPoolExecutor(THREADS, "tokenize")
         self._grammars = GrammarCompiler(
             CompilerArgs(endpoints.tokenizer_file, spec.model.vocab_size, spec.model.eos_token_ids)
         )
@@ -97,6 +99,7 @@ class Service:
         # The launcher first, then what frees memory, then what takes it.
         self._drains: list[tuple[zmq.Socket[bytes], Callable[[], None]]] = [
             (child.control, self._read_launcher),
+            (self._connections.events, self._check_connections),
             (self._inbound.socket, self._read_engine),
             (self._clients.socket, self._read_clients),
         ]
@@ -116,6 +119,7 @@ class Service:
         self._executor.shutdown(wait=False, cancel_futures=True)
         if self._trace is not None:
             self._trace.close()
+        self._connections.close()
         self._clients.close()
         self._inbound.close()
         self._scheduler.socket.close()
@@ -147,6 +151,7 @@ class Service:
     def _on_tick(self) -> None:
         self._round()
         self._scheduler.flush()
+        self._check_connections()
         self._manager.tick(self._read_up_to)
         if self._manager.counters.bad_frames > self._bad_frames_logged:
             self._bad_frames_logged = self._manager.counters.bad_frames
@@ -176,6 +181,9 @@ class Service:
                     self._ended.set_result(None)
                     return
 
+    def _check_connections(self) -> None:
+        self._connections.check(self._loop.time())
+
     def _read_engine(self) -> None:
         began, messages = time.monotonic(), self._inbound.drain(FRAMES_AT_ONCE)
         for message in messages:
@@ -187,6 +195,8 @@ class Service:
         for identity, frame in self._clients.receive(FRAMES_AT_ONCE):
             self._manager.on_frame(identity, frame)
             count += 1
+            if time.monotonic() - began > READ_S:
+                break
         self._span("from clients", began, frames=count)
 
     def _span(self, name: str, began: float, **counts: int) -> None:

@@ -24,6 +24,7 @@ BEHIND_BYTES = 1024 * 1024  # of text chunks
 HOPELESS_BYTES = 16 * 1024 * 1024  # of anything: whoever asks on and on and never reads
 BEHIND_S = 10.0
 FRAMES_IN_SOCKET = 512  # that ZeroMQ holds for one client, before its outbox begins
+FRAMES_FROM_ONE = 64  # that ZeroMQ reads of one client ahead of us: memory for 64 of the largest at most
 STALL_S = 1.0  # this process did not run for longer: what that hid is no client's silence
 
 log = logging.getLogger(__name__)
@@ -44,13 +45,15 @@ class ClientSocket:
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 0)  # nobody takes over another one's identity
         self.socket.setsockopt(zmq.MAXMSGSIZE, max(max_frame_bytes, MAX_FRAME_BYTES))
         self.socket.setsockopt(zmq.SNDHWM, FRAMES_IN_SOCKET)
+        self.socket.setsockopt(zmq.RCVHWM, FRAMES_FROM_ONE)
+        self.addresses: list[str] = []  # as bound: port 0 is read back
         for address in addresses:
             bind_ipc(self.socket, address)
+            self.addresses.append(str(self.socket.getsockopt_string(zmq.LAST_ENDPOINT)))
 
     @property
     def address(self) -> str:
-        """The last one, as bound: port 0 is read back."""
-        return str(self.socket.getsockopt_string(zmq.LAST_ENDPOINT))
+        return self.addresses[-1]
 
     def receive(self, most: int) -> Iterator[tuple[bytes, bytes]]:
         """(identity, frame) of what has come, without waiting, at most `most`. Several parts are no message: b""."""

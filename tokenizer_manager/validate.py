@@ -21,6 +21,7 @@ from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, Sam
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.runtime.text.grammar import grammar_source
 from vibe_sgl_lite.tokenizer_manager.chat import text_format, thinking_rules
+from vibe_sgl_lite.tokenizer_manager.frames import MAX_VALUES, has_few_values
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import GrammarCompiler
 
 BYTES_PER_TOKEN = 16  # text beyond this many bytes for each token of the context is not even tokenized
@@ -82,6 +83,9 @@ def read_frame(frame: bytes, limits: Limits) -> ClientMessage | Unreadable:
             field="prompt",
         )
         return Unreadable(error, _rid_of(frame))
+    if not has_few_values(frame):
+        text = f"the request is cut short, or holds more than {MAX_VALUES} values: send less at once"
+        return Unreadable(RequestError(text), _rid_of(frame))
     try:
         return _decoder.decode(frame)
     except _FRAME_ERRORS as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -38,7 +39,7 @@ from vibe_sgl_lite.runtime.messages import (
 )
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import CompilerArgs, GrammarCompiler
-from vibe_sgl_lite.tokenizer_manager.manager import TokenizerManager
+from vibe_sgl_lite.tokenizer_manager.manager import THREADS, TokenizerManager
 from vibe_sgl_lite.tokenizer_manager.sessions import Sent, Sessions
 from vibe_sgl_lite.tokenizer_manager.validate import Prepared
 
@@ -147,6 +148,54 @@ def test_client_gone_while_tokenizing(world: World) -> None:
     world.tokenize()
     assert world.to_scheduler == []
     assert len(world.manager.requests) == 0
+
+
+def test_what_a_client_left_behind_is_not_tokenized(world: World) -> None:
+    """Those in a thread go on, the rest is dropped; another client's is next."""
+    world.hello(b"b")
+    for number in range(300):
+        world.generate(b"a", f"r{number}")
+    world.generate(b"b", "r")
+    assert len(world.work) == THREADS
+    world.say(b"a", Goodbye())
+    for _ in range(THREADS + 1):
+        world.tokenize(0)
+    assert world.work == []
+    assert len(world.got(b"b", Accepted)) == 1
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_nothing_long_is_echoed(world: World, opened: bool) -> None:
+    long = "x" * 1_000_000
+    identity = b"a" if opened else b"stranger"
+    raw = msgspec.Raw(msgspec.msgpack.encode({long: 1}))
+    for message in (
+        Generate(long, "p", None, None, msgspec.Raw(b"\x80")),
+        Generate("r", "p", None, None, raw),
+        Generate("r", None, None, [{"role": long, "content": "c"}], msgspec.Raw(b"\x80")),
+        Generate("r", None, None, [{"role": "user", "content": "c"}], msgspec.Raw(b"\x80"), template_kwargs={long: 1}),
+        ["Generate", long, 5],
+        ["Query", 1, long],
+        [long],
+        Hello(PROTOCOL, long),
+        Abort(long),
+    ):
+        world.manager.on_frame(identity, msgspec.msgpack.encode(message))
+    sent = sum(len(msgspec.msgpack.encode(message)) for message in world.socket.sent.get(identity, []))
+    assert sent < 10_000
+    assert all(len(session.client) <= 256 for session in world.sessions)
+
+
+def test_a_frame_of_many_values_is_refused_undecoded(world: World) -> None:
+    message = {"role": "user", "content": "c", "more": [[]] * 1_000_000}
+    frame = msgspec.msgpack.encode(Generate("r", None, None, [message], msgspec.Raw(b"\x80")))
+    start = time.monotonic()
+    for _ in range(16):
+        world.manager.on_frame(b"a", frame)
+    assert time.monotonic() - start < 1
+    refused = world.got(b"a", Refused)
+    assert [(reply.rid, reply.error.code) for reply in refused] == [("r", "invalid_request")] * 16
+    assert "values" in refused[0].error.message
 
 
 def test_client_found_gone_when_it_is_accepted(world: World) -> None:
