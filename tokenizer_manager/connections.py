@@ -1,22 +1,22 @@
 """No more connections than there are descriptors for: libzmq ends the process when it cannot accept one.
 
-It has no limit of its own. So the socket stops to listen while half of the descriptors are used; who connects meanwhile
-tries again, as ZeroMQ does by itself.
+It has no limit of its own, and to stop listening would end the connections that there are. So those that come while
+half of the descriptors are in use are shut down as soon as they are seen; ZeroMQ then lets go of them. Who connected
+tries again by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import resource
-from collections.abc import Sequence
+import socket
 
-import psutil
 import zmq
-
-from vibe_sgl_lite.runtime.transport.channels import bind_ipc
+from zmq.utils.monitor import parse_monitor_message
 
 MOST_DESCRIPTORS = 65_536
-PAUSE_S = 1.0  # at least, between closing and listening again: the file of the socket goes a little later
 
 log = logging.getLogger(__name__)
 
@@ -24,44 +24,49 @@ log = logging.getLogger(__name__)
 def raise_descriptor_limit() -> int:
     """To what the system allows this process, within reason. Returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return min(soft, MOST_DESCRIPTORS) if soft != resource.RLIM_INFINITY else MOST_DESCRIPTORS
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return wanted
+    soft, most = (MOST_DESCRIPTORS if value == resource.RLIM_INFINITY else value for value in (soft, hard))
+    wanted = min(most, MOST_DESCRIPTORS)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(soft, wanted)
 
 
 class ConnectionLimit:
-    """Of a bound socket. events: to be polled; call `check` when there are any, and now and then."""
+    """Of a bound socket. events: to be polled; call `check` when there are any."""
 
-    def __init__(self, socket: zmq.Socket[bytes], addresses: Sequence[str], descriptors: int) -> None:
-        self.events = socket.get_monitor_socket(zmq.EVENT_ACCEPTED)
-        self._socket = socket
-        self._addresses = addresses
+    def __init__(self, watched: zmq.Socket[bytes], descriptors: int) -> None:
+        self.events = watched.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self.refused_total = 0
+        self._watched = watched
         self._most = descriptors // 2
-        self._process = psutil.Process()
-        self._closed_at: float | None = None
+        self._open: dict[int, None] = {}  # descriptors of connections, in order of arrival
 
-    def check(self, now: float) -> None:
-        """now: monotonic seconds."""
+    def check(self) -> None:
         while True:
             try:
-                self.events.recv_multipart(zmq.NOBLOCK)
+                event = parse_monitor_message(self.events.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
                 break
-        if self._closed_at is None:
-            used = self._process.num_fds()
-            if used >= self._most:
-                for address in self._addresses:
-                    self._socket.unbind(address)
-                self._closed_at = now
-                log.warning("%d file descriptors are used: no more clients may connect for now", used)
-        elif now - self._closed_at >= PAUSE_S and self._process.num_fds() < self._most * 3 // 4:
-            for address in self._addresses:
-                bind_ipc(self._socket, address)
-            self._closed_at = None
-            log.info("clients may connect again")
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._open[event["value"]] = None
+            else:
+                self._open.pop(event["value"], None)
+        for _ in range(len(self._open) - self._most):
+            if not self.refused_total:
+                log.warning(
+                    "%d clients are connected: as many as file descriptors allow; no more are taken", self._most
+                )
+            self.refused_total += 1
+            _shut(self._open.popitem()[0])
 
     def close(self) -> None:
-        self._socket.disable_monitor()
+        self._watched.disable_monitor()
         self.events.close()
+
+
+def _shut(descriptor: int) -> None:
+    """Whose descriptor it is notices and closes it."""
+    with contextlib.suppress(OSError):  # it is gone already
+        copy = socket.socket(fileno=os.dup(descriptor))
+        with copy:
+            copy.shutdown(socket.SHUT_RDWR)

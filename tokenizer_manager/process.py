@@ -81,7 +81,7 @@ class Service:
         self._scheduler = SchedulerLine(child.context, endpoints.scheduler)
         addresses = dict.fromkeys((endpoints.inner_api, endpoints.api))
         self._clients = ClientSocket(child.context, Limits.of(spec.context_length).frame_bytes, *addresses)
-        self._connections = ConnectionLimit(self._clients.socket, self._clients.addresses, raise_descriptor_limit())
+        self._connections = ConnectionLimit(self._clients.socket, raise_descriptor_limit())
         self._sessions = Sessions(self._clients, loop.time())
         self._executor = ThreadPoolExecutor(THREADS, "tokenize")
         self._grammars = GrammarCompiler(
@@ -99,7 +99,7 @@ class Service:
         # The launcher first, then what frees memory, then what takes it.
         self._drains: list[tuple[zmq.Socket[bytes], Callable[[], None]]] = [
             (child.control, self._read_launcher),
-            (self._connections.events, self._check_connections),
+            (self._connections.events, self._connections.check),
             (self._inbound.socket, self._read_engine),
             (self._clients.socket, self._read_clients),
         ]
@@ -151,7 +151,6 @@ class Service:
     def _on_tick(self) -> None:
         self._round()
         self._scheduler.flush()
-        self._check_connections()
         self._manager.tick(self._read_up_to)
         if self._manager.counters.bad_frames > self._bad_frames_logged:
             self._bad_frames_logged = self._manager.counters.bad_frames
@@ -180,9 +179,6 @@ class Service:
                 case Shutdown():
                     self._ended.set_result(None)
                     return
-
-    def _check_connections(self) -> None:
-        self._connections.check(self._loop.time())
 
     def _read_engine(self) -> None:
         began, messages = time.monotonic(), self._inbound.drain(FRAMES_AT_ONCE)

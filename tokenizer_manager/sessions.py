@@ -46,14 +46,13 @@ class ClientSocket:
         self.socket.setsockopt(zmq.MAXMSGSIZE, max(max_frame_bytes, MAX_FRAME_BYTES))
         self.socket.setsockopt(zmq.SNDHWM, FRAMES_IN_SOCKET)
         self.socket.setsockopt(zmq.RCVHWM, FRAMES_FROM_ONE)
-        self.addresses: list[str] = []  # as bound: port 0 is read back
         for address in addresses:
             bind_ipc(self.socket, address)
-            self.addresses.append(str(self.socket.getsockopt_string(zmq.LAST_ENDPOINT)))
 
     @property
     def address(self) -> str:
-        return self.addresses[-1]
+        """The last one, as bound: port 0 is read back."""
+        return str(self.socket.getsockopt_string(zmq.LAST_ENDPOINT))
 
     def receive(self, most: int) -> Iterator[tuple[bytes, bytes]]:
         """(identity, frame) of what has come, without waiting, at most `most`. Several parts are no message: b""."""

@@ -93,7 +93,7 @@ def empty_lists(address: str) -> str:
 
 
 def connections(address: str) -> str:
-    """Of 1,000 that ask, as many are let in as there are descriptors for; the rest waits."""
+    """Of 1,000 that ask, only as many stay as there are descriptors for."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     context.set(zmq.MAX_SOCKETS, 1100)
     clients = [Bare(context, address) for _ in range(1000)]
@@ -106,7 +106,7 @@ def connections(address: str) -> str:
     for client in clients:
         client.socket.close()
     context.term()
-    return "some" if 200 < welcome < 600 else str(welcome)
+    return "some" if 400 < welcome < 1000 else str(welcome)
 
 
 def long_prompts(address: str) -> str:
