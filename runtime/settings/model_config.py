@@ -22,6 +22,7 @@ MODEL_TYPES = {DENSE: "qwen3", MOE: "qwen3_moe"}
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_HEAD_DIM_DENSE = 128  # what transformers fills in
 MAX_TOKENS = 2**31 - 1
+MAX_CONTEXT = 2**21  # ranks keep a token id for each position of each slot
 MAX_SIZE = 2**20  # of a matrix's side; the largest Qwen3 has 5,120 and 25,600
 # Keys that must be absent, null or this, and why.
 FIXED: Mapping[str, tuple[Any, str]] = {
@@ -102,7 +103,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: Annotated[
         int, Spec("width of a head, even", unset="128; with experts hidden_size / heads", low=2, high=65_536)
     ]
-    max_position_embeddings: Annotated[int, Spec("longest context", low=1, high=MAX_TOKENS)]
+    max_position_embeddings: Annotated[int, Spec("longest context", low=1, high=MAX_CONTEXT)]
     rms_norm_eps: Annotated[float, Spec("of all norms", low=0, high=1, above_low=True)] = 1e-6
     rope_theta: float = 10_000.0
     yarn: Yarn | None = None
@@ -143,7 +144,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def context_limit(self) -> int:
         """The longest context that the positions are made for, in tokens."""
         stretched = 0 if self.yarn is None else int(self.yarn.factor * self.yarn.original_max_position_embeddings)
-        return min(MAX_TOKENS, max(self.max_position_embeddings, stretched))
+        return min(MAX_CONTEXT, max(self.max_position_embeddings, stretched))
 
     @property
     def is_moe(self) -> bool:

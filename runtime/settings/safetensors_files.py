@@ -17,10 +17,12 @@ import msgspec
 
 from vibe_sgl_lite.runtime.errors import WeightsError
 from vibe_sgl_lite.runtime.logs import one_line
+from vibe_sgl_lite.runtime.settings.schema import shown
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors")
+MAX_NAME = 255  # bytes of a file's name
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 ITEM_BITS: Mapping[str, int] = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
@@ -147,8 +149,9 @@ def _read_index(path: Path) -> dict[str, str]:
             f"{path} is not a safetensors index with a weight_map: {one_line(error)}; download it again"
         ) from error
     for name in names.values():
-        if Path(name).name != name or "\0" in name:
+        if Path(name).name != name or not name.isprintable() or len(name.encode()) > MAX_NAME:
             raise WeightsError(
-                f"{path}: weight_map names the file {name!r}, which leads out of the model folder; download it again"
+                f"{path}: weight_map names {shown(name)!r}, which leads out of the model folder or is no file's name; "
+                "download it again"
             )
     return names

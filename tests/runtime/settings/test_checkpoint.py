@@ -274,7 +274,8 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
     [
         b"{", b"[]", b'{"weight_map": 3}', b'{"weight_map": {}}', b'{"weight_map": {"a": 1}}', b"\xff", b"",
         b'{"weight_map": {"a": "../real/model.safetensors"}}', b'{"weight_map": {"a": "/etc/passwd"}}',
-        b'{"weight_map": {"a": ""}}', b'{"weight_map": {"a": "x\\u0000y"}}', b"[" * 100_000,
+        b'{"weight_map": {"a": ""}}', b'{"weight_map": {"a": "x\\ny"}}',
+        b'{"weight_map": {"a": "' + b"a" * 10_000 + b'"}}', b'{"weight_map": {"a": "x\\u0000y"}}', b"[" * 100_000,
     ],
 )  # fmt: skip
 def test_malformed_index(tmp_path: Path, content: bytes) -> None:
