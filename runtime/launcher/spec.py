@@ -13,7 +13,8 @@ from pathlib import Path
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.settings.checkpoint import settle
-from vibe_sgl_lite.runtime.settings.machine import usable_cores
+from vibe_sgl_lite.runtime.settings.machine import available_memory, usable_cores
+from vibe_sgl_lite.runtime.settings.memory_parts import rank_memory
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig, check_parallel_degrees
 from vibe_sgl_lite.runtime.settings.model_source import find_model
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
@@ -43,6 +44,9 @@ def make_spec(args: ServerArgs, endpoints: Endpoints) -> PipelineSpec:
         model = settle(model, source.folder)
     device = _device(args.device)
     _check_kv_cache(args, model, device)
+    dtype = (model.dtype or DUMMY_DTYPE) if args.dtype == "auto" else args.dtype
+    if device == "cpu":
+        _check_memory(args, model, dtype)
     return PipelineSpec(
         args=args,
         endpoints=endpoints,
@@ -54,7 +58,7 @@ def make_spec(args: ServerArgs, endpoints: Endpoints) -> PipelineSpec:
         chunked_prefill_size=args.chunked_prefill_size or (CHUNK_CUDA if device == "cuda" else CHUNK_CPU),
         page_size=args.page_size or (PAGE_CUDA if device == "cuda" else PAGE_CPU),
         device=device,
-        dtype=(model.dtype or DUMMY_DTYPE) if args.dtype == "auto" else args.dtype,
+        dtype=dtype,
         epoch=secrets.token_hex(8),
     )
 
@@ -76,6 +80,19 @@ def _context_length(args: ServerArgs, model: ModelConfig) -> int:
             field="context_length",
         )
     return args.context_length
+
+
+def _check_memory(args: ServerArgs, model: ModelConfig, dtype: str) -> None:
+    """Refuse weights that this machine cannot hold: a rank would be killed while it loads them."""
+    memory = rank_memory(model, tp=args.tp, ep=args.ep, dtype=dtype, quantization=args.quantization)
+    ranks, limit = len(args.local_ranks), available_memory()
+    if memory.weight_bytes * ranks > limit.value:
+        raise ConfigError(
+            f"--model-path {args.model_path}: its weights take {memory.weight_bytes * ranks / 2**30:.2f} GiB on this "
+            f"machine, but {limit.value / 2**30:.2f} GiB are free ({limit.source}): try --quantization int4, or "
+            "a smaller model",
+            field="model_path",
+        )
 
 
 def _check_kv_cache(args: ServerArgs, model: ModelConfig, device: str) -> None:

@@ -224,8 +224,9 @@ def main() -> None:
     parser.add_argument("--keep-going", action="store_true", help="print what is wrong, and go on")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    library: Any = transformers
+    library.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
     wrong = 0
 
     def check(folder: Path, number: int) -> str | None:

@@ -12,6 +12,7 @@ import pytest
 from tests.runtime.settings.files import write_zeros
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.launcher.spec import make_spec, threads_per_rank
+from vibe_sgl_lite.runtime.settings.machine import Limit
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
 
@@ -32,7 +33,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("gpu", "torch_cuda", "device", "chunk"),
-    [(False, False, "cpu", 512), (True, False, "cpu", 512), (False, True, "cpu", 512), (True, True, "cuda", 2048)],
+    [(False, False, "cpu", 512), (True, False, "cpu", 512), (False, True, "cpu", 512), (True, True, "cuda", 8192)],
 )
 def test_auto(
     model: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, torch_cuda: bool, device: str, chunk: int
@@ -98,6 +99,16 @@ def test_kv_cache_in_int8_is_for_cpus_and_whole_head_dims(model: Path, monkeypat
     write_zeros(model)
     with pytest.raises(ConfigError, match=r"--kv-cache-dtype int8 needs .* multiple of 8, and this model's is 20"):
         make_spec(args, ENDPOINTS)
+    make_spec(ServerArgs(model_path=str(model)), ENDPOINTS)
+
+
+def test_weights_beyond_the_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = Limit(20_000, "control group /x, limit 1 MiB")
+    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec.available_memory", lambda: limit)
+    with pytest.raises(ConfigError, match=r"its weights take .* limit 1 MiB.*--quantization") as error:
+        make_spec(ServerArgs(model_path=str(model)), ENDPOINTS)
+    assert error.value.field == "model_path"
+    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec.available_memory", lambda: Limit(10**6, ""))
     make_spec(ServerArgs(model_path=str(model)), ENDPOINTS)
 
 

@@ -1,0 +1,109 @@
+"""The memory that is planned is the memory that models take: of every published size, at every degree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.qwen3.harness import DENSE, MOE, compute_of, load_model, make_checkpoint
+from vibe_sgl_lite.model_worker.kv_pool import bytes_per_token
+from vibe_sgl_lite.qwen3.checkpoint import load_items, weight_bytes
+from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
+from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.commands.main import main
+from vibe_sgl_lite.runtime.errors import ModelConfigError
+from vibe_sgl_lite.runtime.settings.memory_parts import rank_memory
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig, check_parallel_degrees
+
+# hidden, intermediate, layers, heads, KV heads, tied, experts; as the model cards have them.
+SIZES: dict[str, tuple[int, int, int, int, int, bool, int]] = {
+    "0.6B": (1024, 3072, 28, 16, 8, True, 0),
+    "1.7B": (2048, 6144, 28, 16, 8, True, 0),
+    "4B": (2560, 9728, 36, 32, 8, True, 0),
+    "8B": (4096, 12288, 36, 32, 8, False, 0),
+    "14B": (5120, 17408, 40, 40, 8, False, 0),
+    "32B": (5120, 25600, 64, 64, 8, False, 0),
+    "30B-A3B": (2048, 768, 48, 32, 4, False, 128),
+    "235B-A22B": (4096, 1536, 94, 64, 4, False, 128),
+}
+DEGREES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 4), (8, 8), (16, 4)]
+
+
+def write_config(folder: Path, size: str) -> ModelConfig:
+    hidden, intermediate, layers, heads, kv_heads, tied, experts = SIZES[size]
+    config: dict[str, Any] = {
+        "architectures": ["Qwen3MoeForCausalLM" if experts else "Qwen3ForCausalLM"], "vocab_size": 151936,
+        "hidden_size": hidden, "intermediate_size": 4 * hidden if experts else intermediate, "head_dim": 128,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 40960, "tie_word_embeddings": tied, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    if experts:
+        config |= {"num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": intermediate}
+    (folder / "config.json").write_text(json.dumps(config))
+    return ModelConfig.from_folder(folder)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_at_every_degree(tmp_path: Path, size: str) -> None:
+    """Built without memory, on torch's meta device: the last rank's weights have the planned bytes."""
+    config, meta = write_config(tmp_path, size), torch.device("meta")
+    tried = 0
+    for tp, ep in DEGREES:
+        try:
+            check_parallel_degrees(config, tp, ep)
+        except ModelConfigError:
+            continue
+        if (size == "235B-A22B" and tp < 8) or tried == 4:
+            continue  # each has thousands of weights: four degrees of each size are enough
+        tried += 1
+        group: Any = object()  # never used: nothing here communicates
+        split = tp // ep
+        parallel = ParallelState(
+            rank=tp - 1,
+            world_size=tp,
+            tp=Group(tp - 1, tp, group),
+            ep=Group(ep - 1, ep, group),
+            expert_tp=Group(split - 1, split, group),
+        )
+        model = Qwen3(config, parallel, torch.bfloat16, meta, TorchOperations())
+        for item in load_items(model):
+            for weight in item.weights:
+                weight.install(torch.empty(weight.shape, dtype=weight.dtype, device=meta))
+        memory = rank_memory(config, tp=tp, ep=ep, dtype="bfloat16")
+        assert memory.weight_bytes == weight_bytes(model), (tp, ep)
+        assert memory.kv_token == bytes_per_token(config, tp, torch.bfloat16, int8=False)
+        int8 = rank_memory(config, tp=tp, ep=ep, dtype="bfloat16", int8_cache=True)
+        assert int8.kv_token == bytes_per_token(config, tp, torch.bfloat16, int8=True)
+    assert tried >= 2
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize("shape", [DENSE, DENSE | {"tie_word_embeddings": True}, MOE], ids=["dense", "tied", "moe"])
+def test_quantised_matrices(tmp_path: Path, shape: dict[str, Any], quantization: str) -> None:
+    """Slabs are whole: sizes here are multiples of theirs."""
+    make_checkpoint(tmp_path, shape | {"intermediate_size": 256, "moe_intermediate_size": 64, "hidden_size": 128})
+    model = load_model(
+        tmp_path, dtype=torch.bfloat16, compute=compute_of("kernels", torch.bfloat16), quantization=quantization
+    )
+    memory = rank_memory(model.config, tp=1, ep=1, dtype="bfloat16", quantization=quantization)
+    assert memory.weight_bytes == weight_bytes(model)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(tmp_path, "0.6B")
+    assert main(["plan", "--model-path", str(tmp_path), "--tp", "4", "--load-format", "dummy"]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "4 ranks (ep 1), matrices in bfloat16",
+        "MLPs",
+        "weights",
+        "of 40960 tokens (one whole context), 28672",
+    ):
+        assert line in said
+    assert main(["plan", "--model-path", str(tmp_path), "--tp", "3"]) == 2
+    assert capsys.readouterr().err.startswith("error: --tp 3 does not fit")
