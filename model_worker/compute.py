@@ -9,13 +9,13 @@ import torch
 
 from vibe_sgl_lite.model_worker.attention.cpu_backend import KernelAttention
 from vibe_sgl_lite.model_worker.attention.torch_backend import TorchAttention
-from vibe_sgl_lite.model_worker.batch import ExpandRows
 from vibe_sgl_lite.model_worker.cpu import CpuKernels, load
 from vibe_sgl_lite.model_worker.cpu.fused_layers import fuse_layers
 from vibe_sgl_lite.model_worker.cpu.operations import KernelOperations
 from vibe_sgl_lite.model_worker.device_batch import StepBackend, StepGraphs
 from vibe_sgl_lite.model_worker.kv_pool import KVLayout, KVPool
 from vibe_sgl_lite.model_worker.sampling.sampler import FusedDraw
+from vibe_sgl_lite.model_worker.step_input import ExpandRows
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations, TorchOperations
 from vibe_sgl_lite.qwen3.model import Qwen3
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.batch import Drafter, ExpandRows, SlotStates, StepInput, unpack
+from vibe_sgl_lite.model_worker.batch import Drafter, SlotStates, unpack
 from vibe_sgl_lite.model_worker.device import Device, device_of
 from vibe_sgl_lite.model_worker.device_batch import Result, StepBackend, StepGraphs
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
@@ -28,6 +28,7 @@ from vibe_sgl_lite.model_worker.sampling.constraints import Constraints
 from vibe_sgl_lite.model_worker.sampling.grammar import GrammarLibrary
 from vibe_sgl_lite.model_worker.sampling.prompt_logprobs import PromptLogprobs
 from vibe_sgl_lite.model_worker.sampling.sampler import ArgmaxFunction, FusedDraw, Sampler
+from vibe_sgl_lite.model_worker.step_input import ExpandRows, StepInput
 from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER, OTHER, PartTimer
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, StepResult, pack_ids

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vibe_sgl_lite.model_worker.batch import StepInput
 from vibe_sgl_lite.model_worker.device import Array, ReadBack
 from vibe_sgl_lite.model_worker.sampling.constraints import Constrained, StepMask
 from vibe_sgl_lite.model_worker.sampling.logprobs import Logprobs
 from vibe_sgl_lite.model_worker.sampling.prompt_logprobs import PromptScores
+from vibe_sgl_lite.model_worker.step_input import StepInput
 from vibe_sgl_lite.runtime.errors import EngineError
 from vibe_sgl_lite.runtime.messages import FailedRow, RowLogprobs, StepResult, TokenLogprob, pack_ids
 

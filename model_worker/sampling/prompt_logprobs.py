@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.batch import StepInput
 from vibe_sgl_lite.model_worker.sampling.logprobs import Logprobs
 from vibe_sgl_lite.model_worker.sampling.sampler import Sampler
+from vibe_sgl_lite.model_worker.step_input import StepInput
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 
 # At most this many positions a head call: 39 MB of bf16 logits with Qwen3's vocabulary, and the weights read once.

@@ -137,7 +137,7 @@ class Sampler:
         assert logits.shape == (len(slots), len(self._ids))
         assert logits.is_contiguous()
         plan = self.slots.plan(slots)
-        raw = logits[plan.logprob_rows] if plan.logprob_rows else None
+        raw = None if plan.logprob_index is None else logits[plan.logprob_index]
         if device_positions is None:
             device_positions = self.device.tensor(positions)
         adjusted = self._adjuster.adjust(logits, plan, device_positions, positions)
@@ -146,7 +146,7 @@ class Sampler:
         token_ids = self._draw(adjusted, plan, device_positions)
         logprobs = None
         if raw is not None:
-            chosen = token_ids[plan.logprob_rows]
+            chosen = token_ids[plan.logprob_index]
             logprobs = token_logprobs(raw, chosen, plan.logprob_rows, plan.top_counts, self.vocab, self.group)
         return SampleOutput(token_ids, logprobs)
 

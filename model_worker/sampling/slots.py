@@ -89,7 +89,8 @@ class SamplingPlan:
     """One batch of rows. `greedy`, `unfiltered`: int64 indices of rows, None when there are none.
 
     inverse_temperature: float64 [rows]. seeds: int64 [rows].
-    logprob_rows: host indices of rows that asked for logprobs; top_counts: how many alternatives each of them wants.
+    logprob_rows: indices of rows that asked for logprobs, logprob_index: the same on the device, None when there are
+    none; top_counts: how many alternatives each of them wants.
     """
 
     greedy: Tensor | None
@@ -101,6 +102,7 @@ class SamplingPlan:
     inverse_temperature: Tensor
     seeds: Tensor
     logprob_rows: list[int]
+    logprob_index: Tensor | None
     top_counts: list[int]
 
     @property
@@ -207,6 +209,7 @@ class SlotSampling:
             inverse_temperature=self._column(records, "inverse_temperature"),
             seeds=self._column(records, "seed"),
             logprob_rows=logprob_rows.tolist(),
+            logprob_index=self._rows(records["logprobs"]),
             top_counts=records["top_logprobs"][logprob_rows].tolist(),
         )
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from vibe_sgl_lite.model_worker.batch import SlotStates, StepInput
+from vibe_sgl_lite.model_worker.batch import SlotStates
 from vibe_sgl_lite.model_worker.device import CpuDevice
+from vibe_sgl_lite.model_worker.step_input import StepInput
 from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, RowAttributes, pack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, resolve
 

@@ -111,10 +111,12 @@ def test_a_result_is_handed_on_when_it_is_there(dense: tuple[Any, Qwen3]) -> Non
         {},
         {"temperature": 1.0, "seed": 5, "top_k": 20, "top_p": 0.9},
         {"temperature": 1.0, "seed": 5},
+        {"temperature": 0.7, "seed": 6, "min_p": 0.05, "top_k": 200},
+        {"temperature": 0.7, "seed": 6, "min_new_tokens": 3, "max_new_tokens": 8, "stop_token_ids": (4, 5), "top_k": 9},
         {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "logit_bias": {3: 2.0}},
         {"logprobs": True, "top_logprobs": 2, "prompt_logprobs": True},
     ],
-    ids=["greedy", "filtered", "unfiltered", "adjusted", "logprobs"],
+    ids=["greedy", "filtered", "unfiltered", "min-p", "held back", "adjusted", "logprobs"],
 )
 def test_two_in_flight_give_what_one_at_a_time_gives(dense: tuple[Any, Qwen3], fields: dict[str, Any]) -> None:
     _, model = dense

@@ -5,8 +5,9 @@ import random
 import torch
 
 from tests.model_worker.fake_device import Clock, FakeDevice
-from vibe_sgl_lite.model_worker.batch import ExpandRows, SlotStates, StepInput
+from vibe_sgl_lite.model_worker.batch import SlotStates
 from vibe_sgl_lite.model_worker.gpu.kernels.expand_rows import expand_rows
+from vibe_sgl_lite.model_worker.step_input import ExpandRows, StepInput
 from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, pack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams, resolve
 
