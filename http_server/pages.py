@@ -12,6 +12,7 @@ TYPES = {
     "css": b"text/css; charset=utf-8",
     "html": b"text/html; charset=utf-8",
     "js": b"text/javascript; charset=utf-8",
+    "svg": b"image/svg+xml",
 }
 # Nothing but this server's own files runs in the page, and no other page may frame it.
 POLICY = b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
