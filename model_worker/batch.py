@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vibe_sgl_lite.model_worker.device import Device
 from vibe_sgl_lite.model_worker.device_batch import IntArray
-from vibe_sgl_lite.model_worker.step_input import ExpandRows, StepBuffers, StepInput
+from vibe_sgl_lite.model_worker.step_input import PROMPT_ROWS, ExpandRows, StepBuffers, StepInput
 from vibe_sgl_lite.runtime.messages import ForwardBatch
 
 
@@ -48,15 +48,18 @@ class SlotStates:
         *,
         max_tokens: int | None = None,
         row_buckets: Sequence[int] = (),
+        prompt_buckets: Sequence[int] = (),
         max_drafts: int = 0,
         expand_rows: ExpandRows | None = None,
     ) -> None:
-        """max_tokens: of a step; by default as many as all slots and a context have. row_buckets: of `StepGraphs`.
+        """max_tokens: of a step; by default as many as all slots and a context have. row_buckets,
+        prompt_buckets: of `StepGraphs`.
         max_drafts: of a row. expand_rows: makes steps of decode rows alone on the device, if it can."""
         self.page_size = page_size
         self.padding_page = padding_page
         self.device = device
         self.row_buckets = tuple(sorted(row_buckets))
+        self.prompt_buckets = tuple(sorted(bucket for bucket in prompt_buckets if bucket <= context_length))
         self.padding_slot = max_slots
         # Allocated lazily by the system: most slots never get near the context length. One place is spare, for the
         # token of a step that ran on before the scheduler learned that the request had ended.
@@ -72,11 +75,12 @@ class SlotStates:
         self._row_slots = np.zeros(0, dtype=np.int32)
         self._row_tokens = np.zeros(0, dtype=np.int32)
 
-        max_rows = max(max_slots, *self.row_buckets, 1)
+        max_rows = max(max_slots, *self.row_buckets, PROMPT_ROWS)
+        max_tokens = max(max_slots + context_length if max_tokens is None else max_tokens, max_rows)
         self._buffers = StepBuffers(
             self.tokens, self.page_table, self.adapters, page_size, padding_page, device,
             max_rows=max_rows, max_places=max_rows * (1 + max_drafts),
-            max_tokens=max(max_slots + context_length if max_tokens is None else max_tokens, max_rows),
+            max_tokens=max(max_tokens, *self.prompt_buckets, 1),
             expand_rows=expand_rows,
         )  # fmt: skip
 
@@ -140,7 +144,9 @@ class SlotStates:
             sampling_rows = np.repeat(sampling_rows, each)
             back = np.repeat(np.cumsum(each), each) - 1 - np.arange(len(sampling_rows))
         padding = self._padding(counts, len(sampling_rows))
-        step = self._buffers.fill(slots, starts, ends, sampling_rows, back, padding)
+        alone = len(slots) == len(sampling_rows) == 1 and counts[0] > 1
+        bucket = next((bucket for bucket in self.prompt_buckets if bucket >= counts[0]), None) if alone else None
+        step = self._buffers.fill(slots, starts, ends, sampling_rows, back, padding, bucket=bucket)
         if drafts:
             step = replace(step, drafts=drafts)
             self._unsettled |= dict.fromkeys(slots[[*drafts]].tolist(), step)
@@ -177,6 +183,12 @@ class SlotStates:
         """A step of padding rows alone, for graphs: as a batch of that many decode rows with such a longest context."""
         none, nobody = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
         return self._buffers.fill(none, none, none, nobody, nobody, rows, max_context)
+
+    def padding_prompt(self, bucket: int) -> StepInput:
+        """A step of the padding slot's row, of so many tokens, for graphs."""
+        slots, zero = np.array([self.padding_slot], dtype=np.int32), np.zeros(1, dtype=np.int64)
+        starts = np.zeros(1, dtype=np.int32)
+        return self._buffers.fill(slots, starts, starts + bucket, zero, zero, 0, bucket=bucket)
 
     def append(self, step: StepInput, token_ids: Tensor) -> None:
         """Put the sampled tokens, [Q] on the device, behind the tokens of their slots."""

@@ -92,7 +92,7 @@ class StepBackend(AttentionBackend, Protocol):
         """Under what key the work on this batch may be captured and replayed, beside its number of rows; None: never.
 
         A backend that launches differently for long contexts gives them other keys: kernels, grids and splits are baked
-        into a graph, and may follow from the key alone. Only batches of decode rows may have one.
+        into a graph, and may follow from the key alone, and the numbers of rows and tokens.
         """
         ...
 
@@ -104,10 +104,13 @@ class StepBackend(AttentionBackend, Protocol):
 class StepGraphs(Protocol):
     """Captured graphs of whole steps, on devices that have such. The runner decides what is one piece of work.
 
-    row_buckets: numbers of rows, ascending, to which the runner pads steps of decode rows.
+    row_buckets: numbers of rows, ascending, to which the runner pads steps of decode rows. prompt_buckets: numbers of
+        tokens to which it fills up a step that is one row's chunk, the last of its prompt: so that a short prompt that
+        comes alone does not wait for the host to launch every kernel.
     """
 
     row_buckets: Sequence[int]
+    prompt_buckets: Sequence[int]
 
     def run(self, key: Hashable, work: Callable[[], Result]) -> Result:
         """Replay the graph captured under `key` and return what `work` returned at its capture: the same tensors, new

@@ -91,6 +91,7 @@ class ModelRunner:
             self.device,
             max_tokens=max_tokens,
             row_buckets=() if graphs is None else graphs.row_buckets,
+            prompt_buckets=() if graphs is None else graphs.prompt_buckets,
             max_drafts=0 if drafter is None else drafter.most,
             expand_rows=expand_rows,
         )
@@ -174,6 +175,8 @@ class ModelRunner:
         self.run(ForwardBatch(2, released=slot, row_slots=b"", row_tokens=b""))
         if self.graphs is not None:
             with self.graphs.capturing(), torch.inference_mode():
+                for bucket in reversed(self.slots.prompt_buckets):
+                    self._forward(self.slots.padding_prompt(bucket), fused=self.sampler.fused is not None)
                 for rows in sorted(self.graphs.row_buckets, reverse=True):
                     for context in sorted(self.backend.graph_contexts(), reverse=True):
                         self._forward(self.slots.padding_step(rows, context), fused=self.sampler.fused is not None)
@@ -202,10 +205,11 @@ class ModelRunner:
         batch, draw = step.batch, self.sampler.fused
         metadata = self.backend.prepare(batch)
         key = None
-        captured = batch.decodes_only and len(step.places) == batch.num_rows and step.attributes is None
-        if self.graphs is not None and captured:
-            key = self.backend.graph_key(batch) if batch.num_rows in self.graphs.row_buckets else None
-        key = None if key is None else (batch.num_rows, key)
+        if self.graphs is not None and step.attributes is None:
+            decodes = batch.decodes_only and len(step.places) == batch.num_rows
+            if step.fills_bucket or (decodes and batch.num_rows in self.graphs.row_buckets):
+                key = self.backend.graph_key(batch)
+        key = None if key is None else (batch.num_tokens, key)
         output = self._run(key, lambda: self._compute(step, metadata))
         if not fused:
             return self._guard(step, output)

@@ -20,6 +20,7 @@ from vibe_sgl_lite.qwen3.layers.linear import TokenAttributes
 
 LongArray = npt.NDArray[np.int64]
 
+PROMPT_ROWS = 3  # of a step that is one prompt, filled up: its own, one of the tokens that fill, and an empty one
 # What model_worker/gpu/kernels/expand_rows.py does.
 ExpandRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int], None]
 
@@ -34,7 +35,8 @@ class StepInput:
     On the device: last_tokens [Q] int64, where in T they end; positions and device_slots [Q] int64, as on the host;
     places [Q] int64, where in all slots' tokens the sampled ones go. Where the batch is padded for a graph, these four
     go on for its padding rows. attributes: None where all rows are plain. expand: makes the device's tensors of the
-    rows' slots and lengths; it comes before all else, and can be captured.
+    rows' slots and lengths; it comes before all else, and can be captured. fills_bucket: it is one prompt alone, filled
+    up to one of the sizes for which there may be a graph.
     """
 
     batch: DeviceBatch
@@ -49,6 +51,7 @@ class StepInput:
     drafts: dict[int, list[int]] = field(default_factory=dict)
     attributes: TokenAttributes | None = None
     expand: Callable[[], None] | None = None
+    fills_bucket: bool = False
 
     def entries(self, row: int) -> slice:
         """Where among the Q places a row's are."""
@@ -123,17 +126,19 @@ class StepBuffers:
         back: LongArray,
         padding: int,
         max_context: int | None = None,
+        bucket: int | None = None,
     ) -> StepInput:
         """The step that runs positions starts .. ends of each of its slots, [R] each; then so many padding rows.
 
         sampling_rows: [Q], see `StepInput`; back: [Q], how far before its row's last token each place is. max_context:
-        the longest one for the device to expect, if it is not that of the rows.
+        the longest one for the device to expect, if it is not that of the rows. bucket: tokens to which a step of one
+        row is to be filled up, by a row that does not sample; then comes a row without tokens.
         """
         longest = int(ends.max(initial=1)) if max_context is None else max_context
         expand = self._expand_rows
         if expand is not None and len(sampling_rows) == len(slots) and (ends - starts == 1).all():
             return self._fill_decodes(expand, slots, ends, padding, longest)
-        return self._fill_all(slots, starts, ends, sampling_rows, back, padding, longest)
+        return self._fill_all(slots, starts, ends, sampling_rows, back, padding, longest, bucket)
 
     def _fill_all(
         self,
@@ -144,17 +149,19 @@ class StepBuffers:
         back: LongArray,
         padding: int,
         longest: int,
+        bucket: int | None,
     ) -> StepInput:
         rows, counts, width = len(slots), ends - starts, self.tokens.shape[1]
         real = int(counts.sum())
         padded_rows, num_tokens, sampled = rows + padding, real + padding, len(sampling_rows) + padding
+        if bucket is not None:
+            padded_rows, num_tokens = PROMPT_ROWS, bucket
         host = self._rows.host
         query_start, lengths = host["query_start"][: padded_rows + 1], host["context_lengths"][:padded_rows]
         np.cumsum(counts, out=query_start[1 : rows + 1])
         lengths[:rows] = ends
-        if padding:
-            query_start[rows + 1 :] = np.arange(real + 1, num_tokens + 1)
-            lengths[rows:] = 0
+        query_start[rows + 1 :] = num_tokens if bucket is not None else np.arange(real + 1, num_tokens + 1)
+        lengths[rows:] = 0
         host["slots"][:rows] = slots
         host["slots"][rows:padded_rows] = self.padding_slot
         self._rows.send(padded_rows + 1)
@@ -166,7 +173,7 @@ class StepBuffers:
         pages = self.page_table[token_slots, positions[:real] // self.page_size].astype(np.int64)
         host["slot_mapping"][:real] = pages * self.page_size + positions[:real] % self.page_size
         host["places"][:real] = token_slots * width + positions[:real]
-        if padding:
+        if num_tokens > real:
             positions[real:] = 0
             host["slot_mapping"][real:num_tokens] = self.padding_page * self.page_size
             host["places"][real:num_tokens] = self.padding_slot * width
@@ -212,6 +219,7 @@ class StepBuffers:
             places=device["places"][:sampled],
             device_slots=device["slots"][:sampled],
             attributes=TokenAttributes(self.device.tensor(adapters)) if adapters.any() else None,
+            fills_bucket=bucket is not None,
         )
 
     def _fill_decodes(

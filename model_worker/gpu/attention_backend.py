@@ -23,6 +23,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (
     decode_attention,
 )
 from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import (
+    SHORT_CONTEXT,
     PrefillTiles,
     choose_prefill_tiles,
     plan_tiles,
@@ -31,10 +32,12 @@ from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import (
 from vibe_sgl_lite.model_worker.gpu.kernels.rope_store import rope_store
 from vibe_sgl_lite.model_worker.gpu.operations import has_dependent_launch
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
+from vibe_sgl_lite.model_worker.step_input import PROMPT_ROWS
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
 
 IntArray = npt.NDArray[np.int32]
+PROMPT_TILES = 4096  # of a prompt that comes alone and is filled up
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class GpuAttention:
         )
         self._order = Fields(device, max_rows, rows=np.int32)
         self._num_ordered = 0
+        self._prompt_tiles = Fields(device, 2 * PROMPT_TILES, tiles=np.int32)
 
     def prepare(self, batch: DeviceBatch) -> GpuMetadata:
         decode_rows = batch.num_decode_rows
@@ -87,7 +91,8 @@ class GpuAttention:
 
     def graph_key(self, batch: DeviceBatch) -> Hashable | None:
         if not batch.decodes_only:
-            return None
+            fits = self._fills_bucket(batch) and batch.max_context <= SHORT_CONTEXT
+            return self._cut(batch.max_context) if fits else None
         return choose_chain_tiles(batch.max_context) if self._runs_as_chain(batch) else batch.max_context > LONG_CONTEXT
 
     def graph_contexts(self) -> Sequence[int]:
@@ -161,9 +166,27 @@ class GpuAttention:
         self._num_ordered = len(lengths)
         self._order.send(len(lengths))
 
+    def _fills_bucket(self, batch: DeviceBatch) -> bool:
+        """Whether it is one prompt, filled up: then the tiles lie in a place, and in a number, that stay."""
+        lengths = batch.host_context_lengths
+        return batch.num_decode_rows == 0 and len(lengths) == PROMPT_ROWS and not lengths[1:].any()
+
+    def _cut(self, longest: int) -> PrefillTiles:
+        return choose_prefill_tiles(longest, self.group, self.pool.data.dtype)
+
     def _plan_chunks(self, batch: DeviceBatch) -> ChunkPlan:
         first = batch.num_decode_rows
-        cut = choose_prefill_tiles(int(batch.host_context_lengths[first:].max()), self.group, self.pool.data.dtype)
+        cut = self._cut(int(batch.host_context_lengths[first:].max()))
+        tokens = cut.rows // self.group
+        if self._fills_bucket(batch):
+            tiles = plan_tiles(batch.host_query_start, np.zeros(1, dtype=np.int32), tokens)
+            count = -(-batch.num_tokens // tokens)
+            if count <= PROMPT_TILES:
+                host = self._prompt_tiles.host["tiles"].reshape(-1, 2)
+                host[: len(tiles)] = tiles
+                host[len(tiles) : count] = PROMPT_ROWS - 1, 0  # of the row without tokens
+                self._prompt_tiles.send(2 * count)
+                return ChunkPlan(self._prompt_tiles.device["tiles"][: 2 * count].view(-1, 2), cut)
         rows = np.arange(first, batch.num_rows, dtype=np.int32)
-        tiles = plan_tiles(batch.host_query_start, rows, cut.rows // self.group)
+        tiles = plan_tiles(batch.host_query_start, rows, tokens)
         return ChunkPlan(self.device.tensor(tiles), cut)

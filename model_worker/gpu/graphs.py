@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 Result = TypeVar("Result")
+PROMPT_BUCKETS = (16, 32, 64, 128, 256, 512)
 
 
 def row_buckets(most: int) -> tuple[int, ...]:
@@ -18,8 +19,9 @@ def row_buckets(most: int) -> tuple[int, ...]:
 class CudaGraphs:
     """A `StepGraphs` (model_worker/device_batch.py). All graphs share one pool of memory: none runs beside another."""
 
-    def __init__(self, row_buckets: Sequence[int]) -> None:
+    def __init__(self, row_buckets: Sequence[int], prompt_buckets: Sequence[int] = PROMPT_BUCKETS) -> None:
         self.row_buckets = row_buckets
+        self.prompt_buckets = prompt_buckets
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool: Any = None
         self._capturing = False

@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import LOG2_E
 
 IntArray = npt.NDArray[np.int32]
+SHORT_CONTEXT = 2048  # tokens, up to which small tiles win
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def choose_prefill_tiles(longest: int, group: int, dtype: torch.dtype) -> Prefil
     """For contexts of up to `longest` tokens. Measured on an H100 (docs/decisions.md)."""
     if dtype == torch.float32:
         return PrefillTiles(max(32, triton.next_power_of_2(group)), 32, 4, 2)
-    if longest <= 2048:
+    if longest <= SHORT_CONTEXT:
         return PrefillTiles(max(64, triton.next_power_of_2(group)), 64, 4, 3)
     return PrefillTiles(max(128, triton.next_power_of_2(group)), 64, 4, 2)
 

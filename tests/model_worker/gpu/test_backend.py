@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.model_worker.fake_device import Clock, FakeDevice, FakeGraphs
 from tests.model_worker.test_model_runner import Driver, expected_tokens, new_slot, sampling
 from tests.qwen3.harness import DENSE, make_checkpoint, random_tokens
 from vibe_sgl_lite.model_worker.compute import Compute, GpuSetup, gpu_compute, torch_compute
@@ -20,7 +21,10 @@ PAGE, PAGES_A_SLOT, SLOTS = 8, 12, 6  # as the driver's slots have them
 GROUP = DENSE["num_attention_heads"] // DENSE["num_key_value_heads"]
 
 
-def runner_of(folder: Path, device: torch.device, compute: Compute, *, chain: bool = True) -> ModelRunner:
+def runner_of(
+    folder: Path, device: torch.device, compute: Compute, *, chain: bool = True, fake: FakeGraphs | None = None
+) -> ModelRunner:
+    """fake: graphs, on a device that works behind the host's back, where there is no such device."""
     config = ModelConfig.from_folder(folder)
     model = Qwen3(config, ParallelState(), torch.float32, device, compute.operations)
     load_weights(model, folder)
@@ -35,7 +39,8 @@ def runner_of(folder: Path, device: torch.device, compute: Compute, *, chain: bo
         attention,
         max_slots=SLOTS,
         context_length=PAGE * PAGES_A_SLOT,
-        graphs=None if compute.graphs is None else compute.graphs(),
+        device=None if fake is None else FakeDevice(Clock()),
+        graphs=fake if compute.graphs is None else compute.graphs(),
         fused_draw=compute.fused_draw,
         expand_rows=compute.expand_rows,
     )
@@ -84,3 +89,20 @@ def test_seeds_give_the_tokens_of_plain_torch(tmp_path: Path, device: torch.devi
         params = [sampling(temperature=0.9, top_p=1.0, seed=2**63 + 5), sampling(temperature=1.3, seed=9, **extra)]
         got = run(Driver(runner_of(tmp_path, device, gpu(device))), prompts, 3, params)
         assert got == run(Driver(runner_of(tmp_path, torch.device("cpu"), torch_compute())), prompts, 3, params)
+
+
+def test_prompts_that_come_alone_are_filled_up_and_captured(tmp_path: Path, device: torch.device) -> None:
+    reference = make_checkpoint(tmp_path, DENSE)
+    fake = FakeGraphs((1, 2))
+    fake.prompt_buckets = (8, 16)
+    runner = runner_of(tmp_path, device, gpu(device), fake=None if device.type == "cuda" else fake)
+    runner.warm_up()
+    driver = Driver(runner)
+    for slot, count in enumerate((5, 16, 8, 17)):  # the last one is too long
+        prompt = random_tokens(count, seed=count)
+        driver.run([(slot, count)], new=[new_slot(slot, prompt)], released=[slot - 1] if slot else [])
+        driver.run([(slot, 1)])
+        assert driver.tokens[slot] == expected_tokens(reference, prompt, 2)
+    if device.type == "cpu":
+        assert [key[0] for key in fake.replayed if isinstance(key, tuple)].count(8) == 2
+        assert [key[0] for key in fake.replayed if isinstance(key, tuple)].count(16) == 1
