@@ -241,7 +241,7 @@ def test_bad_requests_are_refused_by_name(side: TextSide, name: str) -> None:
     reply = client.receive()
     assert isinstance(reply, Refused)
     code = "context_length_exceeded" if str(CONTEXT) in text or "bytes of text" in text else "invalid_request"
-    assert (reply.rid, reply.error.code, reply.error.field) == (rid, code, field)
+    assert (reply.rid, reply.error.code, reply.error.field) == (rid[:256], code, field)
     assert text in reply.error.message
     client.generate("good", "fine")
     client.finish("good")
