@@ -45,6 +45,7 @@ from vibe_sgl_lite.runtime.messages import (
     QueryReply,
     Refused,
     RequestRejected,
+    RoutedChunk,
     SchedulerInput,
     SchedulerQuery,
     SchedulerReply,
@@ -264,8 +265,7 @@ class TokenizerManager:
     def on_engine(self, message: TokenizerInput) -> None:
         match message:
             case ChunkBatch(chunks=chunks):
-                for chunk in chunks:
-                    self._on_chunk(chunk.uid, chunk.payload, chunk.num_tokens, chunk.terminal)
+                self._on_chunks(chunks)
             case RequestRejected(uid=uid, error=error):
                 request = self.requests.by_uid(uid)
                 if request is not None:
@@ -281,23 +281,27 @@ class TokenizerManager:
                 if pending is not None:
                     self._answer(pending, values, error)
 
-    def _on_chunk(self, uid: int, payload: bytes, num_tokens: int, terminal: bool) -> None:
-        request = self.requests.by_uid(uid)
-        if request is None:
-            self.counters.late_chunks += 1
-            return
-        assert request.uid is not None
-        sample = uid - request.uid
-        request.tokens[sample] = num_tokens
-        if terminal:
-            self.requests.end_sample(request, sample)
-        session = request.session
+    def _on_chunks(self, chunks: list[RoutedChunk]) -> None:
+        """What a step brought goes to each client in one message."""
+        to_send: dict[Session, list[tuple[int, bytes]]] = {}
+        for chunk in chunks:
+            uid = chunk.uid
+            request = self.requests.by_uid(uid)
+            if request is None:
+                self.counters.late_chunks += 1
+                continue
+            assert request.uid is not None
+            request.tokens[uid - request.uid] = chunk.num_tokens
+            if chunk.terminal:
+                self.requests.end_sample(request, uid - request.uid)
+            to_send.setdefault(request.session, []).append((uid, chunk.payload))
         now = self._now()
-        self._sessions.send_chunk(session, uid, payload, now)
-        if session.gone:
-            self._lose(session, "its connection is gone")
-        elif session.outbox and session.behind(now):
-            self._drop_behind(session)
+        for session, payloads in to_send.items():
+            self._sessions.send_chunks(session, payloads, now)
+            if session.gone:
+                self._lose(session, "its connection is gone")
+            elif session.outbox and session.behind(now):
+                self._drop_behind(session)
 
     def _answer(self, pending: Pending, values: dict[str, int | float | str | bool], error: ErrorInfo | None) -> None:
         if pending.what == "health":
@@ -390,7 +394,7 @@ class TokenizerManager:
             if uid is None:
                 self._sessions.send(session, chunk, self._now())
             else:
-                self._sessions.send_chunk(session, uid + sample, self._encoder.encode(chunk), self._now())
+                self._sessions.send_chunks(session, [(uid + sample, self._encoder.encode(chunk))], self._now())
 
     def _end_session(self, session: Session) -> None:
         """Its client left, or is taken as gone: nobody waits for its requests any more."""

@@ -14,7 +14,7 @@ from enum import Enum, auto
 import msgspec
 import zmq
 
-from vibe_sgl_lite.runtime.messages import MAX_FRAME_BYTES, ServerMessage
+from vibe_sgl_lite.runtime.messages import MAX_FRAME_BYTES, ServerMessage, join_chunks
 from vibe_sgl_lite.runtime.transport.channels import LINGER_MS, bind_ipc, new_socket
 from vibe_sgl_lite.tokenizer_manager.outbox import Outbox
 
@@ -143,11 +143,30 @@ class Sessions:
 
     def send(self, session: Session, message: ServerMessage, now: float) -> None:
         """Look at `session.gone` afterwards."""
-        self._send(session, None, self._encoder.encode(message), now)
+        if session.gone:
+            return
+        frame = self._encoder.encode(message)
+        if not session.outbox:
+            sent = self._socket.send(session.identity, frame)
+            if sent is not Sent.FULL:
+                session.gone = sent is Sent.GONE
+                return
+            self._lagging[session.identity] = session
+        session.outbox.add(frame, now)
 
-    def send_chunk(self, session: Session, uid: int, payload: bytes, now: float) -> None:
-        """`payload`: an encoded `Chunk` of sample `uid`. Look at `session.gone` and `behind` afterwards."""
-        self._send(session, uid, payload, now)
+    def send_chunks(self, session: Session, chunks: list[tuple[int, bytes]], now: float) -> None:
+        """chunks: (uid, encoded `Chunk`), all in one frame. Look at `session.gone` and `behind` afterwards."""
+        if session.gone:
+            return
+        if not session.outbox:
+            frame = chunks[0][1] if len(chunks) == 1 else join_chunks([payload for _, payload in chunks])
+            sent = self._socket.send(session.identity, frame)
+            if sent is not Sent.FULL:
+                session.gone = sent is Sent.GONE
+                return
+            self._lagging[session.identity] = session
+        for uid, payload in chunks:
+            session.outbox.add_chunk(uid, payload, now)
 
     def answer_stranger(self, identity: bytes, message: ServerMessage) -> None:
         """To a connection without a session, as far as it takes it."""
@@ -182,17 +201,3 @@ class Sessions:
                 session.last_seen += pause
         sessions = self._by_identity.values()
         return [s for s in sessions if read_up_to - s.last_seen > SILENCE_S and not s.owner]
-
-    def _send(self, session: Session, uid: int | None, frame: bytes, now: float) -> None:
-        if session.gone:
-            return
-        if not session.outbox:
-            sent = self._socket.send(session.identity, frame)
-            if sent is not Sent.FULL:
-                session.gone = sent is Sent.GONE
-                return
-            self._lagging[session.identity] = session
-        if uid is None:
-            session.outbox.add(frame, now)
-        else:
-            session.outbox.add_chunk(uid, frame, now)

@@ -13,7 +13,7 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from vibe_sgl_lite.runtime.messages import ServerMessage
+from vibe_sgl_lite.runtime.messages import Chunks, ServerMessage
 from vibe_sgl_lite.runtime.transport.channels import DECODE_ERRORS, new_socket
 
 RECEIVE_AT_ONCE = 1000  # frames taken before the thread looks at its other work
@@ -74,9 +74,11 @@ class ClientSocket:
             except zmq.Again:
                 break
             try:
-                messages.append(self._decoder.decode(frame))
+                message = self._decoder.decode(frame)
             except DECODE_ERRORS as error:
                 log.error("dropped a bad frame of %d bytes from the engine: %s", len(frame), error)
+                continue
+            messages += message.chunks if isinstance(message, Chunks) else (message,)
         return messages
 
     def close(self, linger_ms: int = 0) -> None:

@@ -26,6 +26,7 @@ from vibe_sgl_lite.runtime.messages.client import (
     Abort,
     Accepted,
     Chunk,
+    Chunks,
     ClientMessage,
     Generate,
     Goodbye,
@@ -42,6 +43,7 @@ from vibe_sgl_lite.runtime.messages.client import (
     check_fields,
     decode_extension,
     encode_request,
+    join_chunks,
 )
 from vibe_sgl_lite.runtime.messages.control import (
     AbortAll,
@@ -108,6 +110,7 @@ __all__ = [
     "ChildReady",
     "Chunk",
     "ChunkBatch",
+    "Chunks",
     "ClientMessage",
     "ClientsLost",
     "DetokenizerInput",
@@ -159,6 +162,7 @@ __all__ = [
     "check_fields",
     "decode_extension",
     "encode_request",
+    "join_chunks",
     "pack_ids",
     "unpack_ids",
 ]

@@ -13,7 +13,7 @@ from vibe_sgl_lite.runtime.messages.parts import ErrorInfo, Finish, Usage
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 from vibe_sgl_lite.runtime.settings.schema import Spec, plain, settle
 
-PROTOCOL = 1
+PROTOCOL = 2
 # The tokenizer manager names its own limit, from the context length, up to this size; a larger frame would cost the
 # client's connection, so clients refuse to send one.
 MAX_FRAME_BYTES = 16 * 1024 * 1024
@@ -236,6 +236,20 @@ class Chunk(Message, frozen=True):
     tool_calls: tuple[str, ...] = ()
 
 
+class Chunks(Message, frozen=True):
+    """What one step brought to the samples of one client, when these are several."""
+
+    chunks: list[Chunk]
+
+
+def join_chunks(payloads: list[bytes]) -> bytes:
+    """An encoded `Chunks` of encoded chunks, none of which is decoded for it."""
+    return b"".join((_CHUNKS_HEAD, len(payloads).to_bytes(4, "big"), *payloads))
+
+
+_CHUNKS_HEAD = b"\x92\xa6Chunks\xdd"  # a list of the tag and a list, whose length is in 4 bytes
+
+
 class QueryReply(Message, frozen=True):
     """`error` when the query could not be served (a refused flush, a scheduler that does not answer)."""
 
@@ -244,4 +258,4 @@ class QueryReply(Message, frozen=True):
     error: ErrorInfo | None = None
 
 
-ServerMessage = Welcome | Refused | Pong | Accepted | Chunk | QueryReply
+ServerMessage = Welcome | Refused | Pong | Accepted | Chunk | Chunks | QueryReply

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from vibe_sgl_lite.runtime.messages import (
     ChildMessage,
     ChildReady,
     Chunk,
+    Chunks,
     Drained,
     ErrorInfo,
     Finish,
@@ -258,6 +260,7 @@ class RawClient:
             self.socket.setsockopt(zmq.RCVHWM, hwm)
         self.socket.connect(address)
         self._decoder: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
+        self._chunks: deque[Chunk] = deque()  # of the last message
         self.welcome: Welcome | None = None
         if hello:
             self.send(Hello(PROTOCOL, "test"))
@@ -274,8 +277,13 @@ class RawClient:
         self.send(Generate(rid=rid, sampling=sampling, **given))
 
     def receive(self, timeout_s: float = 5.0) -> ServerMessage:
-        assert self.socket.poll(int(timeout_s * 1000)), "nothing came"
-        return self._decoder.decode(self.socket.recv())
+        if not self._chunks:
+            assert self.socket.poll(int(timeout_s * 1000)), "nothing came"
+            message = self._decoder.decode(self.socket.recv())
+            if not isinstance(message, Chunks):
+                return message
+            self._chunks.extend(message.chunks)
+        return self._chunks.popleft()
 
     def receive_for(self, seconds: float) -> list[ServerMessage]:
         """What comes within that time, pinging meanwhile."""
@@ -284,7 +292,9 @@ class RawClient:
         while (left := end - time.monotonic()) > 0:
             self.send(Ping())
             while self.socket.poll(int(min(left, 0.3) * 1000)):
-                messages.append(self._decoder.decode(self.socket.recv()))
+                messages.append(self.receive())
+                messages += self._chunks
+                self._chunks.clear()
                 if time.monotonic() > end:
                     break
         return messages

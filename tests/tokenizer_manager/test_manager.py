@@ -23,6 +23,7 @@ from vibe_sgl_lite.runtime.messages import (
     AddRequest,
     Chunk,
     ChunkBatch,
+    Chunks,
     ErrorInfo,
     Finish,
     Generate,
@@ -49,13 +50,16 @@ class FakeSocket:
 
     def __init__(self) -> None:
         self.state: dict[bytes, Sent] = {}
+        self.frames = 0
         self.sent: dict[bytes, list[ServerMessage]] = {}
         self._decoder: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
 
     def send(self, identity: bytes, frame: bytes) -> Sent:
         state = self.state.get(identity, Sent.YES)
         if state is Sent.YES:
-            self.sent.setdefault(identity, []).append(self._decoder.decode(frame))
+            message = self._decoder.decode(frame)
+            self.sent.setdefault(identity, []).extend(message.chunks if isinstance(message, Chunks) else [message])
+            self.frames += 1
         return state
 
 
@@ -126,6 +130,41 @@ def world(spec: PipelineSpec) -> World:
     world = World(spec)
     world.hello(b"a")
     return world
+
+
+def test_a_step_goes_to_each_client_in_one_message(world: World) -> None:
+    world.hello(b"b")
+    for identity, rid in ((b"a", "r1"), (b"b", "r2"), (b"a", "r3"), (b"a", "r4")):
+        world.generate(identity, rid)
+    while world.work:
+        world.tokenize()
+    world.socket.frames = 0
+    end = Finish("stop", matched=2)
+    routed = [
+        RoutedChunk(added.uid, added.rid == "r3", msgspec.msgpack.encode(made), 1)
+        for added in world.added()
+        for made in [Chunk(added.rid, 0, 0, pack_ids([7]), added.rid, end if added.rid == "r3" else None)]
+    ]
+    late = RoutedChunk(1, False, msgspec.msgpack.encode(Chunk("late", 0, 0, b"", "")), 1)
+    world.manager.on_engine(ChunkBatch([late, *routed]))
+    assert world.socket.frames == 2
+    assert sorted(chunk.text for chunk in world.got(b"a", Chunk)) == ["r1", "r3", "r4"]
+    assert [chunk.rid for chunk in world.got(b"b", Chunk)] == ["r2"]
+    assert len(world.manager.requests) == 3
+    world.socket.state[b"a"] = Sent.FULL  # what waits is merged a sample, as ever
+    for first in range(1, 40):
+        batch = [
+            RoutedChunk(
+                added.uid, False, msgspec.msgpack.encode(Chunk(added.rid, 0, first, pack_ids([7]), "x")), first + 1
+            )
+            for added in world.added()
+        ]
+        world.manager.on_engine(ChunkBatch(batch))
+    world.socket.state[b"a"] = Sent.YES
+    world.socket.frames = 0
+    world.tick()
+    assert world.socket.frames == 2
+    assert [chunk.text for chunk in world.got(b"a", Chunk)[-2:]] == ["x" * 39] * 2
 
 
 def test_abort_while_tokenizing(world: World) -> None:
