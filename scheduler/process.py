@@ -19,6 +19,7 @@ from collections import deque
 import msgspec
 import zmq
 
+from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.launcher.child import Child, PipelineSpec, run_child
 from vibe_sgl_lite.runtime.messages import (
     AbortRequest,
@@ -40,6 +41,7 @@ from vibe_sgl_lite.runtime.messages import (
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.core import Scheduler
+from vibe_sgl_lite.scheduler.kv_events import KvEventPublisher, KvEvents
 from vibe_sgl_lite.scheduler.observer import SchedulerObserver
 from vibe_sgl_lite.scheduler.policies import make_policy
 from vibe_sgl_lite.scheduler.results import Outputs
@@ -106,6 +108,7 @@ class SchedulerProcess:
         self.ranks: list[Sender] = []
         self._connect_ranks()
         self._encoder = msgspec.msgpack.Encoder()
+        self.kv_events: KvEventPublisher | None = None
         self._to_do: deque[SchedulerInput] = deque()  # inputs that are read but not yet acted on
         self._shutdown = False
         self._hung = False
@@ -164,6 +167,18 @@ class SchedulerProcess:
                 self._watch_ranks(core)
             for output in outputs:
                 self._tell(output)
+            if self.kv_events is not None:
+                self.kv_events.flush()
+
+    def tell_routers(self, core: Scheduler, address: str) -> None:
+        """Publish what enters and leaves the prefix cache (--kv-events). Raises ConfigError."""
+        args = self.child.spec.args
+        events = core.state.memory.cache.watcher = KvEvents(self.child.spec.page_size)
+        topic = f"kv@{args.host}:{args.port}@{args.served_model_name or self.child.spec.model_name}"
+        try:
+            self.kv_events = KvEventPublisher(self.child.context, address, topic, events)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"--kv-events {address}: {error.strerror}; choose another", field="kv_events") from error
 
     def _launcher(self, core: Scheduler | None) -> list[Outputs]:
         """A heartbeat to the launcher, and what it commands. core: None before the first ranks are ready."""
@@ -277,6 +292,8 @@ def main(child: Child) -> None:
         log.info("%d KV pages of %d tokens on %s", ready.kv_pages, child.spec.page_size, ready.device)
         args = child.spec.args
         core = make_core(make_config(child.spec, ready), args.trace, args.profile)
+        if args.kv_events is not None:
+            process.tell_routers(core, args.kv_events)
         child.ready(kv_pages=ready.kv_pages, device=ready.device, dtype=ready.dtype, page_size=child.spec.page_size)
         try:
             process.serve(core)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Protocol
 
 TOKEN_BYTES = 4
 
@@ -45,6 +46,16 @@ class RadixNode:
         self.queued = False  # has an entry in the eviction heap
 
 
+class CacheWatcher(Protocol):
+    """Told what enters and leaves the tree. A node that is split stays what it was."""
+
+    def stored(self, node: RadixNode) -> None: ...
+
+    def removed(self, pages: Iterable[int]) -> None: ...
+
+    def cleared(self) -> None: ...
+
+
 class RadixCache:
     """See the module. All lengths are in tokens, all counts in pages, unless a name says bytes.
 
@@ -58,6 +69,7 @@ class RadixCache:
         self.num_evictable = 0  # of these, in nodes without a lock
         self.num_evicted = 0  # pages given back so far
         self.version = 0  # changes whenever a match could have another length
+        self.watcher: CacheWatcher | None = None
         self._page_bytes = page_size * TOKEN_BYTES
         self._release = release
         self._roots: dict[Hashable, RadixNode] = {}
@@ -132,6 +144,8 @@ class RadixCache:
                 self.version += 1
                 child.last_access = self._access
                 self._queue(child)
+                if self.watcher is not None:
+                    self.watcher.stored(child)
                 common = end - at
             else:
                 common = self._common(child.key, key, at, end - at)
@@ -191,6 +205,8 @@ class RadixCache:
         """Forget every page, locked or not, and release none: what they held is gone."""
         self._roots.clear()
         self._heap.clear()
+        if self.watcher is not None:
+            self.watcher.cleared()
         self.num_cached = self.num_evictable = 0
         self.version += 1
 
@@ -275,6 +291,8 @@ class RadixCache:
         assert parent is not None
         count = min(count, len(node.pages))
         keep = len(node.pages) - count
+        if self.watcher is not None:
+            self.watcher.removed(node.pages[keep:])
         self._release(node.pages[keep:])
         self.num_cached -= count
         self.num_evictable -= count

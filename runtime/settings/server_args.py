@@ -256,6 +256,17 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
     metrics_prefix: Annotated[
         str, Spec("what the names on `/metrics` begin with, where they are those of vLLM", group=HTTP)
     ] = "vllm:"
+    kv_events: Annotated[
+        str | None,
+        Spec(
+            "address, `tcp://127.0.0.1:PORT` or `ipc://PATH`, where routers subscribe to what enters and leaves the "
+            "prefix cache",
+            "The token ids of prompts are in it. See [routers](http.md#several-daemons-behind-a-router).",
+            unset="nothing is told",
+            group=HTTP,
+            check=check_address,
+        ),
+    ] = None
     log_requests: Annotated[
         str,
         Spec(

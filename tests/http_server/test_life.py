@@ -10,8 +10,10 @@ import threading
 import time
 from typing import Any
 
+import msgspec
 import openai
 import pytest
+import zmq
 
 from tests.http_server.server import Reply, Server
 from tests.integration.daemon import Daemon, wait_until
@@ -26,9 +28,12 @@ def free_port() -> int:
 
 
 def test_from_loading_to_gone() -> None:
-    port = free_port()
+    port, kv_port = free_port(), free_port()
     flags = ["--port", str(port), "--address", "tcp://127.0.0.1:0", "--max-running-requests", "1"]
-    with Daemon(*flags, "--max-queued-requests", "1") as daemon:
+    events: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
+    events.subscribe(b"kv@")
+    events.connect(f"tcp://127.0.0.1:{kv_port}")
+    with Daemon(*flags, "--max-queued-requests", "1", "--kv-events", f"tcp://127.0.0.1:{kv_port}") as daemon:
         server = Server(daemon, f"http://127.0.0.1:{port}")
         first = _first_answer(server, "/health")
         assert (first.status, first.json["error"]["code"]) == (503, "loading")
@@ -38,6 +43,7 @@ def test_from_loading_to_gone() -> None:
         assert server.get("/health").status == 200
         assert server.post("/v1/completions", BODY | {"max_tokens": 1}).status == 200
         _full(server)
+        _told(server, events)
         _drained(daemon, server)
         assert daemon.wait_exit() == 0
         assert not daemon.survivors(within=2)
@@ -79,6 +85,35 @@ def _full(server: Server) -> None:
     running.close()
     waiting.join(20)
     assert not waiting.is_alive()
+
+
+def _told(server: Server, events: zmq.Socket[bytes]) -> None:
+    """What a router learns of a prompt that was just computed: its pages, chained, with their tokens."""
+    ids = server.post("/tokenize", {"prompt": "A router wants to know where this prefix is. " * 8}).json["tokens"]
+    server.post("/generate", {"input_ids": ids, "sampling_params": {"max_new_tokens": 1}})
+    chain: list[int] = []
+    parent = None
+    numbers = []
+    while len(chain) < len(ids) // 16 * 16:
+        assert events.poll(10_000), "no event came"
+        topic, number, payload = events.recv_multipart()
+        assert topic.decode() == f"kv@127.0.0.1:{server.address[1]}@tiny"
+        numbers.append(int.from_bytes(number, "big"))
+        _, batch, rank = msgspec.msgpack.decode(payload)
+        assert rank == 0
+        for event in batch:
+            if (
+                event["type"] == "BlockStored"
+                and event["parent_block_hash"] == parent
+                and event["token_ids"][0] == (ids[len(chain)])
+            ):
+                assert len(event["token_ids"]) == 16 * len(event["block_hashes"])
+                assert event["block_size"] == 16
+                chain += event["token_ids"]
+                parent = event["block_hashes"][-1]
+    assert chain == ids[: len(chain)]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    events.close()
 
 
 def _drained(daemon: Daemon, server: Server) -> None:

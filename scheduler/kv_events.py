@@ -1,0 +1,95 @@
+"""What enters and leaves the prefix cache, told to routers that send a request where its prefix is (`--kv-events`).
+
+The form is vLLM's, three frames on a PUB socket: the topic `kv@HOST:PORT@MODEL`; an 8-byte big-endian sequence number,
+whose gaps tell of lost messages; and msgpack `[time, [events], 0]`, where an event is a map tagged by `type`. A block
+is a page. Its hash is a number that is never used again while this process lives, for routers take it for a name.
+
+Prefixes under a cache salt, and those with an adapter, are not told: no router could send anything there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable
+
+import msgspec
+import zmq
+
+from vibe_sgl_lite.runtime.messages import unpack_ids
+from vibe_sgl_lite.runtime.transport.channels import bind_ipc, new_socket
+from vibe_sgl_lite.scheduler.radix_cache import RadixNode
+
+MEDIUM = "GPU"  # vLLM's word for the memory that steps read
+
+
+class BlockStored(msgspec.Struct, tag=True):
+    block_hashes: list[int]
+    parent_block_hash: int | None
+    token_ids: list[int]
+    block_size: int
+    lora_id: int | None = None
+    medium: str = MEDIUM
+
+
+class BlockRemoved(msgspec.Struct, tag=True):
+    block_hashes: list[int]
+    medium: str = MEDIUM
+
+
+class AllBlocksCleared(msgspec.Struct, tag=True):
+    pass
+
+
+Event = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+class KvEvents:
+    """Gathers what the radix cache tells (`RadixCache.watcher`) until `take`."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._numbers = itertools.count(1)
+        self._hashes: dict[int, int] = {}  # by page, of those that were told
+        self._events: list[Event] = []
+
+    def stored(self, node: RadixNode) -> None:
+        """`node` is new below its parent."""
+        if node.cache_salt != "":
+            return
+        hashes = [next(self._numbers) for _ in node.pages]
+        self._hashes.update(zip(node.pages, hashes, strict=True))
+        above = node.parent.pages if node.parent is not None else None
+        parent = self._hashes[above[-1]] if above else None
+        self._events.append(BlockStored(hashes, parent, unpack_ids(node.key), self._page_size))
+
+    def removed(self, pages: Iterable[int]) -> None:
+        hashes = [self._hashes.pop(page) for page in pages if page in self._hashes]
+        if hashes:
+            self._events.append(BlockRemoved(hashes))
+
+    def cleared(self) -> None:
+        self._hashes.clear()
+        self._events.append(AllBlocksCleared())
+
+    def take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+
+class KvEventPublisher:
+    """Sends what `events` has gathered. A slow subscriber loses messages, and never holds the scheduler up."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, topic: str, events: KvEvents) -> None:
+        self._socket = new_socket(context, zmq.PUB)
+        bind_ipc(self._socket, address)
+        self._topic = topic.encode()
+        self._events = events
+        self._sequence = 0
+
+    def flush(self) -> None:
+        events = self._events.take()
+        if events:
+            payload = msgspec.msgpack.encode([time.time(), events, 0])
+            self._socket.send_multipart([self._topic, self._sequence.to_bytes(8, "big"), payload])
+            self._sequence += 1
