@@ -466,7 +466,7 @@ class ServerArgs(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
             group=DAEMON,
             choices=("on-failure", "never"),
         ),
-    ] = "never"
+    ] = "on-failure"
     max_restarts: Annotated[
         int,
         Spec(

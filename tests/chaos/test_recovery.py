@@ -1,4 +1,4 @@
-"""A rank group that is lost costs no request: streams pause and go on with the tokens that would have come."""
+"""A process that is lost costs no request: streams pause and go on with the tokens that would have come."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ TOKENS = 120
         ((), "model_worker.0", signal.SIGKILL),
         (("--step-timeout", "1.5"), "model_worker.0", signal.SIGSTOP),
         (("--tp", "2"), "model_worker.1", signal.SIGSEGV),
+        ((), "scheduler", signal.SIGKILL),
+        ((), "detokenizer", signal.SIGKILL),
+        ((), "tokenizer_manager", signal.SIGKILL),
     ],
-    ids=["killed", "hung", "one-of-two"],
+    ids=["rank-killed", "rank-hung", "rank-of-two", "scheduler", "detokenizer", "tokenizer-manager"],
 )
-def test_a_lost_rank_changes_no_token(flags: tuple[str, ...], victim: str, sent: signal.Signals) -> None:
+def test_a_lost_process_changes_no_token(flags: tuple[str, ...], victim: str, sent: signal.Signals) -> None:
     with running(*FLAGS, *flags) as daemon, daemon.client() as client:
         undisturbed = Run(client, make_jobs(8, TOKENS))
         undisturbed.wait(60)

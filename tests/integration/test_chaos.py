@@ -20,7 +20,7 @@ STEP_TIMEOUT_S = 2
 
 @pytest.mark.parametrize("victim", ["model_worker.0", "scheduler", "detokenizer", "tokenizer_manager"])
 def test_a_killed_child_ends_everything_in_time(victim: str) -> None:
-    with running() as daemon, daemon.client() as one, daemon.client() as two:
+    with running("--restart", "never") as daemon, daemon.client() as one, daemon.client() as two:
         streams = Streams([one, two], each=4)
         streams.wait_running()
         start = time.monotonic()
@@ -51,7 +51,7 @@ def test_a_launcher_killed_while_starting_leaves_nothing() -> None:
 
 
 def test_a_hung_worker_is_found_dumped_and_killed() -> None:
-    with running("--step-timeout", str(STEP_TIMEOUT_S)) as daemon, daemon.client() as client:
+    with running("--restart", "never", "--step-timeout", str(STEP_TIMEOUT_S)) as daemon, daemon.client() as client:
         streams = Streams([client], each=4)
         streams.wait_running()
         start = time.monotonic()

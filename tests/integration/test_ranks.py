@@ -22,7 +22,8 @@ STEP_TIMEOUT_S = 2
     ],
 )
 def test_a_faulty_rank_is_named(victim: int, sent: signal.Signals, within: float, says: str) -> None:
-    with running("--tp", "2", "--step-timeout", str(STEP_TIMEOUT_S)) as daemon, daemon.client() as client:
+    flags = ("--tp", "2", "--restart", "never", "--step-timeout", str(STEP_TIMEOUT_S))
+    with running(*flags) as daemon, daemon.client() as client:
         streams = Streams([client], each=4)
         streams.wait_running()
         start = time.monotonic()

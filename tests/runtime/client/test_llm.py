@@ -113,7 +113,7 @@ def test_close_ends_what_runs(model: str) -> None:
 
 @pytest.mark.parametrize("victim", list(FAKES))
 def test_a_death_ends_every_call_with_its_cause(model: str, victim: str, run_base: Path) -> None:
-    with make(model) as llm, ThreadPoolExecutor(2) as pool:
+    with make(model, restart="never") as llm, ThreadPoolExecutor(2) as pool:
         stream = llm.stream("slow")
         assert next(stream).text == "par"
         calls = [pool.submit(llm.generate, "slow") for _ in range(2)]
