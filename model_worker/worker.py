@@ -107,6 +107,7 @@ def _shared_settings(spec: PipelineSpec) -> dict[str, Any]:
     args = msgspec.to_builtins(spec.args)
     shared = {flag_name(name): value for name, value in args.items() if name not in NODES_OWN}
     resolved = {"--device": spec.device, "--dtype": spec.dtype, "--context-length": spec.context_length}
+    resolved |= {"--page-size": spec.page_size, "--chunked-prefill-size": spec.chunked_prefill_size}
     return shared | resolved | {f"config.json: {k}": v for k, v in msgspec.to_builtins(spec.model).items()}
 
 
@@ -215,6 +216,8 @@ class StepPipeline:
     ) -> None:
         """send: called with every result, in order. The runner's timer, if it is a `StepTimer`, times all of it."""
         self.timer = runner.timer
+        if isinstance(self.timer, StepTimer):
+            self.timer.take()  # what the start took belongs to no step
         self._runner = runner
         self._send = send
         self._digest = digest

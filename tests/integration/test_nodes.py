@@ -52,7 +52,7 @@ def test_a_port_that_is_taken_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         meeting = f"127.0.0.1:{taken.getsockname()[1]}"
         with Daemon("--tp", "2", *node_flags(2, 0, meeting)) as daemon:
-            assert daemon.wait_exit(60) == 1
+            assert daemon.wait_exit(60) == 2
             says = f"error: model_worker.0: --dist-init-addr {meeting}: node 0 cannot listen there (Address already in"
             assert daemon.log().splitlines()[-1].startswith(says)
 
@@ -86,7 +86,7 @@ def test_nodes_that_disagree_are_refused_on_both() -> None:
         Daemon(*flags, *node_flags(2, 0, meeting)) as first,
     ):
         for node, daemon in enumerate((first, second)):
-            assert daemon.wait_exit(60) == 1
+            assert daemon.wait_exit(60) == 2
             says = (
                 f"error: model_worker.{node}: --page-size is not the same on all nodes: 8 where rank 1 is, 16 on node 0"
             )
