@@ -25,7 +25,7 @@ from vibe_sgl_lite.runtime.text.chat_format import (
 )
 
 
-class Parsed(msgspec.Struct):
+class Parsed(msgspec.Struct, gc=False):
     """What is new. tool_calls: raw JSON texts, each of which `parse_tool_call` takes."""
 
     text: str = ""

@@ -28,10 +28,11 @@ from vibe_sgl_lite.runtime.messages import (
     TokenLogprob,
     TokenOutput,
     Usage,
-    pack_ids,
     unpack_ids,
 )
 from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
+
+ID_BYTES = 4  # of a token id in a message
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,9 @@ class Detokenizer:
             sample = self._samples[options.uid] = _Sample(options, self._vocabulary)
             ids = unpack_ids(options.resume_ids)
             sample.count = len(ids)
-            _parse(sample.chat, sample.add(ids, None, None)[0], False)
+            text = sample.add(ids, None, None)[0]
+            if sample.chat is not None:
+                sample.chat.add(text)
 
     def step(self, step: StepOutput) -> tuple[ChunkBatch, list[StopMatched]]:
         """Chunks of one step, one a sample that brought something new, and the samples that a stop string ended."""
@@ -148,12 +151,12 @@ class Detokenizer:
             log.error("sample %d: token %d came where %d was due", output.uid, output.first, sample.count)
             repeated = 0
             sample.count = output.first
-        packed = output.token_ids[4 * repeated :] if repeated else output.token_ids
+        packed = output.token_ids[ID_BYTES * repeated :] if repeated else output.token_ids
         if output.usage is not None:
             sample.cached = output.usage.cached_tokens
         if not packed and output.finish is None and output.prompt_logprobs is None:
             return None
-        ids = unpack_ids(packed)
+        ids = memoryview(packed).cast("i")
         offsets: list[int] | None = None if output.logprobs is None else []
         finish = output.finish
         hidden = None  # as in vLLM and SGLang; whether special tokens are shown is skip_special_tokens' to say
@@ -165,7 +168,7 @@ class Detokenizer:
             text += rest
         if matched is not None:
             finish = Finish("stop", matched=matched)
-        parsed = _parse(sample.chat, text, finish is not None)
+        parsed = Parsed(text) if sample.chat is None else _parse(sample.chat, text, finish is not None)
         logprobs = None
         if output.logprobs is not None and offsets is not None:
             logprobs = self._entries(output.logprobs[repeated : repeated + used], offsets)
@@ -178,7 +181,7 @@ class Detokenizer:
             sample.options.rid,
             sample.options.index,
             first,
-            packed if used == len(ids) else pack_ids(ids[:used]),
+            packed[: ID_BYTES * used],
             parsed.text,
             finish,
             usage,
@@ -200,9 +203,7 @@ class Detokenizer:
         return LogprobEntry(logprob.token_id, logprob.logprob, text(logprob.token_id), top, offset)
 
 
-def _parse(chat: ChatParser | None, text: str, final: bool) -> Parsed:
-    if chat is None:
-        return Parsed(text)
+def _parse(chat: ChatParser, text: str, final: bool) -> Parsed:
     new = chat.add(text)
     if final:
         rest = chat.end()

@@ -57,7 +57,7 @@ from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import GrammarCompiler
 from vibe_sgl_lite.tokenizer_manager.queries import ANSWER_S, Pending, Queries
-from vibe_sgl_lite.tokenizer_manager.requests import Request, RequestTable
+from vibe_sgl_lite.tokenizer_manager.requests import OpenRequest, RequestTable
 from vibe_sgl_lite.tokenizer_manager.sessions import Session, Sessions
 from vibe_sgl_lite.tokenizer_manager.tokenizing import Run, TokenizingQueue
 from vibe_sgl_lite.tokenizer_manager.validate import Limits, Prepared, Unreadable, check, prepare, read_frame
@@ -203,7 +203,7 @@ class TokenizerManager:
         else:
             self._prepare(request, message, params)
 
-    def _prepare(self, request: Request, message: Generate, params: SamplingParams) -> None:
+    def _prepare(self, request: OpenRequest, message: Generate, params: SamplingParams) -> None:
         self._tokenizing.add(
             request,
             partial(
@@ -212,7 +212,7 @@ class TokenizerManager:
             partial(self._on_prepared, request, message),
         )
 
-    def _on_prepared(self, request: Request, message: Generate, future: Future[Prepared]) -> None:
+    def _on_prepared(self, request: OpenRequest, message: Generate, future: Future[Prepared]) -> None:
         if request.ended or future.cancelled():
             return  # aborted, or its client is gone
         error = future.exception()
@@ -384,7 +384,7 @@ class TokenizerManager:
         self.counters.requests_refused_total += 1
         self._send(session, Refused(_short(error), rid[:MAX_ECHO_CHARS]))
 
-    def _end_request(self, request: Request, finish: Finish) -> None:
+    def _end_request(self, request: OpenRequest, finish: Finish) -> None:
         """Give every open sample its terminal event ourselves; what the engine still sends for it is dropped."""
         session, uid = request.session, request.uid
         for sample in self.requests.end(request):

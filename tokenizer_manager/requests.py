@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from vibe_sgl_lite.tokenizer_manager.sessions import Session
 
 
-class Request:
+class OpenRequest:
     """uid: None while it is being tokenized. tokens: generated so far, of each sample. open: their numbers."""
 
     __slots__ = ("n", "open", "prompt_tokens", "rid", "session", "tokens", "uid")
@@ -35,14 +35,14 @@ class RequestTable:
 
     def __init__(self) -> None:
         self._next_uid = time.monotonic_ns() // 1000  # beyond whatever a predecessor that died has given away
-        self._by_uid: dict[int, Request] = {}
-        self._by_session: dict[str, dict[str, Request]] = {}  # session token -> rid -> request
+        self._by_uid: dict[int, OpenRequest] = {}
+        self._by_session: dict[str, dict[str, OpenRequest]] = {}  # session token -> rid -> request
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[OpenRequest]:
         """All of them; they may be ended meanwhile."""
         return iter([request for requests in self._by_session.values() for request in requests.values()])
 
@@ -50,23 +50,23 @@ class RequestTable:
     def num_tokenizing(self) -> int:
         return sum(request.uid is None for request in self)
 
-    def of_session(self, session: Session) -> list[Request]:
+    def of_session(self, session: Session) -> list[OpenRequest]:
         return list(self._by_session.get(session.token, {}).values())
 
-    def find(self, session: Session, rid: str) -> Request | None:
+    def find(self, session: Session, rid: str) -> OpenRequest | None:
         return self._by_session.get(session.token, {}).get(rid)
 
-    def by_uid(self, uid: int) -> Request | None:
+    def by_uid(self, uid: int) -> OpenRequest | None:
         return self._by_uid.get(uid)
 
-    def add(self, session: Session, rid: str, n: int) -> Request:
+    def add(self, session: Session, rid: str, n: int) -> OpenRequest:
         assert self.find(session, rid) is None
-        request = Request(session, rid, n)
+        request = OpenRequest(session, rid, n)
         self._by_session.setdefault(session.token, {})[rid] = request
         self._count += 1
         return request
 
-    def number(self, request: Request, prompt_tokens: int, resume_ids: Sequence[bytes | None] | None = None) -> int:
+    def number(self, request: OpenRequest, prompt_tokens: int, resume_ids: Sequence[bytes | None] | None = None) -> int:
         """Give a tokenized request its uid. resume_ids: as in `Generate`; samples that had ended end here, untold."""
         assert request.uid is None
         assert not request.ended
@@ -80,7 +80,7 @@ class RequestTable:
                 self.end_sample(request, sample)
         return request.uid
 
-    def end_sample(self, request: Request, sample: int) -> None:
+    def end_sample(self, request: OpenRequest, sample: int) -> None:
         """The request is forgotten with its last open sample."""
         request.open.remove(sample)
         if request.uid is not None:
@@ -92,7 +92,7 @@ class RequestTable:
                 del self._by_session[token]
             self._count -= 1
 
-    def end(self, request: Request) -> list[int]:
+    def end(self, request: OpenRequest) -> list[int]:
         """End whatever is open of a request; returns those samples."""
         samples = sorted(request.open)
         for sample in samples:

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Generic, TypeVar
 
-from vibe_sgl_lite.tokenizer_manager.requests import Request
+from vibe_sgl_lite.tokenizer_manager.requests import OpenRequest
 
 T = TypeVar("T")
 Run = Callable[[Callable[[], T], Callable[[Future[T]], None]], None]
@@ -21,10 +21,10 @@ class TokenizingQueue(Generic[T]):
     def __init__(self, run: Run[T], threads: int) -> None:
         self._run = run
         self._free = threads
-        self._waiting: OrderedDict[str, deque[tuple[Request, Callable[[], T], Callable[[Future[T]], None]]]]
+        self._waiting: OrderedDict[str, deque[tuple[OpenRequest, Callable[[], T], Callable[[Future[T]], None]]]]
         self._waiting = OrderedDict()  # by session token, the next to be served first
 
-    def add(self, request: Request, work: Callable[[], T], done: Callable[[Future[T]], None]) -> None:
+    def add(self, request: OpenRequest, work: Callable[[], T], done: Callable[[Future[T]], None]) -> None:
         self._waiting.setdefault(request.session.token, deque()).append((request, work, done))
         self._start()
 

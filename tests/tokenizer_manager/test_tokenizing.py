@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from vibe_sgl_lite.tokenizer_manager.requests import Request, RequestTable
+from vibe_sgl_lite.tokenizer_manager.requests import OpenRequest, RequestTable
 from vibe_sgl_lite.tokenizer_manager.sessions import Session
 from vibe_sgl_lite.tokenizer_manager.tokenizing import TokenizingQueue
 
@@ -22,7 +22,7 @@ class Threads:
     def _run(self, work: Callable[[], str], done: Callable[[Future[str]], None]) -> None:
         self.running.append((work, done))
 
-    def add(self, session: Session, rid: str) -> Request:
+    def add(self, session: Session, rid: str) -> OpenRequest:
         request = self.table.add(session, rid, 1)
         self.queue.add(request, lambda: rid, lambda future: self.done.append(future.result()))
         return request
