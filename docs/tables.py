@@ -73,7 +73,7 @@ def _allowed(field: Field) -> str:
         return f"at most {spec.items} ids"
     if kind == dict[int, float]:
         return f"at most {spec.items} ids; {field.range_words}"
-    return "" if kind is bool else field.range_words
+    return "" if kind is bool else spec.allowed or field.range_words
 
 
 if __name__ == "__main__":

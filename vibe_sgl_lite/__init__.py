@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from vibe_sgl_lite.runtime.client.async_client import AsyncClient, AsyncStream
     from vibe_sgl_lite.runtime.client.client import Client, Stream
     from vibe_sgl_lite.runtime.client.llm import LLM
@@ -19,13 +20,16 @@ if TYPE_CHECKING:
         ConfigError,
         ConnectError,
         ContextLengthError,
+        DeadlineError,
         DrainingError,
         EngineDeadError,
         EngineError,
+        EngineLostError,
         KVExhaustedError,
         ModelConfigError,
         NumericalError,
         OverloadedError,
+        PoisonError,
         ProtocolError,
         RequestError,
         StartupError,
@@ -56,15 +60,18 @@ __all__ = [
     "ConfigError",
     "ConnectError",
     "ContextLengthError",
+    "DeadlineError",
     "DrainingError",
     "EngineDeadError",
     "EngineError",
+    "EngineLostError",
     "KVExhaustedError",
     "ModelConfigError",
     "NumericalError",
     "Output",
     "OutputChunk",
     "OverloadedError",
+    "PoisonError",
     "ProtocolError",
     "RequestError",
     "SamplingParams",
@@ -74,13 +81,17 @@ __all__ = [
     "UserError",
     "VibeError",
     "WeightsError",
+    "__version__",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.runtime.{_HOMES.get(name, 'errors')}"), name)
+    if name == "__version__":
+        value = importlib.import_module(f"{__name__}.runtime.settings.cli").version()
+    else:
+        value = getattr(importlib.import_module(f"{__name__}.runtime.{_HOMES.get(name, 'errors')}"), name)
     globals()[name] = value
     return value
 

@@ -7,13 +7,19 @@ import re
 import secrets
 import time
 import weakref
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from vibe_sgl_lite.runtime.client.client import Client
 from vibe_sgl_lite.runtime.client.connection import Connection
-from vibe_sgl_lite.runtime.errors import ConfigError, ModelConfigError
+from vibe_sgl_lite.runtime.errors import ConfigError, ModelConfigError, RequestError
 from vibe_sgl_lite.runtime.launcher.pipeline import Pipeline
+from vibe_sgl_lite.runtime.settings.schema import is_list, shown
 from vibe_sgl_lite.runtime.settings.server_args import make_args
+
+if TYPE_CHECKING:
+    from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 
 CAUSE_WAIT_S = 0.5  # a broken connection is seen at once, the watch knows a little later which process died
 
@@ -65,6 +71,26 @@ class LLM(Client):
     def facts(self) -> dict[str, int | float | str]:
         """What the ready line of `launch.py` tells: address, model, device, dtype, tp, kv_pages, startup, ..."""
         return self._pipeline.facts
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, as the engine tokenizes it. The first call loads the tokenizer."""
+        if not isinstance(text, str):
+            raise RequestError(f"text={shown(text)} must be a text", field="text")
+        return self._tokenizer.encode(text)
+
+    def count_tokens(self, prompt: str | Sequence[Mapping[str, Any]], **template_kwargs: Any) -> int:
+        """Tokens of a text, or of a chat through the model's template (`enable_thinking`, `tools`, ...)."""
+        if isinstance(prompt, str):
+            return len(self.encode(prompt))
+        if not is_list(prompt) or not all(isinstance(message, Mapping) for message in prompt):
+            raise RequestError("prompt must be a text, or a list of messages", field="prompt")
+        return len(self._tokenizer.encode_chat(self._tokenizer.apply_chat_template(prompt, **template_kwargs)))
+
+    @cached_property
+    def _tokenizer(self) -> ChatTokenizer:
+        from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer  # which takes seconds to import
+
+        return ChatTokenizer.from_folder(self._pipeline.tokenizer_folder)
 
     def close(self) -> None:
         """Abort what runs and stop the engine's processes; returns when they are gone. Safe to call again."""

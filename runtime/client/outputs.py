@@ -5,6 +5,10 @@ Knows nothing of sockets and threads.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from typing import Any
+
 import msgspec
 
 from vibe_sgl_lite.runtime.errors import UserError, VibeError, error_from_code
@@ -13,7 +17,19 @@ from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 from vibe_sgl_lite.runtime.text.chat_format import ToolCall, parse_tool_call
 
 
-class OutputChunk(msgspec.Struct, frozen=True, kw_only=True):
+class _Plain(msgspec.Struct, frozen=True):
+    """What can be written down."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Dicts, lists, texts and numbers alone; an error is its code, message and field."""
+        return {name: _plain(getattr(self, name)) for name in self.__struct_fields__}
+
+    def to_json(self) -> str:
+        """JSON text of `to_dict`."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+
+class OutputChunk(_Plain, frozen=True, kw_only=True):
     """What is new of sample `index` since its chunk before. Its last one has `finish_reason`, `matched` and `usage`.
 
     token_ids: new tokens; text: new text, which may lag behind the tokens (characters that are not complete yet, text
@@ -35,7 +51,7 @@ class OutputChunk(msgspec.Struct, frozen=True, kw_only=True):
     error: VibeError | None = None
 
 
-class Output(msgspec.Struct, frozen=True, kw_only=True):
+class Output(_Plain, frozen=True, kw_only=True):
     """All that was generated for one prompt; with n > 1, by sample `index`.
 
     text: of a chat, without the thinking block and the tool calls. reasoning: what the thinking block holds, "" without
@@ -62,6 +78,23 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
     index: int = 0
     reasoning: str = ""
     tool_calls: list[ToolCall] = []
+
+    def __repr__(self) -> str:
+        """What one looks for first; `to_dict` has all of it."""
+        shown: dict[str, object] = {"text": self.text}
+        if self.index:
+            shown["index"] = self.index
+        if self.reasoning:
+            shown["reasoning"] = self.reasoning
+        if self.tool_calls:
+            shown["tool_calls"] = [(call.name, call.arguments) for call in self.tool_calls]
+        shown["finish_reason"] = self.finish_reason
+        if self.matched is not None:
+            shown["matched"] = self.matched
+        if self.error is not None:
+            shown["error"] = self.error
+        shown["tokens"] = len(self.token_ids)
+        return f"Output({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 def chunk_from_message(chunk: Chunk) -> OutputChunk:
@@ -181,3 +214,13 @@ def _error(finish: Finish | None) -> VibeError | None:
     if finish is None or finish.error is None:
         return None
     return error_from_code(finish.error.code, finish.error.message, finish.error.field)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, VibeError):
+        return {"code": value.code, "message": str(value), "field": getattr(value, "field", None)}
+    if isinstance(value, msgspec.Struct):
+        return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import os
 import secrets
 import threading
 import time
@@ -55,6 +56,7 @@ class Pipeline:
         self._spec: PipelineSpec | None = None
         self._pool_tokens: int | None = None  # what the KV pool holds, once known
         self._watch: Watch | None = None
+        self._pid = os.getpid()
         self._begun = False
         self._settled = threading.Event()  # ready, or ended
         self._ended = threading.Event()
@@ -63,6 +65,12 @@ class Pipeline:
     def address(self) -> str:
         """Where clients connect. Known once started."""
         return str(self.facts["address"])
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """Known once started."""
+        assert self._spec is not None
+        return self._spec.tokenizer_folder
 
     @property
     def failure(self) -> str | None:
@@ -107,7 +115,7 @@ class Pipeline:
 
         Returns whether there is something to stop: False before any process was started.
         """
-        if self._watch is None:
+        if self._watch is None or os.getpid() != self._pid:  # a fork of this process: the engine is its parent's
             return False
         self._watch.request_stop(drain_s)
         return True

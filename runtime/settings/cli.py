@@ -48,7 +48,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _make_parser() -> _Parser:
     parser = _Parser(prog="vibe-sgl-lite", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=CONFIG_HELP)
     for name, field in FLAGS.items():
         for flags, shown in (((flag_name(name),), True), (tuple(map(flag_name, field.spec.aliases)), False)):
@@ -83,7 +83,8 @@ def _help(field: Field) -> str:
     return f"{spec.help} (default: {shown})".replace("`", "")
 
 
-def _version() -> str:
+def version() -> str:
+    """Of this package, as it was installed."""
     try:
         return metadata.version("vibe-sgl-lite")
     except metadata.PackageNotFoundError:

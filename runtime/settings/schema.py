@@ -105,7 +105,7 @@ class Field(msgspec.Struct, frozen=True):
         """`at least 1 and at most 1024 (ranks)`."""
         spec = self.spec
         if spec.allowed:
-            return spec.allowed
+            return spec.allowed.replace("`", "")
         low = None if spec.low is None else f"{'above' if spec.above_low else 'at least'} {_shown_number(spec.low)}"
         high = None if spec.high is None else f"at most {_shown_number(spec.high)}"
         return " and ".join(filter(None, (low, high))) + (f" ({spec.unit})" if spec.unit else "")

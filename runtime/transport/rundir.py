@@ -59,13 +59,8 @@ def engine_lives(address: str) -> bool | None:
         return None
     path = Path(address.removeprefix("ipc://"))
     for lock in (path.with_name(LOCK_FILE), path.with_name(path.name + ".lock")):
-        try:
-            os.kill(int(lock.read_text()), 0)
-        except PermissionError:
-            return True
-        except (OSError, ValueError):
-            continue
-        return True
+        with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
+            return psutil.Process(int(lock.read_text())).status() != psutil.STATUS_ZOMBIE
     return False
 
 

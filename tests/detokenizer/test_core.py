@@ -66,6 +66,35 @@ def test_chunks_are_deltas() -> None:
     assert text == "naïve 你"
 
 
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("The naïve café. 你好, 世界!", {}),
+        ("The cafe is zzz open", {"stop": ("is open", "zzzz")}),
+        ("x </think> <tool_call>{}</tool_call> y", {"text_format": TextFormat(think=True, inside=True, tools=True)}),
+        ("<think>a</think>b <", {"text_format": TextFormat(think=True), "stop": ("never",)}),
+    ],
+)
+@pytest.mark.parametrize("together", [1, 3])
+def test_what_a_client_has_is_not_said_again(text: str, options: dict[str, Any], together: int) -> None:
+    """From any token on, the chunks are those that come without an interruption."""
+    ids = TOKENIZER.encode(text)
+
+    def chunks(start: int) -> list[Chunk]:
+        detokenizer = opened(resume_ids=pack_ids(ids[:start]), **options)
+        pieces = []
+        for place in range(start, len(ids), together):
+            new = ids[place : place + together]
+            finish = Finish("length") if place + together >= len(ids) else None
+            pieces += run(detokenizer, out(place, new, finish=finish))[0]
+        return pieces
+
+    whole = chunks(0)
+    assert len(whole) > 2
+    for start in range(0, len(ids), together):
+        assert chunks(start) == whole[start // together :]
+
+
 @pytest.mark.parametrize("stop", [(), ("zz",)])
 def test_an_ordinary_stop_token_is_in_the_ids_and_not_in_the_text(stop: tuple[str, ...]) -> None:
     """As in vLLM and SGLang, unless the stop is to be included; it can complete no stop string either."""

@@ -7,8 +7,8 @@ import random
 import msgspec
 import pytest
 
-from tests.scheduler.harness import VOCAB, Harness, check_pages, config, random_prompt, request
-from vibe_sgl_lite.runtime.messages import RowAttributes, unpack_ids
+from tests.scheduler.harness import VOCAB, Harness, check_pages, config, random_prompt, reference, request
+from vibe_sgl_lite.runtime.messages import RowAttributes, pack_ids, unpack_ids
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -54,6 +54,47 @@ def test_random_load_gives_every_request_its_own_tokens(
     assert bool(stats["evicted_pages_total"]) == (pages < 2000) or not radix_cache
     if not radix_cache:
         assert stats["kv_pages_cached"] == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("pages", [16, 200])
+def test_requests_that_come_with_what_they_have_go_on_from_there(overlap: bool, pages: int) -> None:
+    """Any number of tokens of any sample, under pressure too; those that have ended are not run again."""
+    rng = random.Random(pages)
+    h = Harness(config(num_pages=pages, overlap=overlap))
+    for uid in range(0, 200, 4):
+        n = rng.choice([1, 1, 4])
+        message = request(
+            uid,
+            random_prompt(rng, rng.randrange(1, 20)),
+            max_new_tokens=rng.randrange(1, 30),
+            stop_token_ids=(rng.randrange(VOCAB),),
+            seed=rng.randrange(3),
+            n=n,
+        )
+        resume: list[bytes | None] = []
+        for index in range(n):
+            tokens = reference(unpack_ids(message.token_ids), message.sampling, "", index)
+            resume.append(pack_ids(tokens[: rng.randrange(len(tokens))]) if index == 0 or rng.random() < 0.7 else None)
+        h.add(msgspec.structs.replace(message, resume_ids=resume))
+        for _ in range(rng.randrange(3)):
+            h.step()
+            check_pages(h.scheduler, h.rank)
+    h.run()
+    assert len(h.samples) > 50
+    assert {sample.finish.reason for sample in h.samples.values() if sample.finish} == {"stop", "length"}
+    h.check_all_ended()
+    assert bool(h.scheduler.stats()["num_retractions"]) == (pages == 16)
+
+
+def test_the_detokenizer_gets_to_know_what_the_client_has() -> None:
+    h = Harness(config())
+    message = request(1, [1, 2, 3], max_new_tokens=5)
+    have = reference([1, 2, 3], message.sampling)[:2]
+    h.scheduler.add(msgspec.structs.replace(message, resume_ids=[pack_ids(have)]), 0.0)
+    [opened] = h.scheduler.abort(1, 0.0).opens
+    assert opened.resume_ids == pack_ids(have)
+    assert opened.prompt_tokens == 3
 
 
 def test_one_request_alone() -> None:

@@ -177,6 +177,47 @@ def test_from_stdin_without_a_main_guard(model: str, run_base: Path, ending: str
     assert list(run_base.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "child",
+    [
+        "sys.exit(0)",
+        "llm.close(); sys.exit(0)",
+        "del llm; gc.collect(); sys.exit(0)",
+        "client.close(); sys.exit(0)",
+        "raised(lambda: llm.generate('abc')); sys.exit(0)",
+        "raised(lambda: client.stats()); sys.exit(0)",
+        "threading.Thread(target=llm.close).start()",
+    ],
+)
+def test_a_fork_beside_an_engine_can_exit_and_harms_nobody(model: str, run_base: Path, child: str) -> None:
+    script = f"""
+{PATCH}
+import gc, os, sys, threading, time
+def raised(call):
+    try:
+        call()
+    except vibe_sgl_lite.ClosedError:
+        return
+    os._exit(5)
+llm = LLM({model!r}, load_format='dummy', log_level='error')
+client = vibe_sgl_lite.Client(llm.address)
+pid = os.fork()
+if pid == 0:
+    {child}
+    sys.exit(0)
+deadline = time.monotonic() + 5
+while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+    time.sleep(0.02)
+if ended == (0, 0):
+    os.kill(pid, 9)
+print(ended[1] if ended[0] else "hung", llm.generate('abc').text, client.generate('ab').text)
+"""
+    done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout.splitlines()[-1] == "0 cba ba", done.stderr
+    assert done.returncode == 0
+    assert list(run_base.iterdir()) == []
+
+
 def test_from_another_thread_and_for_async_clients(model: str) -> None:
     async def ask(address: str) -> str:
         async with AsyncClient(address) as client:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from vibe_sgl_lite.runtime.client.requests import Plan, plan_chat, plan_generate, single
 from vibe_sgl_lite.runtime.errors import RequestError
-from vibe_sgl_lite.runtime.messages import MAX_FRAME_BYTES, Generate, unpack_ids
+from vibe_sgl_lite.runtime.messages import MAX_FRAME_BYTES, Generate, decode_extension, unpack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams
 
 HI = {"role": "user", "content": "hi"}
@@ -164,3 +166,53 @@ def test_a_request_says_how_many_samples_it_wants() -> None:
 
 def test_rids_differ() -> None:
     assert len({request.rid for request in generate(["a"] * 1000).requests}) == 1000
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [np.array([1, 2]), np.array([1, 2], np.uint8), [np.int64(1), np.int32(2)], torch.tensor([1, 2]), range(1, 3)],
+    ids=lambda value: type(value).__name__,
+)
+def test_ids_of_other_libraries(prompt: Any) -> None:
+    for plan in (generate(prompt), generate(input_ids=prompt), generate([prompt]), generate(input_ids=[prompt])):
+        (one,) = sent(plan)
+        assert one.input_ids is not None
+        assert unpack_ids(one.input_ids) == [1, 2]
+
+
+def test_texts_and_tables_of_other_libraries() -> None:
+    words = np.array(["Once", "Then"])
+    assert [m.prompt for m in sent(generate(words))] == ["Once", "Then"]
+    assert [m.prompt for m in sent(generate(list(words), rid=np.array(["r", "s"])))] == ["Once", "Then"]
+    assert sent(generate(words[0]))[0].prompt == "Once"
+    table = np.array([[1, 2], [3, 4]])
+    assert [unpack_ids(m.input_ids or b"") for m in sent(generate(table))] == [[1, 2], [3, 4]]
+    (one,) = sent(generate("a", priority=np.int64(3), cache_salt=np.str_("s"), choice=words, regex=None))
+    assert (one.priority, one.cache_salt, one.choice) == (3, "s", ["Once", "Then"])
+    (one,) = sent(generate("a", json_schema={"maximum": np.float64(1.5), "enum": np.array([1, 2])}))
+    assert json.loads(one.json_schema or "") == {"maximum": 1.5, "enum": [1, 2]}
+
+
+NUMBERS = [2**70, -(2**64), 2**64 - 1, 1.5, 0, -1, 10**4299]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=range(len(NUMBERS)))
+def test_tools_and_histories_may_hold_any_number(number: float) -> None:
+    call = {"function": {"name": "f", "arguments": {"x": [number, np.int64(5), np.str_("y")]}}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"maximum": number}}}
+    (request,) = chat([HI, turn], tools=[tool]).requests
+    read = msgspec.msgpack.decode(request.frame, type=Generate, ext_hook=decode_extension)
+    assert read.messages is not None
+    assert read.messages[1]["tool_calls"][0]["function"]["arguments"]["x"] == [number, 5, "y"]
+    assert read.template_kwargs is not None
+    assert read.template_kwargs["tools"][0]["function"]["parameters"]["maximum"] == number
+
+
+@pytest.mark.parametrize("data", [b"x", b"", b"1" * 5000, b"1.5", b"\xff"])
+def test_extensions_of_strangers(data: bytes) -> None:
+    frame = msgspec.msgpack.encode([msgspec.msgpack.Ext(1, data)])
+    with pytest.raises((ValueError, msgspec.ValidationError)):
+        msgspec.msgpack.decode(frame, ext_hook=decode_extension)
+    with pytest.raises(ValueError, match="not known"):
+        decode_extension(2, memoryview(b"1"))
