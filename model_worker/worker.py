@@ -217,6 +217,7 @@ class StepPipeline:
         """send: called with every result, in order. The runner's timer, if it is a `StepTimer`, times all of it."""
         self.timer = runner.timer
         if isinstance(self.timer, StepTimer):
+            self.timer.mark(OTHER)
             self.timer.take()  # what the start took belongs to no step
         self._runner = runner
         self._send = send
