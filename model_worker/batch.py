@@ -190,6 +190,10 @@ class SlotStates:
         starts = np.zeros(1, dtype=np.int32)
         return self._buffers.fill(slots, starts, starts + bucket, zero, zero, 0, bucket=bucket)
 
+    def lengthened(self, step: StepInput) -> None:
+        """The device has made the rows of this step, which it expanded, one longer."""
+        self._buffers.lengthened(step)
+
     def append(self, step: StepInput, token_ids: Tensor) -> None:
         """Put the sampled tokens, [Q] on the device, behind the tokens of their slots."""
         self.tokens.view(-1)[step.places[: len(token_ids)]] = token_ids.to(torch.int32)

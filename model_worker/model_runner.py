@@ -219,7 +219,10 @@ class ModelRunner:
         if draw is None or logits is None:
             return replace(output, token_ids=self.slots.tokens.new_empty(0))
         where = step.device_slots, step.positions, self.slots.tokens, step.places
-        token_ids = self._run(key and ("draw", key), lambda: draw(logits, *where))
+        lengths = None if step.expand is None else batch.context_lengths
+        token_ids = self._run(key and ("draw", key), lambda: draw(logits, *where, lengths))
+        if lengths is not None:
+            self.slots.lengthened(step)
         return replace(output, token_ids=token_ids)
 
     def _run(self, key: Hashable | None, work: Callable[[], Result]) -> Result:

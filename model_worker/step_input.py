@@ -111,11 +111,18 @@ class StepBuffers:
         self._host_starts = np.arange(max_rows + 1, dtype=np.int32)
         self._host_rows = np.arange(max_rows)
         self._decodes: dict[int, _DecodeViews] = {}
+        self._lengths: IntArray | None = None  # on the device, for the slots that were sent last; None: not known
 
     def note_pages(self, slots: npt.NDArray[np.integer], index: npt.NDArray[np.integer]) -> None:
         """These entries of the page table have changed."""
         if not self.device.synchronous:
             self._changed.append(slots.astype(np.int64) * self.page_table.shape[1] + index)
+
+    def lengthened(self, step: StepInput) -> None:
+        """The device has made the rows of this step, the last one that was filled, one longer: if the next step has the
+        same rows, there is nothing to send."""
+        lengths = step.batch.host_context_lengths
+        self._lengths = lengths + (lengths > 0)
 
     def fill(
         self,
@@ -156,6 +163,7 @@ class StepBuffers:
         padded_rows, num_tokens, sampled = rows + padding, real + padding, len(sampling_rows) + padding
         if bucket is not None:
             padded_rows, num_tokens = PROMPT_ROWS, bucket
+        self._lengths = None
         host = self._rows.host
         query_start, lengths = host["query_start"][: padded_rows + 1], host["context_lengths"][:padded_rows]
         np.cumsum(counts, out=query_start[1 : rows + 1])
@@ -229,10 +237,12 @@ class StepBuffers:
         rows, padded = len(slots), len(slots) + padding
         host, lengths = self._rows.host, np.zeros(padded, dtype=np.int32)
         lengths[:rows] = ends
-        host["slots"][:rows] = slots
-        host["slots"][rows:padded] = self.padding_slot
-        host["context_lengths"][:padded] = lengths
-        self._rows.send(padded)
+        known, self._lengths = self._lengths, None
+        if known is None or not np.array_equal(known, lengths) or not np.array_equal(host["slots"][:rows], slots):
+            host["slots"][:rows] = slots
+            host["slots"][rows:padded] = self.padding_slot
+            host["context_lengths"][:padded] = lengths
+            self._rows.send(padded)
         self._send_pages()
         if padded not in self._decodes:
             self._decodes[padded] = self._decode_views(expand_rows, padded)

@@ -35,8 +35,16 @@ class GpuDraw:
             self._changed = False
         return bool(self._plain[slots].all())
 
-    def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+    def __call__(
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        places: Tensor,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         token_ids = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
         parameters = self._slots.device["inverse_temperatures"], self._slots.device["seeds"]
-        sample(logits, slots, positions, *parameters, self._scratch, token_ids, tokens, places, pdl=self._pdl)
+        sample(logits, slots, positions, *parameters, self._scratch, token_ids, tokens, places, lengths, pdl=self._pdl)
         return token_ids

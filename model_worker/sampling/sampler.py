@@ -60,11 +60,19 @@ class FusedDraw(Protocol):
         """Whether these are such rows; then, what the device has to know of them is on its way there."""
         ...
 
-    def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+    def __call__(
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        places: Tensor,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """int32 [rows], the tokens that `Sampler.sample` would draw, -1 where logits are NaN or infinite.
 
         All on the device, [rows] ints: slots, positions as for `Sampler.sample`; places, where in `tokens` the drawn
-        ones go too.
+        ones go too. lengths: which are then made one longer, where they are not 0.
         """
         ...
 

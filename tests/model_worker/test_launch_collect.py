@@ -324,7 +324,15 @@ class GreedyDraw:
     def takes(self, slots: Any) -> bool:
         return True
 
-    def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+    def __call__(
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        places: Tensor,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         bad = torch.isfinite(logits).all(1).logical_not()
         ids = logits.argmax(1).to(torch.int32).masked_fill(bad, -1)
         tokens.view(-1)[places] = ids.clamp(min=0)

@@ -85,8 +85,8 @@ def _chunk_maxima(
 
 @triton.jit
 def _draw(
-    logits, maxima, slots, positions, inverse_temperatures, seeds, token_ids, tokens, places, columns, chunks,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
+    logits, maxima, slots, positions, inverse_temperatures, seeds, token_ids, tokens, places, lengths, columns, chunks,
+    ADVANCE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program a row: exact scores of the chunks that may hold the highest."""
     row = tl.program_id(0)
@@ -120,6 +120,9 @@ def _draw(
         at = tl.min(tl.where(candidate & (chunk > at), chunk, CHUNKS), 0)
     tl.store(token_ids + row, best_token)
     tl.store(tokens + tl.load(places + row), tl.maximum(best_token, 0))
+    if ADVANCE:
+        length = tl.load(lengths + row)
+        tl.store(lengths + row, tl.where(length > 0, length + 1, 0))
 
 
 def num_chunks(columns: int) -> int:
@@ -137,14 +140,16 @@ def sample(
     token_ids: Tensor,
     tokens: Tensor,
     places: Tensor,
+    lengths: Tensor | None = None,
     *,
     pdl: bool,
 ) -> None:
     """Fill token_ids, [R] int32, from logits, [R, vocabulary] in fp32 or bf16; -1 where these are NaN or infinite.
 
     slots: [R] int32; positions: [R] ints, of the token to draw. Of each slot: inverse_temperatures [slots] fp64, 0 for
-    the greedy; seeds [slots] int64, 64 bits in two's complement. The token also goes to tokens, of any shape, at its
-    place: places [R] int64; as 0 where it is none. scratch: R x `num_chunks` fp32 or more.
+    the greedy; seeds [slots] int64, 64 bits in two's complement. scratch: R x `num_chunks` fp32 or more.
+    The token also goes to tokens, of any shape, at its place: places [R] int64; as 0 where it is none. lengths: [R]
+    int32, to be one longer where they are not 0.
     """
     rows, columns = logits.shape
     chunks = num_chunks(columns)
@@ -155,6 +160,7 @@ def sample(
     parameters = (slots, positions, inverse_temperatures, seeds)
     _chunk_maxima[(rows, chunks)](logits, scratch, *parameters, columns, CHUNK=CHUNK, PDL=pdl, num_warps=8, **options)
     _draw[(rows,)](
-        logits, scratch, *parameters, token_ids, tokens, places, columns, chunks, CHUNK=CHUNK,
+        logits, scratch, *parameters, token_ids, tokens, places, positions if lengths is None else lengths,
+        columns, chunks, ADVANCE=lengths is not None, CHUNK=CHUNK,
         CHUNKS=triton.next_power_of_2(chunks), PDL=pdl, num_warps=8, **options,
     )  # fmt: skip

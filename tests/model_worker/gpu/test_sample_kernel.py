@@ -17,7 +17,9 @@ def draw(logits: Tensor, inverse_temperatures: Tensor, seeds: Tensor, positions:
     tokens = torch.full((2, rows), -7, dtype=torch.int32, device=logits.device)
     places = torch.arange(2 * rows - 1, -1, -2, device=logits.device)
     flipped = inverse_temperatures.flip(0), seeds.flip(0)
-    kernels.sample(logits, slots, positions, *flipped, scratch, token_ids, tokens, places, pdl=False)
+    lengths = torch.arange(rows, dtype=torch.int32, device=logits.device)
+    kernels.sample(logits, slots, positions, *flipped, scratch, token_ids, tokens, places, lengths, pdl=False)
+    assert lengths.tolist() == [0, *range(2, rows + 1)]
     assert torch.equal(tokens.view(-1)[places], token_ids.clamp(min=0))
     assert int((tokens == -7).sum()) == rows
     return token_ids
