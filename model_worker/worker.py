@@ -75,6 +75,9 @@ def main(child: Child) -> None:
         parallel = time_collectives(parallel, timer)
     runner = build_runner(spec, parallel, device, child.heartbeat, timer or NO_TIMER)
     runner.warm_up()
+    if timer is not None:
+        timer.mark(OTHER)
+        timer.take()  # a profile begins with the first request
     if outbox is not None:
         outbox.send(RankReady(runner.pool.num_pages, spec.device, spec.dtype, spec.endpoints.epoch))
     child.ready()

@@ -15,7 +15,6 @@ from vibe_sgl_lite.runtime.messages import (
     ErrorInfo,
     Finish,
     OpenText,
-    RequestRejected,
     RowLogprobs,
     StepResult,
     TokenLogprob,
@@ -30,17 +29,13 @@ NO_TOKEN = b"\xff" * TOKEN_BYTES  # -1
 
 
 class Outputs(msgspec.Struct):
-    """What the core wants told to others. Send `opens` before `tokens`.
-
-    opens: samples that have their first output in `tokens`. rejected: requests refused at arrival.
-    """
+    """What to tell the detokenizer: `opens`, samples that have their first output in `tokens`, before these."""
 
     opens: list[OpenText] = []
     tokens: list[TokenOutput] = []
-    rejected: list[RequestRejected] = []
 
     def __bool__(self) -> bool:
-        return bool(self.opens or self.tokens or self.rejected)
+        return bool(self.tokens)
 
 
 class ResultApplier:
