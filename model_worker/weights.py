@@ -14,10 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vibe_sgl_lite.model_worker.quantized_files import plain_slice
 from vibe_sgl_lite.qwen3.checkpoint import LoadItem, Part, load_items
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import WeightsError
 from vibe_sgl_lite.runtime.settings.checkpoint import find_tensors
+from vibe_sgl_lite.runtime.settings.quantized_form import QuantizedForm
 from vibe_sgl_lite.runtime.settings.safetensors_files import StoredTensor
 
 # Dummy weights repeat a block of this many random numbers. A prime, so that no two rows of a matrix are the same.
@@ -31,7 +33,8 @@ def load_weights(model: Qwen3, folder: str | Path, progress: Progress | None = N
 
     Raises WeightsError naming file and tensor (runtime/settings/checkpoint.py).
     """
-    _fill(model, _Checkpoint(find_tensors(model.config, folder)).read, progress)
+    tensors = find_tensors(model.config, folder)
+    _fill(model, _Checkpoint(tensors, model.config.quantized).read, progress)
 
 
 def load_dummy_weights(model: Qwen3, seed: int, progress: Progress | None = None) -> None:
@@ -64,24 +67,41 @@ def _fill(model: Qwen3, read: Callable[[LoadItem, Tensor], None], progress: Prog
 class _Checkpoint:
     """Reads weights' parts from the safetensors files of one folder."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensor], quantized: QuantizedForm | None) -> None:
         self._tensors = tensors
+        self._quantized = quantized
 
     def read(self, item: LoadItem, buffer: Tensor) -> None:
         """Copy every part of `item` into its place in `buffer`, converting to its dtype."""
         with ExitStack() as stack:
             opened: dict[Path, Any] = {}
-            for part in item.parts:
-                stored = self._tensors[part.name]
-                assert stored.shape == part.shape, part.name
+
+            def read(name: str, *source: slice) -> Tensor:
+                stored = self._tensors[name]
                 try:
                     if stored.path not in opened:
                         opened[stored.path] = stack.enter_context(safe_open(stored.path, framework="pt"))
-                    buffer[part.target].copy_(opened[stored.path].get_slice(stored.name)[part.source])
+                    tensor: Tensor = opened[stored.path].get_slice(stored.name)[source]
                 except (SafetensorError, OSError) as error:
                     raise WeightsError(
                         f"{stored.path} is not a whole safetensors file: {error}; download it again"
                     ) from error
+                return tensor
+
+            for part in item.parts:
+                buffer[part.target].copy_(self._part(part, read))
+
+    def _part(self, part: Part, read: Callable[..., Tensor]) -> Tensor:
+        if self._quantized is None or not self._quantized.applies(part.name):
+            assert self._tensors[part.name].shape == part.shape, part.name
+            return read(part.name, *part.source)
+        base = part.name.removesuffix(".weight")
+        try:
+            return plain_slice(self._quantized, lambda suffix, *source: read(base + suffix, *source), *part.source)
+        except ValueError as error:
+            if isinstance(error, WeightsError):
+                raise
+            raise WeightsError(f"{base}: {error}; download the weights again", field=part.name) from error
 
 
 class _DummySource:

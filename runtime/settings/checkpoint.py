@@ -14,6 +14,7 @@ import msgspec
 
 from vibe_sgl_lite.runtime.errors import WeightsError
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
+from vibe_sgl_lite.runtime.settings.quantized_form import Stored
 from vibe_sgl_lite.runtime.settings.safetensors_files import ITEM_BITS, StoredTensor, stored_tensors, unread_files
 
 PREFIX = "model."
@@ -41,15 +42,29 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return dict(_tensors(config))
 
 
+def stored_shapes(config: ModelConfig) -> dict[str, Stored]:
+    """Every tensor as its file has it: its shape, and the types that it may have. ValueError for impossible groups."""
+    shapes: dict[str, Stored] = {}
+    for name, shape in tensor_shapes(config).items():
+        if config.quantized is not None and config.quantized.applies(name):
+            shapes |= config.quantized.stored(name, shape)
+        else:
+            shapes[name] = shape, tuple(DTYPES)
+    return shapes
+
+
 def find_tensors(config: ModelConfig, folder: str | Path) -> dict[str, StoredTensor]:
-    """Where each of `tensor_shapes(config)` is stored in `folder`.
+    """Where each of `stored_shapes(config)` is stored in `folder`.
 
     Names may have or lack the prefix "model.", as in transformers; a head that is tied may be the only copy.
     Raises WeightsError: what `stored_tensors` raises, and tensors of a type that is no weight's, without a place in
     the model, missing or of another shape, each kind by its first name and count.
     """
     folder = Path(folder)
-    shapes = tensor_shapes(config)
+    try:
+        shapes = stored_shapes(config)
+    except ValueError as error:
+        raise WeightsError(f"{folder}: quantization_config does not fit the model: {error}") from error
     found: dict[str, StoredTensor] = {}
     left: list[str] = []
     for stored in stored_tensors(folder).values():
@@ -62,7 +77,7 @@ def find_tensors(config: ModelConfig, folder: str | Path) -> dict[str, StoredTen
     if config.tie_word_embeddings and HEAD in found:
         head = found.pop(HEAD)
         found.setdefault(EMBEDDING, head)
-    _check_dtypes(folder, found)
+    _check_dtypes(folder, found, shapes)
     if left:
         raise WeightsError(
             f"{folder}: {_tensors_words(len(left))} without a place in this model: {_kinds(config, left)}; use the "
@@ -77,7 +92,7 @@ def find_tensors(config: ModelConfig, folder: str | Path) -> dict[str, StoredTen
             + "; the checkpoint does not belong to this config.json or is incomplete, download it again",
             field=missing[0],
         )
-    for name, shape in shapes.items():
+    for name, (shape, _) in shapes.items():
         stored = found[name]
         if stored.shape != shape:
             raise WeightsError(
@@ -112,7 +127,8 @@ def settle(config: ModelConfig, folder: str | Path) -> ModelConfig:
     if config.dtype is None:
         sizes: Counter[str] = Counter()
         for tensor in tensors.values():
-            sizes[DTYPES[tensor.dtype]] += (tensor.stop - tensor.start) * 8 // ITEM_BITS[tensor.dtype]
+            if tensor.dtype in DTYPES:
+                sizes[DTYPES[tensor.dtype]] += (tensor.stop - tensor.start) * 8 // ITEM_BITS[tensor.dtype]
         config = msgspec.structs.replace(config, dtype=sizes.most_common(1)[0][0])
     return config
 
@@ -146,13 +162,13 @@ def _tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield HEAD, (config.vocab_size, hidden)
 
 
-def _check_dtypes(folder: Path, found: Mapping[str, StoredTensor]) -> None:
-    odd = [tensor for tensor in found.values() if tensor.dtype not in DTYPES]
+def _check_dtypes(folder: Path, found: Mapping[str, StoredTensor], shapes: Mapping[str, Stored]) -> None:
+    odd = [tensor for name, tensor in found.items() if tensor.dtype not in shapes.get(name, ((), DTYPES))[1]]
     if odd:
         types = ", ".join(sorted({tensor.dtype for tensor in odd}))
         raise WeightsError(
             f"{folder}: {_tensors_words(len(odd))} of type {types}, such as {odd[0].name}, and config.json has no "
-            f"quantization_config that says what they mean; use weights in {', '.join(DTYPES)}",
+            f"quantization_config that says so; use weights in {', '.join(DTYPES)}, or the config.json that they had",
             field=odd[0].name,
         )
 

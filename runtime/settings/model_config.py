@@ -14,6 +14,7 @@ import msgspec
 
 from vibe_sgl_lite.runtime.errors import ModelConfigError
 from vibe_sgl_lite.runtime.logs import one_line
+from vibe_sgl_lite.runtime.settings.quantized_form import QuantizedForm, read_form
 from vibe_sgl_lite.runtime.settings.schema import Spec, Unfit, shown, table
 
 DENSE, MOE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
@@ -107,6 +108,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     rms_norm_eps: Annotated[float, Spec("of all norms", low=0, high=1, above_low=True)] = 1e-6
     rope_theta: float = 10_000.0
     yarn: Yarn | None = None
+    quantized: QuantizedForm | None = None
     tie_word_embeddings: Annotated[bool, Spec("whether the head is the embedding")] = False
     dtype: Annotated[
         str | None,
@@ -279,6 +281,11 @@ def _build(config: _File, generation: _File) -> ModelConfig:
     values.setdefault("head_dim", hidden // heads if is_moe else DEFAULT_HEAD_DIM_DENSE)
     theta, yarn = _rope(config, values.get("max_position_embeddings"))
     vocabulary = values.get("vocab_size", MAX_TOKENS)
+    if config.get("quantization_config") is not None:
+        described = config.get("quantization_config")
+        values["quantized"] = read_form(
+            described, lambda problem: config.error("quantization_config", described, problem)
+        )
     values |= {"architecture": architecture, "rope_theta": theta, "yarn": yarn}
     values["eos_token_ids"] = _eos_token_ids(vocabulary, config, generation)
     values["generation_defaults"] = _generation_defaults(generation)
@@ -323,10 +330,6 @@ def _refuse_unsupported(config: _File) -> None:
             raise config.error(key, value, f"must be {allowed!r}; {why}" if allowed is not None else why)
         if value is not None and value != allowed:
             raise config.error(key, value, f"is not supported; {why}")
-    if config.get("quantization_config") is not None:
-        raise config.error(
-            "quantization_config", config.get("quantization_config"), "is not supported; use an unquantised checkpoint"
-        )
     sliding = config.get("use_sliding_window")
     if sliding is not None and not isinstance(sliding, bool):
         raise config.error("use_sliding_window", sliding, "must be true or false")

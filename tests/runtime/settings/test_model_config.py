@@ -159,7 +159,7 @@ def test_kv_bytes(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForCausalLM"]}, ["architectures", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
         ({"architectures": None}, ["architectures", "None"]),
         ({"auto_map": {"AutoModel": "x.py"}}, ["auto_map", "x.py", "never run"]),
-        ({"quantization_config": {"bits": 4}}, ["quantization_config", "4"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config", "quant_method"]),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, ["rope_scaling", "dynamic"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, ["factor", "0.5"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": float("nan")}}, ["factor", "nan"]),
