@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import socket
 import time
+from pathlib import Path
 
 from vibe_sgl_lite.runtime.errors import ConfigError
 
@@ -42,39 +41,65 @@ def url(listener: socket.socket, host: str, *, tls: bool) -> str:
     return f"{'https' if tls else 'http'}://{name}:{listener.getsockname()[1]}"
 
 
-def offer(listener: socket.socket, path: str) -> asyncio.Task[None]:
-    """Hand the socket to every other worker that connects to `path`, for as long as this process lives."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(path)
-    server.listen(16)
-    server.setblocking(False)
+class Handover:
+    """How the workers of one engine come to one socket, and a restarted one back to it.
 
-    async def serve() -> None:
-        loop = asyncio.get_running_loop()
-        with server:
-            while True:
-                peer, _ = await loop.sock_accept(server)
-                with peer:
-                    socket.send_fds(peer, [b"l"], [listener.fileno()])
+    Each offers the socket that it has under a path of its own in the run directory; who starts takes it from whoever
+    has it, and only the first worker opens one when nobody does: on the port of the one before it, if there was one.
+    """
 
-    return asyncio.get_running_loop().create_task(serve())
+    def __init__(self, folder: Path, worker: int, workers: int) -> None:
+        self._own = folder / f"http.{worker}"
+        self._others = [folder / f"http.{other}" for other in range(workers) if other != worker]
+        self._port = folder / "http.port"
+        self._opens = worker == 0
 
-
-def take(path: str) -> socket.socket:
-    """The first worker's socket, waiting for it. Raises TimeoutError."""
-    deadline = time.monotonic() + HANDOVER_S
-    while True:
-        try:
-            with socket.socket(socket.AF_UNIX) as peer:
-                peer.connect(path)
-                _, fds, _, _ = socket.recv_fds(peer, 1, 1)
-            break
-        except (FileNotFoundError, ConnectionRefusedError):
+    def get(self, host: str, port: int) -> socket.socket:
+        """Raises ConfigError, and TimeoutError when the first worker opens none."""
+        deadline = time.monotonic() + HANDOVER_S
+        while True:
+            for path in self._others:
+                listener = _take(path)
+                if listener is not None:
+                    return listener
+            if self._opens:
+                listener = listen(host, int(self._port.read_text()) if self._port.exists() else port)
+                self._port.write_text(str(listener.getsockname()[1]))
+                return listener
             if time.monotonic() > deadline:
-                raise TimeoutError(f"the first HTTP worker has not opened its port within {HANDOVER_S:.0f} s") from None
+                raise TimeoutError(f"the first HTTP worker has not opened its port within {HANDOVER_S:.0f} s")
             time.sleep(0.02)
+
+    def offer(self, listener: socket.socket) -> asyncio.Task[None]:
+        """Hand the socket to every worker that asks, for as long as this process lives."""
+        self._own.unlink(missing_ok=True)
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(str(self._own))
+        server.listen(16)
+        server.setblocking(False)
+
+        async def serve() -> None:
+            loop = asyncio.get_running_loop()
+            with server:
+                while True:
+                    peer, _ = await loop.sock_accept(server)
+                    with peer:
+                        socket.send_fds(peer, [b"l"], [listener.fileno()])
+
+        return asyncio.get_running_loop().create_task(serve())
+
+
+def _take(path: Path) -> socket.socket | None:
+    """The socket that is offered at `path`; None where nobody does."""
+    try:
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.settimeout(1.0)
+            peer.connect(str(path))
+            _, fds, _, _ = socket.recv_fds(peer, 1, 1)
+    except OSError:
+        return None
+    if not fds:
+        return None
     listener = socket.socket(fileno=fds[0])
     listener.setblocking(False)
     return listener

@@ -16,7 +16,7 @@ import uvicorn
 
 from vibe_sgl_lite.http_server.app import App
 from vibe_sgl_lite.http_server.engine import Engine
-from vibe_sgl_lite.http_server.listen import listen, offer, take, url
+from vibe_sgl_lite.http_server.listen import Handover, url
 from vibe_sgl_lite.http_server.metrics import Metrics, SharedMetrics
 from vibe_sgl_lite.http_server.request_log import RequestLog
 from vibe_sgl_lite.http_server.security import Guard
@@ -42,12 +42,11 @@ class _Server(uvicorn.Server):
 
 async def serve(child: Child, worker: int) -> None:
     spec, args = child.spec, child.spec.args
-    if worker == 0:
-        listener = listen(args.host, args.port)
-        handing_over = offer(listener, spec.endpoints.http_port) if args.http_workers > 1 else None
-    else:
-        listener, handing_over = await asyncio.to_thread(take, spec.endpoints.http_port), None
-    metrics = SharedMetrics(Metrics(), Path(spec.endpoints.directory), worker, args.http_workers)
+    folder = Path(spec.endpoints.directory)
+    handover = Handover(folder, worker, args.http_workers)
+    listener = await asyncio.to_thread(handover.get, args.host, args.port)
+    handing_over = handover.offer(listener)
+    metrics = SharedMetrics(Metrics(), folder, worker, args.http_workers)
     engine = Engine(spec.endpoints.inner_api)
     service = Service(spec, engine, metrics)
     app = App(service, Guard(args), RequestLog(args.log_requests, metrics.own), MAX_FRAME_BYTES)
@@ -60,8 +59,7 @@ async def serve(child: Child, worker: int) -> None:
     finally:
         ready.cancel()
         control.close()
-        if handing_over is not None:
-            handing_over.cancel()
+        handing_over.cancel()
         await engine.close()
 
 

@@ -51,11 +51,6 @@ class Endpoints(msgspec.Struct, frozen=True):
         """`api` for the pipeline's own HTTP server, which starts before port 0 of a tcp:// address is read back."""
         return self.api if self.api.startswith("ipc://") else f"ipc://{self.directory}/api"
 
-    @property
-    def http_port(self) -> str:
-        """Path where the first HTTP server hands its listening socket to the others."""
-        return f"{self.directory}/http"
-
     def rank(self, rank: int) -> str:
         return f"ipc://{self.directory}/rank{rank}.{self.epoch}"
 

@@ -10,10 +10,11 @@ import subprocess
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from tests.http_server.server import Server, serving
-from tests.integration.daemon import Daemon
+from tests.integration.daemon import Daemon, wait_until
 from vibe_sgl_lite import LLM, ConfigError
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 
@@ -33,6 +34,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         check=True, capture_output=True,
     )  # fmt: skip
     flags = ["--api-key", KEY, "--cors-origin", "https://chat.example", "--log-requests", "json", "--http-workers", "2"]
+    flags += ["--restart", "on-failure"]
     with serving(*flags, "--ssl-certfile", str(cert), "--ssl-keyfile", str(key)) as server:
         server.tls = ssl.create_default_context(cafile=str(cert))
         yield server
@@ -139,3 +141,26 @@ def test_tls_is_served_with_the_certificate(locked: Server) -> None:
     assert locked.url.startswith("https://127.0.0.1:")
     with pytest.raises(http.client.RemoteDisconnected):  # what speaks plain HTTP gets nothing
         Server(locked.daemon, locked.url).get("/health")
+
+
+def test_a_worker_that_dies_comes_back_on_the_same_port(locked: Server) -> None:
+    """With another one alive, and then all at once, as nobody is left who has the socket."""
+    headers = {"x-api-key": KEY}
+
+    def workers() -> list[psutil.Process]:
+        return [child for child in locked.daemon.descendants() if "http_server" in " ".join(child.cmdline())]
+
+    def serves() -> bool:
+        try:
+            return locked.post(CHAT, BODY, headers).status == 200
+        except OSError:
+            return False
+
+    assert len(workers()) == 2
+    for count in (1, 2):
+        wait_until(lambda: len(workers()) == 2, 30, "both are there")
+        dying = workers()[:count]
+        for process in dying:
+            process.kill()
+        psutil.wait_procs(dying, timeout=10)
+        wait_until(serves, 30, "serving again")
