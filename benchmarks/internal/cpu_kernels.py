@@ -1,6 +1,6 @@
 """The CPU kernels against plain torch on Qwen3-0.6B's layer shape in bf16, with the memory's read rate beside them.
 
-python benchmarks/internal/cpu_kernels.py [--threads N] [--seconds S]        a table and one line of JSON
+python benchmarks/internal/cpu_kernels.py [--threads N] [--seconds S] [--target avx2]    a table and one line of JSON
 
 Every time is the best of many runs, each on memory that the caches no longer hold, all variants of a case in turn, and
 the read rate is that of summing as many bytes: what else the machine does then meets all alike.
@@ -40,9 +40,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
+    parser.add_argument("--target", help="instruction set (model_worker/cpu/targets.py) in place of the best one")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    kernels = load()
+    kernels = load(target=args.target)
     if kernels is None:
         raise SystemExit("the kernels could not be built")
     torch.manual_seed(0)

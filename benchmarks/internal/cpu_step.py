@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ import torch  # noqa: E402
 from benchmarks.machine import measure  # noqa: E402
 from vibe_sgl_lite.model_worker.compute import choose_compute, torch_compute  # noqa: E402
 from vibe_sgl_lite.model_worker.cpu.fused_layers import fuse_layers  # noqa: E402
+from vibe_sgl_lite.model_worker.cpu.targets import VARIABLE  # noqa: E402
 from vibe_sgl_lite.model_worker.kv_pool import KVPool  # noqa: E402
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats  # noqa: E402
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner  # noqa: E402
@@ -149,7 +151,10 @@ def main() -> None:
     parser.add_argument("--plain-torch", action="store_true", help="the fallback without compiled kernels")
     parser.add_argument("--quantization", choices=("none", "int8", "int4"), default="none")
     parser.add_argument("--no-ceilings", action="store_true", help="do not measure the machine")
+    parser.add_argument("--target", help="the kernels' instruction set (model_worker/cpu/targets.py); default the best")
     options = parser.parse_args()
+    if options.target is not None:
+        os.environ[VARIABLE] = options.target
     shapes = [tuple(map(int, text.split("x"))) for text in options.decode]
     longest = max([c for _, c in shapes] + [n + 1 for n in options.prefill])
     pages = max([b * -(-c // PAGE) for b, c in shapes] + [-(-(n + 1) // PAGE) for n in options.prefill])

@@ -8,26 +8,31 @@
 namespace vsl {
 
 constexpr int kBlockInputs = 64;  // of a slab: with the weights prepared, 16 KiB, which stay in the first-level cache
+constexpr int kLine = 16;         // units that rows of x lie further apart: at 4 KiB they would share places of the cache
 constexpr int kMostTogether = 6, kMostInt4Together = 4;  // rows
 // From here on, weights are brought into the form that is multiplied once a block, and not for each few rows again.
-constexpr int kPreparedRows = 12;
+constexpr int kPreparedRows = 12, kPreparedInt8Rows = 4;
 
-// How 32 bits of each weight's memory are multiplied by kParts units of x.
+inline vu load_units(const void* weights) {
+    vu units;
+    std::memcpy(&units, weights, sizeof units);
+    return units;
+}
+
+// How 32 bits of weights are multiplied by kParts units of x.
 struct FloatUnits {
     using Sum = vf;
     using Unit = float;  // of x, and of sums in memory
     static constexpr int kParts = 1;
-    static void expand(const uint32_t* weights, vf* parts) { parts[0] = load((const float*)weights); }
+    static vf part(int, const uint32_t* weights) { return load((const float*)weights); }
     static vf multiply_add(vf sum, vf weights, float x) { return sum + weights * splat(x); }
 };
 
 struct Bf16Units : FloatUnits {
     static constexpr int kParts = 2;
-    static void expand(const uint32_t* weights, vf* parts) {
-        vu units;
-        std::memcpy(&units, weights, sizeof units);
-        parts[0] = (vf)(units << 16);
-        parts[1] = (vf)(units & 0xffff0000u);
+    static vf part(int p, const uint32_t* weights) {
+        const vu units = load_units(weights);
+        return (vf)(p == 0 ? units << 16 : units & 0xffff0000u);
     }
 };
 
@@ -36,7 +41,7 @@ struct ShortUnits {
     using Sum = vi;
     using Unit = int32_t;
     static constexpr int kParts = 1;
-    static void expand(const uint32_t* weights, vi* parts) { std::memcpy(parts, weights, sizeof *parts); }
+    static vi part(int, const uint32_t* weights) { return (vi)load_units(weights); }
     static vi multiply_add(vi sum, vi weights, int32_t x) { return multiply_pairs(sum, weights, x); }
 };
 
@@ -51,12 +56,7 @@ struct ByteUnits : ShortUnits {
 // The same as two pairs: of bytes 0 and 2, and of 1 and 3.
 struct ByteUnits : ShortUnits {
     static constexpr int kParts = 2;
-    static void expand(const uint32_t* weights, vi* parts) {
-        vu units;
-        std::memcpy(&units, weights, sizeof units);
-        parts[0] = (vi)(units & 0x00ff00ffu);
-        parts[1] = (vi)(units >> 8 & 0x00ff00ffu);
-    }
+    static vi part(int p, const uint32_t* weights) { return (vi)(load_units(weights) >> 8 * p & 0x00ff00ffu); }
 };
 #endif
 
@@ -71,13 +71,23 @@ inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typen
     for (int64_t k = 0; k < steps; k++, weights += kSlab) {
         if (ahead != nullptr)
             for (int line = 0; line < 4; line++, ahead += 64) __builtin_prefetch(ahead);
-        typename Units::Sum parts[kVectors][Units::kParts];
-        for (int v = 0; v < kVectors; v++) Units::expand(weights + v * kLanes, parts[v]);
-        for (int p = 0; p < Units::kParts; p++)
-            for (int r = 0; r < kRows; r++) {
-                const typename Units::Unit unit = x[r * x_stride + k * Units::kParts + p];
-                for (int v = 0; v < kVectors; v++) into[r][v] = Units::multiply_add(into[r][v], parts[v][p], unit);
+        // What is fewer, vectors or rows, stays in registers beside the sums.
+        for (int p = 0; p < Units::kParts; p++) {
+            const typename Units::Unit* const units = x + k * Units::kParts + p;
+            if constexpr (kRows >= kVectors) {
+                typename Units::Sum parts[kVectors];
+                for (int v = 0; v < kVectors; v++) parts[v] = Units::part(p, weights + v * kLanes);
+                for (int r = 0; r < kRows; r++)
+                    for (int v = 0; v < kVectors; v++)
+                        into[r][v] = Units::multiply_add(into[r][v], parts[v], units[r * x_stride]);
+            } else {
+                for (int v = 0; v < kVectors; v++) {
+                    const typename Units::Sum part = Units::part(p, weights + v * kLanes);
+                    for (int r = 0; r < kRows; r++)
+                        into[r][v] = Units::multiply_add(into[r][v], part, units[r * x_stride]);
+                }
             }
+        }
     }
     for (int r = 0; r < kRows; r++)
         for (int v = 0; v < kVectors; v++) std::memcpy(sums + r * kSlab + v * kLanes, &into[r][v], sizeof into[r][v]);
@@ -87,32 +97,27 @@ inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typen
 template <class Units, int kRows>
 inline void multiply_together(const uint32_t* weights, int64_t steps, const typename Units::Unit* x, int64_t x_stride,
                               typename Units::Unit* sums, bool begin, const char* ahead) {
-    constexpr int kAll = kSlab / kLanes, kRegisters = kRows == 1 ? 8 : kRows <= 3 ? 4 : 2;
+    constexpr int kAll = kSlab / kLanes, kRegisters = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;
     constexpr int kVectors = kAll < 8 || kAll < kRegisters ? kAll : kRegisters;
     for (int j = 0; j < kSlab; j += kVectors * kLanes)
         multiply_vectors<Units, kRows, kVectors>(weights + j, steps, x, x_stride, sums + j, begin, j == 0 ? ahead : nullptr);
 }
 
-// Calls f(integral constant) with `count`, 1 to kMostTogether.
-template <class F>
+// Calls f(integral constant) with `count`, 1 to kMost.
+template <int kMost, class F>
 inline void with_count(int count, const F& f) {
-    switch (count) {
-        case 1: return f(std::integral_constant<int, 1>());
-        case 2: return f(std::integral_constant<int, 2>());
-        case 3: return f(std::integral_constant<int, 3>());
-        case 4: return f(std::integral_constant<int, 4>());
-        case 5: return f(std::integral_constant<int, 5>());
-        default: return f(std::integral_constant<int, 6>());
-    }
+    if constexpr (kMost > 1)
+        if (count < kMost) return with_count<kMost - 1>(count, f);
+    f(std::integral_constant<int, kMost>());
 }
 
-// Calls f(first row, integral constant of rows) for all rows, `most` at a time or, at the end, a few more evenly.
-template <class F>
-inline void few_rows(int64_t rows, int most, const F& f) {
+// Calls f(first row, integral constant of rows) for all rows, kMost at a time or, at the end, a few more evenly.
+template <int kMost, class F>
+inline void few_rows(int64_t rows, const F& f) {
     for (int64_t row = 0; row < rows;) {
         const int64_t left = rows - row;
-        const int count = (int)(left <= most ? left : left < 2 * most ? (left + 1) / 2 : most);
-        with_count(count, [&](auto constant) { f(row, constant); });
+        const int count = (int)(left <= kMost ? left : left < 2 * kMost ? (left + 1) / 2 : kMost);
+        with_count<kMost>(count, [&](auto constant) { f(row, constant); });
         row += count;
     }
 }
@@ -120,7 +125,7 @@ inline void few_rows(int64_t rows, int most, const F& f) {
 template <class Units>
 inline void multiply_rows(const uint32_t* weights, int64_t steps, const typename Units::Unit* x, int64_t x_stride,
                           int64_t rows, typename Units::Unit* sums, bool begin, const char* ahead) {
-    few_rows(rows, kMostTogether, [&](int64_t row, auto count) {
+    few_rows<kMostTogether>(rows, [&](int64_t row, auto count) {
         multiply_together<Units, count>(weights, steps, x + row * x_stride, x_stride, sums + row * kSlab, begin,
                                         row == 0 ? ahead : nullptr);
     });
@@ -141,11 +146,11 @@ inline void prepare_units(const uint8_t* weights, int64_t steps, uint32_t* out) 
     const uint32_t* units = (const uint32_t*)weights;
     for (int64_t k = 0; k < steps; k++, units += kSlab, out += Units::kParts * kSlab) {
         for (int line = 0; line < 4; line++) __builtin_prefetch((const char*)units + kAhead + line * 64);
-        for (int j = 0; j < kSlab; j += kLanes) {
-            typename Units::Sum parts[Units::kParts];
-            Units::expand(units + j, parts);
-            for (int p = 0; p < Units::kParts; p++) std::memcpy(out + p * kSlab + j, parts + p, sizeof parts[p]);
-        }
+        for (int j = 0; j < kSlab; j += kLanes)
+            for (int p = 0; p < Units::kParts; p++) {
+                const typename Units::Sum part = Units::part(p, units + j);
+                std::memcpy(out + p * kSlab + j, &part, sizeof part);
+            }
     }
 }
 
@@ -163,7 +168,7 @@ struct Int8Panels {
     using Direct = ByteUnits;
     using Prepared = ShortUnits;
     static constexpr int kFormat = kInt8, kDepth = 4;
-    static constexpr int64_t kLeastRows = ByteUnits::kParts == 1 ? INT64_MAX : kPreparedRows;
+    static constexpr int64_t kLeastRows = ByteUnits::kParts == 1 ? INT64_MAX : kPreparedInt8Rows;
     static void prepare(const uint8_t* weights, int64_t inputs, uint32_t* out) {
         prepare_units<ByteUnits>(weights, inputs / kDepth, out);
     }
@@ -181,8 +186,7 @@ struct Int4Panels {
                 const bf16* const scales = (const bf16*)(group + kSlab * kGroup / 2) + j;
                 const vf scale = load(scales), offset = load(scales + kSlab) - scale * splat(8.0f);
                 for (int k = 0; k < kGroup; k++) {
-                    vu units;
-                    std::memcpy(&units, group + (k / 8 * kSlab + j) * 4, sizeof units);
+                    const vu units = load_units(group + (k / 8 * kSlab + j) * 4);
                     const vi code = (vi)(units >> (k % 8 / 2 * 4 + k % 2 * 16) & 15);
                     store((float*)out + (i + k) * kSlab + j, __builtin_convertvector(code, vf) * scale + offset);
                 }
@@ -221,19 +225,19 @@ inline void run_panels(Context& context, const Linear<T>& linear, const typename
 // In fp32, from x in fp32.
 template <class T>
 inline void run_float(Context& context, const Linear<T>& linear) {
-    const int64_t inputs = linear.inputs;
-    float* const x = (float*)context.shared.reserve(linear.rows * inputs * 4);
+    const int64_t inputs = linear.inputs, stride = inputs + kLine;
+    float* const x = (float*)context.shared.reserve(linear.rows * stride * 4);
     run_ranges(context, linear.rows, std::max<int64_t>(1, 16384 / inputs), [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; r++)
             for (int64_t i = 0; i < inputs; i += kLanes)
-                vsl::store(x + r * inputs + i, load(linear.x + r * linear.x_stride + i));
+                vsl::store(x + r * stride + i, load(linear.x + r * linear.x_stride + i));
     });
     const auto store = [&](const Linear<T>& into, int64_t slab, int64_t row, const float* sums) {
         store_slab(sums, into.out + row * into.out_stride + slab * kSlab, into.outputs - slab * kSlab);
     };
-    if (linear.format == kInt4) return run_panels<Int4Panels>(context, linear, x, inputs, store);
-    if (linear.format == kFloat) return run_panels<FloatPanels>(context, linear, x, inputs, store);
-    run_panels<Bf16Panels>(context, linear, x, inputs, store);
+    if (linear.format == kInt4) return run_panels<Int4Panels>(context, linear, x, stride, store);
+    if (linear.format == kFloat) return run_panels<FloatPanels>(context, linear, x, stride, store);
+    run_panels<Bf16Panels>(context, linear, x, stride, store);
 }
 
 // In int8, exactly: sums are whole numbers.
@@ -241,18 +245,22 @@ template <class T>
 inline void run_bytes(Context& context, const Linear<T>& linear, const QuantizedRows& rows) {
     const int64_t inputs = linear.inputs;
     const int32_t* x = (const int32_t*)rows.codes;
+    int64_t stride = inputs / 4;
     if constexpr (ByteUnits::kParts == 2) {
-        int32_t* const pairs = (int32_t*)context.pairs.reserve(linear.rows * inputs * 2);
+        stride = inputs / 2 + kLine;
+        int32_t* const pairs = (int32_t*)context.pairs.reserve(linear.rows * stride * 4);
         run_ranges(context, linear.rows, std::max<int64_t>(1, 16384 / inputs), [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin * inputs; i < end * inputs; i += 4) {
-                const int8_t* const codes = rows.codes + i;
-                pairs[i / 2] = (uint16_t)codes[0] | (int32_t)((uint32_t)codes[2] << 16);
-                pairs[i / 2 + 1] = (uint16_t)codes[1] | (int32_t)((uint32_t)codes[3] << 16);
-            }
+            for (int64_t r = begin; r < end; r++)
+                for (int64_t i = 0; i < inputs; i += 4) {
+                    const int8_t* const codes = rows.codes + r * inputs + i;
+                    int32_t* const pair = pairs + r * stride + i / 2;
+                    pair[0] = (uint16_t)codes[0] | (int32_t)((uint32_t)codes[2] << 16);
+                    pair[1] = (uint16_t)codes[1] | (int32_t)((uint32_t)codes[3] << 16);
+                }
         });
         x = pairs;
     }
-    run_panels<Int8Panels>(context, linear, x, inputs * ByteUnits::kParts / 4,
+    run_panels<Int8Panels>(context, linear, x, stride,
                            [&](const Linear<T>& into, int64_t slab, int64_t row, const int32_t* sums) {
                                float values[kSlab];
                                for (int j = 0; j < kSlab; j += kLanes) {
@@ -304,11 +312,11 @@ inline void multiply_group(const uint8_t* group, int j, const int8_t* codes, int
 #else
     vs into[kRows][kVectors] = {};
 #endif
+#pragma GCC unroll 1  // else registers run out
     for (int u = 0; u < kGroup / 8; u++) {
         vu low[kVectors], high[kVectors];
         for (int v = 0; v < kVectors; v++) {
-            vu units;
-            std::memcpy(&units, group + (u * kSlab + j + v * kLanes) * 4, sizeof units);
+            const vu units = load_units(group + (u * kSlab + j + v * kLanes) * 4);
             low[v] = units & 0x0f0f0f0fu;
             high[v] = units >> 4 & 0x0f0f0f0fu;
         }
@@ -363,7 +371,7 @@ inline void run_int4_bytes(Context& context, const Linear<T>& linear) {
                             x.sums + r * groups);
     });
     run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int) {
-        few_rows(end - begin, kMostInt4Together, [&](int64_t first, auto count) {
+        few_rows<kMostInt4Together>(end - begin, [&](int64_t first, auto count) {
             float totals[count * kSlab];
             multiply_groups<count>(linear.weights + slab * slab_bytes(kInt4, inputs), begin + first, x, inputs, totals);
             for (int r = 0; r < count; r++)
