@@ -23,6 +23,8 @@ namespace vsl {
 
 #if defined(VSL_AVX512) || defined(__aarch64__)
 constexpr int kPanelGroup = 4;  // panels that are multiplied together; 4 rows of them fill the registers
+#elif defined(VSL_AVX2)
+constexpr int kPanelGroup = 3;  // 12 sums: 8 would have to wait for each other
 #else
 constexpr int kPanelGroup = 2;
 #endif
