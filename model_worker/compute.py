@@ -10,8 +10,8 @@ import torch
 from vibe_sgl_lite.model_worker.attention.cpu_backend import KernelAttention
 from vibe_sgl_lite.model_worker.attention.torch_backend import TorchAttention
 from vibe_sgl_lite.model_worker.cpu import CpuKernels, load
-from vibe_sgl_lite.model_worker.cpu.fused_layers import fuse_layers
 from vibe_sgl_lite.model_worker.cpu.operations import KernelOperations
+from vibe_sgl_lite.model_worker.cpu.program import plan_programs
 from vibe_sgl_lite.model_worker.device_batch import StepBackend, StepGraphs
 from vibe_sgl_lite.model_worker.kv_pool import KVLayout, KVPool
 from vibe_sgl_lite.model_worker.sampling.sampler import FusedDraw
@@ -39,7 +39,7 @@ class Compute:
     graphs: Callable[[], StepGraphs] | None = None
     fused_draw: FusedDraw | None = None
     expand_rows: ExpandRows | None = None
-    plan_layers: Callable[[Qwen3, Any], None] = fuse_layers
+    plan_layers: Callable[[Qwen3, Any], None] = plan_programs
 
 
 def torch_compute() -> Compute:

@@ -1,12 +1,11 @@
 """Grouped-query attention with per-head RMSNorm on queries and keys, as Qwen3 has it."""
 
 import torch
-from torch import Tensor
 
-from vibe_sgl_lite.qwen3.attention_backend import ForwardContext
 from vibe_sgl_lite.qwen3.layers.linear import QKVLinear, RowParallelLinear
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
+from vibe_sgl_lite.qwen3.steps import Attend, Block, Product
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 
@@ -16,7 +15,6 @@ class Attention:
     def __init__(
         self, layer: int, config: ModelConfig, parallel: ParallelState, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.layer = layer
         self.qkv = QKVLinear(
             config.hidden_size,
             config.num_attention_heads,
@@ -32,10 +30,8 @@ class Attention:
             config.num_attention_heads * config.head_dim, config.hidden_size, parallel.tp, dtype, device
         )
 
-    def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
-        context.timer.mark("qkv")
-        qkv, metadata = self.qkv(x, context.attributes), context.metadata
-        context.timer.mark("attention")
-        attended = context.attention.forward(self.layer, qkv, self.query_norm, self.key_norm, context.angles, metadata)
-        context.timer.mark("o")
-        return self.output(attended, context.attributes)
+        self.steps: Block = (
+            Product("qkv", self.qkv),
+            Attend(layer, self.query_norm, self.key_norm),
+            Product("o", self.output),
+        )

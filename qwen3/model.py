@@ -18,6 +18,7 @@ from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
 from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER, OTHER, PartTimer
 from vibe_sgl_lite.qwen3.layers.rotary import RotaryEmbedding
 from vibe_sgl_lite.qwen3.mlp import MLP
+from vibe_sgl_lite.qwen3.steps import AddNorm, Block, RunExperts, run_block
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 
@@ -33,22 +34,21 @@ class DecoderLayer:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.operations = operations
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.attention = attention
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.feed_forward = feed_forward
+        forward = (RunExperts(feed_forward),) if isinstance(feed_forward, MoEBlock) else feed_forward.steps
+        self.blocks: tuple[Block, ...] = (
+            (AddNorm(self.attention_norm, operations), *attention.steps),
+            (AddNorm(self.feed_forward_norm, operations), *forward),
+        )
 
     def __call__(self, update: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
         """Add `update`, the last block's output, to `residual` in place; return the next update. All [T, H]."""
-        context.timer.mark("norm")
-        update = self.attention(self._normalise(update, residual, self.attention_norm), context)
-        context.timer.mark("norm")
-        x = self._normalise(update, residual, self.feed_forward_norm)
-        return self.feed_forward(x, context.timer, context.attributes)
-
-    def _normalise(self, update: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
-        return self.operations.add_rms_norm(update, residual, norm.weight.tensor, norm.eps)
+        for block in self.blocks:
+            update = run_block(block, update, residual, context)
+        return update
 
 
 class AllLayers(Protocol):

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 from benchmarks.machine import measure  # noqa: E402
 from vibe_sgl_lite.model_worker.compute import choose_compute, torch_compute  # noqa: E402
-from vibe_sgl_lite.model_worker.cpu.fused_layers import fuse_layers  # noqa: E402
+from vibe_sgl_lite.model_worker.cpu.program import plan_programs  # noqa: E402
 from vibe_sgl_lite.model_worker.cpu.targets import VARIABLE  # noqa: E402
 from vibe_sgl_lite.model_worker.kv_pool import KVPool  # noqa: E402
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats  # noqa: E402
@@ -91,7 +91,7 @@ def build(
     rows = torch.randn(pool.data.shape[0], 1, 1, *pool.data.shape[3:], dtype=torch.float32)
     pool.data.copy_(rows.to(dtype))  # real pages, not the zero page
     attention, timer = compute.attention(pool), StepTimer()
-    fuse_layers(model, attention)
+    plan_programs(model, attention)
     runner = ModelRunner(
         model,
         pool,

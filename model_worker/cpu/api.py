@@ -9,12 +9,13 @@ import ctypes
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.cpu.build import COMPILERS, BuildError, build
-from vibe_sgl_lite.model_worker.cpu.library import open_library
+from vibe_sgl_lite.model_worker.cpu.library import function_name, open_library, structures
 from vibe_sgl_lite.model_worker.cpu.linear import SlabWeights, WeightFormat
 from vibe_sgl_lite.model_worker.cpu.openmp import parallel_function
 from vibe_sgl_lite.model_worker.cpu.targets import choose_target
@@ -73,16 +74,11 @@ class LayerCache:
         self.dtype = keys.dtype
         self.kv_heads, self.head_dim = keys.shape[2], keys.shape[3]
         page_stride, token_stride, head_stride, _ = keys.stride()
-        self.arguments = (
-            keys.data_ptr(),
-            values.data_ptr(),
-            keys.shape[1],
-            page_stride,
-            token_stride,
-            head_stride,
-            self._scales_offset(keys, key_scales),
+        scales = self._scales_offset(keys, key_scales)
+        assert scales == self._scales_offset(values, value_scales)
+        self.pool: Any = structures()["Pool"](
+            keys.data_ptr(), values.data_ptr(), keys.shape[1], page_stride, token_stride, head_stride, scales
         )
-        assert self.arguments[-1] == self._scales_offset(values, value_scales)
 
     @staticmethod
     def _scales_offset(codes: Tensor, scales: Tensor | None) -> int:
@@ -114,15 +110,20 @@ class CpuKernels:
         self.library = library
         self._destroy = library.vsl_destroy
         self.context = library.vsl_create(parallel, self.threads)
-        self._attention = library.vsl_paged_attention
-        self._store = library.vsl_store_kv
-        self._norm = library.vsl_rms_norm
-        self._rope = library.vsl_qkv_rope_store
-        self._silu = library.vsl_silu_mul
-        self._argmax = library.vsl_argmax
-        self._linear = library.vsl_linear
-        self._gather = library.vsl_gather_rows
+        self._functions = {
+            name: (getattr(library, function_name(name)), structure)
+            for name, structure in structures().items()
+            if name.endswith("Call")
+        }
         self.instruction_set: str = library.vsl_instruction_set(self.context).decode()
+
+    def call(self, name: str, structure: Any) -> None:
+        """The function that takes that structure of native/abi.h."""
+        self._functions[name][0](self.context, ctypes.byref(structure))
+
+    def _run(self, name: str, *values: Any) -> None:
+        function, structure = self._functions[name]
+        function(self.context, ctypes.byref(structure(*values)))
 
     def __del__(self) -> None:
         self._destroy(self.context)
@@ -164,12 +165,12 @@ class CpuKernels:
         assert split_tokens % 64 == 0
         assert scale > 0
         out = _output(out, query, (tokens, heads, head_dim))
-        self._attention(
-            self.context,
+        self._run(
+            "PagedAttentionCall",
             DTYPES[query.dtype],
             query.data_ptr(),
             query.stride(0),
-            *cache.arguments,
+            cache.pool,
             query_start.data_ptr(),
             context_lengths.data_ptr(),
             page_table.data_ptr(),
@@ -199,8 +200,8 @@ class CpuKernels:
         assert slots.dtype == torch.int64
         assert slots.shape[0] == tokens
         assert slots.is_contiguous()
-        self._store(
-            self.context,
+        self._run(
+            "StoreKvCall",
             DTYPES[key.dtype],
             key.data_ptr(),
             key.stride(0),
@@ -208,7 +209,7 @@ class CpuKernels:
             value.data_ptr(),
             value.stride(0),
             value.stride(1),
-            *cache.arguments,
+            cache.pool,
             slots.data_ptr(),
             tokens,
             kv_heads,
@@ -223,8 +224,8 @@ class CpuKernels:
         assert weight.is_contiguous()
         assert weight.shape[0] == size
         out = _output(out, x, (rows, size))
-        self._norm(
-            self.context,
+        self._run(
+            "RmsNormCall",
             DTYPES[x.dtype],
             x.data_ptr(),
             x.stride(0),
@@ -252,8 +253,8 @@ class CpuKernels:
         assert residual.shape == x.shape
         assert residual.is_contiguous()
         out = _output(out, x, (rows, size))
-        self._norm(
-            self.context,
+        self._run(
+            "RmsNormCall",
             DTYPES[x.dtype],
             x.data_ptr(),
             x.stride(0),
@@ -301,8 +302,8 @@ class CpuKernels:
         assert slots.shape[0] == tokens
         assert slots.is_contiguous()
         out = _output(out, qkv, (tokens, heads, head_dim))
-        self._rope(
-            self.context,
+        self._run(
+            "QkvRopeStoreCall",
             DTYPES[qkv.dtype],
             qkv.data_ptr(),
             qkv.stride(0),
@@ -313,7 +314,7 @@ class CpuKernels:
             sin.data_ptr(),
             cos.stride(0),
             out.data_ptr(),
-            *cache.arguments,
+            cache.pool,
             slots.data_ptr(),
             tokens,
             heads,
@@ -330,8 +331,8 @@ class CpuKernels:
         assert gate_up.stride(1) == 1
         out = _output(out, gate_up, (rows, size))
         gate = gate_up.data_ptr()
-        self._silu(
-            self.context,
+        self._run(
+            "SiluMulCall",
             DTYPES[gate_up.dtype],
             gate,
             gate + size * gate_up.element_size(),
@@ -352,15 +353,7 @@ class CpuKernels:
         assert x.stride(0) % 2 == 0
         assert weights.format != (WeightFormat.FP32 if x.dtype == torch.bfloat16 else WeightFormat.BF16)
         out = x.new_empty((rows, weights.outputs))
-        self._linear(
-            self.context,
-            DTYPES[x.dtype],
-            *weights.arguments,
-            x.data_ptr(),
-            x.stride(0),
-            rows,
-            out.data_ptr(),
-        )
+        self._run("LinearCall", DTYPES[x.dtype], weights.place, x.data_ptr(), x.stride(0), rows, out.data_ptr())
         return out
 
     def gather_rows(self, weights: SlabWeights, ids: Tensor) -> Tensor:
@@ -369,8 +362,14 @@ class CpuKernels:
         ids = ids.to(torch.int64).contiguous()
         out = torch.empty((len(ids), weights.inputs), dtype=dtype)
         units = weights.data.shape[1]
-        self._gather(self.context, weights.data.data_ptr(), units, ids.data_ptr(), len(ids), out.data_ptr())
+        self._run("GatherRowsCall", weights.data.data_ptr(), units, ids.data_ptr(), len(ids), out.data_ptr())
         return out
+
+    def pack(self, matrix: Tensor, weights: SlabWeights) -> None:
+        """Quantise `matrix`, [outputs, inputs] bf16 or fp32, contiguous, into `weights`, int8 or int4."""
+        assert matrix.is_contiguous()
+        assert matrix.shape == (weights.outputs, weights.inputs)
+        self._run("PackCall", DTYPES[matrix.dtype], matrix.data_ptr(), weights.place)
 
     def argmax(self, logits: Tensor, out: Tensor | None = None) -> Tensor:
         """The index of each row's largest element, the lowest index on ties. logits: [T, N]. Returns [T] int64."""
@@ -383,9 +382,7 @@ class CpuKernels:
             assert out.dtype == torch.int64
             assert out.shape == (rows,)
             assert out.is_contiguous()
-        self._argmax(
-            self.context, DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), out.data_ptr(), rows, size
-        )
+        self._run("ArgmaxCall", DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), out.data_ptr(), rows, size)
         return out
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from vibe_sgl_lite.model_worker.cpu.library import layout_source
 from vibe_sgl_lite.model_worker.cpu.targets import Target, choose_target
 from vibe_sgl_lite.runtime.settings.folders import cache_folders
 
@@ -122,9 +123,9 @@ def _compile(compiler: str, attempts: Sequence[Sequence[str]], built: Path) -> N
     errors = []
     try:
         for cpu_flags in attempts:
-            command = [compiler, *FLAGS, *cpu_flags, str(SOURCE_DIR / MAIN_SOURCE), "-o", str(unfinished)]
+            command = [compiler, *FLAGS, *cpu_flags, f"-I{SOURCE_DIR}", "-x", "c++", "-", "-o", str(unfinished)]
             try:
-                _run(command)
+                _run(command, f'#include "{MAIN_SOURCE}"\n{layout_source()}')
             except BuildError as error:
                 errors.append(str(error))
                 continue
@@ -136,9 +137,11 @@ def _compile(compiler: str, attempts: Sequence[Sequence[str]], built: Path) -> N
     raise BuildError(errors[0])
 
 
-def _run(command: Sequence[str]) -> str:
+def _run(command: Sequence[str], source: str = "") -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, input=source, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} did not run: {error}") from error
     if done.returncode != 0:

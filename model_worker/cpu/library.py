@@ -1,40 +1,68 @@
-"""The C functions of native/kernels.cpp as ctypes sees them. Types must be declared: pointers do not fit a C int."""
+"""The compiled kernels as ctypes sees them. native/abi.h is the one table: its structures are read from there."""
 
 import ctypes
-from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+import re
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_void_p
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-_TYPES = {"p": c_void_p, "i": c_int, "q": c_int64, "f": c_float}
-_POOL = "pp qqqqq"  # keys, values; page size, the strides of page, token and head; where in a page int8's scales begin
+HEADER = Path(__file__).parent / "native" / "abi.h"
+_TYPES: dict[str, Any] = {"int64_t": c_int64, "float": c_float}
 
-# One letter an argument, in the order of kernels.cpp; the first is the context, unless there is none yet or no need.
-_ARGUMENTS = {
-    "vsl_create": "pi",
-    "vsl_destroy": "p",
-    "vsl_instruction_set": "p",
-    "vsl_paged_attention": f"pi pq {_POOL} pppq iiii f q p",
-    "vsl_store_kv": f"pi pqq pqq {_POOL} p q ii",
-    "vsl_rms_norm": "pi pq ppp qq f",
-    "vsl_qkv_rope_store": f"pi pq pp f ppq p {_POOL} p q iii",
-    "vsl_silu_mul": "pi ppq p qq",
-    "vsl_argmax": "pi pq p qq",
-    "vsl_linear": "pii pp qq pq q p",
-    "vsl_pack_int8": "pi p qq pp",
-    "vsl_pack_int4": "pi p qq p",
-    "vsl_decoder_layers": "pi pp",
-    "vsl_gather_rows": "p pq pq p",
-}
-_RESULTS = {"vsl_create": c_void_p, "vsl_instruction_set": c_char_p}
+
+@cache
+def structures() -> dict[str, type[Structure]]:
+    """The structures of abi.h by their names, in its order."""
+    known: dict[str, type[Structure]] = {}
+    text = re.sub(r"//[^\n]*", "", HEADER.read_text())
+    for name, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.DOTALL):
+        fields: list[tuple[str, Any]] = []
+        for declaration in body.split(";")[:-1]:
+            kind, rest = declaration.replace("const ", "").strip().split(maxsplit=1)
+            for field in rest.split(","):
+                pointer = "*" in kind + field
+                fields.append((field.strip(" *"), c_void_p if pointer else _TYPES.get(kind) or known[kind]))
+        known[name] = type(name, (Structure,), {"_fields_": fields})
+    return known
+
+
+def layout_source() -> str:
+    """C++ that puts the sizes of all structures and the offsets of their fields into the compiled object."""
+    numbers = []
+    for name, structure in structures().items():
+        numbers.append(f"sizeof(vsl::{name})")
+        numbers += [f"offsetof(vsl::{name}, {field[0]})" for field in structure._fields_]
+    return f'#include <cstddef>\nextern "C" const int64_t vsl_layout[] = {{{", ".join(numbers)}, -1}};\n'
+
+
+def _layout() -> list[int]:
+    numbers: list[int] = []
+    for structure in structures().values():
+        numbers.append(ctypes.sizeof(structure))
+        numbers += [getattr(structure, field[0]).offset for field in structure._fields_]
+    return [*numbers, -1]
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """Raises OSError when `path` is no shared object of these functions."""
+    """Raises OSError when `path` is no shared object of these functions, or one with other structures."""
     library = ctypes.CDLL(str(path))
-    for name, letters in _ARGUMENTS.items():
-        try:
-            function = getattr(library, name)
-        except AttributeError as error:
-            raise OSError(f"{path} lacks {name}") from error
-        function.argtypes = [_TYPES[letter] for letter in letters if letter != " "]
-        function.restype = _RESULTS.get(name)
+    try:
+        expected = _layout()
+        if list((c_int64 * len(expected)).in_dll(library, "vsl_layout")) != expected:
+            raise OSError(f"{path} was compiled with other structures than {HEADER}")
+        for name, structure in structures().items():
+            if name.endswith("Call"):
+                function = getattr(library, function_name(name))
+                function.argtypes, function.restype = [c_void_p, POINTER(structure)], None
+        library.vsl_create.argtypes, library.vsl_create.restype = [c_void_p, c_int], c_void_p
+        library.vsl_destroy.argtypes, library.vsl_destroy.restype = [c_void_p], None
+        library.vsl_instruction_set.argtypes, library.vsl_instruction_set.restype = [c_void_p], c_char_p
+    except (AttributeError, ValueError) as error:
+        raise OSError(f"{path} lacks what {HEADER} has: {error}") from error
     return library
+
+
+def function_name(call: str) -> str:
+    """RmsNormCall -> vsl_rms_norm."""
+    return "vsl" + re.sub(r"([A-Z])", lambda match: "_" + match[1].lower(), call.removesuffix("Call"))

@@ -1,8 +1,11 @@
 """Matrices in the layout that the linear kernels read; native/linear.h draws it. O outputs, I inputs."""
 
 from enum import IntEnum
+from typing import Any
 
 from torch import Tensor
+
+from vibe_sgl_lite.model_worker.cpu.library import structures
 
 SLAB = 64  # outputs that lie side by side
 GROUP = 32  # inputs that share a scale and an offset in int4
@@ -29,10 +32,6 @@ class SlabWeights:
         self.outputs, self.inputs = outputs, inputs
         self.data, self.scales = data, scales
         self.nbytes = data.nbytes + (0 if scales is None else scales.nbytes)
-        self.arguments = (
-            int(weight_format),
-            data.data_ptr(),
-            None if scales is None else scales.data_ptr(),
-            inputs,
-            outputs,
+        self.place: Any = structures()["Matrix"](
+            data.data_ptr(), None if scales is None else scales.data_ptr(), inputs, outputs, int(weight_format)
         )

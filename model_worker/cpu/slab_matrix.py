@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.cpu.api import DTYPES, CpuKernels
+from vibe_sgl_lite.model_worker.cpu.api import CpuKernels
 from vibe_sgl_lite.model_worker.cpu.huge_memory import HugeMemory
 from vibe_sgl_lite.model_worker.cpu.linear import GROUP, INPUT_MULTIPLE, SLAB, SlabWeights, WeightFormat
 
@@ -50,15 +50,15 @@ class SlabFormat:
             return self._interleave(matrix)
         outputs, inputs = matrix.shape
         slabs = -(-outputs // SLAB)
-        source = (self._kernels.context, DTYPES[matrix.dtype], matrix.data_ptr(), outputs, inputs)
+        scales = None
         if self._format is WeightFormat.INT8:
             data = self._memory.empty((slabs, inputs // 4, SLAB), torch.int32)
             scales = torch.zeros(slabs * SLAB)
-            self._kernels.library.vsl_pack_int8(*source, data.data_ptr(), scales.data_ptr())
-            return SlabWeights(self._format, outputs, inputs, data, scales)
-        data = self._memory.empty((slabs, inputs // GROUP, GROUP // 8 + 1, SLAB), torch.int32)
-        self._kernels.library.vsl_pack_int4(*source, data.data_ptr())
-        return SlabWeights(self._format, outputs, inputs, data)
+        else:
+            data = self._memory.empty((slabs, inputs // GROUP, GROUP // 8 + 1, SLAB), torch.int32)
+        weights = SlabWeights(self._format, outputs, inputs, data, scales)
+        self._kernels.pack(matrix, weights)
+        return weights
 
     def _interleave(self, matrix: Tensor) -> SlabWeights:
         outputs, inputs = matrix.shape

@@ -2,6 +2,7 @@
 // tensor's dtype exactly where transformers' Qwen3 rounds them, so that bf16 results agree with it.
 #pragma once
 
+#include "abi.h"
 #include "kv_int8.h"
 #include "parallel.h"
 #include "simd.h"
@@ -85,6 +86,9 @@ inline void rotate_row(T* x, const T* cos, const T* sin, int half) {
 // the scales of a page, [kv head, token] floats, begin `scales` bytes after its start.
 struct PoolLayout {
     int64_t page_size, page_stride, token_stride, head_stride, scales;
+
+    explicit PoolLayout(const Pool& p)
+        : page_size(p.page_size), page_stride(p.page_stride), token_stride(p.token_stride), head_stride(p.head_stride), scales(p.scales) {}
 
     struct Place {
         int64_t row, scale;  // of the first KV head, in elements

@@ -1,29 +1,26 @@
-// The C interface of the CPU kernels; model_worker/cpu/api.py is its only caller and checks the arguments.
-// `dtype` is 0 for float32 and 1 for bfloat16. Strides are in elements. Keys and values are of `dtype` too, or, where
-// `scales` is not 0, int8 with scales that begin so many bytes after each page's start (kv_int8.h).
-#include "attention.h"
-#include "elementwise.h"
-#include "layers.h"
+// The C interface of the CPU kernels (abi.h). model_worker/cpu/api.py is its caller and checks the arguments.
+#include "abi.h"
 #include "pack.h"
+#include "program.h"
 
 using namespace vsl;
 
 namespace {
 
 template <class F>
-void with_dtype(int dtype, const F& f) {
+void with_dtype(int64_t dtype, const F& f) {
     if (dtype == 1)
-        f((bf16*)nullptr);
+        f(bf16{});
     else
-        f((float*)nullptr);
+        f(0.0f);
 }
 
 // As with_dtype, and with the type of what the KV pool holds.
 template <class F>
-void with_dtypes(int dtype, int64_t scales, const F& f) {
-    with_dtype(dtype, [&](auto* type) {
-        if (scales != 0)
-            f(type, (int8_t*)nullptr);
+void with_dtypes(int64_t dtype, const Pool& pool, const F& f) {
+    with_dtype(dtype, [&](auto type) {
+        if (pool.scales != 0)
+            f(type, int8_t{});
         else
             f(type, type);
     });
@@ -33,7 +30,7 @@ void with_dtypes(int dtype, int64_t scales, const F& f) {
 
 extern "C" {
 
-void* vsl_create(void* parallel, int threads) {
+Context* vsl_create(void* parallel, int threads) {
     Context* context = new Context;
     context->parallel = (ParallelFn)parallel;
     context->threads = parallel == nullptr ? 1 : threads;
@@ -43,11 +40,11 @@ void* vsl_create(void* parallel, int threads) {
     return context;
 }
 
-void vsl_destroy(void* context) { delete (Context*)context; }
+void vsl_destroy(Context* context) { delete context; }
 
 // What is used of the CPU, as model_worker/cpu/targets.py names it.
-const char* vsl_instruction_set(void* context) {
-    if (((Context*)context)->amx) return "amx";
+const char* vsl_instruction_set(Context* context) {
+    if (context->amx) return "amx";
 #if defined(VSL_AVX512_BF16)
     return "avx512_bf16";
 #elif defined(VSL_AVX512)
@@ -61,110 +58,89 @@ const char* vsl_instruction_set(void* context) {
 #endif
 }
 
-void vsl_paged_attention(void* context, int dtype, const void* query, int64_t query_stride, const void* keys,
-                         const void* values, int64_t page_size, int64_t page_stride, int64_t token_stride,
-                         int64_t head_stride, int64_t scales, const int32_t* query_start, const int32_t* context_lengths,
-                         const int32_t* page_table, int64_t page_table_stride, int rows, int heads, int kv_heads,
-                         int head_dim, float scale, int64_t split_tokens, void* out) {
-    with_dtypes(dtype, scales, [&](auto* type, auto* stored) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        using Stored = std::remove_pointer_t<decltype(stored)>;
+void vsl_paged_attention(Context* context, const PagedAttentionCall* c) {
+    with_dtypes(c->dtype, c->pool, [&](auto type, auto stored) {
+        using T = decltype(type);
+        using Stored = decltype(stored);
         const AttentionArgs<T, Stored> args{
-            (const T*)query, query_stride, (const Stored*)keys, (const Stored*)values,
-            PoolLayout{page_size, page_stride, token_stride, head_stride, scales}, query_start, context_lengths,
-            page_table, page_table_stride, rows, heads, kv_heads, head_dim, scale, split_tokens, (T*)out, (int64_t)heads * head_dim};
-        PagedAttention<T, Stored>(*(Context*)context, args).run();
+            (const T*)c->query, c->query_stride, (const Stored*)c->pool.keys, (const Stored*)c->pool.values,
+            PoolLayout(c->pool), c->query_start, c->context_lengths, c->page_table, c->page_table_stride, (int)c->rows,
+            (int)c->heads, (int)c->kv_heads, (int)c->head_dim, c->scale, c->split_tokens, (T*)c->out,
+            c->heads * c->head_dim};
+        PagedAttention<T, Stored>(*context, args).run();
     });
 }
 
-void vsl_store_kv(void* context, int dtype, const void* key, int64_t key_token, int64_t key_head, const void* value,
-                  int64_t value_token, int64_t value_head, void* keys, void* values, int64_t page_size,
-                  int64_t page_stride, int64_t token_stride, int64_t head_stride, int64_t scales, const int64_t* slots,
-                  int64_t tokens, int kv_heads, int head_dim) {
-    with_dtypes(dtype, scales, [&](auto* type, auto* stored) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        using Stored = std::remove_pointer_t<decltype(stored)>;
-        store_kv(*(Context*)context, (const T*)key, key_token, key_head, (const T*)value, value_token, value_head,
-                 (Stored*)keys, (Stored*)values, PoolLayout{page_size, page_stride, token_stride, head_stride, scales},
-                 slots, tokens, kv_heads, head_dim);
+void vsl_store_kv(Context* context, const StoreKvCall* c) {
+    with_dtypes(c->dtype, c->pool, [&](auto type, auto stored) {
+        using T = decltype(type);
+        using Stored = decltype(stored);
+        store_kv(*context, (const T*)c->key, c->key_token, c->key_head, (const T*)c->value, c->value_token,
+                 c->value_head, (Stored*)c->pool.keys, (Stored*)c->pool.values, PoolLayout(c->pool), c->slots, c->tokens,
+                 (int)c->kv_heads, (int)c->head_dim);
     });
 }
 
-void vsl_rms_norm(void* context, int dtype, const void* x, int64_t x_stride, void* residual, const void* weight,
-                  void* out, int64_t rows, int64_t size, float eps) {
-    with_dtype(dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        rms_norm(*(Context*)context, (const T*)x, x_stride, (T*)residual, (const T*)weight, (T*)out, rows, size, eps);
+void vsl_rms_norm(Context* context, const RmsNormCall* c) {
+    with_dtype(c->dtype, [&](auto type) {
+        using T = decltype(type);
+        rms_norm(*context, (const T*)c->x, c->x_stride, (T*)c->residual, (const T*)c->weight, (T*)c->out, c->rows,
+                 c->size, c->eps);
     });
 }
 
-void vsl_qkv_rope_store(void* context, int dtype, const void* qkv, int64_t qkv_stride, const void* query_weight,
-                        const void* key_weight, float eps, const void* cos, const void* sin, int64_t angle_stride,
-                        void* query, void* keys, void* values, int64_t page_size, int64_t page_stride,
-                        int64_t token_stride, int64_t head_stride, int64_t scales, const int64_t* slots, int64_t tokens,
-                        int heads, int kv_heads, int head_dim) {
-    with_dtypes(dtype, scales, [&](auto* type, auto* stored) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        using Stored = std::remove_pointer_t<decltype(stored)>;
-        qkv_rope_store(*(Context*)context,
-                       QkvRope<T, Stored>{(const T*)qkv, qkv_stride, (const T*)query_weight, (const T*)key_weight, eps,
-                                          (const T*)cos, (const T*)sin, angle_stride, (T*)query, (Stored*)keys,
-                                          (Stored*)values,
-                                          PoolLayout{page_size, page_stride, token_stride, head_stride, scales}, slots,
-                                          tokens, heads, kv_heads, head_dim});
+void vsl_qkv_rope_store(Context* context, const QkvRopeStoreCall* c) {
+    with_dtypes(c->dtype, c->pool, [&](auto type, auto stored) {
+        using T = decltype(type);
+        using Stored = decltype(stored);
+        qkv_rope_store(*context,
+                       QkvRope<T, Stored>{(const T*)c->qkv, c->qkv_stride, (const T*)c->query_weight,
+                                          (const T*)c->key_weight, c->eps, (const T*)c->cos, (const T*)c->sin,
+                                          c->angle_stride, (T*)c->query, (Stored*)c->pool.keys, (Stored*)c->pool.values,
+                                          PoolLayout(c->pool), c->slots, c->tokens, (int)c->heads, (int)c->kv_heads,
+                                          (int)c->head_dim});
     });
 }
 
-void vsl_silu_mul(void* context, int dtype, const void* gate, const void* up, int64_t stride, void* out, int64_t rows,
-                  int64_t size) {
-    with_dtype(dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        silu_mul(*(Context*)context, (const T*)gate, (const T*)up, stride, (T*)out, rows, size);
+void vsl_silu_mul(Context* context, const SiluMulCall* c) {
+    with_dtype(c->dtype, [&](auto type) {
+        using T = decltype(type);
+        silu_mul(*context, (const T*)c->gate, (const T*)c->up, c->stride, (T*)c->out, c->rows, c->size);
     });
 }
 
-void vsl_argmax(void* context, int dtype, const void* x, int64_t stride, int64_t* out, int64_t rows, int64_t size) {
-    with_dtype(dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        argmax(*(Context*)context, (const T*)x, stride, out, rows, size);
+void vsl_argmax(Context* context, const ArgmaxCall* c) {
+    with_dtype(c->dtype, [&](auto type) {
+        argmax(*context, (const decltype(type)*)c->x, c->stride, c->out, c->rows, c->size);
     });
 }
 
-void vsl_linear(void* context, int dtype, int format, const void* weights, const float* scales, int64_t inputs,
-                int64_t outputs, const void* x, int64_t x_stride, int64_t rows, void* out) {
-    with_dtype(dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        run_linear(*(Context*)context, Linear<T>{format, (const uint8_t*)weights, scales, inputs, outputs, (const T*)x,
-                                                 x_stride, rows, (T*)out, outputs});
+void vsl_linear(Context* context, const LinearCall* c) {
+    with_dtype(c->dtype, [&](auto type) {
+        using T = decltype(type);
+        run_linear(*context, linear_of(c->matrix, (const T*)c->x, c->x_stride, c->rows, (T*)c->out));
     });
 }
 
-// matrix: [outputs, inputs], contiguous.
-void vsl_pack_int8(void* context, int dtype, const void* matrix, int64_t outputs, int64_t inputs, void* weights,
-                   float* scales) {
-    with_dtype(dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        pack_int8(*(Context*)context, (const T*)matrix, outputs, inputs, (uint8_t*)weights, scales);
+void vsl_pack(Context* context, const PackCall* c) {
+    with_dtype(c->dtype, [&](auto type) {
+        const auto* const source = (const decltype(type)*)c->source;
+        const Matrix& into = c->into;
+        if (into.format == kInt8)
+            pack_int8(*context, source, into.outputs, into.inputs, (uint8_t*)into.weights, (float*)into.scales);
+        else
+            pack_int4(*context, source, into.outputs, into.inputs, (uint8_t*)into.weights);
     });
 }
 
-void vsl_pack_int4(void* context, int dtype, const void* matrix, int64_t outputs, int64_t inputs, void* weights) {
-    with_dtype(dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        pack_int4(*(Context*)context, (const T*)matrix, outputs, inputs, (uint8_t*)weights);
+void vsl_run_program(Context* context, const RunProgramCall* c) {
+    with_dtypes(c->dtype, c->pool, [&](auto type, auto stored) {
+        Program<decltype(type), decltype(stored)>(*context, *c).run();
     });
 }
 
-void vsl_decoder_layers(void* context, int dtype, const DecoderLayers* layers, const DecoderStep* step) {
-    with_dtypes(dtype, layers->pool.scales, [&](auto* type, auto* stored) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        using Stored = std::remove_pointer_t<decltype(stored)>;
-        run_decoder_layers<T, Stored>(*(Context*)context, *layers, *step);
-    });
-}
-
-void vsl_gather_rows(void* context, const void* weights, int64_t units, const int64_t* ids, int64_t count, void* out) {
-    gather_rows(*(Context*)context, (const uint32_t*)weights, units, ids, count, (uint32_t*)out);
+void vsl_gather_rows(Context* context, const GatherRowsCall* c) {
+    gather_rows(*context, (const uint32_t*)c->weights, c->units, c->ids, c->count, (uint32_t*)c->out);
 }
 
 }  // extern "C"

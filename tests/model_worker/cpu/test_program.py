@@ -1,6 +1,6 @@
-"""All layers in one call give the bits that one operation after another gives, and are used only where they can be."""
+"""Layers as programs give the bits that one step after another gives, and are used wherever they can be."""
 
-from dataclasses import replace
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from tests.qwen3.harness import (
 )
 from vibe_sgl_lite.model_worker.compute import Compute, kernel_compute, torch_compute
 from vibe_sgl_lite.model_worker.cpu import load
-from vibe_sgl_lite.model_worker.cpu.fused_layers import FusedLayers, fuse_layers
+from vibe_sgl_lite.model_worker.cpu.build import build
+from vibe_sgl_lite.model_worker.cpu.library import open_library, structures
+from vibe_sgl_lite.model_worker.cpu.program import Program, ProgramLayers, plan_programs
+from vibe_sgl_lite.model_worker.cpu.targets import choose_target
 from vibe_sgl_lite.model_worker.step_timer import StepTimer
-from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group
 from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER, OTHER
 from vibe_sgl_lite.qwen3.model import Qwen3
 
@@ -36,12 +39,12 @@ def compute_on(threads: int) -> Compute:
     return kernel_compute(kernels)
 
 
-def steps(model: Qwen3, compute: Compute, *, int8: bool, fused: bool) -> list[Tensor]:
+def steps(model: Qwen3, compute: Compute, *, fused: bool, int8: bool = False) -> list[Tensor]:
     """Logits of a chunk of many rows, of one beside decoding rows, and of decoding rows alone."""
     run = PagedRun(model, num_pages=64, page_size=16, compute=compute, int8=int8)
     if fused:
-        fuse_layers(model, run.backend)
-        assert isinstance(model.all_layers, FusedLayers)
+        plan_programs(model, run.backend)
+        assert isinstance(model.all_layers, ProgramLayers)
     long, short, third = (Row(random_tokens(n, seed=n)) for n in (150, 20, 80))
     with torch.inference_mode():
         return [
@@ -98,7 +101,7 @@ def test_parts_are_timed(tmp_path: Path) -> None:
         timer = StepTimer()
         model = load_model(tmp_path, dtype=torch.bfloat16, compute=compute, quantization="none")
         runner = runner_of(model, compute=compute, timer=timer if timed else NO_TIMER)
-        fuse_layers(runner.model, runner.backend)
+        plan_programs(runner.model, runner.backend)
         driver = Driver(runner)
         driver.run([(0, 13)], new=[new_slot(0, random_tokens(13))])
         timer.take()
@@ -112,27 +115,50 @@ def test_parts_are_timed(tmp_path: Path) -> None:
     assert tokens[0] == tokens[1]
 
 
-def not_fused(folder: Path, shape: dict[str, Any], **options: Any) -> bool:
+def pieces_of(folder: Path, shape: dict[str, Any], **options: Any) -> list[type]:
     make_checkpoint(folder, shape)
     compute = compute_on(1)
     model = load_model(folder, dtype=torch.bfloat16, compute=compute, **options)
-    fuse_layers(model, PagedRun(model, compute=compute).backend)
-    return model.all_layers is None
+    plan_programs(model, PagedRun(model, compute=compute).backend)
+    return [type(piece) for piece in model.all_layers.pieces] if isinstance(model.all_layers, ProgramLayers) else []
 
 
-def test_only_where_it_can_be(tmp_path: Path) -> None:
-    """Experts, a feed-forward of no whole slabs, matrices in torch's formats, several ranks, plain torch."""
-    assert not_fused(tmp_path / "moe", MOE, quantization="none")
-    assert not_fused(tmp_path / "odd", DENSE, quantization="none")
-    assert not_fused(tmp_path / "plain", SHAPE)
+def test_a_program_is_as_long_as_it_can_be(tmp_path: Path) -> None:
+    """Experts, a feed-forward of no whole slabs, matrices in torch's formats, plain torch, several ranks."""
+    assert pieces_of(tmp_path / "whole", SHAPE, quantization="none") == [Program]
+    assert pieces_of(tmp_path / "moe", MOE, quantization="none") == [Program, tuple] * 2
+    assert pieces_of(tmp_path / "odd", DENSE, quantization="none") == [Program, tuple] * 2
+    assert pieces_of(tmp_path / "plain", SHAPE) == []
     model = load_model(tmp_path / "plain", dtype=torch.bfloat16, compute=compute_on(1), quantization="none")
-    torch_backend = PagedRun(model, compute=torch_compute()).backend
-    fuse_layers(model, torch_backend)
+    plan_programs(model, PagedRun(model, compute=torch_compute()).backend)
     assert model.all_layers is None
-    backend = PagedRun(model, compute=compute_on(1)).backend
-    model.parallel = replace(ParallelState(), tp=Group(0, 2, object()), ep=Group(0, 2, object()))  # type: ignore[arg-type]
-    fuse_layers(model, backend)
-    assert model.all_layers is None
-    model.parallel = ParallelState()
-    fuse_layers(model, backend)
-    assert model.all_layers is not None
+    for layer in model.layers:
+        for linear in (layer.attention.output, layer.feed_forward.down):  # type: ignore[union-attr]
+            linear.group = Group(0, 2, object())  # type: ignore[arg-type]
+    plan_programs(model, PagedRun(model, compute=compute_on(1)).backend)
+    assert isinstance(model.all_layers, ProgramLayers)
+    assert [type(piece) for piece in model.all_layers.pieces] == [Program, Group] * 4
+
+
+@pytest.mark.parametrize("shape", [MOE, DENSE], ids=["moe", "odd"])
+def test_the_same_bits_between_steps(tmp_path: Path, shape: dict[str, Any]) -> None:
+    make_checkpoint(tmp_path, shape)
+    compute = compute_on(2)
+    apart, planned = (
+        steps(load_model(tmp_path, dtype=torch.bfloat16, compute=compute, quantization="none"), compute, fused=f)
+        for f in (False, True)
+    )
+    for one, other in zip(apart, planned, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_other_structures_are_refused(tmp_path: Path) -> None:
+    """A library compiled with another abi.h is not called."""
+    path = build(flags=("-O1",), target=choose_target("baseline"))
+    content, size = path.read_bytes(), ctypes.sizeof(structures()["RunProgramCall"])
+    numbers = b"".join(n.to_bytes(8, "little") for n in (size, 0, 8, 16))
+    assert content.count(numbers) == 1
+    changed = tmp_path / "changed.so"
+    changed.write_bytes(content.replace(numbers, (size + 8).to_bytes(8, "little") + numbers[8:]))
+    with pytest.raises(OSError, match=r"was compiled with other structures than .*abi\.h"):
+        open_library(changed)
