@@ -369,7 +369,8 @@ class Harness:
 
     def lose_ranks(self) -> None:
         """The ranks die. Results that they have sent may still come in, and who ran in vain thrice is ended."""
-        for uid in {uid for result in self.due() for uid in self.rank.row_uids[result.step]}:
+        running = {uid for result in self.due() for uid in self.rank.row_uids[result.step]}
+        for uid in running & {*self.live()}:  # a row of one that has ended may still be in flight
             sample = self.samples[uid]
             sample.losses = 1 if len(sample.tokens) > sample.tokens_at_loss else sample.losses + 1
             sample.tokens_at_loss = len(sample.tokens)
