@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.device import Device, Fields
@@ -78,9 +79,14 @@ class GpuAttention:
         )
         self._order = Fields(device, max_rows, rows=np.int32)
         self._num_ordered = 0
+        self._max_rows = max_rows
+        self._compiled = False
         self._prompt_tiles = Fields(device, 2 * PROMPT_TILES, tiles=np.int32)
 
     def prepare(self, batch: DeviceBatch) -> GpuMetadata:
+        if not self._compiled:
+            self._compiled = True
+            self._compile(batch)
         decode_rows = batch.num_decode_rows
         chain = self._runs_as_chain(batch)
         self._sort(batch.host_context_lengths[:decode_rows])
@@ -156,6 +162,23 @@ class GpuAttention:
     def _runs_as_chain(self, batch: DeviceBatch) -> bool:
         few = batch.decodes_only and batch.num_rows <= CHAIN_ROWS
         return self.has_chain and few and batch.max_context <= LONG_CONTEXT
+
+    def _compile(self, batch: DeviceBatch) -> None:
+        """Launch every cut that there is over a row without context: the first use of one takes a second or two, which
+        must not be in the middle of other requests' streams."""
+        zeros = torch.zeros(16, dtype=torch.int32, device=self.device.torch_device)
+        width = self.group * self.pool.kv_heads * self.pool.head_dim
+        query, output = torch.zeros((2, 1, width), dtype=self.pool.data.dtype, device=self.device.torch_device)
+        cache, table, dtype = self.caches[0], batch.page_table[:1], self.pool.data.dtype
+        for tiles in {
+            choose_tiles(rows, self.pool.kv_heads, dtype, context)
+            for rows in range(1, self._max_rows + 1)
+            for context in (1, LONG_CONTEXT + 1)
+        }:
+            decode_attention(query, *cache, table, zeros, zeros[:1], self.scratch, output, tiles=tiles, pdl=self.pdl)
+        for cut in {self._cut(1), self._cut(SHORT_CONTEXT + 1)}:
+            no_tokens = zeros[:2].view(1, 2)
+            prefill_attention(query, *cache, table, zeros, zeros, no_tokens, cut, output, pdl=self.pdl)
 
     def _sort(self, lengths: IntArray) -> None:
         """Bring the order to the device, unless the one that is there is as good: lengths grow by one a step."""
