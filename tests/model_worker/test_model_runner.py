@@ -30,7 +30,15 @@ def runner_of(
 ) -> ModelRunner:
     pool = KVPool(model.config, model.parallel.tp.size, max_slots * PAGES_A_SLOT, PAGE, model.dtype, model.device)
     attention = (compute or torch_compute()).attention(pool)
-    return ModelRunner(model, pool, attention, max_slots=max_slots, context_length=CONTEXT, timer=timer)
+    return ModelRunner(
+        model,
+        pool,
+        attention,
+        max_slots=max_slots,
+        context_length=CONTEXT,
+        max_tokens=max_slots * CONTEXT,
+        timer=timer,
+    )
 
 
 def sampling(**values: Any) -> ResolvedSampling:

@@ -1,12 +1,7 @@
-"""Where there is no GPU, kernels run in Triton's interpreter: it is chosen before a kernel is defined."""
-
-import os
+"""Kernels run on a GPU where there is one, else in Triton's interpreter (tests/conftest.py)."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
