@@ -31,7 +31,13 @@ def params(number: int) -> SamplingParams:
     )
 
 
-@pytest.mark.parametrize("victim", ["tokenizer_manager", "detokenizer", "scheduler"])
+SLOW = pytest.mark.slow  # tests/chaos/test_recovery.py kills these too, under fewer kinds of requests
+
+
+@pytest.mark.parametrize(
+    "victim",
+    ["tokenizer_manager", pytest.param("detokenizer", marks=SLOW), pytest.param("scheduler", marks=SLOW)],
+)
 def test_streams_survive_a_kill_with_the_same_text(victim: str) -> None:
     prompts = [f"Once upon a time, child {number}" for number in range(CLIENTS)]
     with running(*FLAGS) as daemon:

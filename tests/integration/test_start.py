@@ -64,6 +64,7 @@ def base() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.slow  # compiles the kernels into a cache of its own
 @pytest.mark.skipif(
     subprocess.run((*BECOME_NOBODY, "true")).returncode != 0, reason="this machine lets nobody become another user"
 )
@@ -80,6 +81,7 @@ def test_no_home_and_a_user_that_nobody_knows(base: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow  # compiles the kernels into a cache of its own
 def test_relative_folders_and_names_with_line_breaks_on_a_terminal_that_has_ascii_alone(base: Path) -> None:
     model = base / "a modèl\nready"
     shutil.copytree(embedded_folder(), model)

@@ -46,7 +46,7 @@ def run(kind: str, name: str, how: str) -> None:
     assert said == "{('length', 250, 1): 40}"
 
 
-@pytest.mark.parametrize("how", ["stop", "lock"])
+@pytest.mark.parametrize("how", ["stop", pytest.param("lock", marks=pytest.mark.slow)])
 def test_a_private_engine_waits_for_its_program(how: str) -> None:
     run("llm", f"test-{secrets.token_hex(4)}", how)
 
