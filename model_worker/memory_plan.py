@@ -13,7 +13,7 @@ from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 # A laptop has other things to do with its memory; --max-total-tokens asks for more.
 CPU_LIMIT_BYTES = 4 << 30
 # Of a machine's memory, what the cache leaves to the other processes, which may still be starting, and to steps.
-# Measured with Qwen3-0.6B's vocabulary: 170 MB of growth after the pages were counted, 50 MB of it in steps.
+# An estimate from resident memory with Qwen3-0.6B's vocabulary: 170 MB after the pages were counted, 50 in steps.
 HEADROOM_BYTES = 256 << 20
 
 

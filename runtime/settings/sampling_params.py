@@ -115,7 +115,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         Sequence[int] | UnsetType,
         Spec(
             "end the output in addition to the model's end tokens",
-            more="The one that did is in `token_ids`, not in `text`, as in vLLM and SGLang.",
+            more="The one that did is in `token_ids`, not in `text`, as in vLLM.",
             default=(),
             items=128,
             low=0,
