@@ -12,11 +12,11 @@ import json
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 import msgspec
 
 from vibe_sgl_lite.runtime.errors import RequestError
+from vibe_sgl_lite.runtime.text.disjoint import Disjointness
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -25,7 +25,6 @@ FIELDS = ("json_schema", "regex", "choice", "grammar")
 _MAX_CHARS = {"json_schema": 256 * 1024, "regex": 16 * 1024, "grammar": 256 * 1024}
 MAX_CHOICES = 1024
 MAX_CHOICE_CHARS = 64 * 1024  # all of them together
-MAX_REFERENCES = 32  # from one to the next
 # Work is counted, not timed, so that all ranks stop at the same point. A mask takes at most about 20 ms with these.
 _START_FUEL = 500_000
 _STEP_FUEL = 50_000
@@ -143,42 +142,27 @@ def _from_schema(text: str) -> str:
     if not isinstance(schema, dict):
         raise RequestError(f"json_schema is a {type(schema).__name__}: must be an object", field="json_schema")
     try:
-        _follow_one_of(schema, schema)
+        _follow_one_of(schema, Disjointness(schema))
         return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS))
     except (ValueError, RecursionError) as error:
         raise RequestError(f"json_schema cannot be followed: {first_line(str(error))}", field="json_schema") from error
 
 
-def _follow_one_of(value: Any, root: dict[str, Any]) -> None:
-    """Replace references that are branches of a `oneOf` by what they name, in place.
+def _follow_one_of(value: Any, apart: Disjointness) -> None:
+    """Turn each `oneOf` whose branches exclude each other into the `anyOf` that it then is, in place.
 
-    The library follows `oneOf` when it sees that no document matches two branches; it does not look behind references.
+    What is left is for the library, which follows it where it sees as much itself.
     """
     if isinstance(value, list):
         for inner in value:
-            _follow_one_of(inner, root)
+            _follow_one_of(inner, apart)
     elif isinstance(value, dict):
         branches = value.get("oneOf")
-        if isinstance(branches, list):
-            value["oneOf"] = [_target(branch, root) for branch in branches]
+        if isinstance(branches, list) and "anyOf" not in value and apart.all_apart(branches):
+            value["anyOf"] = value.pop("oneOf")
         for name, inner in value.items():
             if name not in ("const", "enum"):
-                _follow_one_of(inner if name != "oneOf" else branches, root)
-
-
-def _target(branch: Any, root: dict[str, Any]) -> Any:
-    """What a branch that is nothing but a local reference names; any other branch as it is."""
-    for _ in range(MAX_REFERENCES):
-        if not (isinstance(branch, dict) and branch.keys() == {"$ref"} and str(branch["$ref"]).startswith("#/")):
-            break
-        found: Any = root
-        for part in str(branch["$ref"])[2:].split("/"):
-            part = unquote(part).replace("~1", "/").replace("~0", "~")
-            if not (isinstance(found, dict) and part in found):
-                return branch  # the library says what is wrong with it
-            found = found[part]
-        branch = found
-    return branch
+                _follow_one_of(inner, apart)
 
 
 def _literal(text: str) -> str:
