@@ -1,7 +1,7 @@
 """The tables of fields in docs/, made from what the code checks: `python docs/tables.py` writes them anew.
 
 A table stands between `<!-- fields: NAME -->` and `<!-- end -->`; NAME is a group of server settings,
-`sampling`, or a file's name.
+`sampling`, a file's name, or `not used of` one.
 tests/test_docs.py checks that the pages are up to date.
 """
 
@@ -14,12 +14,20 @@ from pathlib import Path
 
 import msgspec
 
+from vibe_sgl_lite.runtime.settings import model_config, quantized_form, tokenizer_config
 from vibe_sgl_lite.runtime.settings.model_config import GenerationDefaults, ModelConfig, Yarn
 from vibe_sgl_lite.runtime.settings.sampling_params import FIELDS
 from vibe_sgl_lite.runtime.settings.schema import Field, table
 from vibe_sgl_lite.runtime.settings.server_args import FLAGS, flag_name
 
 MODEL_TABLES = {"config.json": ModelConfig, "yarn": Yarn, "generation_config.json": GenerationDefaults}
+# Keys that change nothing, by what the list is called.
+NOT_USED = {
+    "not used of config.json": model_config.UNUSED,
+    "not used of quantization_config": quantized_form.UNUSED,
+    "not used of generation_config.json": model_config.GENERATION_UNUSED,
+    "not used of tokenizer_config.json": tokenizer_config.UNUSED,
+}
 PAGES = tuple(Path(__file__).resolve().parent.glob("*.md"))
 PLACE = re.compile(r"(<!-- fields: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -38,6 +46,14 @@ def _table(name: str) -> Iterator[str]:
             otherwise = field.spec.unset or otherwise
             text = _meaning(field) + (f" Left out: {otherwise}." if otherwise else "")
             yield f"| `{field.name}` | {allowed} | {text} |"
+        return
+    if name in NOT_USED:
+        yield f"Known and not used: {', '.join(f'`{key}`' for key in sorted(NOT_USED[name]))}."
+        return
+    if name == tokenizer_config.FILE:
+        yield "| key | meaning |\n|---|---|"
+        for key, meaning in tokenizer_config.USED.items():
+            yield f"| `{key}` | {meaning[0].upper()}{meaning[1:]}. |"
         return
     if name == "sampling":
         yield "| field | default | allowed | meaning |\n|---|---|---|---|"

@@ -10,6 +10,8 @@ import re
 import secrets
 from pathlib import Path
 
+import msgspec
+
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.settings.checkpoint import settle
@@ -18,6 +20,7 @@ from vibe_sgl_lite.runtime.settings.memory_parts import rank_memory
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig, check_parallel_degrees
 from vibe_sgl_lite.runtime.settings.model_source import find_model
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
+from vibe_sgl_lite.runtime.settings.tokenizer_config import end_token_id
 from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
 
 CHUNK_CPU = 512  # tokens
@@ -42,6 +45,9 @@ def make_spec(args: ServerArgs, endpoints: Endpoints) -> PipelineSpec:
     check_parallel_degrees(model, args.tp, args.ep)
     if args.load_format != "dummy":
         model = settle(model, source.folder)
+    end = end_token_id(tokenizer)
+    if end is not None and end < model.vocab_size and end not in model.eos_token_ids:
+        model = msgspec.structs.replace(model, eos_token_ids=(*model.eos_token_ids, end))
     device = _device(args.device)
     _check_kv_cache(args, model, device)
     dtype = (model.dtype or DUMMY_DTYPE) if args.dtype == "auto" else args.dtype

@@ -4,18 +4,16 @@ Knows nothing about tensors: every process reads it, most of them without torch.
 `qwen3` can run; whatever is not supported is refused here by field and value. docs/models.md has the tables.
 """
 
-import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 
 from vibe_sgl_lite.runtime.errors import ModelConfigError
-from vibe_sgl_lite.runtime.logs import one_line
+from vibe_sgl_lite.runtime.settings.json_file import JsonFile
 from vibe_sgl_lite.runtime.settings.quantized_form import QuantizedForm, read_form
-from vibe_sgl_lite.runtime.settings.schema import Spec, Unfit, shown, table
+from vibe_sgl_lite.runtime.settings.schema import Spec, shown, table
 
 DENSE, MOE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
 SUPPORTED_ARCHITECTURES = (DENSE, MOE)
@@ -39,7 +37,7 @@ READ = {"architectures", "model_type", "rope_theta", "rope_scaling", "rope_param
         "use_sliding_window", "sliding_window", "quantization_config"}  # fmt: skip
 # Keys that are known and not used: nothing that this engine computes depends on them.
 UNUSED = {
-    "attention_dropout", "hidden_dropout", "initializer_range", "max_window_layers", "output_attentions", "use_cache",
+    "attention_dropout", "hidden_dropout", "max_window_layers", "output_attentions", "use_cache",
     "output_hidden_states", "output_router_logits", "pad_token_id", "return_dict", "return_dict_in_generate",
     "router_aux_loss_coef", "tokenizer_class", "torchscript", "transformers_version", "unsloth_version",
     "unsloth_fixed", "_name_or_path", "_attn_implementation_autoset", "name_or_path", "is_decoder", "id2label",
@@ -52,8 +50,6 @@ GENERATION_UNUSED = {
     "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate", "use_cache",
     "trust_remote_code",
 }  # fmt: skip
-
-log = logging.getLogger(__name__)
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True):
@@ -138,9 +134,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"{path} does not exist: --model-path must be a folder with config.json, "
                 "tokenizer.json and *.safetensors"
             )
-        generation_path = folder / "generation_config.json"
-        generation = _File(generation_path, _read_json_object(generation_path) if generation_path.is_file() else {})
-        return _build(_File(path, _read_json_object(path)), generation)
+        generation = JsonFile.read_if_there(folder / "generation_config.json", ModelConfigError)
+        return _build(JsonFile.read(path, ModelConfigError), generation)
 
     @property
     def context_limit(self) -> int:
@@ -226,51 +221,9 @@ def _join(degrees: list[int]) -> str:
 
 
 MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step")
-S = TypeVar("S", bound=msgspec.Struct)
 
 
-class _File:
-    """One file's values, taken by the tables above; errors name file, field and value."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        self.path = path
-        self.values = values
-
-    def get(self, key: str) -> Any:
-        return self.values.get(key)
-
-    def error(self, key: str, value: object, problem: str) -> ModelConfigError:
-        return ModelConfigError(f"{self.path}: {key}={shown(value)} {problem}", field=key)
-
-    def take(self, struct: type[msgspec.Struct], names: list[str] | None = None) -> dict[str, Any]:
-        """The values of `struct`'s fields, or of those called `names`, that the file has and that are not null."""
-        taken: dict[str, Any] = {}
-        for name, field in table(struct).items():
-            key = next((key for key in (name, *field.spec.aliases) if self.get(key) is not None), None)
-            if key is None or (names is not None and name not in names):
-                continue
-            try:
-                taken[name] = field.take(self.values[key])
-            except Unfit as unfit:
-                raise self.error(key, self.values[key], unfit.problem) from None
-        return taken
-
-    def make(self, struct: type[S], values: Mapping[str, Any]) -> S:
-        """A `struct` of `values`; ModelConfigError for what is missing."""
-        for info in msgspec.structs.fields(struct):
-            if info.required and info.name not in values:
-                raise ModelConfigError(
-                    f"{self.path}: {info.name} is missing; the model cannot be built without it", field=info.name
-                )
-        return struct(**values)
-
-    def warn_of_others(self, known: set[str]) -> None:
-        others = sorted(key for key, value in self.values.items() if key not in known and value is not None)
-        if others:
-            log.warning("%s: not known and not used: %s", self.path, one_line(", ".join(others))[:500])
-
-
-def _build(config: _File, generation: _File) -> ModelConfig:
+def _build(config: JsonFile, generation: JsonFile) -> ModelConfig:
     architecture = _architecture(config)
     is_moe = architecture == MOE
     _refuse_unsupported(config)
@@ -293,9 +246,7 @@ def _build(config: _File, generation: _File) -> ModelConfig:
         values["mlp_only_layers"] = _mlp_only_layers(config)
         missing = next((name for name in MOE_FIELDS[:3] if name not in values), None)
         if missing is not None:
-            raise ModelConfigError(
-                f"{config.path}: {missing} is missing; there are no experts without it", field=missing
-            )
+            raise config.missing(missing, "there are no experts without it")
     model = config.make(ModelConfig, values)
     if heads % model.num_key_value_heads:
         raise config.error("num_key_value_heads", model.num_key_value_heads, f"must divide num_attention_heads={heads}")
@@ -310,7 +261,7 @@ def _build(config: _File, generation: _File) -> ModelConfig:
     return model
 
 
-def _architecture(config: _File) -> str:
+def _architecture(config: JsonFile) -> str:
     supported = " or ".join(SUPPORTED_ARCHITECTURES)
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
@@ -323,7 +274,7 @@ def _architecture(config: _File) -> str:
     return str(names[0])
 
 
-def _refuse_unsupported(config: _File) -> None:
+def _refuse_unsupported(config: JsonFile) -> None:
     for key, (allowed, why) in FIXED.items():
         value = config.get(key)
         if value is not None and (type(value) is bool) != (type(allowed) is bool):
@@ -344,7 +295,7 @@ def _refuse_unsupported(config: _File) -> None:
         raise config.error("layer_types", layer_types, "is not supported; every layer must be full_attention")
 
 
-def _rope(config: _File, max_position_embeddings: int | None) -> tuple[float, Yarn | None]:
+def _rope(config: JsonFile, max_position_embeddings: int | None) -> tuple[float, Yarn | None]:
     """Theta and YaRN. Transformers 5 keeps both in `rope_parameters`; 4 has `rope_theta` beside a `rope_scaling`."""
     theta, yarn = config.get("rope_theta"), None
     given = [key for key in ("rope_parameters", "rope_scaling") if config.get(key) is not None]
@@ -358,7 +309,7 @@ def _rope(config: _File, max_position_embeddings: int | None) -> tuple[float, Ya
         known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
         if kind == "yarn":
             known |= table(Yarn).keys()
-            file = _File(config.path, rope)
+            file = config.part(rope)
             values = file.take(Yarn)
             if max_position_embeddings is not None:
                 values.setdefault("original_max_position_embeddings", max_position_embeddings)
@@ -380,7 +331,7 @@ def _rope(config: _File, max_position_embeddings: int | None) -> tuple[float, Ya
     return float(theta), yarn
 
 
-def _eos_token_ids(vocabulary: int, *files: _File) -> tuple[int, ...]:
+def _eos_token_ids(vocabulary: int, *files: JsonFile) -> tuple[int, ...]:
     """End tokens of both files, in order, once each; generation_config.json often lists more of them."""
     ids: list[int] = []
     for file in files:
@@ -397,7 +348,7 @@ def _eos_token_ids(vocabulary: int, *files: _File) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _generation_defaults(generation: _File) -> GenerationDefaults:
+def _generation_defaults(generation: JsonFile) -> GenerationDefaults:
     sample = generation.get("do_sample")
     if sample is not None and not isinstance(sample, bool):
         raise generation.error("do_sample", sample, "must be true or false")
@@ -412,19 +363,9 @@ def _generation_defaults(generation: _File) -> GenerationDefaults:
     return GenerationDefaults(**values)
 
 
-def _mlp_only_layers(config: _File) -> tuple[int, ...]:
+def _mlp_only_layers(config: JsonFile) -> tuple[int, ...]:
     layers = config.get("mlp_only_layers")
     layers = [] if layers is None else layers
     if not isinstance(layers, list) or any(type(layer) is not int or not 0 <= layer < 10_000 for layer in layers):
         raise config.error("mlp_only_layers", layers, "must be a list of layer numbers")
     return tuple(layers)
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise ModelConfigError(f"{path} cannot be read as JSON: {one_line(error)}; download the file again") from error
-    if not isinstance(value, dict):
-        raise ModelConfigError(f"{path} must hold a JSON object, not {type(value).__name__}; download the file again")
-    return value

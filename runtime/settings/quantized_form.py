@@ -15,9 +15,10 @@ FP8, AWQ, GPTQ = "fp8", "awq", "gptq"
 MATRIX = re.compile(r"(.*\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj))\.weight")
 FLOATS = ("F32", "BF16", "F16")
 Stored = tuple[tuple[int, ...], tuple[str, ...]]  # a tensor's shape, and the types that it may have
+READ = {"quant_method", "modules_to_not_convert"}  # of any form; the forms' own are in _RULES
 # Keys of quantization_config that say how it was made, not what it is.
 UNUSED = {
-    "quant_method", "modules_to_not_convert", "damp_percent", "damp_auto_increment", "static_groups", "true_sequential",
+    "damp_percent", "damp_auto_increment", "static_groups", "true_sequential",
     "model_name_or_path", "model_file_base_name", "is_marlin_format", "meta", "sym", "desc_act", "backend", "quantizer",
     "use_exllama", "exllama_config", "max_input_length", "cache_block_outputs", "tokenizer", "dataset", "batch_size",
     "block_name_to_quantize", "module_name_preceding_first_block", "pad_token_id", "use_cuda_fp16", "model_seqlen",
@@ -75,7 +76,7 @@ def read_form(config: Any, error: Callable[[str], Exception]) -> QuantizedForm:
     if rules is None:
         raise error(f"has quant_method {str(method)[:40]!r}, which is not supported; only {', '.join(_RULES)} are")
     for key, value in config.items():
-        if value is None or key in UNUSED:
+        if value is None or key in READ | UNUSED:
             continue
         allowed = rules.get(key, ())
         if not any(type(value) is type(other) and value == other for other in allowed):
