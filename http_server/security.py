@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from vibe_sgl_lite.http_server.errors import ApiError
 from vibe_sgl_lite.http_server.exchange import Exchange
-from vibe_sgl_lite.runtime.settings.server_args import ServerArgs, is_loopback
+from vibe_sgl_lite.runtime.settings.address import is_loopback
+from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 
 OPEN_PATHS = ("/health", "/", "/static/")  # need no key: probes, and the page, which asks for it
 ALLOW = [

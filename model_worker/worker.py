@@ -36,8 +36,9 @@ from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.launcher.child import HEARTBEAT_S, Child, PipelineSpec, run_child
 from vibe_sgl_lite.runtime.launcher.spawn import RANK_PREFIX
 from vibe_sgl_lite.runtime.messages import ForwardBatch, RankInput, RankReady, Shutdown, StepResult, StepTimes, StopRank
+from vibe_sgl_lite.runtime.settings.address import split_host_port
 from vibe_sgl_lite.runtime.settings.machine import usable_cores
-from vibe_sgl_lite.runtime.settings.server_args import flag_name, split_host_port
+from vibe_sgl_lite.runtime.settings.server_args import flag_name
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 

@@ -63,3 +63,24 @@ def split_tcp(address: str) -> tuple[str, int]:
             field="address",
         )
     return host, int(port)
+
+
+def split_host_port(address: str) -> tuple[str, int]:
+    """("HOST", PORT) of --dist-init-addr; ConfigError when it is not HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"--dist-init-addr {address} must be HOST:PORT, with node 0's address, like 10.0.0.1:29500",
+            field="dist_init_addr",
+        )
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
