@@ -12,6 +12,7 @@ from vibe_sgl_lite.model_worker.attention.torch_backend import TorchAttention
 from vibe_sgl_lite.model_worker.cpu import CpuKernels, load
 from vibe_sgl_lite.model_worker.cpu.operations import KernelOperations
 from vibe_sgl_lite.model_worker.cpu.program import plan_programs
+from vibe_sgl_lite.model_worker.device import CpuDevice, Device
 from vibe_sgl_lite.model_worker.device_batch import StepBackend, StepGraphs
 from vibe_sgl_lite.model_worker.kv_pool import KVLayout, KVPool
 from vibe_sgl_lite.model_worker.sampling.sampler import FusedDraw
@@ -42,6 +43,15 @@ class Compute:
     plan_layers: Callable[[Qwen3, Any], None] = plan_programs
 
 
+def device_of(device: torch.device) -> Device:
+    """The way to work with this one."""
+    if device.type != "cuda":
+        return CpuDevice()
+    from vibe_sgl_lite.model_worker.gpu.device import CudaDevice
+
+    return CudaDevice(device)
+
+
 def torch_compute() -> Compute:
     """Plain torch: works everywhere, and is what the others are tested against."""
     return Compute("plain torch", TorchOperations(), TorchAttention)
@@ -65,7 +75,6 @@ class GpuSetup:
 
 def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
     """Everything through Triton kernels and captured graphs."""
-    from vibe_sgl_lite.model_worker.device import device_of
     from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention
     from vibe_sgl_lite.model_worker.gpu.draw import GpuDraw
     from vibe_sgl_lite.model_worker.gpu.graphs import CudaGraphs, row_buckets

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.batch import Drafter, SlotStates, unpack
-from vibe_sgl_lite.model_worker.device import Device, device_of
+from vibe_sgl_lite.model_worker.compute import device_of
+from vibe_sgl_lite.model_worker.device import Device
 from vibe_sgl_lite.model_worker.device_batch import Result, StepBackend, StepGraphs
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.pending_step import PendingStep

@@ -22,7 +22,8 @@ from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.memory_plan import plan_memory
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
-from vibe_sgl_lite.model_worker.parallel import init_parallel, init_parallel_nodes, relay_group
+from vibe_sgl_lite.model_worker.nodes import init_parallel_nodes, relay_group
+from vibe_sgl_lite.model_worker.parallel import init_parallel
 from vibe_sgl_lite.model_worker.pending_step import PendingStep
 from vibe_sgl_lite.model_worker.rank_digest import RankDigest
 from vibe_sgl_lite.model_worker.relay import BatchRelay

@@ -11,7 +11,7 @@ from torch import Tensor
 from vibe_sgl_lite.qwen3.attention import Attention
 from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend, ForwardContext
 from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, TokenAttributes, VocabParallelEmbedding
-from vibe_sgl_lite.qwen3.layers.moe import DispatchKind, MoEBlock, make_dispatch
+from vibe_sgl_lite.qwen3.layers.moe import DispatchKind, MoEBlock
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
@@ -79,7 +79,6 @@ class Qwen3:
         self.dtype = dtype
         self.device = device
         self.operations = operations
-        expert_dispatch = make_dispatch(dispatch, parallel)
         self.head = ColumnParallelLinear(config.hidden_size, config.vocab_size, parallel.tp, dtype, device)
         self.embedding = VocabParallelEmbedding(
             config.vocab_size,
@@ -94,7 +93,7 @@ class Qwen3:
         self.layers = [
             DecoderLayer(
                 Attention(layer, config, parallel, dtype, device),
-                MoEBlock(config, parallel, operations, expert_dispatch, dtype, device)
+                MoEBlock(config, parallel, operations, dispatch, dtype, device)
                 if config.layer_is_moe(layer)
                 else MLP(config, parallel, operations, dtype, device),
                 config,

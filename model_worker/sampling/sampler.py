@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.device import Device, device_of
+from vibe_sgl_lite.model_worker.device import CpuDevice, Device
 from vibe_sgl_lite.model_worker.sampling.adjust import LogitAdjuster
 from vibe_sgl_lite.model_worker.sampling.candidates import (
     BlockMaxima,
@@ -104,7 +104,7 @@ class Sampler:
         device: Device | None = None,
         fused: FusedDraw | None = None,
     ) -> None:
-        self.device = device or device_of(tokens.device)
+        self.device = device or CpuDevice()
         assert vocab_size <= MAX_VOCAB, f"a vocabulary of {vocab_size} is above {MAX_VOCAB}"
         self.vocab = shard(vocab_size, group)
         self.group = group

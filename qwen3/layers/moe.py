@@ -160,28 +160,21 @@ def _combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     return torch.bmm(weights.unsqueeze(1), pairs.view(num_tokens, top_k, rows.shape[1])).squeeze(1)
 
 
-def make_dispatch(kind: DispatchKind, parallel: ParallelState) -> ExpertDispatch:
-    """The dispatch path of that name; every rank must choose the same."""
-    if kind == "all_to_all":
-        return AllToAllDispatch(parallel)
-    return AllReduceDispatch(parallel)
-
-
 class MoEBlock:
-    """[T, H] -> [T, H], the same on every rank."""
+    """[T, H] -> [T, H], the same on every rank. dispatch: every rank must choose the same."""
 
     def __init__(
         self,
         config: ModelConfig,
         parallel: ParallelState,
         operations: LayerOperations,
-        dispatch: ExpertDispatch,
+        dispatch: DispatchKind,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.router = Router(config, dtype, device)
         self.experts = Experts(config, parallel, operations, dtype, device)
-        self.dispatch = dispatch
+        self.dispatch: ExpertDispatch = (AllToAllDispatch if dispatch == "all_to_all" else AllReduceDispatch)(parallel)
 
     def __call__(self, x: Tensor, timer: PartTimer, attributes: TokenAttributes | None = None) -> Tensor:
         """attributes: experts do not depend on them."""

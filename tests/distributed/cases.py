@@ -10,7 +10,8 @@ import psutil
 import torch
 
 from tests.qwen3.harness import DENSE, MOE, PagedRun, Row, load_model, random_tokens
-from vibe_sgl_lite.model_worker.parallel import build_state, relay_group
+from vibe_sgl_lite.model_worker.nodes import relay_group
+from vibe_sgl_lite.model_worker.parallel import build_state
 from vibe_sgl_lite.model_worker.rank_digest import RankDigest
 from vibe_sgl_lite.model_worker.relay import INLINE_BYTES, BatchRelay
 from vibe_sgl_lite.qwen3.layers.moe import DispatchKind

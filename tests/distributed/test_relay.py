@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.spawn import run_ranks
-from vibe_sgl_lite.model_worker.parallel import interface_towards
+from vibe_sgl_lite.model_worker.nodes import interface_towards
 from vibe_sgl_lite.runtime.errors import ConfigError
 
 
