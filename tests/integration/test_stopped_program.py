@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 
-from tests.integration.daemon import running
+from tests.integration.daemon import running, wait_until
 
 PROGRAM = """
 import sys, threading, time
@@ -32,28 +33,40 @@ with engine[sys.argv[1]]() as client:
 """
 
 
-def run(kind: str, name: str, how: str) -> None:
+def run(kind: str, name: str, stop_and_continue: Callable[[subprocess.Popen[str]], None] | None) -> None:
+    """Without `stop_and_continue`, the program holds its own interpreter lock."""
+    how = "lock" if stop_and_continue is None else "stop"
     command = [sys.executable, "-c", PROGRAM, kind, name, how]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as program:
         assert program.stdout is not None
         assert program.stdout.readline() == "go\n"
-        if how == "stop":
-            time.sleep(0.5)
-            program.send_signal(signal.SIGSTOP)
-            time.sleep(4)
-            program.send_signal(signal.SIGCONT)
+        if stop_and_continue is not None:
+            stop_and_continue(program)
         said = program.communicate()[0].strip()
     assert said == "{('length', 250, 1): 40}"
 
 
+def four_seconds(program: subprocess.Popen[str]) -> None:
+    time.sleep(0.5)
+    program.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    program.send_signal(signal.SIGCONT)
+
+
 @pytest.mark.parametrize("how", ["stop", pytest.param("lock", marks=pytest.mark.slow)])
 def test_a_private_engine_waits_for_its_program(how: str) -> None:
-    run("llm", f"test-{secrets.token_hex(4)}", how)
+    run("llm", f"test-{secrets.token_hex(4)}", four_seconds if how == "stop" else None)
 
 
 def test_a_daemons_client_finds_its_requests_again() -> None:
     """The daemon has given it up meanwhile; what it had is sent again."""
-    with running("--dtype", "float32", "--max-total-tokens", "100000") as daemon:
-        run("client", daemon.name, "stop")
-        with daemon.client() as client:
-            assert client.stats()["sessions_total"] == 3  # its second session, and this one
+    with running("--dtype", "float32", "--max-total-tokens", "100000") as daemon, daemon.client() as watcher:
+
+        def until_given_up(program: subprocess.Popen[str]) -> None:
+            wait_until(lambda: watcher.stats()["num_running"] != 0, 60, "the requests run")
+            program.send_signal(signal.SIGSTOP)
+            wait_until(lambda: watcher.stats()["sessions"] == 1, 60, "the program is given up")
+            program.send_signal(signal.SIGCONT)
+
+        run("client", daemon.name, until_given_up)
+        assert watcher.stats()["sessions_total"] == 3  # the watcher's, and the program's two

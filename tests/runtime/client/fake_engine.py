@@ -97,7 +97,7 @@ class FakeEngine:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
-        assert self._ready.wait(5)
+        assert self._ready.wait(30)
 
     def _run(self) -> None:
         router = self._context.socket(zmq.ROUTER)
@@ -140,7 +140,9 @@ class FakeEngine:
 
     def lives(self) -> None:
         """Look as if a launcher were there, whatever becomes of this socket."""
-        Path(self.address.removeprefix("ipc://")).with_name("lock").write_text(str(os.getpid()))
+        lock = Path(self.address.removeprefix("ipc://")).with_name("lock")
+        if not lock.exists():  # never empty while a client looks: the launcher's stays, whatever it restarts
+            lock.write_text(str(os.getpid()))
 
     def send(self, *messages: ServerMessage) -> None:
         """To the client that was heard last; returns when they are on their way."""
@@ -153,9 +155,9 @@ class FakeEngine:
             sent.set()
 
         self._commands.put(send)
-        assert sent.wait(5)
+        assert sent.wait(30)
 
-    def wait_for(self, kind: type[Any], count: int = 1, timeout_s: float = 5.0) -> list[Any]:
+    def wait_for(self, kind: type[Any], count: int = 1, timeout_s: float = 30.0) -> list[Any]:
         """Messages of `kind` received, once there are `count`."""
         deadline = time.monotonic() + timeout_s
         while True:

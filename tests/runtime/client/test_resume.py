@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,11 +77,15 @@ def engine_of(folder: Path, model: Any) -> Iterator[FakeEngine]:
         fake.close()
 
 
-def wait_until_started(model: Model, count: int) -> None:
-    deadline = time.monotonic() + 5
-    while len(model.requests) < count:
+def wait_until(what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not what():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def wait_until_started(model: Model, count: int) -> None:
+    wait_until(lambda: len(model.requests) >= count)
     time.sleep(0.1)  # its chunks are on their way
 
 
@@ -270,13 +274,14 @@ def test_calls_that_come_during_the_gap_wait_for_its_end(tmp_path: Path) -> None
         client = Client(fake.address)
         stream = client.stream("abc")
         next(stream)
+    wait_until(lambda: client._connection._lost)
     with ThreadPoolExecutor(2) as pool:
         calls: list[Any] = [pool.submit(client.generate, "xy"), pool.submit(lambda: client.model.name)]
         time.sleep(0.3)
         assert not any(call.done() for call in calls)
         with engine_of(tmp_path, Model(None)):
-            assert calls[0].result(5).text == "yx"
-            assert calls[1].result(5) == "fake"
+            assert calls[0].result(30).text == "yx"
+            assert calls[1].result(30) == "fake"
             assert "".join(piece.text for piece in stream) == "ba"
             client.close()
 
