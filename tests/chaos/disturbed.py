@@ -92,6 +92,6 @@ def assert_same(run: Run, undisturbed: Run) -> None:
 
 def assert_nothing_leaked(daemon: Daemon, client: Client) -> None:
     """All pages free or cached, nothing running, and the engine's four processes."""
-    wait_until(lambda: not client.stats()["num_running"] and not client.stats()["num_waiting"], 10, "idle")
+    wait_until(lambda: not client.stats()["num_running"] and not client.stats()["num_waiting"], 60, "idle")
     stats = client.stats()
     assert int(stats["kv_pages_free"]) + int(stats["kv_pages_cached"]) == int(stats["kv_pages_total"])

@@ -128,13 +128,13 @@ def test_a_client_that_leaves_ends_its_request(server: Server, stream: bool) -> 
     if stream:
         connection.getresponse().read(100)
     else:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not server.stats()["num_running"]:
             assert time.monotonic() < deadline
     assert connection.sock is not None or stream
     connection.close()
     began = time.monotonic()
     after = server.wait_idle()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     assert after["kv_pages_free"] + after["kv_pages_cached"] == after["kv_pages_total"]
     assert after["completion_tokens_total"] - before["completion_tokens_total"] < 30_000

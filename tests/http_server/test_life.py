@@ -46,7 +46,7 @@ def test_from_loading_to_gone() -> None:
         _told(server, events)
         _drained(daemon, server)
         assert daemon.wait_exit() == 0
-        assert not daemon.survivors(within=2)
+        assert not daemon.survivors(within=20)
 
 
 def _first_answer(server: Server, path: str) -> Reply:
@@ -74,7 +74,7 @@ def _full(server: Server) -> None:
     running.read(10)
     waiting = threading.Thread(target=lambda: server.post("/v1/completions", BODY | {"max_tokens": 1}))
     waiting.start()
-    wait_until(lambda: _metric(server, "vllm:num_requests_waiting") == 1, 10, "one request waits")
+    wait_until(lambda: _metric(server, "vllm:num_requests_waiting") == 1, 60, "one request waits")
     refused = server.post("/v1/completions", BODY)
     assert (refused.status, refused.json["error"]["code"], refused.headers["retry-after"]) == (429, "overloaded", "1")
     streamed = server.post("/v1/completions", BODY | {"stream": True})
@@ -121,7 +121,7 @@ def _drained(daemon: Daemon, server: Server) -> None:
     running = _open_stream(server, 200)
     running.read(10)
     daemon.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: server.get("/health").status == 503, 5, "draining is told")
+    wait_until(lambda: server.get("/health").status == 503, 60, "draining is told")
     late = server.post("/v1/completions", BODY)
     assert (late.status, late.json["error"]["code"]) == (503, "draining")
     rest = running.read()

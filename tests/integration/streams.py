@@ -38,7 +38,7 @@ class Streams:
             self.ends.append((time.monotonic(), end))
 
     def wait_running(self) -> None:
-        wait_until(lambda: all(self.started), 20, "every stream's first token")
+        wait_until(lambda: all(self.started), 60, "every stream's first token")
 
     def wait_ended(self, timeout: float) -> None:
         for thread in self._threads:

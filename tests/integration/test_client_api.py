@@ -43,7 +43,7 @@ def idle(client: Client) -> bool:
 @pytest.fixture(autouse=True)
 def nothing_is_left(client: Client) -> Iterator[None]:
     yield
-    wait_until(lambda: idle(client), 10, "an idle engine")
+    wait_until(lambda: idle(client), 60, "an idle engine")
 
 
 def test_the_same_tokens_by_every_way(client: Client, daemon: Daemon) -> None:
@@ -157,16 +157,16 @@ def test_bad_requests_get_one_clear_error_and_disturb_nobody(
         with pytest.raises(RequestError) as caught:
             call(client)
         assert caught.value.field == field, caught.value
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 20
         assert neighbour.result(30).finish_reason == "length"
 
 
 def test_abort(client: Client) -> None:
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(client.generate, "Once", LONG, rid="victim")
-        wait_until(lambda: client.stats()["num_running"] == 1, 10, "a running request")
+        wait_until(lambda: client.stats()["num_running"] == 1, 60, "a running request")
         client.abort("victim")
-        out = call.result(10)
+        out = call.result(60)
     assert out.finish_reason == "abort"
     assert out.usage is not None
     assert len(out.token_ids) == out.usage.completion_tokens < 2000
@@ -176,7 +176,7 @@ def test_leaving_a_stream_frees_its_pages(client: Client) -> None:
     for chunk in client.stream("Once", LONG):
         assert chunk.finish_reason is None
         break
-    wait_until(lambda: client.stats()["num_running"] == 0, 5, "the end of the left stream")
+    wait_until(lambda: client.stats()["num_running"] == 0, 60, "the end of the left stream")
 
 
 def test_cancelling_frees_its_pages(client: Client, daemon: Daemon) -> None:
@@ -199,7 +199,7 @@ def test_closing_a_client_frees_its_pages(client: Client, daemon: Daemon) -> Non
     stream = other.stream("Once", LONG)
     next(stream)
     other.close()
-    wait_until(lambda: client.stats()["num_running"] == 0, 5, "the end of the closed client's request")
+    wait_until(lambda: client.stats()["num_running"] == 0, 60, "the end of the closed client's request")
 
 
 def test_a_vanished_client_frees_its_pages(client: Client, daemon: Daemon) -> None:
@@ -215,7 +215,7 @@ for _ in s: pass
         assert victim.stdout.readline() == "on\n"
         assert client.stats()["num_running"] == 1
         victim.send_signal(signal.SIGKILL)
-    wait_until(lambda: client.stats()["num_running"] == 0, 5, "the end of the vanished client's request")
+    wait_until(lambda: client.stats()["num_running"] == 0, 60, "the end of the vanished client's request")
 
 
 def test_a_pausing_consumer_loses_nothing(client: Client) -> None:
@@ -242,12 +242,12 @@ def test_stats_health_and_flush(client: Client) -> None:
     assert client.health()["status"] == "ok"
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(client.generate, "Once", LONG, rid="running")
-        wait_until(lambda: client.stats()["num_running"] == 1, 10, "a running request")
+        wait_until(lambda: client.stats()["num_running"] == 1, 60, "a running request")
         with pytest.raises(EngineError, match="run"):
             client.flush_cache()
         client.abort("running")
-        call.result(10)
-    wait_until(lambda: idle(client), 10, "an idle engine")
+        call.result(60)
+    wait_until(lambda: idle(client), 60, "an idle engine")
     client.flush_cache()
     stats = client.stats()
     assert (stats["kv_pages_free"], stats["kv_pages_cached"]) == (stats["kv_pages_total"], 0)

@@ -265,7 +265,7 @@ def test_a_rank_that_hangs_is_named(folder: str) -> None:
         failed = n.control_message(ChildFailed)
         assert failed.culprit == "model_worker.0"
         assert "step 0" in failed.message
-        assert 0.25 < time.monotonic() - began < 3
+        assert 0.25 < time.monotonic() - began < 15
         n.control_message(Heartbeat)  # it still answers the launcher
         assert n.shut_down() == 0
     finally:

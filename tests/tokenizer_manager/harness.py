@@ -121,7 +121,7 @@ class Launcher:
             for name in names
         }
 
-    def wait_for(self, kind: type[Any], count: int = 1, timeout_s: float = 10.0) -> list[Any]:
+    def wait_for(self, kind: type[Any], count: int = 1, timeout_s: float = 30.0) -> list[Any]:
         deadline = time.monotonic() + timeout_s
         while True:
             found = [message for message in self.heard if isinstance(message, kind)]
@@ -299,7 +299,7 @@ class RawClient:
                     break
         return messages
 
-    def finish(self, rid: str, timeout_s: float = 10.0) -> list[Chunk]:
+    def finish(self, rid: str, timeout_s: float = 30.0) -> list[Chunk]:
         """Chunks of `rid` up to its end; other messages are passed over."""
         chunks: list[Chunk] = []
         deadline = time.monotonic() + timeout_s

@@ -77,7 +77,7 @@ def test_an_announcement_without_bytes_is_refused_before_memory_is_taken() -> No
 
 def test_a_frame_of_empty_lists_takes_no_time() -> None:
     frame = msgspec.msgpack.encode([[[]] * 1_480_000])
-    start = time.perf_counter()
+    start = time.process_time()
     assert not has_few_values(frame)
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.5
     assert not has_few_values(msgspec.msgpack.encode([0] * MAX_VALUES))

@@ -228,10 +228,10 @@ def test_nothing_long_is_echoed(world: World, opened: bool) -> None:
 def test_a_frame_of_many_values_is_refused_undecoded(world: World) -> None:
     message = {"role": "user", "content": "c", "more": [[]] * 1_000_000}
     frame = msgspec.msgpack.encode(Generate("r", None, None, [message], msgspec.Raw(b"\x80")))
-    start = time.monotonic()
+    start = time.process_time()
     for _ in range(16):
         world.manager.on_frame(b"a", frame)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 2
     refused = world.got(b"a", Refused)
     assert [(reply.rid, reply.error.code) for reply in refused] == [("r", "invalid_request")] * 16
     assert "values" in refused[0].error.message

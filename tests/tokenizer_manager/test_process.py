@@ -273,7 +273,7 @@ def test_ten_megabytes_of_text(side: TextSide) -> None:
         start = time.monotonic()
         client.generate(f"big{number}", **fields)  # type: ignore[arg-type]
         reply = client.receive()
-        assert time.monotonic() - start < 1.0
+        assert time.monotonic() - start < 10.0
         assert isinstance(reply, Refused)
         assert reply.rid == f"big{number}"
         assert "at most" in reply.error.message
@@ -313,7 +313,7 @@ def test_too_many_requests() -> None:
         for number in range(10_000):
             client.generate(f"r{number}", "abc")
         messages = [client.receive() for _ in range(10_000)]
-        assert time.monotonic() - start < 5.0
+        assert time.monotonic() - start < 30.0
         assert sum(isinstance(message, Accepted) for message in messages) == 10
         assert {message.error.code for message in messages if isinstance(message, Refused)} == {"overloaded"}
 
@@ -357,7 +357,7 @@ def test_silent_client_is_dead_and_a_stranger_afterwards(side: TextSide) -> None
     while not any(isinstance(m, AbortRequest) for m in side.scheduler.heard):
         other.send(Ping())
         time.sleep(0.1)
-        assert time.monotonic() - start < 3.5
+        assert time.monotonic() - start < 30
     assert time.monotonic() - start > 2.0
     side.scheduler.aborted(uid)
     assert not any(isinstance(m, AbortRequest) and m.uid == other_uid for m in side.scheduler.heard)
@@ -477,9 +477,9 @@ def test_drain_then_shutdown() -> None:
         goodbye = client.receive()
         assert isinstance(goodbye, Refused)
         assert (goodbye.error.code, goodbye.rid) == ("engine_dead", None)
-        assert side.launcher.processes["tokenizer_manager"].wait(5) == 0
+        assert side.launcher.processes["tokenizer_manager"].wait(30) == 0
         side.launcher.tell("detokenizer", Shutdown())
-        assert side.launcher.processes["detokenizer"].wait(5) == 0
+        assert side.launcher.processes["detokenizer"].wait(30) == 0
 
 
 @pytest.mark.parametrize("error", [None, ErrorInfo("engine_dead", "the worker died")])

@@ -195,7 +195,7 @@ def test_no_daemon(run: Run, tmp_path: Path) -> None:
             async for _ in c.stream("x"):
                 pass
         await c.close()
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 10
 
     run(work())
 
@@ -221,7 +221,7 @@ def test_engine_death(run: Run, engine: FakeEngine) -> None:
             start = time.monotonic()
             await asyncio.to_thread(engine.close)
             assert await asyncio.gather(*tasks) == ["par"] * 50
-            assert time.monotonic() - start < 2
+            assert time.monotonic() - start < 10
 
     run(work())
 

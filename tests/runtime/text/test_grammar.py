@@ -69,18 +69,18 @@ def test_nothing_asked_for_is_no_grammar() -> None:
     ],
 )
 def test_what_cannot_be_followed_is_refused(arguments: tuple[Any, Any, Any], field: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(RequestError, match=field) as caught:
         make_grammar(*arguments)
     assert caught.value.field == field
     assert len(str(caught.value)) < 500
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_a_hard_regular_expression_takes_no_time() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     make_grammar(None, "(a{1000}){1000}", None)
-    assert time.monotonic() - start < 1.5
+    assert time.process_time() - start < 1.5
 
 
 def test_a_schema_has_one_way_to_write_a_document() -> None:

@@ -209,7 +209,7 @@ def test_a_killed_owner_leaves_nothing_in_the_way(base: Path) -> None:
     start = time.monotonic()
     with pytest.raises(ConfigError, match=f"process {owner.pid}"):
         RunDir("a")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10
     owner.kill()
     owner.wait()
     owner.stdout.close()
