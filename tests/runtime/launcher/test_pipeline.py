@@ -423,7 +423,8 @@ def test_a_killed_child_starts_again_alone_or_with_its_group(
     with restarting(model) as engine:
         before = processes()
         before[victim].kill()
-        wait_for(lambda: len(processes()) == 4 and processes()[victim].pid != before[victim].pid)
+        wait_for(lambda: processes().get(victim, before[victim]) != before[victim])
+        wait_for(lambda: len(processes()) == 4)
         after = processes()
         assert {name for name in NAMES if after[name].pid != before[name].pid} == together
         if told_manager:
