@@ -74,7 +74,8 @@ class Service:
         endpoints = spec.endpoints
         tokenizer = ChatTokenizer.from_folder(spec.tokenizer_folder)
         check_tokenizer(tokenizer, spec)
-        tokenizer.write_json(Path(endpoints.tokenizer_file))
+        if not Path(endpoints.tokenizer_file).exists():  # by a predecessor
+            tokenizer.write_json(Path(endpoints.tokenizer_file))
         self._child = child
         self._loop = loop
         self._inbound: Receiver[TokenizerInput] = Receiver(child.context, endpoints.tokenizer_manager, TokenizerInput)

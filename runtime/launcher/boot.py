@@ -2,14 +2,19 @@
 
 `python -P -m vibe_sgl_lite.runtime.launcher.boot MODULE SPEC [RANK]` runs MODULE as `__main__`.
 
+With `--standby` in place of SPEC it does the module's imports, waits until its standard input says which file it is,
+and goes on with that; it leaves when the input ends without a word.
+
 What must hold from a child's first moment is set up here, before its module's imports (torch alone takes seconds): it
 dies with the launcher, Ctrl-C does not reach it, and it can be asked for a stack dump. Imports nothing heavy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
+import importlib
 import os
 import runpy
 import signal
@@ -17,7 +22,9 @@ import sys
 import threading
 
 LIFE_PIPE_ENV = "VIBE_SGL_LITE_LIFE_FD"  # read end of a pipe that only the launcher holds open for writing
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+STANDBY_NICE = 5
+STANDBY = "--standby"
 LOAD_FAILED = 3  # exit code; one line on stderr says why
 
 
@@ -47,6 +54,32 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, args=(int(fd),), name="life", daemon=True).start()
 
 
+def _show(name: str) -> None:
+    """What `ps` and `top` call this process; until then a spare one is just another python."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode()[:15])
+
+
+def _stand_by(module: str) -> str:
+    """Import what `module` imports, and wait for the spec file's name. Exits when nobody wants this process."""
+    imports = threading.Thread(target=_import_at_leisure, args=(module,), name="imports", daemon=True)
+    imports.start()
+    spec_file = os.fsdecode(sys.stdin.buffer.read())
+    if not spec_file:
+        os._exit(0)
+    imports.join()
+    return spec_file
+
+
+def _import_at_leisure(module: str) -> None:
+    """In a thread of lower priority (on Linux each has its own), for what serves comes first."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), STANDBY_NICE)
+    with contextlib.suppress(ImportError, MemoryError, OSError):  # they will be met again, and told
+        importlib.import_module(module)
+    sys.modules.pop(module, None)  # it is to run as __main__
+
+
 def main() -> None:
     prepare_child()
     try:
@@ -55,6 +88,9 @@ def main() -> None:
         os.chdir("/")
     module = sys.argv[1]
     del sys.argv[1]
+    if sys.argv[1] == STANDBY:
+        sys.argv[1] = _stand_by(module)
+    _show(module.split(".")[-2])
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except (ImportError, MemoryError, OSError) as error:  # something is missing, or a limit too low: the user's to fix

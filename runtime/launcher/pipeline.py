@@ -140,6 +140,8 @@ class Pipeline:
         self.stop(0.0)
 
     def _make_watch(self, control_address: str) -> Watch:
+        # A group over several nodes would have to form anew on all of them.
+        restarts = 0 if self.args.restart == "never" or self.args.nnodes > 1 else self.args.max_restarts
         return Watch(
             self._children,
             control_address=control_address,
@@ -147,15 +149,20 @@ class Pipeline:
             threads=threads_per_rank(self.args),
             rank_silence_s=HEARTBEAT_LOST_S + RANK_SILENCE_STEPS * self.args.step_timeout,
             hosts_only=self.args.node_rank > 0,
-            # A group over several nodes would have to form anew on all of them.
-            max_restarts=0 if self.args.restart == "never" or self.args.nnodes > 1 else self.args.max_restarts,
+            max_restarts=restarts,
+            standby=restarts > 0 and not self.args.no_standby,
             on_ready=self._note_facts,
             on_progress=self._on_progress,
         )
 
     def _write_spec(self, epoch: int) -> Path:
-        """The spec file of processes that start now; those that start again find the pool as large as it was."""
+        """The spec file of processes that start now; those that start again find the pool as large as it was.
+
+        Files of the epoch before, whose ranks are gone, are removed.
+        """
         assert self._spec is not None
+        for file in self._spec.endpoints.of_epoch(epoch - 1).rank_files(self.args.local_ranks):
+            file.unlink(missing_ok=True)
         spec = msgspec.structs.replace(
             self._spec, endpoints=self._spec.endpoints.of_epoch(epoch), epoch=secrets.token_hex(8)
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from vibe_sgl_lite.runtime.launcher.boot import LIFE_PIPE_ENV, LOAD_FAILED
+from vibe_sgl_lite.runtime.launcher.boot import LIFE_PIPE_ENV, LOAD_FAILED, STANDBY
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -66,9 +66,10 @@ class ChildProcess:
     """A started child, in a session of its own, so that a terminal's Ctrl-C reaches the launcher alone.
 
     Its stdout goes to our stderr: the launcher's stdout carries the ready line and nothing else.
+    spec_file: None for one that only does its imports, until `start` is called.
     """
 
-    def __init__(self, spec: ChildSpec, spec_file: Path, threads: int, life_fd: int) -> None:
+    def __init__(self, spec: ChildSpec, spec_file: Path | None, threads: int, life_fd: int) -> None:
         self.spec = spec
         self._popen = subprocess.Popen(
             [
@@ -77,16 +78,22 @@ class ChildProcess:
                 "-m",
                 "vibe_sgl_lite.runtime.launcher.boot",
                 spec.module,
-                str(spec_file),
+                STANDBY if spec_file is None else str(spec_file),
                 *spec.extra,
             ],
             env=_environment(os.environ, threads if spec.is_rank else 1, life_fd),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if spec_file is not None else subprocess.PIPE,
             stdout=2,
             pass_fds=(life_fd,),
             start_new_session=True,
         )
         self.pid = self._popen.pid
+
+    def start(self, spec_file: Path) -> None:
+        """Let one that has been made without a spec file begin. That it has died meanwhile is seen as of any other."""
+        assert self._popen.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._popen.stdin as pipe:
+            pipe.write(os.fsencode(spec_file))
 
     @property
     def name(self) -> str:

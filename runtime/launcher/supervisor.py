@@ -18,8 +18,8 @@ from typing import Literal
 from vibe_sgl_lite.runtime.launcher.spawn import ChildSpec
 
 WINDOW_S = 60.0  # restarts further back are forgotten
-FIRST_DELAY_S = 0.5  # before a second restart within the window; the first one comes at once
-MAX_DELAY_S = 8.0
+FIRST_DELAY_S = 0.5  # between two starts of a group within the window, doubled each time; the first comes at once
+MAX_DELAY_S = 2.0
 
 State = Literal["starting", "running", "backing off"]
 
@@ -32,7 +32,7 @@ class _Child:
 
 @dataclass
 class _Group:
-    """Children that start again together. restarts: when, within the window."""
+    """Children that start again together. restarts: when, within the window. start_at: of the last one."""
 
     restarts: list[float] = field(default_factory=list)
     start_at: float = 0.0
@@ -76,7 +76,7 @@ class Supervisor:
                 return None
             delay = min(FIRST_DELAY_S * 2.0 ** (len(group.restarts) - 1), MAX_DELAY_S) if group.restarts else 0.0
             group.restarts.append(now)
-            group.start_at = now + delay
+            group.start_at = max(now, group.start_at + delay)
         ended = [name for name, child in self._children.items() if child.group in lost]
         for name in ended:
             self._children[name].state = "backing off"

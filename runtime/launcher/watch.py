@@ -24,6 +24,7 @@ from vibe_sgl_lite.runtime.errors import EngineDeadError, EngineLostError
 from vibe_sgl_lite.runtime.launcher.boot import LOAD_FAILED
 from vibe_sgl_lite.runtime.launcher.control import ControlLine
 from vibe_sgl_lite.runtime.launcher.spawn import STACK_DUMP_S, ChildProcess, ChildSpec
+from vibe_sgl_lite.runtime.launcher.standby import Standby
 from vibe_sgl_lite.runtime.launcher.supervisor import WINDOW_S, Supervisor
 from vibe_sgl_lite.runtime.logs import one_line
 from vibe_sgl_lite.runtime.messages import (
@@ -88,7 +89,7 @@ class Watch:
     write_spec: makes the children's spec file; its argument is the rank group's epoch, counted from 0. hosts_only: the
     children are ranks of an engine whose other processes are on another node. on_ready: called with each child's facts
     once all are ready. rank_silence_s: how long a rank may be busy in one step without a heartbeat. max_restarts: of a
-    child within WINDOW_S; 0 never restarts.
+    child within WINDOW_S; 0 never restarts. standby: keep spare processes for the ranks.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Watch:
         rank_silence_s: float,
         hosts_only: bool,
         max_restarts: int,
+        standby: bool,
         on_ready: Callable[[Mapping[str, Facts]], None],
         on_progress: Callable[[int, int], None],
     ) -> None:
@@ -113,6 +115,8 @@ class Watch:
         self._epoch = 0  # of the rank group
         self._recovering: tuple[str, float] | None = None  # why and since when
         self._threads = threads
+        self._spared = [spec for spec in children if spec.is_rank] if standby else []
+        self._standby: Standby | None = None  # while it serves
         self._rank_silence_s = rank_silence_s
         self._hosts_only = hosts_only
         self._on_ready = on_ready
@@ -155,6 +159,8 @@ class Watch:
             self.failure = f"launcher failed: {type(error).__name__}: {one_line(error)}"
         finally:
             self._end(list(self._children))
+            if self._standby is not None:
+                self._standby.close()
             os.close(life_read)
             os.close(life_write)
             self._control.close()
@@ -162,7 +168,11 @@ class Watch:
     def _spawn(self, names: Sequence[str]) -> None:
         spec_file = self._write_spec(self._epoch)
         for name in names:
-            process = ChildProcess(self._specs[name], spec_file, self._threads, self._life[0])
+            process = None if self._standby is None else self._standby.take(name)
+            if process is None:
+                process = ChildProcess(self._specs[name], spec_file, self._threads, self._life[0])
+            else:
+                process.start(spec_file)
             self._children[name] = _Child(process, time.monotonic())
 
     def _end(self, names: Sequence[str]) -> None:
@@ -194,9 +204,12 @@ class Watch:
     def _serve(self) -> None:
         for child in self._children.values():
             child.last_seen = time.monotonic()  # heartbeats are owed from now on
+        self._standby = Standby(self._spared, self._threads, self._life[0])
         while self._stop_at is None:
             self._turn(POLL_S)
             self._supervise()
+            if self._supervisor.all_running:
+                self._standby.keep()
             if self._hosts_only and all(child.process.exit_code() == 0 for child in self._children.values()):
                 self.request_stop(0.0)
 
@@ -208,25 +221,32 @@ class Watch:
         except _Failed as failure:
             self._recover(failure)
         due = self._supervisor.due(time.monotonic())
-        if due:
-            self._spawn(due)
+        try:
+            if due:
+                self._spawn(due)
+        except OSError as error:  # a full disk, too many processes or files: it may pass
+            self.users_mistake = True
+            self._restart(due, _Failed(f"launcher: {one_line(error)}"))
         if self._recovering is not None and self._supervisor.all_running:
             why, since = self._recovering
             self._recovering = None
             log.warning("serving again %.1f s after: %s", time.monotonic() - since, why)
 
     def _recover(self, failure: _Failed) -> None:
-        """End the group of whatever is gone and tell the others what they lost."""
-        now = time.monotonic()
-        gone = {
-            name: child
+        """Restart whatever is gone."""
+        gone = [
+            name
             for name, child in self._children.items()
             if child.process.exit_code() is not None or child.failed is not None or name in failure.names
-        }
-        if not gone:
-            return  # somebody accused a child that is starting again already
+        ]
+        if gone:  # else somebody accused a child that is starting again already
+            self._restart(gone, failure)
+
+    def _restart(self, gone: Sequence[str], failure: _Failed) -> None:
+        """End the groups of these and tell the others what they lost. Raises _Failed when enough has been tried."""
+        now = time.monotonic()
         ended = self._supervisor.died(gone, now)
-        if ended is None or any(child.failed is not None and child.failed.user for child in gone.values()):
+        if ended is None:
             if self._max_restarts and not self._hosts_only and not self.users_mistake:
                 raise _Failed(f"{failure}; given up after {self._max_restarts} restarts in {WINDOW_S:.0f} s")
             raise failure

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import msgspec
 
 
@@ -58,3 +61,7 @@ class Endpoints(msgspec.Struct, frozen=True):
     def rendezvous(self) -> str:
         """The file through which the ranks of one machine meet."""
         return f"{self.directory}/rendezvous.{self.epoch}"
+
+    def rank_files(self, ranks: Iterable[int]) -> list[Path]:
+        """What the rank group of this epoch leaves behind when it is killed."""
+        return [Path(self.rendezvous), *(Path(self.rank(rank).removeprefix("ipc://")) for rank in ranks)]

@@ -34,10 +34,11 @@ PROCESS_NAMES = {
 class Daemon:
     """`with Daemon("--page-size", "4") as daemon: daemon.client()`. Killed at the end if a test has not ended it.
 
-    under: a command that runs launch.py as its own process, in a network namespace for example.
+    under: a command that runs launch.py as its own process, in a network namespace for example. standby: with spare
+    processes for its ranks, which cost seconds of CPU time.
     """
 
-    def __init__(self, *flags: str, name: str | None = None, under: Sequence[str] = ()) -> None:
+    def __init__(self, *flags: str, name: str | None = None, under: Sequence[str] = (), standby: bool = False) -> None:
         self.name = name or f"test-{secrets.token_hex(4)}"
         self._folder = tempfile.TemporaryDirectory(prefix="daemon-")
         self._log = Path(self._folder.name) / "stderr"
@@ -45,6 +46,7 @@ class Daemon:
         self._tree: list[psutil.Process] = []
         # One thread: with more, a machine that is busy with the tests themselves makes OpenMP's barriers very slow.
         settings = ["--name", self.name, "--log-level", "warning", "--num-threads", "1"]
+        settings += [] if standby else ["--no-standby"]
         settings += [] if "--port" in flags else ["--no-http"]  # daemons of one machine must not share a port
         command = [*under, sys.executable, str(ROOT / "launch.py"), *settings, *flags]
         with self._log.open("wb") as log:
@@ -90,14 +92,20 @@ class Daemon:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def children(self) -> dict[str, psutil.Process]:
-        """The engine's processes by name; ranks as model_worker.0 and so on."""
+        """The engine's processes by name; ranks as model_worker.0 and so on, spare ones for them as standby.0."""
         found: dict[str, psutil.Process] = {}
         for process in psutil.Process(self.process.pid).children():
-            line = process.cmdline()
+            try:
+                line = process.cmdline()
+            except psutil.NoSuchProcess:  # just now, or a zombie
+                continue
             module = next((word for word in line if word in PROCESS_NAMES), None)
             if module is not None:
-                rank = f".{line[-1]}" if module == "vibe_sgl_lite.model_worker.worker" else ""
-                found[PROCESS_NAMES[module] + rank] = process
+                name = PROCESS_NAMES[module]
+                if name == "model_worker":
+                    spare = "--standby" in line and process.name() != name
+                    name = f"{'standby' if spare else name}.{line[-1]}"
+                found[name] = process
         return found
 
     def wait_exit(self, timeout: float = 40.0) -> int:
@@ -157,9 +165,9 @@ def model_flags() -> dict[str, list[str]]:
 
 
 @contextmanager
-def running(*flags: str) -> Iterator[Daemon]:
+def running(*flags: str, standby: bool = False) -> Iterator[Daemon]:
     """A daemon that is ready."""
-    with Daemon(*flags) as daemon:
+    with Daemon(*flags, standby=standby) as daemon:
         daemon.wait_ready()
         yield daemon
 

@@ -23,6 +23,7 @@ import zmq
 
 from tests.runtime.settings.files import write_zeros
 from vibe_sgl_lite.runtime.errors import ConfigError, ModelConfigError, StartupError
+from vibe_sgl_lite.runtime.launcher import standby
 from vibe_sgl_lite.runtime.launcher.pipeline import Pipeline
 from vibe_sgl_lite.runtime.launcher.spawn import ChildSpec, pipeline_children
 from vibe_sgl_lite.runtime.launcher.watch import Watch
@@ -472,6 +473,46 @@ def test_it_gives_up_after_the_restarts_it_may_try(model: Path) -> None:
     assert engine.failure.endswith("given up after 1 restarts in 60 s")
     assert [line for line in told(model) if "AbortAll" in line and "engine_dead" in line]
     assert processes() == {}
+
+
+def test_a_spare_process_takes_the_place_of_a_dead_rank(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spares() -> list[int]:
+        """Those that began as one."""
+        found = []
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += [child.pid] if "--standby" in child.cmdline() else []
+        return found
+
+    monkeypatch.setattr(standby, "FIRST_S", 0.0)
+    with restarting(model, rank="note ready") as engine:
+        wait_for(spares)
+        (spare,) = spares()
+        rank = next(c for c in psutil.Process().children() if c.pid != spare and "model_worker.0" in c.cmdline())
+        rank.kill()
+        wait_for(lambda: len(spares()) == 2)  # one runs as the rank, and there is another for the next time
+        assert spare in spares()
+        assert engine.failure is None
+        engine.stop()
+    assert told(model).count("Shutdown()") == 2  # of the tokenizer manager and of the rank
+    assert processes() == {}
+
+
+def test_a_full_disk_is_waited_out(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a child that starts again reads cannot be written twice, then it can."""
+    write_spec, calls = Pipeline._write_spec, []
+
+    def full(pipeline: Pipeline, epoch: int) -> Path:
+        calls.append(epoch)
+        if len(calls) in (2, 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_spec(pipeline, epoch)
+
+    monkeypatch.setattr(Pipeline, "_write_spec", full)
+    with restarting(model) as engine:
+        processes()["detokenizer"].kill()
+        wait_for(lambda: len(calls) == 4 and "detokenizer" in processes())
+        assert engine.failure is None
 
 
 def test_a_hung_child_starts_again(model: Path) -> None:

@@ -1,0 +1,70 @@
+"""What an engine holds of the machine, counted before and after: what has grown was leaked."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.integration.daemon import Daemon, wait_until
+from vibe_sgl_lite import Client
+
+MEMORY_GROWTH = 1.05
+MEMORY_SLACK = 8 << 20  # bytes: an allocator's own steps
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """processes: by name. files: of the run directory; numbers in their names (of an epoch) do not count. descriptors,
+    threads, memory (bytes, of its own): of each process."""
+
+    processes: Counter[str]
+    files: Counter[str]
+    descriptors: dict[str, int]
+    threads: dict[str, int]
+    memory: dict[str, int]
+
+
+def holdings(daemon: Daemon) -> Holdings:
+    """Of a daemon that is idle."""
+    children = {name: child for name, child in daemon.children().items() if not name.startswith("standby")}
+    found = {"launcher": psutil.Process(daemon.process.pid), **children}
+    folder = Path(daemon.address.removeprefix("ipc://")).parent
+    files = [path.name for path in folder.rglob("*") if path.is_socket() or path.is_file()]
+    return Holdings(
+        Counter(name.split(".")[0] for name in found),
+        Counter(re.sub(r"\d+", "#", name) for name in files),
+        {name: process.num_fds() for name, process in found.items()},
+        {name: process.num_threads() for name, process in found.items()},
+        {name: process.memory_full_info().uss for name, process in found.items()},
+    )
+
+
+def growth(before: Holdings, after: Holdings) -> list[str]:
+    """What is more than before, in words."""
+    grown = [
+        f"{name}: {count} {what}, {old.get(name, 0)} before"
+        for what, old, new in (
+            ("processes", before.processes, after.processes),
+            ("files", before.files, after.files),
+            ("descriptors", before.descriptors, after.descriptors),
+            ("threads", before.threads, after.threads),
+        )
+        for name, count in new.items()
+        if count > old.get(name, 0)
+    ]
+    return grown + [
+        f"{name}: {size >> 20} MiB, {before.memory[name] >> 20} before"
+        for name, size in after.memory.items()
+        if size > before.memory[name] * MEMORY_GROWTH + MEMORY_SLACK
+    ]
+
+
+def assert_idle(client: Client) -> None:
+    """Once nothing runs: all pages are free or cached."""
+    wait_until(lambda: not client.stats()["num_running"] and not client.stats()["num_waiting"], 30, "idle")
+    stats = client.stats()
+    assert int(stats["kv_pages_free"]) + int(stats["kv_pages_cached"]) == int(stats["kv_pages_total"]), stats
