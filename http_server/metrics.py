@@ -34,11 +34,27 @@ COUNTERS = {
 OWN_PREFIX = "vibe:"
 OWN_COUNTERS = {
     "steps_total": ("steps", "Steps planned."),
+    "step_seconds_total": ("step_seconds", "Time that steps took on rank 0."),
+    "rank_restarts_total": ("rank_restarts", "Groups of ranks that were lost and started again."),
+    "requests_resumed_total": ("requests_resumed", "Samples that went on after such a loss, or that of a process."),
     "num_retractions": ("retractions", "Requests taken back to the queue for want of pages."),
     "evicted_pages_total": ("evicted_pages", "Pages that the cache gave up."),
     "requests_total": ("requests", "Requests that reached the scheduler."),
     "requests_refused_total": ("requests_refused", "Requests that were refused."),
     "sessions_lost_total": ("sessions_lost", "Clients that went away without a word."),
+}
+
+
+# stats keys: of the sum and of the counts by powers of two (scheduler/histogram.py) -> (name, seconds or tokens that 1
+# stands for, what it is)
+HISTOGRAMS = {
+    "queue_ms": ("request_queue_time_seconds", 0.001, "From a sample's arrival at the scheduler to its first slot."),
+    "step_tokens": ("iteration_tokens_total", 1, "Tokens of a step, of prompts and generated."),
+}
+OWN_GAUGES = {
+    "kv_pages_free": "Pages nobody uses.",
+    "kv_pages_cached": "Pages in the radix tree.",
+    "radix_nodes": "Nodes of the radix tree.",
 }
 
 
@@ -137,7 +153,7 @@ class _Page(Collector):
         yield from self._of_engine()
         yield from self._of_requests()
 
-    def _of_engine(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
+    def _of_engine(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]:
         for key, (name, text) in GAUGES.items():
             yield self._gauge(self._prefix + name, text, self._stat(key))
         pages, free = self._stat("kv_pages_total"), self._stat("kv_pages_free")
@@ -156,8 +172,12 @@ class _Page(Collector):
         for key, (name, text) in OWN_COUNTERS.items():
             if key in self._stats:
                 yield self._counter(OWN_PREFIX + name, text, self._stat(key))
-        for name, text in (("kv_pages_free", "Pages nobody uses."), ("kv_pages_cached", "Pages in the radix tree.")):
+        for name, text in OWN_GAUGES.items():
             yield self._gauge(OWN_PREFIX + name, text, self._stat(name))
+        for key, (name, unit, text) in HISTOGRAMS.items():
+            counts = [int(count) for count in str(self._stats[f"{key}_counts"]).split(",")]
+            bounds = [unit * 2**power for power in range(len(counts) - 1)]
+            yield self._histogram(name, text, Histogram(bounds, counts, unit * self._stat(f"{key}_total")))
 
     def _of_requests(self) -> Iterable[CounterMetricFamily | HistogramMetricFamily]:
         metrics = self._metrics
@@ -174,9 +194,7 @@ class _Page(Collector):
             (metrics.prompt_tokens, "request_prompt_tokens", "Prompt tokens of a sample."),
             (metrics.generation_tokens, "request_generation_tokens", "Generated tokens of a sample."),
         ):
-            family = HistogramMetricFamily(self._prefix + name, text, labels=("model_name",))
-            family.add_metric((self._model,), list(histogram.cumulative()), histogram.total)
-            yield family
+            yield self._histogram(name, text, histogram)
         responses = CounterMetricFamily(OWN_PREFIX + "http_responses", "HTTP answers by status.", labels=("status",))
         for status, count in sorted(metrics.responses.items()):
             responses.add_metric((str(status),), count)
@@ -196,6 +214,11 @@ class _Page(Collector):
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, text, labels=("model_name",))
         family.add_metric((self._model,), value)
+        return family
+
+    def _histogram(self, name: str, text: str, histogram: Histogram) -> HistogramMetricFamily:
+        family = HistogramMetricFamily(self._prefix + name, text, labels=("model_name",))
+        family.add_metric((self._model,), list(histogram.cumulative()), histogram.total)
         return family
 
     def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:

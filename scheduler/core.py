@@ -34,6 +34,7 @@ from vibe_sgl_lite.scheduler.admission import NewTokenRatio
 from vibe_sgl_lite.scheduler.batch import Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.cost import CostModel
+from vibe_sgl_lite.scheduler.histogram import Histogram
 from vibe_sgl_lite.scheduler.observer import Call, SchedulerObserver
 from vibe_sgl_lite.scheduler.planner import StepPlanner
 from vibe_sgl_lite.scheduler.policies import make_policy
@@ -73,6 +74,8 @@ class Scheduler:
         self._results = ResultApplier(self.state)
         self._max_in_flight = 2 if config.overlap else 1
         self._arrivals = 0
+        self._step_tokens = Histogram()
+        self._step_s = 0.0
         self._deadlines: list[tuple[float, int]] = []  # when, and whose
 
     # -------------------------------------------------------------------------------------------------------- inputs
@@ -186,6 +189,8 @@ class Scheduler:
         step = self.state.in_flight.popleft()
         assert result.step == step.number, f"result of step {result.step}, {step.number} was due"
         self.cost.observe(step.work, result.total_s)
+        self._step_tokens.observe(step.work.tokens)
+        self._step_s += result.total_s
         return self._results.apply(step, result)
 
     @property
@@ -256,6 +261,7 @@ class Scheduler:
             "kv_pages_cached": memory.cache.num_cached,
             "kv_pages_evictable": memory.cache.num_evictable,
             "evicted_pages_total": memory.cache.num_evicted,
+            "radix_nodes": memory.cache.num_nodes,
             "num_running": state.num_running,
             "num_waiting": len(state.waiting),
             "num_retractions": state.num_retractions,
@@ -263,7 +269,14 @@ class Scheduler:
             "prompt_tokens_total": state.num_prompt_tokens,
             "completion_tokens_total": self._results.num_completion_tokens,
             "requests_total": self._arrivals,
+            "requests_resumed_total": state.num_resumed,
+            "queue_ms_total": state.queue_ms.total,
+            "queue_ms_counts": state.queue_ms.counts,
             "steps_total": state.next_step,
+            "step_seconds_total": self._step_s,
+            "step_tokens_total": self._step_tokens.total,
+            "step_tokens_counts": self._step_tokens.counts,
+            "rank_restarts_total": state.epoch,
             "steps_in_flight": len(state.in_flight),
             "new_token_ratio": self._ratio.value,
         }

@@ -59,7 +59,7 @@ class StepPlanner:
                 self._admit_ahead(now)
             self._continue_prefill(blocked=not decode and not state.in_flight)
         if not stalled and self._may_admit:
-            self._admit(self._order(now))
+            self._admit(self._order(now), now)
         if not decode and not self._chunks:
             assert state.in_flight or not state.requests, "requests are there, nothing is in flight, and nothing runs"
             return None
@@ -250,11 +250,11 @@ class StepPlanner:
             tokens, cost = self._tokens_left // 2, self._cost_left / 2
             self._tokens_left -= tokens
             self._cost_left = cost
-            self._admit((request,))
+            self._admit((request,), now)
             self._tokens_left += tokens
             self._cost_left += cost
 
-    def _admit(self, order: Iterable[Request]) -> None:
+    def _admit(self, order: Iterable[Request], now: float) -> None:
         """Start waiting requests in their order, until one finds no room."""
         state = self._state
         to_come: int | None = None  # costs a look at every running request, so not before it matters
@@ -279,7 +279,7 @@ class StepPlanner:
                 self._blocked = (state.num_arrived, state.num_released, state.next_step // RETRY_STEPS)
                 self._preempt(request)
                 return
-            state.admit(request)
+            state.admit(request, now)
             if not self._add_chunk(request):
                 raise AssertionError(f"{request} was admitted without room for a token")
             to_come += self._ratio.pages_to_come((request,), state.memory)

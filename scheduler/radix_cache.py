@@ -68,6 +68,7 @@ class RadixCache:
         self.num_cached = 0  # pages in the tree, locked or not
         self.num_evictable = 0  # of these, in nodes without a lock
         self.num_evicted = 0  # pages given back so far
+        self.num_nodes = 0  # without the roots
         self.version = 0  # changes whenever a match could have another length
         self.watcher: CacheWatcher | None = None
         self._page_bytes = page_size * TOKEN_BYTES
@@ -139,6 +140,7 @@ class RadixCache:
                 fresh = pages[len(held) :]
                 child = RadixNode(node.cache_salt, key[at:] if at else key, fresh, node)
                 node.children[key[at : at + self._page_bytes]] = child
+                self.num_nodes += 1
                 self.num_cached += len(fresh)
                 self.num_evictable += len(fresh)
                 self.version += 1
@@ -207,7 +209,7 @@ class RadixCache:
         self._heap.clear()
         if self.watcher is not None:
             self.watcher.cleared()
-        self.num_cached = self.num_evictable = 0
+        self.num_cached = self.num_evictable = self.num_nodes = 0
         self.version += 1
 
     def drop(self, cache_salt: Hashable) -> int:
@@ -265,6 +267,7 @@ class RadixCache:
         assert 0 < at < len(node.key)
         cut = at // self._page_bytes
         upper = RadixNode(node.cache_salt, node.key[:at], node.pages[:cut], parent)
+        self.num_nodes += 1
         upper.locks = node.locks
         upper.last_access = node.last_access
         parent.children[node.key[: self._page_bytes]] = upper
@@ -303,6 +306,7 @@ class RadixCache:
             self._queue(node)
         else:
             del parent.children[node.key[: self._page_bytes]]
+            self.num_nodes -= 1
             node.pages = array("i")
             node.parent = None
             self._queue(parent)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from vibe_sgl_lite.scheduler.batch import BatchBuilder, Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.fairness import FairShares
+from vibe_sgl_lite.scheduler.histogram import Histogram
 from vibe_sgl_lite.scheduler.memory import KVMemory
 from vibe_sgl_lite.scheduler.request import NO_SLOT, Request
 from vibe_sgl_lite.scheduler.sharing import PrefixLeaders
@@ -93,6 +94,8 @@ class SchedulerState:
         self.num_retractions = 0
         self.num_prompt_tokens = 0  # of requests that got a slot, each counted once
         self.num_cached_tokens = 0  # of these, found in the cache
+        self.num_resumed = 0  # requests that went on with what they had, after a loss of ranks or of a process
+        self.queue_ms = Histogram()  # from a request's arrival until it first got a slot
 
     @property
     def num_running(self) -> int:
@@ -110,12 +113,13 @@ class SchedulerState:
             request.uses_cache = request.sampling.n > 1
             request.cache_salt = f"request {request.group}"
         self.num_arrived += 1
+        self.num_resumed += request.num_generated > 0
         self.requests[request.uid] = request
         self.groups.setdefault(request.group, []).append(request.uid)
         self.shares.enter(request)
         self.waiting.add(request)
 
-    def admit(self, request: Request) -> None:
+    def admit(self, request: Request, now: float) -> None:
         """Give a slot to a waiting request whose cached prefix is attached."""
         assert request.slot == NO_SLOT
         assert not request.finished
@@ -124,6 +128,7 @@ class SchedulerState:
         request.prefill_end = request.num_tokens
         if request.cached_tokens < 0:
             self.shares.admitted(request)
+            self.queue_ms.observe(round((now - request.arrival) * 1000))
             request.cached_tokens = request.num_computed_tokens
             self.num_prompt_tokens += request.num_prompt_tokens
             self.num_cached_tokens += request.cached_tokens
@@ -194,6 +199,7 @@ class SchedulerState:
             self._wait_anew(request)
             if not request.finished and not request.queued:
                 self.waiting.add(request)
+                self.num_resumed += 1
         self.free_slots = list(range(self.config.max_running_requests))
         self.in_flight.clear()
         self.completed_step = self.next_step - 1

@@ -26,6 +26,8 @@ NAMES = [
     "time_to_first_token_seconds",
     "inter_token_latency_seconds",
     "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "iteration_tokens_total",
     "request_prompt_tokens",
     "request_generation_tokens",
 ]
@@ -44,7 +46,8 @@ def samples(server: Server) -> dict[str, float]:
 def test_the_names_are_those_of_vllm(server: Server) -> None:
     names = {family.name for family in text_string_to_metric_families(server.get("/metrics").data.decode())}
     assert {f"vllm:{name}" for name in NAMES} <= names
-    assert any(name.startswith("vibe:") for name in names)
+    ours = {"steps", "step_seconds", "retractions", "rank_restarts", "requests_resumed", "radix_nodes"}
+    assert {f"vibe:{name}" for name in ours} <= names
 
 
 def test_counts_equal_what_was_asked_for(server: Server) -> None:
@@ -67,6 +70,12 @@ def test_counts_equal_what_was_asked_for(server: Server) -> None:
     assert grew("vllm:time_to_first_token_seconds_count[]") == 3
     assert grew("vllm:e2e_request_latency_seconds_count[]") == 3
     assert grew("vllm:inter_token_latency_seconds_count[]") == 27
+    assert grew("vllm:request_queue_time_seconds_count[]") == 3
+    assert grew("vllm:request_queue_time_seconds_bucket[le=+Inf]") == 3
+    computed = prompt - grew("vllm:prefix_cache_hits_total[]")
+    assert grew("vllm:iteration_tokens_total_sum[]") == computed + 27  # a sample's last token is not computed with
+    assert grew("vllm:iteration_tokens_total_count[]") == grew("vibe:steps_total[]")
+    assert grew("vibe:step_seconds_total[]") > 0
     assert grew("vibe:http_responses_total[status=200]") >= 3
     assert 0 < grew("vllm:time_to_first_token_seconds_sum[]") < grew("vllm:e2e_request_latency_seconds_sum[]")
     assert after["vllm:num_requests_running[]"] == 0

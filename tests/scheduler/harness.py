@@ -267,6 +267,7 @@ def check_pages(scheduler: Scheduler, rank: FakeRank | None = None) -> None:
         assert node.locks or node.children or node.queued, "an evictable leaf is not in the queue"
         assert node.locks or node.parent.last_access >= node.last_access, "a parent would go before its child"
     assert cache.num_cached == sum(len(node.pages) for node in nodes)
+    assert cache.num_nodes == len(nodes)
     assert cache.num_evictable == sum(len(node.pages) for node in nodes if node.locks == 0)
     assert memory.reserved == sum(r.reserved_pages for r in state.requests.values())
     if not state.in_flight:
