@@ -89,10 +89,12 @@ class Scheduler:
         seq = self._arrivals
         self._arrivals += sampling.n
         error = self._too_long(len(message.token_ids) // TOKEN_BYTES, sampling.max_new_tokens)
-        if error is None and len(state.waiting) - len(state.free_slots) >= config.max_queued_requests:
+        room = 1.0 if message.session in state.shares else 1.125  # a newcomer fits into a queue that others filled
+        if error is None and len(state.waiting) - len(state.free_slots) >= config.max_queued_requests * room:
             text = f"the queue is full: max_queued_requests={config.max_queued_requests}; try again later"
             error = ErrorInfo(OverloadedError.code, text)
-        if error is None and state.waiting.num_bytes + len(message.token_ids) * sampling.n > config.max_queued_bytes:
+        num_bytes = len(message.token_ids) * sampling.n
+        if error is None and state.waiting.num_bytes + num_bytes > config.max_queued_bytes * room:
             text = f"the queue is full: its prompts take {state.waiting.num_bytes >> 20} MiB, "
             text += f"{config.max_queued_bytes >> 20} may be; try again later"
             error = ErrorInfo(OverloadedError.code, text)

@@ -40,6 +40,10 @@ class FairShares:
         if not self._live[session]:
             del self._live[session], self._charged[session]
 
+    def __contains__(self, session: str) -> bool:
+        """Whether it has a live request."""
+        return session in self._live
+
     @property
     def contended(self) -> bool:
         return len(self._live) > 1

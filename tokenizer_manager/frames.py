@@ -41,6 +41,28 @@ def has_few_values(frame: bytes, most: int = MAX_VALUES) -> bool:
     return due == 0
 
 
+def short_rid(frame: bytes, most: int) -> str | None:
+    """The first `most` bytes, as text, of the rid of a frame that begins as a `Generate`; None for any other frame."""
+    place = 1 if frame[:1] and 0x90 <= frame[0] < 0xA0 else _COUNTS[frame[0]][0] + 1 if frame[:1] in _ARRAYS else 0
+    if place == 0 or frame[place : place + len(_GENERATE)] != _GENERATE:
+        return None
+    place += len(_GENERATE)
+    kind = int.from_bytes(frame[place : place + 1], "big")
+    if 0xA0 <= kind < 0xC0:
+        width, length = 0, kind & 0x1F
+    elif 0xD9 <= kind <= 0xDB:
+        width = _LENGTHS[kind][0]
+        length = int.from_bytes(frame[place + 1 : place + 1 + width], "big")
+    else:
+        return None
+    start = place + 1 + width
+    if start + length > len(frame):
+        return None
+    return frame[start : start + min(length, most)].decode(errors="ignore")
+
+
+_GENERATE = b"\xa8Generate"
+_ARRAYS = (b"\xdc", b"\xdd")
 # Kinds by their first byte: bytes of the length or count that follows, and what goes with it.
 _LENGTHS = {0xC4: (1, 0), 0xC5: (2, 0), 0xC6: (4, 0), 0xC7: (1, 1), 0xC8: (2, 1), 0xC9: (4, 1)}
 _LENGTHS |= {0xD9: (1, 0), 0xDA: (2, 0), 0xDB: (4, 0)}

@@ -60,13 +60,14 @@ from vibe_sgl_lite.tokenizer_manager.queries import ANSWER_S, Pending, Queries
 from vibe_sgl_lite.tokenizer_manager.requests import OpenRequest, RequestTable
 from vibe_sgl_lite.tokenizer_manager.sessions import Session, Sessions
 from vibe_sgl_lite.tokenizer_manager.tokenizing import Run, TokenizingQueue
-from vibe_sgl_lite.tokenizer_manager.validate import Limits, Prepared, Unreadable, check, prepare, read_frame
+from vibe_sgl_lite.tokenizer_manager.validate import MAX_ECHO_CHARS, Limits, Prepared, Unreadable, check, prepare, read_frame
 
 DRAINING = ErrorInfo(DrainingError.code, "the engine is draining and takes no new requests; ask another one, or later")
 ABOUT_POOL = 0  # the number of our own question to the scheduler; clients' begin at 1
-MAX_ECHO_CHARS = 256  # of what a client sent
 MAX_MESSAGE_CHARS = 1000  # a longer one repeats a long value
 THREADS = min(4, os.cpu_count() or 1)
+SESSION_BYTES = 32 * 2**20  # of one session's requests that wait to be tokenized
+WAITING_BYTES = 128 * 2**20  # of all sessions'
 FLUSH_PATIENCE_S = 0.5  # a client that takes nothing for so long does not hold up the end of a drain
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class TokenizerManager:
         self._to_scheduler = to_scheduler
         self._now = now
         self._limits = Limits.of(spec.context_length)
-        self._most_requests = spec.args.max_running_requests + spec.args.max_queued_requests
+        self._most_samples = spec.args.max_running_requests + spec.args.max_queued_requests
         self._model = ModelInfo(
             spec.model_name, spec.context_length, spec.model.vocab_size, device=spec.device, dtype=spec.dtype
         )
@@ -133,12 +134,12 @@ class TokenizerManager:
             self._on_stranger(identity, message)
         else:
             session.last_seen = self._now()
-            self._on_message(session, message)
+            self._on_message(session, message, len(frame))
 
-    def _on_message(self, session: Session, message: Any) -> None:
+    def _on_message(self, session: Session, message: Any, size: int) -> None:
         match message:
             case Generate():
-                self._on_generate(session, message)
+                self._on_generate(session, message, size)
             case Ping(number=number):
                 self._send(session, Pong(number))
             case Abort(rid=rid):
@@ -166,7 +167,7 @@ class TokenizerManager:
         else:
             owner = hello.pid == os.getppid()  # the launcher, in the program itself
             session = self._sessions.open(identity, hello.client[:MAX_ECHO_CHARS], self._now(), owner)
-            welcome = Welcome(PROTOCOL, session.token, self._spec.epoch, self._model, self._most_requests)
+            welcome = Welcome(PROTOCOL, session.token, self._spec.epoch, self._model, self._most_samples)
             self._send(session, welcome)
 
     def _on_stranger(self, identity: bytes, message: Any) -> None:
@@ -181,27 +182,39 @@ class TokenizerManager:
             rid = None if isinstance(message, Abort) or rid is None else rid[:MAX_ECHO_CHARS]
             self._sessions.answer_stranger(identity, Refused(error, rid))
 
-    def _on_generate(self, session: Session, message: Generate) -> None:
+    def _on_generate(self, session: Session, message: Generate, size: int) -> None:
         self.counters.requests_total += 1
         if self._closed is not None:
             return self._refuse(session, message.rid, self._closed)
         if self.requests.find(session, message.rid) is not None:
             text = f"rid={message.rid!r:.80} is still in flight in this session; choose another"
             return self._refuse(session, message.rid, ErrorInfo(RequestError.code, text, "rid"))
-        if len(self.requests) >= self._most_requests:
-            text = f"{len(self.requests)} requests run or wait, no more may: ask later, or raise --max-queued-requests"
-            return self._refuse(session, message.rid, ErrorInfo(OverloadedError.code, text))
+        full = self._full(session, size)
+        if full is not None:
+            return self._refuse(session, message.rid, ErrorInfo(OverloadedError.code, f"{full}: ask later"))
         try:
             params = check(message, self._limits, self._tokenizer)
         except RequestError as error:
             return self._refuse(session, message.rid, _info(error))
-        request = self.requests.add(session, message.rid, params.n if isinstance(params.n, int) else 1)
+        request = self.requests.add(session, message.rid, params.n if isinstance(params.n, int) else 1, size)
         if params.max_new_tokens is None and self._pool_tokens is None:
             if not self._need_pool:
                 self._to_scheduler(SchedulerQuery(ABOUT_POOL, "stats"))
             self._need_pool.append(partial(self._prepare, request, message, params))
         else:
             self._prepare(request, message, params)
+
+    def _full(self, session: Session, size: int) -> str | None:
+        """Why no request of `size` bytes is taken from this session now. One that has none there finds some room where
+        others have filled all of theirs."""
+        everybody, own = self.requests.load, self.requests.load_of(session)
+        most = self._most_samples if own.samples else self._most_samples + self._most_samples // 8 + 1
+        if everybody.samples >= most:
+            return f"{everybody.samples} requests run or wait, --max-queued-requests allows no more"
+        for load, cap, whose in ((own, SESSION_BYTES, "this client's"), (everybody, WAITING_BYTES, "the")):
+            if load.waiting_bytes and load.waiting_bytes + size > cap:
+                return f"{whose} prompts that wait to be tokenized have {load.waiting_bytes} bytes, {cap} at most may"
+        return None
 
     def _prepare(self, request: OpenRequest, message: Generate, params: SamplingParams) -> None:
         self._tokenizing.add(

@@ -12,14 +12,16 @@ from vibe_sgl_lite.tokenizer_manager.sessions import Session
 
 
 class OpenRequest:
-    """uid: None while it is being tokenized. tokens: generated so far, of each sample. open: their numbers."""
+    """uid: None while it is being tokenized. size: bytes of its frame. tokens: generated so far, of each sample. open:
+    their numbers."""
 
-    __slots__ = ("n", "open", "prompt_tokens", "rid", "session", "tokens", "uid")
+    __slots__ = ("n", "open", "prompt_tokens", "rid", "session", "size", "tokens", "uid")
 
-    def __init__(self, session: Session, rid: str, n: int) -> None:
+    def __init__(self, session: Session, rid: str, n: int, size: int) -> None:
         self.session = session
         self.rid = rid
         self.n = n
+        self.size = size
         self.uid: int | None = None
         self.prompt_tokens = 0
         self.tokens = [0] * n
@@ -30,6 +32,16 @@ class OpenRequest:
         return not self.open
 
 
+class Load:
+    """What a session, or all of them, hold. samples: that are open. waiting_bytes: of frames not tokenized yet."""
+
+    __slots__ = ("samples", "waiting_bytes")
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.waiting_bytes = 0
+
+
 class RequestTable:
     """uids are never reused; sample i of a request has uid + i."""
 
@@ -37,7 +49,12 @@ class RequestTable:
         self._next_uid = time.monotonic_ns() // 1000  # beyond whatever a predecessor that died has given away
         self._by_uid: dict[int, OpenRequest] = {}
         self._by_session: dict[str, dict[str, OpenRequest]] = {}  # session token -> rid -> request
+        self._loads: dict[str, Load] = {}  # by session token
         self._count = 0
+        self.load = Load()
+
+    def load_of(self, session: Session) -> Load:
+        return self._loads.get(session.token) or Load()
 
     def __len__(self) -> int:
         return self._count
@@ -59,18 +76,26 @@ class RequestTable:
     def by_uid(self, uid: int) -> OpenRequest | None:
         return self._by_uid.get(uid)
 
-    def add(self, session: Session, rid: str, n: int) -> OpenRequest:
+    def add(self, session: Session, rid: str, n: int, size: int) -> OpenRequest:
         assert self.find(session, rid) is None
-        request = OpenRequest(session, rid, n)
+        request = OpenRequest(session, rid, n, size)
         self._by_session.setdefault(session.token, {})[rid] = request
+        self._loads.setdefault(session.token, Load())
         self._count += 1
+        self._charge(request, n, size)
         return request
+
+    def _charge(self, request: OpenRequest, samples: int, waiting_bytes: int) -> None:
+        for load in (self.load, self._loads[request.session.token]):
+            load.samples += samples
+            load.waiting_bytes += waiting_bytes
 
     def number(self, request: OpenRequest, prompt_tokens: int, resume_ids: Sequence[bytes | None] | None = None) -> int:
         """Give a tokenized request its uid. resume_ids: as in `Generate`; samples that had ended end here, untold."""
         assert request.uid is None
         assert not request.ended
         request.uid, request.prompt_tokens = self._next_uid, prompt_tokens
+        self._charge(request, 0, -request.size)
         self._next_uid += request.n
         for sample in range(request.n):
             self._by_uid[request.uid + sample] = request
@@ -83,13 +108,14 @@ class RequestTable:
     def end_sample(self, request: OpenRequest, sample: int) -> None:
         """The request is forgotten with its last open sample."""
         request.open.remove(sample)
+        self._charge(request, -1, -request.size if request.ended and request.uid is None else 0)
         if request.uid is not None:
             del self._by_uid[request.uid + sample]
         if request.ended:
             token = request.session.token
             del self._by_session[token][request.rid]
             if not self._by_session[token]:
-                del self._by_session[token]
+                del self._by_session[token], self._loads[token]
             self._count -= 1
 
     def end(self, request: OpenRequest) -> list[int]:

@@ -21,7 +21,7 @@ from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, Sam
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.runtime.text.grammar import grammar_source
 from vibe_sgl_lite.tokenizer_manager.chat import text_format, thinking_rules
-from vibe_sgl_lite.tokenizer_manager.frames import MAX_VALUES, has_few_values
+from vibe_sgl_lite.tokenizer_manager.frames import MAX_VALUES, has_few_values, short_rid
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import GrammarCompiler
 
 BYTES_PER_TOKEN = 16  # text beyond this many bytes for each token of the context is not even tokenized
@@ -30,19 +30,13 @@ REQUEST_EXTRA_BYTES = 1024 * 1024  # of one frame, on top of its text: message k
 MAX_TEMPLATE_BYTES = 256 * 1024
 MAX_MESSAGES = 4096
 MAX_DEPTH = 32
+MAX_ECHO_CHARS = 256  # of what a client sent
 ROLES = ("system", "user", "assistant", "tool")
 # Arguments of the template call that a request may not replace or that are not done here.
 RESERVED = ("messages", "chat_template", "tokenize", "documents")
 
 _FRAME_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError)
 _decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage, ext_hook=decode_extension)
-
-
-class _GenerateHead(msgspec.Struct, array_like=True, tag="Generate"):
-    rid: str
-
-
-_head_decoder = msgspec.msgpack.Decoder(_GenerateHead)
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -82,14 +76,14 @@ def read_frame(frame: bytes, limits: Limits) -> ClientMessage | Unreadable:
             f"{limits.frame_bytes} are taken: send less text",
             field="prompt",
         )
-        return Unreadable(error, _rid_of(frame))
+        return Unreadable(error, short_rid(frame, MAX_ECHO_CHARS))
     if not has_few_values(frame):
         text = f"the request is cut short, or holds more than {MAX_VALUES} values: send less at once"
-        return Unreadable(RequestError(text), _rid_of(frame))
+        return Unreadable(RequestError(text), short_rid(frame, MAX_ECHO_CHARS))
     try:
         return _decoder.decode(frame)
     except _FRAME_ERRORS as error:
-        return Unreadable(_frame_error(error), _rid_of(frame))
+        return Unreadable(_frame_error(error), short_rid(frame, MAX_ECHO_CHARS))
 
 
 def check(message: Generate, limits: Limits, tokenizer: ChatTokenizer) -> SamplingParams:
@@ -188,13 +182,6 @@ def _check_grammar_goes_with(sampling: ResolvedSampling) -> None:
             raise RequestError(f"{field} does not go with json_schema, regex, choice or grammar: {why}", field=field)
     if not sampling.end_token_ids:
         raise RequestError("json_schema, regex, choice and grammar need a model with an end token; this one names none")
-
-
-def _rid_of(frame: bytes) -> str | None:
-    try:
-        return _head_decoder.decode(frame).rid
-    except _FRAME_ERRORS:
-        return None
 
 
 def _frame_error(error: Exception) -> RequestError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from tests.scheduler.harness import VOCAB, Harness, config, request
@@ -91,6 +92,9 @@ def test_the_queue_has_a_limit() -> None:
     accepted = [h.add(request(uid, [uid % VOCAB] * 4, max_new_tokens=2)) for uid in range(10)]
     assert accepted == [True] * 5 + [False] * 5  # two find a slot, three wait
     assert h.rejected[9].error.code == "overloaded"
+    newcomer = msgspec.structs.replace(request(50, [1], max_new_tokens=2), session="another")
+    assert h.add(newcomer)  # it finds room in a queue that another session has filled
+    assert not h.add(msgspec.structs.replace(newcomer, uid=51))
     h.run()
     assert h.add(request(99, [1], max_new_tokens=2))
     h.run()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vibe_sgl_lite.tokenizer_manager.frames import MAX_VALUES, has_few_values
+from vibe_sgl_lite.tokenizer_manager.frames import MAX_VALUES, has_few_values, short_rid
 
 SCALARS = (
     st.none()
@@ -81,3 +81,28 @@ def test_a_frame_of_empty_lists_takes_no_time() -> None:
     assert not has_few_values(frame)
     assert time.process_time() - start < 0.5
     assert not has_few_values(msgspec.msgpack.encode([0] * MAX_VALUES))
+
+
+@pytest.mark.parametrize("rid", ["r", "x" * 31, "x" * 32, "x" * 255, "x" * 256, "x" * 70_000, "\u00e9" * 200, ""])
+@pytest.mark.parametrize("others", [1, 14, 70_000])
+def test_the_rid_of_a_frame_that_is_not_decoded(rid: str, others: int) -> None:
+    frame = msgspec.msgpack.encode(["Generate", rid, *[0] * others])
+    short = short_rid(frame, 256)
+    assert short is not None
+    assert rid.startswith(short)
+    assert len(short.encode()) >= min(255, len(rid.encode()))
+    for cut in (0, 1, 3, 9, 10, 11, 12, 13):
+        assert short_rid(frame[:cut], 256) is None or cut > 10 + len(rid)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.binary(max_size=30))
+def test_any_bytes_have_a_rid_or_none(frame: bytes) -> None:
+    for prefix in (b"", b"\x93\xa8Generate", b"\xdc\x00\x03\xa8Generate"):
+        rid = short_rid(prefix + frame, 256)
+        assert rid is None or len(rid.encode()) < len(frame)
+
+
+def test_other_frames_have_no_rid() -> None:
+    for value in (["Abort", "r"], ["Generate", 5], ["Generate"], ["Generate", b"r"], {"Generate": "r"}, "Generate"):
+        assert short_rid(msgspec.msgpack.encode(value), 256) is None

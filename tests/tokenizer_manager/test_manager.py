@@ -38,9 +38,10 @@ from vibe_sgl_lite.runtime.messages import (
     Usage,
     pack_ids,
 )
+from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import CompilerArgs, GrammarCompiler
-from vibe_sgl_lite.tokenizer_manager.manager import THREADS, TokenizerManager
+from vibe_sgl_lite.tokenizer_manager.manager import SESSION_BYTES, THREADS, WAITING_BYTES, TokenizerManager
 from vibe_sgl_lite.tokenizer_manager.sessions import Sent, Sessions
 from vibe_sgl_lite.tokenizer_manager.validate import Prepared
 
@@ -203,6 +204,55 @@ def test_what_a_client_left_behind_is_not_tokenized(world: World) -> None:
     assert len(world.got(b"b", Accepted)) == 1
 
 
+def overloaded(world: World, identity: bytes) -> list[str]:
+    assert {refused.error.code for refused in world.got(identity, Refused)} <= {"overloaded"}
+    return [refused.rid for refused in world.got(identity, Refused)]
+
+
+def test_prompts_that_wait_are_bounded_in_bytes(world: World) -> None:
+    """Of each session and of all; what is tokenized or has ended makes room."""
+    prompt = "x" * 60_000
+    fit = SESSION_BYTES // len(prompt)
+    for number in range(fit + 5):
+        world.generate(b"a", f"r{number}", prompt)
+    assert 5 <= len(overloaded(world, b"a")) <= 6
+    assert world.manager.requests.load.waiting_bytes <= SESSION_BYTES
+    for other in (b"b", b"c", b"d"):
+        world.hello(other)
+        for number in range(fit - 1):
+            world.generate(other, f"r{number}", prompt)
+        assert overloaded(world, other) == []
+    assert world.manager.requests.load.waiting_bytes <= WAITING_BYTES
+    world.hello(b"e")
+    for number in range(10):
+        world.generate(b"e", f"r{number}", prompt)
+    assert len(overloaded(world, b"e")) >= 5
+    world.say(b"b", Goodbye())
+    world.tokenize()
+    world.generate(b"e", "again", prompt)
+    assert "again" not in overloaded(world, b"e")
+    for identity in (b"a", b"c", b"d", b"e"):
+        world.say(identity, Goodbye())
+    assert (world.manager.requests.load.waiting_bytes, world.manager.requests.load.samples) == (0, 0)
+
+
+def test_who_comes_last_finds_room_where_one_client_has_filled_all(spec: PipelineSpec) -> None:
+    small = msgspec.structs.replace(spec, args=ServerArgs(max_running_requests=4, max_queued_requests=12))
+    world = World(small)
+    for identity in (b"a", b"b", b"c", b"d"):
+        world.hello(identity)
+    for number in range(5):
+        world.generate(b"a", f"r{number}", n=4)  # samples count
+    assert overloaded(world, b"a") == ["r4"]
+    for identity in (b"b", b"c", b"d"):
+        world.generate(identity, "r0")
+        world.generate(identity, "r1")
+    assert [overloaded(world, identity) for identity in (b"b", b"c", b"d")] == [["r1"], ["r1"], ["r1"]]
+    world.hello(b"e")
+    world.generate(b"e", "r0")
+    assert overloaded(world, b"e") == ["r0"]  # but no crowd does
+
+
 @pytest.mark.parametrize("opened", [True, False])
 def test_nothing_long_is_echoed(world: World, opened: bool) -> None:
     long = "x" * 1_000_000
@@ -352,13 +402,12 @@ def test_client_that_takes_nothing_and_asks_on(world: World) -> None:
 
 
 def test_several_samples(world: World) -> None:
-    """n > 1 is refused until it is supported; the table and the ends are ready for it."""
     session = world.sessions.find(b"a")
     assert session is not None
     table = world.manager.requests
-    request = table.add(session, "r", 3)
+    request = table.add(session, "r", 3, 10)
     uid = table.number(request, 5)
-    other = table.add(session, "s", 1)
+    other = table.add(session, "s", 1, 10)
     assert table.number(other, 5) == uid + 3
     payload = msgspec.msgpack.encode(Chunk("r", 1, 0, b"", "", Finish("length"), Usage(5, 2)))
     world.manager.on_engine(ChunkBatch([RoutedChunk(uid + 1, True, payload, 2)]))

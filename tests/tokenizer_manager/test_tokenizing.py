@@ -23,7 +23,7 @@ class Threads:
         self.running.append((work, done))
 
     def add(self, session: Session, rid: str) -> OpenRequest:
-        request = self.table.add(session, rid, 1)
+        request = self.table.add(session, rid, 1, 10)
         self.queue.add(request, lambda: rid, lambda future: self.done.append(future.result()))
         return request
 
