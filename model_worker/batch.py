@@ -160,6 +160,12 @@ class SlotStates:
             self.num_tokens[slot] += yielded - 1
             self.num_computed[slot] = self.num_tokens[slot] - 1
 
+    def take_back(self, step: StepInput, rows: Sequence[int]) -> None:
+        """These rows of `step`, the last one prepared, yield no token; each runs its slot's last token again."""
+        slots = step.slots[list(rows)]
+        self.num_tokens[slots] -= 1
+        self.num_computed[slots] = self.num_tokens[slots] - 1
+
     def _draft(self, drafter: Drafter | None, known: IntArray) -> dict[int, list[int]]:
         """Drafts for the rows that have room for them, put behind their slots' tokens."""
         room = self._row_tokens - known

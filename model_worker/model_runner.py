@@ -140,6 +140,10 @@ class ModelRunner:
         if pending.constrained and self._in_flight:
             self._land_until(self._in_flight[-1])
             pending.mask = self.constraints.begin(pending.constrained)
+        if pending.mask is not None and not step.drafts:
+            alone = len(pending.mask.rows) == len(step.slots)
+            pending.mask.settle(self.model.parallel.tp, pending.forward_s, alone=alone)
+            self.slots.take_back(step, pending.late)
         pending.read_back = self.device.read_back(self._sample(pending, output))
         self._in_flight.append(pending)
         if self.device.synchronous:
@@ -299,7 +303,8 @@ class ModelRunner:
             step.total_s = now - max(step.started, self._last_done)
             self._last_done = now
             for row, constraint in step.constrained:
-                constraint.accept(int(step.results[0][row]))
+                if step.mask is None or row not in step.mask.late:
+                    constraint.accept(int(step.results[0][row]))
             for row in step.step.drafts:
                 self.slots.settle(step.step, row, len(step.tokens(row)))
 

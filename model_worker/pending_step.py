@@ -35,6 +35,12 @@ class PendingStep:
     results: list[Array] | None = None
     total_s: float = 0.0
 
+    @property
+    def late(self) -> list[int]:
+        """Rows whose masks came too late: they yield nothing."""
+        late = [] if self.mask is None else self.mask.late
+        return self.step.sampling_rows[late].tolist() if late else []
+
     def done(self) -> bool:
         """Whether `collect` would return at once."""
         return self.read_back is None or self.read_back.done()
@@ -54,7 +60,10 @@ class PendingStep:
         if self.results is not None:
             failed = self._bad_rows()
             token_ids[self.step.sampling_rows] = self.results[0][: len(self.step.sampling_rows)]
-            token_ids[[*failed]] = -1
+            token_ids[[*failed, *self.late]] = -1
+            if self.late:
+                yields = token_ids >= 0
+                token_ids, counts = token_ids[yields], yields.astype(np.int32).tobytes()
             if self.step.drafts:
                 yielded = [[] if row in failed else self.tokens(row) for row in range(len(token_ids))]
                 token_ids = np.array([token for tokens in yielded for token in tokens], dtype=np.int32)
@@ -91,6 +100,7 @@ class PendingStep:
         if self.logprobs is not None:
             for place, entry in self.logprobs.entries(next(packed)):
                 sampled.setdefault(int(self.step.sampling_rows[place]), []).append(entry)
+        sampled = {row: entries for row, entries in sampled.items() if row not in self.late}
         if self.step.drafts:
             sampled = {row: entries[: len(self.tokens(row))] for row, entries in sampled.items()}
         prompts = {

@@ -103,13 +103,14 @@ class ResultApplier:
         if failed is not None:
             self._fail(request, failed, outputs)
             return
-        assert bool(tokens) == chunk.samples, f"{request}: a row that {'' if chunk.samples else 'does not '}sample"
+        assert chunk.samples or not tokens, f"{request}: a row that does not sample"
         if logprobs is not None and request.prompt_logprobs is not None:
             for position, entry in enumerate(logprobs.prompt, logprobs.prompt_first):
                 request.prompt_logprobs[position] = entry
         if not request.finished and request.uid not in state.leaving:
             in_flight = request.last_step > state.completed_step
-            changes = state.memory.store(request, chunk.end, in_flight=in_flight)
+            again = chunk.samples and not tokens  # its last token is computed once more
+            changes = state.memory.store(request, chunk.end - again, in_flight=in_flight)
             state.builder.replace_pages(request, changes)
             if chunk.samples:
                 state.leaders.end(request)
@@ -121,16 +122,18 @@ class ResultApplier:
     def _sampled(
         self, request: Request, tokens: bytes, planned: int, logprobs: RowLogprobs | None, outputs: Outputs
     ) -> None:
-        """What a row yielded that could have yielded `planned` tokens; its request may have finished meanwhile.
+        """What a row yielded, of `planned` tokens at most; its request may have finished meanwhile.
 
         Tokens behind an end are not the request's any more.
         """
         if request.finished:
             return
         ids = unpack_ids(tokens)
-        assert 0 < len(ids) <= planned, f"{request}: {len(ids)} tokens from a row of {planned}"
+        assert len(ids) <= planned, f"{request}: {len(ids)} tokens from a row of {planned}"
         if len(ids) < planned:
             self._state.reject_drafts(request, planned - len(ids))
+        if not ids:
+            return  # its mask was late
         self._open(request, outputs)
         first, finish = request.num_tokens, None
         for count, token in enumerate(ids, 1):

@@ -172,7 +172,7 @@ class SchedulerState:
                 self._release(request)
 
     def reject_drafts(self, request: Request, count: int) -> None:
-        """So many tokens of its oldest row in flight do not count."""
+        """So many tokens of its oldest row in flight do not count: drafts, or the one of a row that yielded nothing."""
         request.num_computed_tokens -= count
         if request.uid not in self.leaving:
             self.memory.shrink(request)

@@ -60,7 +60,15 @@ from vibe_sgl_lite.tokenizer_manager.queries import ANSWER_S, Pending, Queries
 from vibe_sgl_lite.tokenizer_manager.requests import OpenRequest, RequestTable
 from vibe_sgl_lite.tokenizer_manager.sessions import Session, Sessions
 from vibe_sgl_lite.tokenizer_manager.tokenizing import Run, TokenizingQueue
-from vibe_sgl_lite.tokenizer_manager.validate import MAX_ECHO_CHARS, Limits, Prepared, Unreadable, check, prepare, read_frame
+from vibe_sgl_lite.tokenizer_manager.validate import (
+    MAX_ECHO_CHARS,
+    Limits,
+    Prepared,
+    Unreadable,
+    check,
+    prepare,
+    read_frame,
+)
 
 DRAINING = ErrorInfo(DrainingError.code, "the engine is draining and takes no new requests; ask another one, or later")
 ABOUT_POOL = 0  # the number of our own question to the scheduler; clients' begin at 1

@@ -4,13 +4,16 @@ The state lives per slot on every rank: each follows the same tokens, so all mas
 which the host has when a step is done; what the grammar library computes for the next step runs in threads while the
 forward does, and is waited for only before sampling, only by steps with such rows. A grammar is compiled in a thread
 from its row's admission on. Rows without constraints, and steps without such rows, pay nothing.
+
+A mask that takes longer than the forward, and as long again, is late: rank 0 says so to the others, the row yields no
+token in this step, and its mask goes on being made for the next one. So no grammar holds up other rows for long.
 """
 
 import logging
 import threading
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -20,11 +23,14 @@ from torch import Tensor
 
 from vibe_sgl_lite.model_worker.device import CpuDevice, Device
 from vibe_sgl_lite.model_worker.sampling.grammar import Grammar, GrammarLibrary
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, ThinkingRules
 
 log = logging.getLogger(__name__)
 
 THREADS = 4
+PATIENCE_S = 0.005  # with masks, at least, once the forward is done; where that took longer, as long as it did
+ALONE_S = 0.1  # where every row of the step waits for its mask
 STACK_BYTES = 64 * 1024**2  # address space; grammars were tried out with the usual 8 MiB
 
 BoolArray = npt.NDArray[np.bool_]
@@ -38,10 +44,12 @@ class _Phase(Enum):
 
 
 class SlotConstraint:
-    """One slot's state. grammar: None for a thinking budget alone. error: why it can go no further, once it cannot."""
+    """One slot's state. grammar: None for a thinking budget alone. error: why it can go no further, once it cannot.
+    forbidden: [vocabulary], for the next token, where it is done or under way."""
 
     def __init__(self, sampling: ResolvedSampling, grammar: Grammar | None) -> None:
         self.grammar = grammar
+        self.forbidden: Future[BoolArray] | None = None
         self.error: str | None = None
         self._ends = {*sampling.end_token_ids, *sampling.stop_token_ids}
         self._thinking = sampling.thinking
@@ -62,9 +70,14 @@ class SlotConstraint:
             return False
         return self.grammar is None or self._phase is _Phase.ENDED
 
+    @property
+    def is_quick(self) -> bool:
+        """The grammar is not asked."""
+        return bool(self._forced) or self._phase is _Phase.THINKING
+
     def accept(self, token: int) -> None:
         """`token` was drawn."""
-        thinking = self._thinking
+        thinking, self.forbidden = self._thinking, None
         if self._phase is _Phase.ENDED:
             return
         if self._forced:
@@ -123,24 +136,44 @@ class SlotConstraint:
 
 @dataclass
 class StepMask:
-    """Of one step: `rows` of its sampling rows are masked. failed: those of them whose constraint has an error."""
+    """Of one step: `rows` of its sampling rows are masked. late: those of them that yield nothing, after `settle`.
+    failed: those whose constraint has an error, after `apply`."""
 
     rows: list[int]
     vocab: slice
     forbidden: "list[Future[BoolArray]]"  # [vocabulary] of each row
     constraints: list[SlotConstraint]
     device: Device
+    late: list[int] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
 
+    def settle(self, group: Group, patience_s: float, *, alone: bool) -> None:
+        """Wait for the masks, but not for ever: what rank 0 of `group`, all of which call this, finds late is `late`.
+
+        alone: no other row is in the step, so one mask at least may take longer.
+        """
+        late = np.zeros(len(self.rows), dtype=np.int32)
+        if group.rank == 0:
+            done = wait(self.forbidden, max(PATIENCE_S, patience_s)).done
+            if alone and not done:
+                done = wait(self.forbidden, ALONE_S, FIRST_COMPLETED).done
+            late[:] = [future not in done for future in self.forbidden]
+        if group.size > 1:
+            late = group.all_reduce_max(self.device.tensor(late)).cpu().numpy()
+        self.late = [row for row, is_late in zip(self.rows, late.tolist(), strict=True) if is_late]
+
     def apply(self, logits: Tensor) -> None:
-        """logits [sampling rows, local vocabulary]: -inf where a token is not allowed, in place. Waits for the mask."""
-        forbidden = self.device.tensor(np.stack([future.result()[self.vocab] for future in self.forbidden]))
-        if len(self.rows) == len(logits):
+        """logits [sampling rows, local vocabulary]: -inf where a token is not allowed, in place, but for late rows."""
+        kept = [place for place, row in enumerate(self.rows) if row not in self.late]
+        if not kept:
+            return
+        forbidden = self.device.tensor(np.stack([self.forbidden[place].result()[self.vocab] for place in kept]))
+        if len(kept) == len(logits):
             logits.masked_fill_(forbidden, float("-inf"))
         else:
-            rows = self.device.tensor(np.array(self.rows))
+            rows = self.device.tensor(np.array([self.rows[place] for place in kept]))
             logits[rows] = logits[rows].masked_fill_(forbidden, float("-inf"))
-        self.failed = [row for row, slot in zip(self.rows, self.constraints, strict=True) if slot.error is not None]
+        self.failed = [self.rows[place] for place in kept if self.constraints[place].error is not None]
 
 
 Constrained = list[tuple[int, SlotConstraint]]  # (sampling row, its constraint)
@@ -191,7 +224,14 @@ class Constraints:
         if not masked:
             return None
         constraints = [constraint for _, constraint in masked]
-        forbidden = [self._pool().submit(self._forbidden, constraint) for constraint in constraints]
+        forbidden = []
+        for constraint in constraints:
+            if constraint.forbidden is None and constraint.is_quick:
+                constraint.forbidden = Future()
+                constraint.forbidden.set_result(self._forbidden(constraint))
+            elif constraint.forbidden is None:
+                constraint.forbidden = self._pool().submit(self._forbidden, constraint)
+            forbidden.append(constraint.forbidden)
         return StepMask([row for row, _ in masked], self._vocab, forbidden, constraints, self._device)
 
     def _pool(self) -> ThreadPoolExecutor:
@@ -204,7 +244,7 @@ class Constraints:
         return self._threads
 
     def _forbidden(self, constraint: SlotConstraint) -> BoolArray:
-        """[vocabulary]; in a thread."""
+        """[vocabulary]; in a thread, unless it is quick."""
         allowed = np.zeros(self._vocab_size, dtype=np.bool_)
         constraint.fill(allowed)
         return np.logical_not(allowed, out=allowed)

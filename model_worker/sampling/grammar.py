@@ -36,7 +36,7 @@ class GrammarLibrary:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
-        self._made: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._made: OrderedDict[str, _Made] = OrderedDict()
 
     def matcher(self, grammar: str) -> "LLMatcher":
         """One at its beginning. Each grammar is compiled once: copies share what the library learns of it."""
@@ -44,11 +44,19 @@ class GrammarLibrary:
             if self._tokenizer is None:
                 text = self._file.read_text(encoding="utf-8")
                 self._tokenizer = make_tokenizer(text, self._vocab_size, self.end_token_ids)
-            made = self._made.pop(grammar, None) or make_matcher(self._tokenizer, grammar)
-            self._made[grammar] = made
+            made = self._made[grammar] = self._made.pop(grammar, None) or _Made()
             if len(self._made) > CACHED:
                 self._made.popitem(last=False)
-            return made.deep_copy()
+        with made.lock:  # its own: others do not wait while this one is compiled
+            if made.matcher is None:
+                made.matcher = make_matcher(self._tokenizer, grammar)
+            return made.matcher.deep_copy()
+
+
+class _Made:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.matcher: LLMatcher | None = None
 
 
 class Grammar:

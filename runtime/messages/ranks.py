@@ -117,7 +117,8 @@ class StepResult(Message, frozen=True):
 
     token_ids: int32 bytes. Without `counts` one a row, -1 for a row that yielded none; with them the tokens of all rows
     behind each other. counts: int32 bytes, how many tokens each row yielded, 0 to its row_tokens; left out when none
-    yielded more than one. A failed row yields none.
+    yielded more than one. A failed row yields none; so does one whose grammar's mask was late, which then runs its last
+    token again.
     forward_s, total_s: seconds of the forward and of the whole step on rank 0. times: only with --profile.
     """
 

@@ -1,5 +1,7 @@
 """The two halves of a step on a device that works in its own time: what is launched before what is collected."""
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from tests.model_worker.fake_device import Clock, FakeDevice, FakeGraphs, GraphedAttention, NothingIsRead
@@ -15,6 +18,8 @@ from tests.qwen3.harness import DENSE, load_model, make_checkpoint, random_token
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
 from vibe_sgl_lite.model_worker.pending_step import PendingStep
+from vibe_sgl_lite.model_worker.sampling import constraints as constraints_module
+from vibe_sgl_lite.model_worker.sampling.constraints import SlotConstraint
 from vibe_sgl_lite.model_worker.worker import StepPipeline
 from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, QKVLinear, RowParallelLinear
 from vibe_sgl_lite.qwen3.model import Qwen3
@@ -360,3 +365,72 @@ def test_a_fused_draw_finds_bad_rows_and_so_does_a_chunk_without_one(dense: tupl
     third = runner.run(ForwardBatch(2, new=only_chunk, row_slots=pack_ids([4]), row_tokens=pack_ids([2])))
     assert third.failed == [FailedRow(0)]
     assert unpack_ids(third.token_ids) == [-1]
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+@pytest.mark.parametrize("limit", [0, 2])
+def test_a_row_with_a_late_mask_yields_nothing_and_others_go_on(
+    dense: tuple[Any, Qwen3], monkeypatch: pytest.MonkeyPatch, in_flight: int, limit: int
+) -> None:
+    """At the end of its prompt (limit 0) or later; then it goes on with the tokens that would have come."""
+    _, model = dense
+    rules = ThinkingRules(start=250, end=251, inside=True, limit=limit, close=(251, 252), tail=())
+    budget = sampling(temperature=1.0, seed=3, repetition_penalty=1.2, logprobs=True, prompt_logprobs=True)
+    new = [new_slot(0, random_tokens(6)), new_slot(1, random_tokens(5, seed=1), replace(budget, thinking=rules))]
+    rows = pack_ids([0, 1])
+    first = ForwardBatch(0, new=new, row_slots=rows, row_tokens=pack_ids([6, 5]))
+    batches = [first, ForwardBatch(1, row_slots=rows, row_tokens=pack_ids([1, 1]))]
+    batches += [ForwardBatch(step) for step in range(2, 12)]
+    made, fill = threading.Event(), SlotConstraint.fill
+
+    def run(late_steps: range) -> tuple[dict[int, list[int]], list[int], list[Any]]:
+        runner = runner_on(model, FakeDevice(Clock(), STEP_S))
+        results, pending = [], []
+        for batch in batches:
+            if batch.step == late_steps.stop:
+                made.set()
+            monkeypatch.setattr(constraints_module, "PATIENCE_S", 0.005 if batch.step in late_steps else 30.0)
+            pending.append(runner.launch(batch))
+            if len(pending) == in_flight:
+                results.append(runner.collect(pending.pop(0)))
+        results += [runner.collect(step) for step in pending]
+        drawn: dict[int, list[int]] = {0: [], 1: []}
+        for result in results:
+            tokens = unpack_ids(result.token_ids)
+            for row, count in enumerate(unpack_ids(result.counts) if result.counts else [1, 1]):
+                drawn[row] += [tokens.pop(0) for _ in range(count)]
+            assert result.failed == []
+        without = [result.step for result in results if result.counts]
+        assert all(unpack_ids(result.counts) == [1, 0] for result in results if result.counts)
+        logprobs = [entry for result in results for entry in result.logprobs]
+        return drawn, without, [(e.prompt, [(s.token_id, round(s.logprob, 4)) for s in e.sampled]) for e in logprobs]
+
+    monkeypatch.setattr(SlotConstraint, "is_quick", False)
+    made.set()
+    expected, none_late, scores = run(range(0))
+    assert none_late == []
+    assert expected[1][limit : limit + 2] == [251, 252]
+    made.clear()
+    monkeypatch.setattr(SlotConstraint, "fill", lambda slot, allowed: (made.wait(30), fill(slot, allowed))[1])
+    drawn, without, others = run(range(limit, limit + 3))
+    assert without == [*range(limit, limit + 3)]
+    assert drawn[0] == expected[0]
+    assert drawn[1] == expected[1][: len(batches) - 3]
+    prompt = [entry for entry in others if entry[0]]
+    assert [entry[0] for entry in prompt] == [entry[0] for entry in scores if entry[0]]
+    assert [s for entry in others for s in entry[1]] == [s for entry in scores for s in entry[1]][: len(batches) - 3]
+    assert len(prompt) == 1
+
+
+def test_a_row_alone_waits_for_its_mask(dense: tuple[Any, Qwen3], monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing else to do, so steps are not spent in vain."""
+    _, model = dense
+    monkeypatch.setattr(constraints_module, "ALONE_S", 30.0)
+    monkeypatch.setattr(SlotConstraint, "is_quick", False)
+    fill = SlotConstraint.fill
+    monkeypatch.setattr(SlotConstraint, "fill", lambda slot, allowed: (time.sleep(0.1), fill(slot, allowed))[1])
+    rules = ThinkingRules(start=250, end=251, inside=True, limit=0, close=(251, 252), tail=())
+    runner = runner_on(model, FakeDevice(Clock(), STEP_S))
+    new = [new_slot(0, random_tokens(6), replace(sampling(), thinking=rules))]
+    batch = ForwardBatch(0, new=new, row_slots=pack_ids([0]), row_tokens=pack_ids([6]))
+    assert unpack_ids(runner.run(batch).token_ids) == [251]

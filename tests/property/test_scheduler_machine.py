@@ -59,6 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         radix_cache=st.sampled_from([True, True, True, False]),
         draft_tokens=st.sampled_from([0, 0, 1, 4]),
         fairness=st.booleans(),
+        late=st.sampled_from([0, 0, 0.3]),
         seed=st.integers(0, 2**32),
     )
     def begin(
@@ -72,6 +73,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         radix_cache: bool,
         draft_tokens: int,
         fairness: bool,
+        late: float,
         seed: int,
     ) -> None:
         self.harness = Harness(
@@ -89,6 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             ),
             poison=POISON,
             seed=seed,
+            late=late,
         )
         self.uid = 0
 

@@ -106,6 +106,8 @@ class _Slot:
 class FakeRank:
     """salt_of: a sample's cache salt, by uid. poison: a token whose row fails and leaves NaN in its page.
 
+    late: how often, at random, a row that samples yields nothing, as when a grammar's mask is late.
+
     Of the drafts that a row may have, it proposes some that hold, then one that does not, at random (`rng`). All of
     them leave their KV in the pages, as on a real rank.
     """
@@ -119,7 +121,9 @@ class FakeRank:
         poison: int | None = None,
         epoch: int = 0,
         rng: random.Random | None = None,
+        late: float = 0.0,
     ) -> None:
+        self.late = late
         self.epoch = epoch
         self.rng = rng or random.Random(0)
         self.page_size = page_size
@@ -169,7 +173,7 @@ class FakeRank:
         ]
         failed = [FailedRow(row) for row, tokens in enumerate(rows) if tokens is None]
         yielded = [tokens or [] for tokens in rows]
-        if max(len(tokens) for tokens in yielded) > 1 or self.rng.random() < 0.1:
+        if self.late or max(len(tokens) for tokens in yielded) > 1 or self.rng.random() < 0.1:
             packed, amounts = [token for tokens in yielded for token in tokens], [len(tokens) for tokens in yielded]
             return StepResult(batch.step, pack_ids(packed), failed, counts=pack_ids(amounts), epoch=self.epoch)
         return StepResult(batch.step, pack_ids([*tokens, -1][0] for tokens in yielded), failed, epoch=self.epoch)
@@ -209,6 +213,9 @@ class FakeRank:
             if computed == len(slot.tokens):
                 slot.tokens.append(0)
             return None
+        if self.late and computed == end == known and self.rng.random() < self.late:
+            slot.computed = computed = computed - 1
+            del slot.hashes[computed:]
         self.computed[slot.uid] = max(computed, self.computed.get(slot.uid, 0))
         if computed < len(slot.tokens):
             return []
@@ -323,7 +330,9 @@ class Harness:
         poison: int | None = None,
         observers: Callable[[Harness], Sequence[SchedulerObserver]] = lambda harness: (),
         seed: int = 0,
+        late: float = 0.0,
     ) -> None:
+        self.late = late
         self.config = scheduler_config
         self.now = 0.0
         self.scheduler = Scheduler(scheduler_config, observers(self))
@@ -337,7 +346,14 @@ class Harness:
     def _new_rank(self, num_pages: int, epoch: int) -> FakeRank:
         settings = self.config
         return FakeRank(
-            num_pages, settings.page_size, settings.max_running_requests, self._cache_salt, self.poison, epoch, self.rng
+            num_pages,
+            settings.page_size,
+            settings.max_running_requests,
+            self._cache_salt,
+            self.poison,
+            epoch,
+            self.rng,
+            self.late,
         )
 
     def _cache_salt(self, uid: int) -> object:
