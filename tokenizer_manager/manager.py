@@ -56,6 +56,7 @@ from vibe_sgl_lite.runtime.messages import (
 from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import GrammarCompiler
+from vibe_sgl_lite.tokenizer_manager.memory import MemoryWatch
 from vibe_sgl_lite.tokenizer_manager.queries import ANSWER_S, Pending, Queries
 from vibe_sgl_lite.tokenizer_manager.requests import OpenRequest, RequestTable
 from vibe_sgl_lite.tokenizer_manager.sessions import Session, Sessions
@@ -108,7 +109,9 @@ class TokenizerManager:
         in_thread: Run[Prepared],
         to_scheduler: Callable[[SchedulerInput], None],
         now: Callable[[], float],
+        memory: MemoryWatch | None = None,
     ) -> None:
+        self._memory = memory or MemoryWatch()
         self.counters = Counters()
         self.requests = RequestTable()
         self._spec = spec
@@ -215,6 +218,8 @@ class TokenizerManager:
     def _full(self, session: Session, size: int) -> str | None:
         """Why no request of `size` bytes is taken from this session now. One that has none there finds some room where
         others have filled all of theirs."""
+        if self._memory.low is not None:
+            return self._memory.low
         everybody, own = self.requests.load, self.requests.load_of(session)
         most = self._most_samples if own.samples else self._most_samples + self._most_samples // 8 + 1
         if everybody.samples >= most:
@@ -328,6 +333,7 @@ class TokenizerManager:
         if pending.what == "health":
             draining = self._closed is not None
             values = values | {"status": "draining" if draining else "ok", "draining": draining}
+            values |= self._memory.values()
         elif pending.what == "stats" and error is None:
             values = values | self.stats()
         self._send(pending.session, QueryReply(pending.qid, values, error))
@@ -346,6 +352,7 @@ class TokenizerManager:
     def tick(self, read_up_to: float) -> None:
         """Call it every fraction of a second. read_up_to: when there was last nothing from clients left to read."""
         now = self._now()
+        self._memory.look(now)
         for session in self._sessions.flush():
             self._lose(session, "its connection is gone")
         for session in self._sessions.silent(read_up_to):

@@ -26,6 +26,7 @@ from vibe_sgl_lite.runtime.launcher.child import Child, run_child
 from vibe_sgl_lite.runtime.messages import AbortAll, Drain, EngineLost, Finish, SchedulerInput, Shutdown, TokenizerInput
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.runtime.transport.channels import Receiver, new_socket
+from vibe_sgl_lite.runtime.transport.curve import AllowList, read_keys
 from vibe_sgl_lite.tokenizer_manager.connections import ConnectionLimit, raise_descriptor_limit
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import CompilerArgs, GrammarCompiler
 from vibe_sgl_lite.tokenizer_manager.manager import THREADS, TokenizerManager
@@ -81,7 +82,10 @@ class Service:
         self._inbound: Receiver[TokenizerInput] = Receiver(child.context, endpoints.tokenizer_manager, TokenizerInput)
         self._scheduler = SchedulerLine(child.context, endpoints.scheduler)
         addresses = dict.fromkeys((endpoints.inner_api, endpoints.api))
-        self._clients = ClientSocket(child.context, Limits.of(spec.context_length).frame_bytes, *addresses)
+        self._allowed: AllowList | None = None
+        self._clients = ClientSocket(
+            child.context, Limits.of(spec.context_length).frame_bytes, *addresses, guard=self._guard
+        )
         self._connections = ConnectionLimit(self._clients.socket, raise_descriptor_limit())
         self._sessions = Sessions(self._clients, loop.time())
         self._executor = ThreadPoolExecutor(THREADS, "tokenize")
@@ -104,6 +108,15 @@ class Service:
             (self._inbound.socket, self._read_engine),
             (self._clients.socket, self._read_clients),
         ]
+        if self._allowed is not None:
+            self._drains.insert(1, (self._allowed.socket, self._allowed.answer))
+
+    def _guard(self, socket: zmq.Socket[bytes]) -> None:
+        """Raises ConfigError."""
+        args = self._child.spec.args
+        if args.server_key is not None and args.client_keys is not None:
+            self._allowed = AllowList(self._child.context, args.client_keys)
+            self._allowed.serve(socket, read_keys(args.server_key, "--server-key"))
 
     async def run(self) -> None:
         """Returns after `Shutdown`."""
@@ -122,6 +135,8 @@ class Service:
             self._trace.close()
         self._connections.close()
         self._clients.close()
+        if self._allowed is not None:
+            self._allowed.close()
         self._inbound.close()
         self._scheduler.socket.close()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum, auto
 
 import msgspec
@@ -24,7 +24,7 @@ BEHIND_BYTES = 1024 * 1024  # of text chunks
 HOPELESS_BYTES = 16 * 1024 * 1024  # of anything: whoever asks on and on and never reads
 BEHIND_S = 10.0
 FRAMES_IN_SOCKET = 512  # that ZeroMQ holds for one client, before its outbox begins
-FRAMES_FROM_ONE = 64  # that ZeroMQ reads of one client ahead of us: memory for 64 of the largest at most
+FRAMES_FROM_ONE = 16  # that ZeroMQ reads of one client ahead of us: memory for so many of the largest at most
 STALL_S = 1.0  # this process did not run for longer: what that hid is no client's silence
 
 log = logging.getLogger(__name__)
@@ -37,16 +37,27 @@ class Sent(Enum):
 
 
 class ClientSocket:
-    """The ROUTER, bound to all of `addresses`. A frame over the size limit makes ZeroMQ drop its connection."""
+    """The ROUTER, bound to all of `addresses`. A frame over the size limit makes ZeroMQ drop its connection.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], max_frame_bytes: int, *addresses: str) -> None:
+    guard: called before a TCP address is bound, to let in nobody but those with keys.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        max_frame_bytes: int,
+        *addresses: str,
+        guard: Callable[[zmq.Socket[bytes]], None] = lambda socket: None,
+    ) -> None:
         self.socket = new_socket(context, zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a plain ROUTER drops silently
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 0)  # nobody takes over another one's identity
         self.socket.setsockopt(zmq.MAXMSGSIZE, max(max_frame_bytes, MAX_FRAME_BYTES))
         self.socket.setsockopt(zmq.SNDHWM, FRAMES_IN_SOCKET)
         self.socket.setsockopt(zmq.RCVHWM, FRAMES_FROM_ONE)
-        for address in addresses:
+        for address in sorted(addresses):  # ipc first: what is bound is guarded from then on
+            if address.startswith("tcp://"):
+                guard(self.socket)
             bind_ipc(self.socket, address)
 
     @property

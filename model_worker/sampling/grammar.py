@@ -44,7 +44,8 @@ class GrammarLibrary:
             if self._tokenizer is None:
                 text = self._file.read_text(encoding="utf-8")
                 self._tokenizer = make_tokenizer(text, self._vocab_size, self.end_token_ids)
-            made = self._made[grammar] = self._made.pop(grammar, None) or _Made()
+            made = self._made.setdefault(grammar, _Made())
+            self._made.move_to_end(grammar)
             if len(self._made) > CACHED:
                 self._made.popitem(last=False)
         with made.lock:  # its own: others do not wait while this one is compiled

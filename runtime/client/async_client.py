@@ -31,8 +31,16 @@ class AsyncClient(Requests[Coroutine[Any, Any, Output], Coroutine[Any, Any, list
     running loop.
     """
 
-    def __init__(self, address: str | None = None, *, name: str = "default", resume: bool = True) -> None:
-        self._connection = connect(address, name, resume=resume)
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        name: str = "default",
+        resume: bool = True,
+        server_key: str | None = None,
+        client_key: str | None = None,
+    ) -> None:
+        self._connection = connect(address, name, resume=resume, server_key=server_key, client_key=client_key)
         weakref.finalize(self, self._connection.stop).atexit = False  # at exit the connection closes itself
 
     async def abort(self, rid: str) -> None:

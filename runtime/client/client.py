@@ -28,14 +28,24 @@ class Client(Requests[Output, list[Output], "Stream"]):
     address: ipc:// or tcp://; by default that of the daemon called `name`. Raises ConfigError for an address that makes
     no sense, ConnectError within 2 s when nobody answers there, ProtocolError when the engine speaks another version.
     resume: when a process of the engine dies and starts again, requests go on from what has come of them.
+    server_key, client_key: where the engine runs with `--client-keys`: its public key, as text or the name of a file,
+    and the file with this client's own pair (docs/security.md).
 
     All calls raise RequestError (a ValueError) for an invalid request, EngineDeadError when the engine dies for good or
     the connection is lost, another EngineError for other failures (with what was generated before it as `output`), and
     ClosedError once the client is closed. After a loss, the next call connects again.
     """
 
-    def __init__(self, address: str | None = None, *, name: str = "default", resume: bool = True) -> None:
-        self._attach(connect(address, name, resume=resume))
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        name: str = "default",
+        resume: bool = True,
+        server_key: str | None = None,
+        client_key: str | None = None,
+    ) -> None:
+        self._attach(connect(address, name, resume=resume, server_key=server_key, client_key=client_key))
 
     def _attach(self, connection: Connection) -> None:
         self._connection = connection

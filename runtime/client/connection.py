@@ -54,6 +54,7 @@ from vibe_sgl_lite.runtime.messages import (
     Welcome,
 )
 from vibe_sgl_lite.runtime.settings.address import check_address
+from vibe_sgl_lite.runtime.transport.curve import ClientKeys
 from vibe_sgl_lite.runtime.transport.rundir import engine_lives
 
 PING_S = 0.5
@@ -63,6 +64,7 @@ SILENCE_S = 4.0  # a ping unanswered for so long means that the engine hangs
 OWN_PAUSE_S = 1.0  # between two turns of the loop, beyond its poll: this process was stopped, or held the lock
 RECONNECT_S = 30.0  # after a loss: until the engine must be there again
 RETRY_S = 0.1
+KEYS_WORDS = "give server_key, the engine's public key, and client_key, a pair whose public key is in its --client-keys"
 CLOSE_S = 1.0  # for the last frames to leave
 
 QueryAnswer = QueryReply | VibeError
@@ -71,8 +73,9 @@ QueryAnswer = QueryReply | VibeError
 class Connection:
     """Thread-safe. Every `deliver` is called in the connection's thread and must neither block nor raise.
 
-    address: ipc://PATH or tcp://HOST:PORT; ConfigError for another. resume: go on after a loss. queue: hold requests
-    back that are more than the engine takes; else they are sent, and its refusal (OverloadedError) is what comes.
+    address: ipc://PATH or tcp://HOST:PORT; ConfigError for another. keys: where the engine asks for them. resume: go on
+    after a loss. queue: hold requests back that are more than the engine takes; else they are sent, and its refusal
+    (OverloadedError) is what comes.
     lives: whether the engine is there although nobody answers; None where nothing tells. cause: why it died, where the
     connection's owner can tell. owner: the engine is this process's own: it ends with it, so silence says nothing.
     """
@@ -81,13 +84,15 @@ class Connection:
         self,
         address: str,
         *,
+        keys: ClientKeys | None = None,
         resume: bool = True,
         queue: bool = True,
         owner: bool = False,
         lives: Callable[[], bool | None] | None = None,
         cause: Callable[[], str | None] = lambda: None,
     ) -> None:
-        check_address(address)
+        check_address(address, encrypted=keys is not None)
+        self._keys = keys
         self.address = address
         self.welcome: Welcome | None = None  # of the latest session
         self._resume = resume
@@ -226,6 +231,8 @@ class Connection:
             self._lose(EngineDeadError(self._why("the connection to the engine was lost")))
         elif self._in_session:
             self._keep_alive(now)
+        elif line.refused:
+            self._lose(ConnectError(f"the engine at {self.address} asks for other keys: {KEYS_WORDS}"), final=True)
         elif now > self._handshake_due(line):
             self._lose(self._nobody())
         self._flush()
@@ -302,7 +309,7 @@ class Connection:
         if not may_listen(self.address):
             self._lose(self._nobody())
             return
-        self._line = ClientSocket(self._context, self.address, self._poller)
+        self._line = ClientSocket(self._context, self.address, self._poller, self._keys)
         self._in_session = False
         self._unanswered_since = None
         self._connect_due = time.monotonic() + CONNECT_S

@@ -18,6 +18,7 @@ from vibe_sgl_lite.runtime.errors import ConfigError, EngineDeadError, UserError
 from vibe_sgl_lite.runtime.messages import Chunk, QueryReply
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams
 from vibe_sgl_lite.runtime.settings.schema import shown
+from vibe_sgl_lite.runtime.transport.curve import client_keys
 from vibe_sgl_lite.runtime.transport.rundir import default_address
 
 One = SamplingParams | Mapping[str, Any] | None
@@ -154,12 +155,16 @@ class Requests(ABC, Generic[OutT, ListT, StreamT]):
         return self._connection.address
 
 
-def connect(address: str | None, name: str, *, resume: bool) -> Connection:
+def connect(
+    address: str | None, name: str, *, resume: bool, server_key: str | None = None, client_key: str | None = None
+) -> Connection:
     """To the daemon at `address`, by default the one called `name`. Raises ConfigError."""
-    for field, value in (("address", address), ("name", name)):
-        if not isinstance(value, str) and not (field == "address" and value is None):
+    given = {"address": address, "server_key": server_key, "client_key": client_key, "name": name}
+    for field, value in given.items():
+        if not isinstance(value, str) and not (field != "name" and value is None):
             raise ConfigError(f"{field}={shown(value)} is a {type(value).__name__}: must be a text", field=field)
-    return Connection(default_address(name) if address is None else address, resume=resume)
+    address = default_address(name) if address is None else address
+    return Connection(address, keys=client_keys(address, server_key, client_key), resume=resume)
 
 
 def values_of(reply: QueryReply) -> Values:

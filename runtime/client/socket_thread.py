@@ -15,7 +15,9 @@ from zmq.utils.monitor import recv_monitor_message
 
 from vibe_sgl_lite.runtime.messages import Chunks, ServerMessage
 from vibe_sgl_lite.runtime.transport.channels import DECODE_ERRORS, new_socket
+from vibe_sgl_lite.runtime.transport.curve import ClientKeys
 
+REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 RECEIVE_AT_ONCE = 1000  # frames taken before the thread looks at its other work
 
 log = logging.getLogger(__name__)
@@ -37,15 +39,27 @@ def may_listen(address: str) -> bool:
 
 
 class ClientSocket:
-    """For one thread. `connected`: the ZeroMQ handshake is done, somebody is there. `gone`: they have left again."""
+    """For one thread. `connected`: the ZeroMQ handshake is done, somebody is there. `gone`: they have left again.
+    `refused`: they do not take our keys, or that we have none, or have none themselves.
+    """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, poller: zmq.Poller) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        poller: zmq.Poller,
+        keys: ClientKeys | None = None,
+    ) -> None:
         self.connected = False
+        self.refused = False
         self.gone = False
         self._poller = poller
         self._decoder: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
         self._socket = new_socket(context, zmq.DEALER)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        if keys is not None:
+            keys.use(self._socket)
+        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | REFUSALS
+        self._monitor = self._socket.get_monitor_socket(events)
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
         self._socket.connect(address)
@@ -65,6 +79,7 @@ class ClientSocket:
         """What has come. Sets `connected` and `gone`; once `gone`, nothing comes after these messages."""
         while not self.gone and self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
+            self.refused = self.refused or bool(event & REFUSALS)
             self.connected = self.connected or event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self.gone = self.connected and event == zmq.EVENT_DISCONNECTED
         messages: list[ServerMessage] = []

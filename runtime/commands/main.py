@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from vibe_sgl_lite.runtime.launcher.main import main as serve
 
-COMMANDS = ("bench", "chat", "plan", "top")
+COMMANDS = ("bench", "chat", "keygen", "plan", "top")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -90,7 +90,9 @@ class Pipeline:
         if self._started is None:
             self._started = time.monotonic()
         with contextlib.ExitStack() as cleanup:
-            run = cleanup.enter_context(RunDir(self.args.name, self.args.address))
+            run = cleanup.enter_context(
+                RunDir(self.args.name, self.args.address, encrypted=bool(self.args.client_keys))
+            )
             endpoints = Endpoints(directory=str(run.inner), api=run.address)
             self._spec = make_spec(self.args, endpoints)
             try:

@@ -22,8 +22,9 @@ def check_name(name: str) -> None:
         )
 
 
-def check_address(address: str) -> None:
-    """Raises ConfigError unless `address` is ipc://PATH, or tcp://HOST:PORT on the loopback interface."""
+def check_address(address: str, *, encrypted: bool = False) -> None:
+    """Raises ConfigError unless `address` is ipc://PATH, or tcp://HOST:PORT on the loopback interface. encrypted: or
+    anywhere, for CURVE guards it."""
     if address.startswith("ipc://"):
         try:
             path = os.path.abspath(address.removeprefix("ipc://"))
@@ -47,9 +48,10 @@ def check_address(address: str) -> None:
         raise ConfigError(
             f"--address {address}: give the host as an IPv4 address, like 127.0.0.1", field="address"
         ) from error
-    if not loopback:
+    if not loopback and not encrypted:
         raise ConfigError(
-            f"--address {address}: listening beyond loopback is not supported yet; use tcp://127.0.0.1:PORT or ipc://",
+            f"--address {address}: beyond loopback keys are needed: give --server-key and --client-keys where the "
+            "engine runs, server_key and client_key where a client does; or use tcp://127.0.0.1:PORT or ipc://",
             field="address",
         )
 

@@ -106,8 +106,18 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     address: Annotated[str | None, Spec(
         "where clients connect: `ipc://PATH` or `tcp://127.0.0.1:PORT`; port 0 picks a free one, which the ready "
         "line tells",
-        "Addresses beyond loopback are refused.",
-        unset="an ipc socket in the private run directory, under `--name`", group=DAEMON, check=check_address,
+        "Beyond loopback only with `--server-key` and `--client-keys`. Without these, every user of this machine can "
+        "connect to a tcp:// address. See [security](security.md).",
+        unset="an ipc socket in the private run directory, under `--name`", group=DAEMON,
+    )] = None
+    server_key: Annotated[str | None, Spec(
+        "file with the engine's own keys, made by `vibe-sgl-lite keygen FILE`",
+        unset="clients are not asked for keys", group=DAEMON, path=True,
+    )] = None
+    client_keys: Annotated[str | None, Spec(
+        "file with a client's public key a line: who may connect to a tcp:// `--address`; changes count at once",
+        "Connections are encrypted then (CURVE).",
+        unset="clients are not asked for keys", group=DAEMON, path=True,
     )] = None
     no_http: Annotated[bool, Spec(
         "start no HTTP server: only clients of this library can connect",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vibe_sgl_lite.runtime.errors import ConfigError
-from vibe_sgl_lite.runtime.settings.address import is_loopback
+from vibe_sgl_lite.runtime.settings.address import check_address, is_loopback
 from vibe_sgl_lite.runtime.settings.flags import Flags
 from vibe_sgl_lite.runtime.settings.schema import our_names, settle, table
 
@@ -24,6 +24,7 @@ class ServerArgs(Flags, kw_only=True, frozen=True, forbid_unknown_fields=True):
             value = getattr(self, name)
             if field.kinds == (str,) and value is not None and (value == "" or "\0" in value):
                 raise _bad(name, value, "must not be empty or hold a zero byte")
+        _check_address(self)
         _check_nodes(self)
         _check_http(self)
         if self.quantization != "none" and self.device == "cuda":
@@ -60,6 +61,17 @@ def _check_http(args: ServerArgs) -> None:
         )
     if args.ssl_keyfile is not None and args.ssl_certfile is None:
         raise _bad("ssl_keyfile", args.ssl_keyfile, "goes with --ssl-certfile, which is not given")
+
+
+def _check_address(args: ServerArgs) -> None:
+    """Beyond loopback only with keys, and keys only for TCP; ConfigError."""
+    keys = args.server_key is not None and args.client_keys is not None
+    if not keys and (args.server_key is not None or args.client_keys is not None):
+        raise _bad("client_keys", args.client_keys, "and --server-key go together: give both, or none")
+    if args.address is not None:
+        check_address(args.address, encrypted=keys)
+    if keys and not (args.address or "").startswith("tcp://"):
+        raise _bad("client_keys", args.client_keys, "is for an --address of tcp://HOST:PORT: give one, or leave it out")
 
 
 def _check_nodes(args: ServerArgs) -> None:

@@ -72,7 +72,9 @@ class RunDir:
     is not allowed, and when no folder can be used. `close` removes everything that was made here.
     """
 
-    def __init__(self, name: str, address: str | None = None) -> None:
+    def __init__(self, name: str, address: str | None = None, *, encrypted: bool = False) -> None:
+        """encrypted: it may lie beyond loopback."""
+        self._encrypted = encrypted
         self._locks: list[_Lock] = []
         self._name = name
         self.address = ""
@@ -137,7 +139,7 @@ class RunDir:
         _empty(self._folder)
 
     def _own_address(self, address: str) -> str:
-        check_address(address)
+        check_address(address, encrypted=self._encrypted)
         if address.startswith("ipc://"):
             path = Path(os.path.abspath(address.removeprefix("ipc://")))
             if not path.parent.is_dir():

@@ -15,7 +15,18 @@ from typing import Any
 import msgspec
 import zmq
 
-from vibe_sgl_lite.runtime.messages import PROTOCOL, Accepted, Generate, Goodbye, Hello, Ping, Refused, ServerMessage
+from vibe_sgl_lite.runtime.messages import (
+    PROTOCOL,
+    Accepted,
+    Chunk,
+    Chunks,
+    Generate,
+    Goodbye,
+    Hello,
+    Ping,
+    Refused,
+    ServerMessage,
+)
 
 NOTHING = msgspec.Raw(b"\x80")
 _decode = msgspec.msgpack.Decoder(ServerMessage).decode
@@ -28,9 +39,28 @@ class Bare:
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 2000)
         self.socket.connect(address)
+        self.last_refusal = 0.0
 
     def say(self, message: Any) -> None:
         self.socket.send(msgspec.msgpack.encode(message))
+
+    def wait(self, count: int, within_s: float = 60.0, samples: int = 1) -> list[Refused | Chunk]:
+        """Until so many samples have ended, of requests of so many `samples` each; how. Stays alive meanwhile."""
+        found: list[Refused | Chunk] = []
+        deadline, ping_at = time.monotonic() + within_s, 0.0
+        ended = 0
+        while ended < count and time.monotonic() < deadline:
+            if time.monotonic() > ping_at:
+                self.say(Ping())
+                ping_at = time.monotonic() + 0.3
+            if self.socket.poll(300):
+                message = _decode(self.socket.recv())
+                for part in message.chunks if isinstance(message, Chunks) else [message]:
+                    self.last_refusal = time.monotonic() if isinstance(part, Refused) else self.last_refusal
+                    if isinstance(part, Refused) or (isinstance(part, Chunk) and part.finish is not None):
+                        found.append(part)
+                        ended += samples if isinstance(part, Refused) else 1
+        return found
 
     def ends(self, count: int, within_s: float = 60.0) -> list[Refused]:
         """The first `count` refusals; stays alive meanwhile."""
@@ -83,6 +113,17 @@ def grammars(address: str) -> str:
         return ",".join(sorted(str(refused.error.field) for refused in client.ends(len(hard))))
 
 
+def slow_grammars(address: str) -> str:
+    """What passes the trial but is slow: each is compiled anew on the ranks, and then followed by 16 samples."""
+    samples = msgspec.Raw(msgspec.msgpack.encode({"n": 16, "max_new_tokens": 8}))
+    with bare(address) as client:
+        for number in range(12):
+            regex = "a?" * (60 + number) + "[a-z]*" * (20 + number)
+            client.say(request(f"r{number}", prompt="x", regex=regex, sampling=samples))
+        refused = sum(isinstance(end, Refused) for end in client.wait(16 * 12, samples=16))
+        return "done" if refused < 12 else "refused"
+
+
 def empty_lists(address: str) -> str:
     message = {"role": "user", "content": "c", "more": [[]] * 1_480_000}
     frame = msgspec.msgpack.encode(request("r", messages=[message]))
@@ -118,6 +159,41 @@ def long_prompts(address: str) -> str:
     return "left"
 
 
+def many_prompts(address: str) -> str:
+    """All of them are served, one after the other; others' come in between."""
+    text = "The quick brown fox jumps over the lazy dog. " * 300
+    once = msgspec.Raw(msgspec.msgpack.encode({"max_new_tokens": 1}))
+    with bare(address) as client:
+        for number in range(40):
+            client.say(request(f"r{number}", prompt=f"{number} {text}", sampling=once))
+        ends = client.wait(40, 100.0)
+        return str(sum(isinstance(end, Chunk) for end in ends))
+
+
+def flood(address: str) -> str:
+    """10,000 requests at once: those beyond what may wait are refused."""
+    short = msgspec.Raw(msgspec.msgpack.encode({"max_new_tokens": 4}))
+    frames = [msgspec.msgpack.encode(request(f"r{number}", prompt="x", sampling=short)) for number in range(10_000)]
+    refused, last = 0, 0.0
+    with bare(address) as client:
+        client.socket.setsockopt(zmq.SNDHWM, 0)
+        began = time.monotonic()
+        for frame in frames:
+            client.socket.send(frame)
+        for end in client.wait(10_000, 100.0):
+            if isinstance(end, Refused):
+                refused += 1
+        last = client.last_refusal - began
+    sys.stderr.write(f"{refused} refused, the last after {last:.2f} s\n")
+    return "some" if 1000 < refused < 9900 else str(refused)
+
+
+def nothing(address: str) -> str:
+    """To compare with."""
+    time.sleep(5)
+    return "nothing"
+
+
 def long_names(address: str) -> str:
     frame = msgspec.msgpack.encode(request("r" * 15_000_000, prompt="x"))
     with bare(address, hello=False) as client:
@@ -128,7 +204,18 @@ def long_names(address: str) -> str:
 
 
 ATTACKS: dict[str, Callable[[str], str]] = {
-    attack.__name__: attack for attack in (grammars, empty_lists, connections, long_prompts, long_names)
+    attack.__name__: attack
+    for attack in (
+        nothing,
+        grammars,
+        slow_grammars,
+        empty_lists,
+        connections,
+        long_prompts,
+        many_prompts,
+        long_names,
+        flood,
+    )
 }
 
 if __name__ == "__main__":

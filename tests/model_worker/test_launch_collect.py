@@ -428,7 +428,12 @@ def test_a_row_alone_waits_for_its_mask(dense: tuple[Any, Qwen3], monkeypatch: p
     monkeypatch.setattr(constraints_module, "ALONE_S", 30.0)
     monkeypatch.setattr(SlotConstraint, "is_quick", False)
     fill = SlotConstraint.fill
-    monkeypatch.setattr(SlotConstraint, "fill", lambda slot, allowed: (time.sleep(0.1), fill(slot, allowed))[1])
+
+    def slow_fill(slot: SlotConstraint, allowed: Any) -> None:
+        time.sleep(0.1)
+        fill(slot, allowed)
+
+    monkeypatch.setattr(SlotConstraint, "fill", slow_fill)
     rules = ThinkingRules(start=250, end=251, inside=True, limit=0, close=(251, 252), tail=())
     runner = runner_on(model, FakeDevice(Clock(), STEP_S))
     new = [new_slot(0, random_tokens(6), replace(sampling(), thinking=rules))]

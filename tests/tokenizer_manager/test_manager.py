@@ -30,18 +30,24 @@ from vibe_sgl_lite.runtime.messages import (
     Goodbye,
     Hello,
     Ping,
+    Query,
+    QueryReply,
     Refused,
     RequestRejected,
     RoutedChunk,
     SchedulerInput,
+    SchedulerQuery,
+    SchedulerReply,
     ServerMessage,
     Usage,
     pack_ids,
 )
+from vibe_sgl_lite.runtime.settings.machine import Limit
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import CompilerArgs, GrammarCompiler
 from vibe_sgl_lite.tokenizer_manager.manager import SESSION_BYTES, THREADS, WAITING_BYTES, TokenizerManager
+from vibe_sgl_lite.tokenizer_manager.memory import ENOUGH_BYTES, LOW_BYTES, MemoryWatch
 from vibe_sgl_lite.tokenizer_manager.sessions import Sent, Sessions
 from vibe_sgl_lite.tokenizer_manager.validate import Prepared
 
@@ -67,6 +73,7 @@ class FakeSocket:
 class World:
     def __init__(self, spec: PipelineSpec) -> None:
         self.time = 100.0
+        self.free = 2.0**40  # bytes of memory
         self.socket = FakeSocket()
         self.to_scheduler: list[SchedulerInput] = []
         self.work: list[tuple[Callable[[], Prepared], Callable[[Future[Prepared]], None]]] = []
@@ -79,6 +86,7 @@ class World:
             lambda work, done: self.work.append((work, done)),
             self.to_scheduler.append,
             lambda: self.time,
+            MemoryWatch(lambda: Limit(self.free, "a test")),
         )
 
     def say(self, identity: bytes, message: msgspec.Struct) -> None:
@@ -234,6 +242,28 @@ def test_prompts_that_wait_are_bounded_in_bytes(world: World) -> None:
     for identity in (b"a", b"c", b"d", b"e"):
         world.say(identity, Goodbye())
     assert (world.manager.requests.load.waiting_bytes, world.manager.requests.load.samples) == (0, 0)
+
+
+def test_nothing_new_is_taken_while_memory_is_nearly_used_up(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.generate(b"a", "before")
+    for free, taken in ((LOW_BYTES - 1, False), (LOW_BYTES + 1, False), (ENOUGH_BYTES, True), (LOW_BYTES, True)):
+        world.free = free
+        world.tick(1.0)
+        world.generate(b"a", f"r{free}")
+        assert (f"r{free}" not in overloaded(world, b"a")) == taken
+    assert f"{LOW_BYTES >> 20} MiB of memory are free (a test)" in world.got(b"a", Refused)[-1].error.message
+    assert len(caplog.records) == 2  # once when it begins, once when it ends
+    world.free = 0
+    world.tick(1.0)
+    world.say(b"a", Query(1, "health"))
+    [asked] = [message for message in world.to_scheduler if isinstance(message, SchedulerQuery) and message.qid]
+    world.manager.on_engine(SchedulerReply(asked.qid, {"num_running": 1}))
+    [health] = world.got(b"a", QueryReply)
+    assert health.values["memory_low"] is True
+    assert health.values["memory_free"] == 0
+    while world.work:  # what was taken before goes on
+        world.tokenize()
+    assert "before" in [added.rid for added in world.added()]
 
 
 def test_who_comes_last_finds_room_where_one_client_has_filled_all(spec: PipelineSpec) -> None:
