@@ -46,8 +46,11 @@ class MemoryWatch:
 
     def values(self) -> dict[str, int | float | str | bool]:
         """For `health`: bytes."""
-        shares = {f"memory_{name}": size for name, size in resident_memory().items()}
-        return {"memory_low": self.low is not None, "memory_free": int(self._free.value)} | shares
+        values: dict[str, int | float | str | bool] = {"memory_low": self.low is not None}
+        values["memory_free"] = int(self._free.value)
+        for name, size in resident_memory().items():
+            values[f"memory_{name}"] = size
+        return values
 
 
 def resident_memory() -> dict[str, int]:
