@@ -62,15 +62,14 @@ def decode(kernels: CpuKernels, rows: int, context: int, seconds: float) -> dict
     caches, page_table = make_caches(pages, rows)
     int8_caches = make_int8_caches(caches)
     query = torch.randn(rows, HEADS, HEAD_DIM).bfloat16()
-    out = torch.empty_like(query)
     start = torch.arange(rows + 1, dtype=torch.int32)
     lengths = torch.full((rows,), context, dtype=torch.int32)
 
     def ours(layer: int) -> Tensor:
-        return kernels.paged_attention(query, caches[layer], start, lengths, page_table, scale=SCALE, out=out)
+        return kernels.paged_attention(query, caches[layer], start, lengths, page_table, SCALE)
 
     def int8(layer: int) -> Tensor:
-        return kernels.paged_attention(query, int8_caches[layer], start, lengths, page_table, scale=SCALE, out=out)
+        return kernels.paged_attention(query, int8_caches[layer], start, lengths, page_table, SCALE)
 
     def plain(layer: int) -> Tensor:
         return torch.cat([folded(query[r], *gather(caches[layer], page_table[r])) for r in range(rows)])
@@ -97,15 +96,14 @@ def chunk(kernels: CpuKernels, new: int, context: int, seconds: float) -> dict[s
     caches, page_table = make_caches(context // PAGE_SIZE, 1)
     int8_caches = make_int8_caches(caches)
     query = torch.randn(new, HEADS, HEAD_DIM).bfloat16()
-    out = torch.empty_like(query)
     start = torch.tensor([0, new], dtype=torch.int32)
     lengths = torch.tensor([context], dtype=torch.int32)
 
     def ours(layer: int) -> Tensor:
-        return kernels.paged_attention(query, caches[layer], start, lengths, page_table, scale=SCALE, out=out)
+        return kernels.paged_attention(query, caches[layer], start, lengths, page_table, SCALE)
 
     def int8(layer: int) -> Tensor:
-        return kernels.paged_attention(query, int8_caches[layer], start, lengths, page_table, scale=SCALE, out=out)
+        return kernels.paged_attention(query, int8_caches[layer], start, lengths, page_table, SCALE)
 
     def plain(layer: int) -> Tensor:
         return grouped(query, *gather(caches[layer], page_table[0]))

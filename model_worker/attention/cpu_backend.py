@@ -10,10 +10,6 @@ from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
 
-# Contexts are summed in ranges of this length, whatever else runs: a decode row's attention does not depend on its
-# batch. As quick as ranges cut to the load, at 1 to 16 rows and contexts of 192 to 2048.
-SPLIT_TOKENS = 128
-
 
 class KernelAttention:
     """A `StepBackend` (model_worker/device_batch.py) whose metadata is the batch itself."""
@@ -61,7 +57,6 @@ class KernelAttention:
             metadata.query_start,
             metadata.context_lengths,
             metadata.page_table,
-            scale=self.scale,
-            split_tokens=SPLIT_TOKENS,
+            self.scale,
         )
         return attended.view(qkv.shape[0], -1)

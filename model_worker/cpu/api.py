@@ -135,10 +135,7 @@ class CpuKernels:
         query_start: Tensor,
         context_lengths: Tensor,
         page_table: Tensor,
-        *,
         scale: float,
-        out: Tensor | None = None,
-        split_tokens: int = 0,
     ) -> Tensor:
         """Causal attention of every row's new tokens over its cached ones, the new ones (stored before) included.
 
@@ -146,9 +143,7 @@ class CpuKernels:
         query_start: [R + 1] int32; row r has tokens query_start[r] .. query_start[r + 1], perhaps none.
         context_lengths: [R] int32, cached tokens of the row after this step; 0 marks padding, whose output is zero.
         page_table: [R, pages] int32; position p of row r is in page page_table[r, p // page size].
-        split_tokens: a row's context is worked on in ranges of this length, so that the sums' order depends on nothing
-        else (a multiple of 64); 0: chosen by how much there is to share among the threads.
-        Returns [T, Hq, D], contiguous: `out` if given. Tokens of no row are left as they are.
+        Returns [T, Hq, D], contiguous; a token's bits depend on nothing else in the call. Tokens of no row have none.
         """
         tokens, heads, head_dim = query.shape
         rows = context_lengths.shape[0]
@@ -162,9 +157,8 @@ class CpuKernels:
         assert query_start.is_contiguous()
         assert context_lengths.is_contiguous()
         assert page_table.stride(1) == 1
-        assert split_tokens % 64 == 0
         assert scale > 0
-        out = _output(out, query, (tokens, heads, head_dim))
+        out = query.new_empty((tokens, heads, head_dim))
         self._run(
             "PagedAttentionCall",
             DTYPES[query.dtype],
@@ -180,92 +174,32 @@ class CpuKernels:
             cache.kv_heads,
             head_dim,
             scale,
-            split_tokens,
             out.data_ptr(),
         )
         return out
 
-    def store_kv(self, key: Tensor, value: Tensor, cache: LayerCache, slots: Tensor) -> None:
-        """Put new keys and values into the pool.
-
-        key, value: [T, Hk, D], D contiguous. slots: [T] int64, page x page size + place in the page.
-        """
-        tokens, kv_heads, head_dim = key.shape
-        assert key.dtype == value.dtype
-        assert cache.takes(key.dtype)
-        assert key.shape == value.shape
-        assert (kv_heads, head_dim) == (cache.kv_heads, cache.head_dim)
-        assert key.stride(2) == 1
-        assert value.stride(2) == 1
-        assert slots.dtype == torch.int64
-        assert slots.shape[0] == tokens
-        assert slots.is_contiguous()
-        self._run(
-            "StoreKvCall",
-            DTYPES[key.dtype],
-            key.data_ptr(),
-            key.stride(0),
-            key.stride(1),
-            value.data_ptr(),
-            value.stride(0),
-            value.stride(1),
-            cache.pool,
-            slots.data_ptr(),
-            tokens,
-            kv_heads,
-            head_dim,
-        )
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-        """x / rms(x), rounded to x's dtype, times weight. x: [T, N], N contiguous. weight: [N]. Returns [T, N]."""
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """residual += x, and x = the RMSNorm of the sum, both in place; returns x. Both [T, N], contiguous."""
         rows, size = x.shape
-        assert x.stride(1) == 1
-        assert weight.dtype == x.dtype
-        assert weight.is_contiguous()
-        assert weight.shape[0] == size
-        out = _output(out, x, (rows, size))
-        self._run(
-            "RmsNormCall",
-            DTYPES[x.dtype],
-            x.data_ptr(),
-            x.stride(0),
-            None,
-            weight.data_ptr(),
-            out.data_ptr(),
-            rows,
-            size,
-            eps,
-        )
-        return out
-
-    def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
-    ) -> Tensor:
-        """residual += x, in place, and the RMSNorm of the sum, returned. x, residual: [T, N]; residual contiguous.
-
-        `out` may be x.
-        """
-        rows, size = x.shape
-        assert x.stride(1) == 1
+        assert x.is_contiguous()
         assert weight.dtype == x.dtype == residual.dtype
         assert weight.is_contiguous()
         assert weight.shape[0] == size
         assert residual.shape == x.shape
         assert residual.is_contiguous()
-        out = _output(out, x, (rows, size))
         self._run(
-            "RmsNormCall",
+            "AddRmsNormCall",
             DTYPES[x.dtype],
             x.data_ptr(),
             x.stride(0),
             residual.data_ptr(),
             weight.data_ptr(),
-            out.data_ptr(),
+            x.data_ptr(),
             rows,
             size,
             eps,
         )
-        return out
+        return x
 
     def qkv_rope_store(
         self,
@@ -277,13 +211,12 @@ class CpuKernels:
         sin: Tensor,
         cache: LayerCache,
         slots: Tensor,
-        out: Tensor | None = None,
     ) -> Tensor:
         """Per-head RMSNorm and rotary embedding of queries and keys; keys and values go into the pool.
 
         qkv: [T, (Hq + 2 Hk) x D], queries first, then keys, then values. query_weight, key_weight: [D].
         cos, sin: [T, D / 2] in qkv's dtype, rows the same distance apart, sin with its own sign (no half negated):
-        dimension i turns together with i + D / 2. slots: [T] int64, as for `store_kv`.
+        dimension i turns together with i + D / 2. slots: [T] int64, page x page size + place in the page.
         Returns the queries, [T, Hq, D], contiguous.
         """
         tokens, width = qkv.shape
@@ -301,7 +234,7 @@ class CpuKernels:
         assert slots.dtype == torch.int64
         assert slots.shape[0] == tokens
         assert slots.is_contiguous()
-        out = _output(out, qkv, (tokens, heads, head_dim))
+        out = qkv.new_empty((tokens, heads, head_dim))
         self._run(
             "QkvRopeStoreCall",
             DTYPES[qkv.dtype],
@@ -323,13 +256,13 @@ class CpuKernels:
         )
         return out
 
-    def silu_mul(self, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate), rounded to the dtype, times up. gate_up: [T, 2 N], gate first. Returns [T, N]."""
         rows, width = gate_up.shape
         size = width // 2
         assert width % 2 == 0
         assert gate_up.stride(1) == 1
-        out = _output(out, gate_up, (rows, size))
+        out = gate_up.new_empty((rows, size))
         gate = gate_up.data_ptr()
         self._run(
             "SiluMulCall",
@@ -371,25 +304,11 @@ class CpuKernels:
         assert matrix.shape == (weights.outputs, weights.inputs)
         self._run("PackCall", DTYPES[matrix.dtype], matrix.data_ptr(), weights.place)
 
-    def argmax(self, logits: Tensor, out: Tensor | None = None) -> Tensor:
+    def argmax(self, logits: Tensor) -> Tensor:
         """The index of each row's largest element, the lowest index on ties. logits: [T, N]. Returns [T] int64."""
         rows, size = logits.shape
         assert size > 0
         assert logits.stride(1) == 1
-        if out is None:
-            out = torch.empty(rows, dtype=torch.int64)
-        else:
-            assert out.dtype == torch.int64
-            assert out.shape == (rows,)
-            assert out.is_contiguous()
+        out = torch.empty(rows, dtype=torch.int64)
         self._run("ArgmaxCall", DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), out.data_ptr(), rows, size)
         return out
-
-
-def _output(out: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if out is None:
-        return like.new_empty(shape)
-    assert out.dtype == like.dtype
-    assert out.shape == shape
-    assert out.is_contiguous()
-    return out

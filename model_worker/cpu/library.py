@@ -64,5 +64,5 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 
 def function_name(call: str) -> str:
-    """RmsNormCall -> vsl_rms_norm."""
+    """AddRmsNormCall -> vsl_add_rms_norm."""
     return "vsl" + re.sub(r"([A-Z])", lambda match: "_" + match[1].lower(), call.removesuffix("Call"))

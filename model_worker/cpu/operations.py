@@ -12,7 +12,7 @@ class KernelOperations:
         self.kernels = kernels
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self.kernels.add_rms_norm(x, residual, weight, eps, out=x)
+        return self.kernels.add_rms_norm(x, residual, weight, eps)
 
     def silu_multiply(self, gate_up: Tensor) -> Tensor:
         return self.kernels.silu_mul(gate_up)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.attention.cpu_backend import SPLIT_TOKENS, KernelAttention
+from vibe_sgl_lite.model_worker.attention.cpu_backend import KernelAttention
 from vibe_sgl_lite.model_worker.cpu.api import DTYPES
 from vibe_sgl_lite.model_worker.cpu.library import structures
 from vibe_sgl_lite.model_worker.cpu.linear import SLAB
@@ -64,7 +64,6 @@ class Program:
             heads=qkv.num_heads,
             kv_heads=cache.kv_heads,
             head_dim=cache.head_dim,
-            split_tokens=SPLIT_TOKENS,
             scale=backend.scale,
             eps=model.norm.eps,
             pool=cache.pool,

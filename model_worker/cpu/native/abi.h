@@ -30,26 +30,14 @@ struct PagedAttentionCall {
     const int32_t *query_start, *context_lengths, *page_table;
     int64_t page_table_stride, rows, heads, kv_heads, head_dim;
     float scale;
-    int64_t split_tokens;
     void* out;
 };
 
-struct StoreKvCall {
-    int64_t dtype;
-    const void* key;
-    int64_t key_token, key_head;
-    const void* value;
-    int64_t value_token, value_head;
-    Pool pool;
-    const int64_t* slots;
-    int64_t tokens, kv_heads, head_dim;
-};
-
-struct RmsNormCall {
+struct AddRmsNormCall {
     int64_t dtype;
     const void* x;
     int64_t x_stride;
-    void* residual;  // null: there is none
+    void* residual;
     const void* weight;
     void* out;
     int64_t rows, size;
@@ -122,7 +110,7 @@ struct RunProgramCall {
     const Operation* operations;
     int64_t count;
     // Of the model.
-    int64_t hidden, heads, kv_heads, head_dim, split_tokens;
+    int64_t hidden, heads, kv_heads, head_dim;
     float scale, eps;
     Pool pool;  // the layout; keys and values are the operations'
     // Of the step.

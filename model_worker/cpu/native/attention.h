@@ -21,8 +21,7 @@ struct AttentionArgs {
     int64_t page_table_stride;
     int rows, heads, kv_heads, head_dim;
     float scale;
-    int64_t split_tokens;  // length of the ranges that a context is split into; 0: chosen by load
-    T* out;                // [tokens, heads, head_dim], tokens out_stride apart
+    T* out;  // [tokens, heads, head_dim], tokens out_stride apart
     int64_t out_stride;
 };
 
@@ -35,22 +34,20 @@ struct DecodeItem {
     int counter;          // which of finished_ counts the token's ranges
 };
 
-// A block of a row's query tokens, for some KV heads and one of the ranges of the context.
+// A block of a row's query tokens, for one KV head.
 struct ChunkItem {
-    int token, tokens, row;
-    int kv_head, kv_heads;
+    int token, tokens, row, kv_head;
     int64_t first_context;
-    int range, ranges;
-    int64_t begin, end;  // positions
-    size_t partials;     // where those of the block's first token begin, in floats
-    int counter, items;  // which of finished_ counts the block's items, and how many there are
+
+    int64_t work() const { return tokens * (first_context + tokens); }
 };
 
-constexpr int64_t kLeastSplit = 64;    // tokens; shorter ranges cost more in merging than they win
-constexpr int64_t kLeastChunkSplit = 512;  // the same of a chunk
-constexpr int kLeastChunkTokens = 4;   // fewer new tokens run one by one
-constexpr int kLeastBlockQueries = 64; // lanes of a chunk's block; smaller ones read keys too often
-constexpr int kLeastRowBytes = 256;    // that a chunk reads of each token: KV heads of less are worked on together
+// Contexts are worked on in ranges of this length, whatever else runs and on however many threads, so that the order of a
+// row's sums does not depend on its batch. As quick as ranges cut to the load, at 1 to 16 rows and contexts of 192 to
+// 2048.
+constexpr int64_t kSplitTokens = 128;
+constexpr int kLeastChunkTokens = 4;    // fewer new tokens run one by one
+constexpr int kLeastBlockQueries = 64;  // lanes of a chunk's block; smaller ones read keys too often
 
 template <class T, class Stored>
 class PagedAttention {
@@ -77,16 +74,8 @@ class PagedAttention {
 
    private:
     void plan() {
-        int64_t tokens_to_read = 0;
-        for (int row = 0; row < args_.rows; row++)
-            if (num_new(row) < kLeastChunkTokens) tokens_to_read += num_new(row) * args_.context_lengths[row];
-        int64_t split = args_.split_tokens;
-        if (split <= 0) {
-            const int parts = context_.threads == 1 ? 1 : 4 * context_.threads;
-            split = std::max(kLeastSplit, (tokens_to_read / parts + kBlockTokens) / kBlockTokens * kBlockTokens);
-        }
 #if defined(VSL_AMX)
-        amx_decode_ = context_.amx && fits_amx_decode(args_.layout, args_.heads, args_.kv_heads, args_.head_dim, split);
+        amx_decode_ = context_.amx && fits_amx_decode(args_.layout, args_.heads, args_.kv_heads, args_.head_dim);
 #endif
         size_t floats = 0;
         for (int row = 0; row < args_.rows; row++) {
@@ -94,13 +83,13 @@ class PagedAttention {
                 for (int64_t token = args_.query_start[row]; token < args_.query_start[row + 1]; token++)
                     std::memset((void*)(args_.out + token * args_.out_stride), 0, token_size_ * sizeof(T));
             else if (num_new(row) < kLeastChunkTokens)
-                floats += plan_decodes(row, split, floats);
+                floats += plan_decodes(row, floats);
             else
-                floats += plan_chunks(row, floats);
+                plan_chunks(row);
         }
         // The most work first, so that what is left at the end is small.
         std::sort(chunks_.begin(), chunks_.end(), [](const ChunkItem& a, const ChunkItem& b) {
-            return a.tokens * a.kv_heads * (a.end - a.begin) > b.tokens * b.kv_heads * (b.end - b.begin);
+            return a.work() > b.work();
         });
         partials_ = (float*)context_.shared.reserve(floats * sizeof(float));
         finished_ = std::vector<std::atomic<int>>(counters_);
@@ -109,50 +98,32 @@ class PagedAttention {
     int64_t num_new(int row) const { return args_.query_start[row + 1] - args_.query_start[row]; }
 
     // Returns how many floats the partial results take.
-    size_t plan_decodes(int row, int64_t split, size_t floats) {
+    size_t plan_decodes(int row, size_t floats) {
         const size_t before = floats;
         const int64_t n = num_new(row);
         for (int64_t i = 0; i < n; i++) {
             const int64_t length = args_.context_lengths[row] - n + i + 1;
-            const int ranges = (int)((length + split - 1) / split);
+            const int ranges = (int)((length + kSplitTokens - 1) / kSplitTokens);
             for (int r = 0; r < ranges; r++)
-                decodes_.push_back({(int)(args_.query_start[row] + i), row, r, ranges, r * split,
-                                    std::min(length, (r + 1) * split), floats, counters_});
+                decodes_.push_back({(int)(args_.query_start[row] + i), row, r, ranges, r * kSplitTokens,
+                                    std::min(length, (r + 1) * kSplitTokens), floats, counters_});
             counters_++;
             floats += ranges * partial_;
         }
         return floats - before;
     }
 
-    // Without fixed ranges a context is split, until there is enough for all threads. With them it is not, as a range's
-    // partial sums would move with the number of tokens; blocks get smaller instead.
-    size_t plan_chunks(int row, size_t floats) {
-        const size_t before = floats;
-        const bool split = args_.split_tokens <= 0;
+    // A context is not split: a range's partial sums would move with the number of tokens. For there to be enough for all
+    // threads, blocks get smaller instead.
+    void plan_chunks(int row) {
         const int parts = context_.threads == 1 ? 1 : 4 * context_.threads;
-        const int64_t n = num_new(row), head_bytes = args_.head_dim * (int64_t)sizeof(Stored);
-        const int together =
-            split ? (int)std::min<int64_t>(args_.kv_heads, std::max<int64_t>(1, kLeastRowBytes / head_bytes)) : 1;
-        const int head_groups = (args_.kv_heads + together - 1) / together;
-        int64_t most = kMostBlockQueries;
-        if (!split) most = std::min(most, std::max<int64_t>(kLeastBlockQueries, n * group_ * args_.kv_heads / parts));
+        const int64_t n = num_new(row), least = std::max<int64_t>(kLeastBlockQueries, n * args_.heads / parts);
+        const int64_t most = std::min<int64_t>(kMostBlockQueries, least);
         const int64_t blocks = (n * group_ + most - 1) / most, block = (n + blocks - 1) / blocks;
-        for (int64_t i = 0; i < n; i += block) {
-            const int tokens = (int)std::min(block, n - i);
-            const int64_t first_context = args_.context_lengths[row] - n + i + 1, end = first_context + tokens - 1;
-            const int64_t wanted = split ? (parts + blocks * head_groups - 1) / (blocks * head_groups) : 1;
-            const int64_t length = std::max(kLeastChunkSplit, (end / wanted + kBlockKeys) / kBlockKeys * kBlockKeys);
-            const int ranges = split ? (int)((end + length - 1) / length) : 1;
-            for (int r = 0; r < ranges; r++)
-                for (int kv = 0; kv < args_.kv_heads; kv += together)
-                    chunks_.push_back({(int)(args_.query_start[row] + i), tokens, row, kv,
-                                       std::min(together, args_.kv_heads - kv), first_context, r, ranges, r * length,
-                                       ranges == 1 ? end : std::min(end, (r + 1) * length), floats, counters_,
-                                       ranges * head_groups});
-            counters_++;
-            if (ranges > 1) floats += tokens * ranges * partial_;
-        }
-        return floats - before;
+        for (int64_t i = 0; i < n; i += block)
+            for (int kv = 0; kv < args_.kv_heads; kv++)
+                chunks_.push_back({(int)(args_.query_start[row] + i), (int)std::min(block, n - i), row, kv,
+                                   args_.context_lengths[row] - n + i + 1});
     }
 
     CacheView<Stored> cache(int row) const {
@@ -192,35 +163,19 @@ class PagedAttention {
     }
 
     void run_chunk(const ChunkItem& item, Scratch& scratch) {
-        const int64_t head = (int64_t)item.kv_head * group_, first = head * args_.head_dim;
-        float* const partials = partials_ + item.partials;
-        Partial partial{};
-        if (item.ranges > 1) {
-            partial = Partial::at(partials + item.range * partial_, args_.heads);
-            partial.maximum += head, partial.total += head, partial.values += first;
-        }
+        const int64_t first = (int64_t)item.kv_head * group_ * args_.head_dim;
         const Chunk<T, Stored> chunk{args_.query + item.token * args_.query_stride + first,
                                      args_.query_stride,
                                      cache(item.row),
                                      item.kv_head,
-                                     item.kv_heads,
                                      group_,
                                      args_.head_dim,
                                      item.tokens,
                                      item.first_context,
-                                     item.begin,
-                                     item.end,
                                      scale_,
                                      args_.out + item.token * args_.out_stride + first,
-                                     args_.out_stride,
-                                     partial,
-                                     (int64_t)(item.ranges * partial_)};
+                                     args_.out_stride};
         attend_chunk(chunk, scratch, context_.amx);
-        if (item.ranges == 1) return;
-        if (finished_[item.counter].fetch_add(1, std::memory_order_acq_rel) == item.items - 1)
-            for (int i = 0; i < item.tokens; i++)
-                merge_ranges(partials + i * item.ranges * partial_, item.ranges, args_.heads, args_.head_dim,
-                             args_.out + (item.token + i) * args_.out_stride);
     }
 
     Context& context_;
@@ -233,7 +188,7 @@ class PagedAttention {
     std::vector<ChunkItem> chunks_;
     bool amx_decode_ = false;
     int counters_ = 0;
-    std::vector<std::atomic<int>> finished_;  // items that are done, of a token or of a block of them
+    std::vector<std::atomic<int>> finished_;  // ranges that are done, of a token
     float* partials_ = nullptr;
 };
 

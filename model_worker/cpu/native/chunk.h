@@ -19,23 +19,18 @@ constexpr int kDepthMultiple = 32;      // what head_dim is padded to: AMX tiles
 
 template <class T, class Stored>
 struct Chunk {
-    const T* query;  // of the block's first token and the first KV head's first query head, [tokens, heads, head_dim]
+    const T* query;  // of the block's first token and the KV head's first query head, [tokens, heads, head_dim]
     int64_t query_stride;
     CacheView<Stored> cache;
-    int kv_head, kv_heads;  // the first one, and how many are worked on together
-    int group, head_dim;
+    int kv_head, group, head_dim;
     int tokens;             // in this block
     int64_t first_context;  // cached tokens that the block's first token sees, itself included; the next sees one more
-    int64_t begin, end;     // positions of the cached tokens to work on; begin is a multiple of kBlockKeys
     float scale;            // positive, in units of log 2
-    T* out;                 // as query; not written when there is a partial result
+    T* out;                 // as query
     int64_t out_stride;
-    Partial partial;  // of the block's first token and the first KV head's first query head; null: there is but one range
-    int64_t partial_stride;
 };
 
-// Packs the data of one chunk for Dot, multiplies, and keeps the running softmax. KV heads that lie side by side are
-// worked on together, so that memory is read in the order in which it lies.
+// Packs the data of one chunk for Dot, multiplies, and keeps the running softmax.
 template <class T, class Stored, class Dot>
 class ChunkAttention {
    public:
@@ -48,13 +43,14 @@ class ChunkAttention {
           tiles_(tiles),
           keys_in_place_(tiles && !kScaled && chunk.cache.layout.page_size % 16 == 0 && chunk.head_dim % 32 == 0),
           lanes_(chunk.tokens * chunk.group),
+          end_(chunk.first_context + chunk.tokens - 1),
           panels_((lanes_ + kLanes - 1) / kLanes),
           padded_dim_((chunk.head_dim + kDepthMultiple - 1) / kDepthMultiple * kDepthMultiple),
           depth_(padded_dim_ / Dot::kDepth) {
-        const size_t panels = (size_t)panels_ * chunk.kv_heads;
+        const size_t panels = panels_;
         const size_t block = (size_t)kBlockKeys * padded_dim_, square = (size_t)kPanelGroup * kBlockKeys * kLanes;
         float* memory = static_cast<float*>(scratch.reserve(
-            (panels * kLanes * (2 + 2 * padded_dim_) + panels_ * kLanes + (kScaled ? 3 : 2) * block + 2 * square +
+            (panels * kLanes * (3 + 2 * padded_dim_) + (kScaled ? 3 : 2) * block + 2 * square +
              padded_dim_) *
             sizeof(float)));
         const auto take = [&](size_t count) {
@@ -71,7 +67,7 @@ class ChunkAttention {
         weights_ = (Unit*)take(square);
         maximum_ = take(panels * kLanes);
         total_ = take(panels * kLanes);
-        limit_ = (int32_t*)take((size_t)panels_ * kLanes);
+        limit_ = (int32_t*)take(panels * kLanes);
         zeros_ = (T*)take(padded_dim_);
     }
 
@@ -79,32 +75,30 @@ class ChunkAttention {
         start();
         const int step = tiles_ ? 2 : kPanelGroup;
         Rows rows[2];
-        locate_block(chunk_.begin, rows[0]);
-        for (int64_t first = chunk_.begin, block = 0; first < chunk_.end; first += kBlockKeys, block++) {
+        locate_block(0, rows[0]);
+        for (int64_t first = 0, block = 0; first < end_; first += kBlockKeys, block++) {
             const Rows& now = rows[block % 2];
             locate_block(first + kBlockKeys, rows[(block + 1) % 2]);
             next_ = &rows[(block + 1) % 2];
             fetched_ = 0;
-            for (int head = 0; head < chunk_.kv_heads; head++) {
-                if constexpr (kScaled)
-                    decode_block(now, head);
-                else
-                    pack_block(now, head);
-                for (int panel = 0; panel < panels_; panel += step) {
-                    const int panels = std::min(step, panels_ - panel);
-                    // The last lane sees most. What no lane of the group sees is left out.
-                    const int64_t seen = limit_[(panel + panels) * kLanes - 1] - first;
-                    if (seen <= 0) continue;
-                    const int used = (int)std::min<int64_t>((now.count + 31) / 32 * 32, (seen + 31) / 32 * 32);
-                    attend(head, panel, panels, first, used);
-                }
+            if constexpr (kScaled)
+                decode_block(now);
+            else
+                pack_block(now);
+            for (int panel = 0; panel < panels_; panel += step) {
+                const int panels = std::min(step, panels_ - panel);
+                // The last lane sees most. What no lane of the group sees is left out.
+                const int64_t seen = limit_[(panel + panels) * kLanes - 1] - first;
+                if (seen <= 0) continue;
+                const int used = (int)std::min<int64_t>((now.count + 31) / 32 * 32, (seen + 31) / 32 * 32);
+                attend(panel, panels, first, used);
             }
         }
-        finish();
+        for (int panel = 0; panel < panels_; panel++) finish_panel(panel);
     }
 
    private:
-    // Where a block's keys and values lie, from the first KV head on.
+    // Where a block's keys and values lie, of KV head 0.
     struct Rows {
         int count;
         int64_t offsets[kBlockKeys];
@@ -112,7 +106,7 @@ class ChunkAttention {
     };
 
     void locate_block(int64_t first, Rows& rows) const {
-        rows.count = (int)std::max<int64_t>(0, std::min<int64_t>(kBlockKeys, chunk_.end - first));
+        rows.count = (int)std::max<int64_t>(0, std::min<int64_t>(kBlockKeys, end_ - first));
         for (int i = 0; i < rows.count; i += kBlockTokens) {
             const int count = std::min(kBlockTokens, rows.count - i);
             locate(chunk_.cache.pages, chunk_.cache.layout, first + i, count, rows.offsets + i);
@@ -123,35 +117,32 @@ class ChunkAttention {
 
     // Asks for the keys and values of `count` more tokens of the next block.
     void fetch_ahead(int count) {
-        const int64_t stride = chunk_.cache.layout.head_stride, head = chunk_.kv_head * stride;
-        for (const int end = std::min(next_->count, fetched_ + count); fetched_ < end; fetched_++)
-            for (int h = 0; h < chunk_.kv_heads; h++) {
-                const int64_t offset = next_->offsets[fetched_] + head + h * stride;
-                prefetch(chunk_.cache.keys + offset, 0, chunk_.head_dim);
-                prefetch(chunk_.cache.values + offset, 0, chunk_.head_dim);
-            }
+        const int64_t head = chunk_.kv_head * chunk_.cache.layout.head_stride;
+        for (const int end = std::min(next_->count, fetched_ + count); fetched_ < end; fetched_++) {
+            const int64_t offset = next_->offsets[fetched_] + head;
+            prefetch(chunk_.cache.keys + offset, 0, chunk_.head_dim);
+            prefetch(chunk_.cache.values + offset, 0, chunk_.head_dim);
+        }
     }
 
-    const T* query_row(int head, int lane) const {
-        return chunk_.query + lane / chunk_.group * chunk_.query_stride +
-               (head * chunk_.group + lane % chunk_.group) * chunk_.head_dim;
+    const T* query_row(int lane) const {
+        return chunk_.query + lane / chunk_.group * chunk_.query_stride + lane % chunk_.group * chunk_.head_dim;
     }
 
     void start() {
-        const int panels = panels_ * chunk_.kv_heads;
-        for (int lane = 0; lane < panels_ * kLanes; lane++)  // lanes that are left over repeat the last query
+        for (int lane = 0; lane < panels_ * kLanes; lane++) {  // lanes that are left over repeat the last query
             limit_[lane] = (int32_t)(chunk_.first_context + std::min(lane, lanes_ - 1) / chunk_.group);
-        for (int lane = 0; lane < panels * kLanes; lane++) maximum_[lane] = kNoScore, total_[lane] = 0;
-        std::memset(sums_, 0, (size_t)panels * padded_dim_ * kLanes * sizeof(float));
+            maximum_[lane] = kNoScore, total_[lane] = 0;
+        }
+        std::memset(sums_, 0, (size_t)panels_ * padded_dim_ * kLanes * sizeof(float));
         std::memset((void*)zeros_, 0, padded_dim_ * sizeof(T));
         std::memset((void*)values_, 0, (size_t)kBlockKeys * padded_dim_ * sizeof(float));
-        for (int panel = 0; panel < panels; panel++) {
+        for (int panel = 0; panel < panels_; panel++) {
             const T* rows[kLanes];
-            for (int i = 0; i < kLanes; i++)
-                rows[i] = query_row(panel / panels_, std::min(panel % panels_ * kLanes + i, lanes_ - 1));
+            for (int i = 0; i < kLanes; i++) rows[i] = query_row(std::min(panel * kLanes + i, lanes_ - 1));
             pack_columns(rows, queries_ + (size_t)panel * depth_ * kLanes);
         }
-        fetch_quota_ = (8 + panels - 1) / panels;  // weigh asks panels x kBlockKeys / 8 times
+        fetch_quota_ = (8 + panels_ - 1) / panels_;  // weigh asks panels x kBlockKeys / 8 times
     }
 
     // kLanes rows of head_dim values -> [depth_][kLanes] units, zero beyond head_dim.
@@ -160,9 +151,9 @@ class ChunkAttention {
             for (int i = 0; i < kLanes; i++) out[d * kLanes + i] = d < chunk_.head_dim ? to_float(rows[i][d]) : 0;
     }
 
-    void pack_block(const Rows& block, int head) {
+    void pack_block(const Rows& block) {
         const int padded = (block.count + 31) / 32 * 32;
-        const int64_t first = (chunk_.kv_head + head) * chunk_.cache.layout.head_stride;
+        const int64_t first = chunk_.kv_head * chunk_.cache.layout.head_stride;
         const T *keys[kBlockKeys], *values[kBlockKeys];
         for (int i = 0; i < padded; i++) {
             keys[i] = i < block.count ? chunk_.cache.keys + block.offsets[i] + first : zeros_;
@@ -177,13 +168,13 @@ class ChunkAttention {
     }
 
     // As pack_block, of int8.
-    void decode_block(const Rows& block, int head) {
+    void decode_block(const Rows& block) {
         const int padded = (block.count + 31) / 32 * 32;
-        decode_rows(chunk_.cache.keys, block, head, padded, (Element*)keys_);
+        decode_rows(chunk_.cache.keys, block, padded, (Element*)keys_);
         if constexpr (Dot::kDepth == 1) {
-            decode_rows(chunk_.cache.values, block, head, padded, (Element*)values_);
+            decode_rows(chunk_.cache.values, block, padded, (Element*)values_);
         } else {
-            decode_rows(chunk_.cache.values, block, head, padded, decoded_);
+            decode_rows(chunk_.cache.values, block, padded, decoded_);
             const Element* rows[kBlockKeys];
             for (int i = 0; i < padded; i++) rows[i] = decoded_ + (size_t)i * padded_dim_;
             pack_values(rows, padded, values_);
@@ -191,9 +182,9 @@ class ChunkAttention {
     }
 
     // Codes times their scales: [padded][padded_dim_], zero beyond the block and head_dim.
-    void decode_rows(const Stored* pool, const Rows& block, int head, int padded, Element* out) const {
+    void decode_rows(const Stored* pool, const Rows& block, int padded, Element* out) const {
         const PoolLayout& layout = chunk_.cache.layout;
-        const int64_t kv_head = chunk_.kv_head + head;
+        const int64_t kv_head = chunk_.kv_head;
         for (int i = 0; i < padded; i++, out += padded_dim_) {
             int d = 0;
             if (i < block.count) {
@@ -283,29 +274,28 @@ class ChunkAttention {
         multiply(p, panels);
     }
 
-    // One block of one head's keys for up to a group of panels.
-    void attend(int head, int panel, int panels, int64_t first, int keys) {
-        const size_t state = (size_t)head * panels_ + panel;
+    // One block of keys for up to a group of panels.
+    void attend(int panel, int panels, int64_t first, int keys) {
         Product<Dot> p{};
         p.a = keys_, p.a_row = depth_, p.a_depth = 1;
         if (keys_in_place_)
             p.a_tiles = key_tiles_, p.a_row = chunk_.cache.layout.token_stride / Dot::kDepth;
-        p.b = queries_ + state * depth_ * kLanes, p.b_panel = (int64_t)depth_ * kLanes;
+        p.b = queries_ + (size_t)panel * depth_ * kLanes, p.b_panel = (int64_t)depth_ * kLanes;
         p.c = scores_, p.c_panel = kBlockKeys * kLanes;
         p.rows = keys, p.depth = depth_, p.accumulate = false;
         product(p, panels);
-        for (int j = 0; j < panels; j++) soften(panel + j, state + j, j, first, keys);
+        for (int j = 0; j < panels; j++) soften(panel + j, j, first, keys);
         p = value_product(values_);
         p.b = weights_, p.b_panel = kBlockKeys * kLanes;
-        p.c = sums_ + state * padded_dim_ * kLanes, p.c_panel = (int64_t)padded_dim_ * kLanes;
+        p.c = sums_ + (size_t)panel * padded_dim_ * kLanes, p.c_panel = (int64_t)padded_dim_ * kLanes;
         p.rows = padded_dim_, p.depth = keys / Dot::kDepth, p.accumulate = true;
         product(p, panels);
     }
 
     // Scores -> weights of one panel, and its running maximum, total and sums with them.
-    void soften(int panel, size_t state, int j, int64_t first, int keys) {
+    void soften(int panel, int j, int64_t first, int keys) {
         float* const scores = scores_ + (size_t)j * kBlockKeys * kLanes;
-        float *const maximum = maximum_ + state * kLanes, *const total = total_ + state * kLanes;
+        float *const maximum = maximum_ + panel * kLanes, *const total = total_ + panel * kLanes;
         if (limit_[panel * kLanes] < first + keys) {
             vi limit;
             std::memcpy(&limit, limit_ + panel * kLanes, sizeof limit);
@@ -324,7 +314,7 @@ class ChunkAttention {
         store(maximum, largest);
         store(total, load(total) * decay + sum);
         if (std::memcmp(&before, &largest, sizeof before) == 0) return;
-        float* const sums = sums_ + state * padded_dim_ * kLanes;
+        float* const sums = sums_ + (size_t)panel * padded_dim_ * kLanes;
         for (int d = 0; d < padded_dim_; d++) store(sums + d * kLanes, load(sums + d * kLanes) * decay);
     }
 
@@ -355,38 +345,16 @@ class ChunkAttention {
     }
 #endif
 
-    void finish() {
-        for (int head = 0; head < chunk_.kv_heads; head++)
-            for (int panel = 0; panel < panels_; panel++) finish_panel(head, panel);
-    }
-
-    void finish_panel(int head, int panel) {
-        const size_t state = (size_t)head * panels_ + panel;
-        const float* const sums = sums_ + state * padded_dim_ * kLanes;
+    // [padded_dim_][kLanes] sums over their lanes' totals -> the rows of lanes that are not left over.
+    void finish_panel(int panel) {
+        const float* const sums = sums_ + (size_t)panel * padded_dim_ * kLanes;
+        const vf factor = splat(1.0f) / load(total_ + panel * kLanes);
         const int used = std::min(kLanes, lanes_ - panel * kLanes);
-        if (chunk_.partial.values != nullptr) {
-            float* rows[kLanes];
-            for (int i = 0; i < used; i++) {
-                const int lane = panel * kLanes + i, query_head = head * chunk_.group + lane % chunk_.group;
-                const int64_t token = lane / chunk_.group * chunk_.partial_stride;
-                chunk_.partial.maximum[token + query_head] = maximum_[state * kLanes + i];
-                chunk_.partial.total[token + query_head] = total_[state * kLanes + i];
-                rows[i] = chunk_.partial.values + token + query_head * chunk_.head_dim;
-            }
-            return store_columns(sums, splat(1.0f), rows, used);
-        }
         T* rows[kLanes];
         for (int i = 0; i < used; i++) {
             const int lane = panel * kLanes + i;
-            rows[i] = chunk_.out + lane / chunk_.group * chunk_.out_stride +
-                      (head * chunk_.group + lane % chunk_.group) * chunk_.head_dim;
+            rows[i] = chunk_.out + lane / chunk_.group * chunk_.out_stride + lane % chunk_.group * chunk_.head_dim;
         }
-        store_columns(sums, splat(1.0f) / load(total_ + state * kLanes), rows, used);
-    }
-
-    // [padded_dim_][kLanes] sums, times a factor each lane, -> the first `used` lanes' rows.
-    template <class Out>
-    void store_columns(const float* sums, vf factor, Out* const* rows, int used) const {
         int d = 0;
 #if defined(VSL_AVX512)
         for (; d + 16 <= chunk_.head_dim; d += 16) {
@@ -397,7 +365,7 @@ class ChunkAttention {
         }
 #endif
         for (; d < chunk_.head_dim; d++) {
-            Out values[kLanes];
+            T values[kLanes];
             store(values, load(sums + d * kLanes) * factor);
             for (int i = 0; i < used; i++) rows[i][d] = values[i];
         }
@@ -405,13 +373,14 @@ class ChunkAttention {
 
     const Chunk<T, Stored>& chunk_;
     const bool tiles_, keys_in_place_;
-    const int lanes_, panels_, padded_dim_, depth_;  // panels_: of one head
-    // The heads' panels one after the other:
-    float *maximum_, *total_;  // [heads x panels][kLanes]
-    float* sums_;              // [heads x panels][padded_dim_][kLanes]
-    Unit* queries_;            // [heads x panels][depth_][kLanes]
+    const int lanes_;
+    const int64_t end_;  // tokens that the last lane sees
+    const int panels_, padded_dim_, depth_;
+    float *maximum_, *total_;  // [panels][kLanes]
+    float* sums_;              // [panels][padded_dim_][kLanes]
+    Unit* queries_;            // [panels][depth_][kLanes]
     int32_t* limit_;           // [panels][kLanes]; how many tokens each lane sees
-    Unit *keys_, *values_;     // of one block and head
+    Unit *keys_, *values_;     // of one block
     Element* decoded_;         // [kBlockKeys][padded_dim_], values of int8 before they are packed
     const Unit* key_tiles_[kBlockKeys / 16];  // or where each 16 keys lie
     float* scores_;            // [group of panels][kBlockKeys][kLanes]

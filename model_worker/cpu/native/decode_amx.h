@@ -32,11 +32,10 @@ struct AmxDecodeScratch {
 };
 
 // Whether attend_range_amx knows the shapes; they are those of the KV pool, for ranges that begin at whole blocks.
-inline bool fits_amx_decode(const PoolLayout& layout, int heads, int kv_heads, int head_dim, int64_t split) {
+inline bool fits_amx_decode(const PoolLayout& layout, int heads, int kv_heads, int head_dim) {
     const int group = heads / kv_heads;
     return kHeadLanes % group == 0 && head_dim % 32 == 0 && layout.page_size % kBlockTokens == 0 &&
-           split % kBlockTokens == 0 && layout.head_stride == head_dim &&
-           layout.token_stride == (int64_t)kv_heads * head_dim;
+           layout.head_stride == head_dim && layout.token_stride == (int64_t)kv_heads * head_dim;
 }
 
 // queries [heads <= 16, head_dim] -> [head_dim / 32][16 pairs of d][16 heads]; heads that are not there are zero.

@@ -45,18 +45,14 @@ inline void add_row(const T* x, T* residual, int64_t size) {
     }
 }
 
-// out = norm(x), or with `residual`: residual += x; out = norm(residual). Rows of x lie x_stride apart.
+// residual += x; out = norm(residual). Rows of x lie x_stride apart.
 template <class T>
-void rms_norm(Context& context, const T* x, int64_t x_stride, T* residual, const T* weight, T* out, int64_t rows,
-              int64_t size, float eps) {
+void add_rms_norm(Context& context, const T* x, int64_t x_stride, T* residual, const T* weight, T* out, int64_t rows,
+                  int64_t size, float eps) {
     run_ranges(context, rows, kElementsPerItem / size, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
-            const T* input = x + row * x_stride;
-            if (residual != nullptr) {
-                add_row(input, residual + row * size, size);
-                input = residual + row * size;
-            }
-            rms_norm_row(input, weight, out + row * size, size, eps);
+            add_row(x + row * x_stride, residual + row * size, size);
+            rms_norm_row(residual + row * size, weight, out + row * size, size, eps);
         }
     });
 }
@@ -149,22 +145,6 @@ void qkv_rope_store(Context& context, const QkvRope<T, Stored>& a) {
             }
             for (int h = 0; h < a.kv_heads; h++, input += a.head_dim)
                 put_row(input, a.values, a.layout, place, h, a.head_dim);
-        }
-    });
-}
-
-// Puts one [kv heads, head dim] row per token into its slot. Rows lie *_token apart, heads *_head apart.
-template <class T, class Stored>
-void store_kv(Context& context, const T* key, int64_t key_token, int64_t key_head, const T* value, int64_t value_token,
-              int64_t value_head, Stored* keys, Stored* values, const PoolLayout& layout, const int64_t* slots,
-              int64_t tokens, int kv_heads, int head_dim) {
-    run_ranges(context, tokens, kElementsPerItem / ((int64_t)kv_heads * head_dim), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; t++) {
-            const PoolLayout::Place place = layout.place(slots[t]);
-            for (int h = 0; h < kv_heads; h++) {
-                put_row(key + t * key_token + h * key_head, keys, layout, place, h, head_dim);
-                put_row(value + t * value_token + h * value_head, values, layout, place, h, head_dim);
-            }
         }
     });
 }

@@ -65,26 +65,16 @@ void vsl_paged_attention(Context* context, const PagedAttentionCall* c) {
         const AttentionArgs<T, Stored> args{
             (const T*)c->query, c->query_stride, (const Stored*)c->pool.keys, (const Stored*)c->pool.values,
             PoolLayout(c->pool), c->query_start, c->context_lengths, c->page_table, c->page_table_stride, (int)c->rows,
-            (int)c->heads, (int)c->kv_heads, (int)c->head_dim, c->scale, c->split_tokens, (T*)c->out,
+            (int)c->heads, (int)c->kv_heads, (int)c->head_dim, c->scale, (T*)c->out,
             c->heads * c->head_dim};
         PagedAttention<T, Stored>(*context, args).run();
     });
 }
 
-void vsl_store_kv(Context* context, const StoreKvCall* c) {
-    with_dtypes(c->dtype, c->pool, [&](auto type, auto stored) {
-        using T = decltype(type);
-        using Stored = decltype(stored);
-        store_kv(*context, (const T*)c->key, c->key_token, c->key_head, (const T*)c->value, c->value_token,
-                 c->value_head, (Stored*)c->pool.keys, (Stored*)c->pool.values, PoolLayout(c->pool), c->slots, c->tokens,
-                 (int)c->kv_heads, (int)c->head_dim);
-    });
-}
-
-void vsl_rms_norm(Context* context, const RmsNormCall* c) {
+void vsl_add_rms_norm(Context* context, const AddRmsNormCall* c) {
     with_dtype(c->dtype, [&](auto type) {
         using T = decltype(type);
-        rms_norm(*context, (const T*)c->x, c->x_stride, (T*)c->residual, (const T*)c->weight, (T*)c->out, c->rows,
+        add_rms_norm(*context, (const T*)c->x, c->x_stride, (T*)c->residual, (const T*)c->weight, (T*)c->out, c->rows,
                  c->size, c->eps);
     });
 }

@@ -63,8 +63,8 @@ class Program {
         PoolLayout layout(c_.pool);
         switch (operation.kind) {
             case kAddNorm:
-                rms_norm(context_, update, c_.hidden, (T*)c_.residual, (const T*)operation.weight, update, c_.tokens,
-                         c_.hidden, c_.eps);
+                add_rms_norm(context_, update, c_.hidden, (T*)c_.residual, (const T*)operation.weight, update, c_.tokens,
+                             c_.hidden, c_.eps);
                 return hand_on(update, c_.hidden);
             case kProduct: {
                 T* const out = operation.target == kQkv ? qkv_ : update;
@@ -89,7 +89,7 @@ class Program {
                 const AttentionArgs<T, Stored> args{
                     x_, stride_, (const Stored*)operation.keys, (const Stored*)operation.values, layout, c_.query_start,
                     c_.context_lengths, c_.page_table, c_.page_table_stride, (int)c_.rows, (int)c_.heads,
-                    (int)c_.kv_heads, (int)c_.head_dim, c_.scale, c_.split_tokens, attended_, attended_stride_};
+                    (int)c_.kv_heads, (int)c_.head_dim, c_.scale, attended_, attended_stride_};
                 PagedAttention<T, Stored>(context_, args).run();
                 return hand_on(attended_, attended_stride_);
             }

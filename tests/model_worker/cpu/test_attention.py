@@ -33,15 +33,9 @@ class Case:
     page_table: Tensor
     scale: float
 
-    def run(self, kernels: CpuKernels, **options: int) -> Tensor:
+    def run(self, kernels: CpuKernels) -> Tensor:
         return kernels.paged_attention(
-            self.query,
-            self.cache,
-            self.query_start,
-            self.context_lengths,
-            self.page_table,
-            scale=self.scale,
-            **options,  # type: ignore[arg-type]
+            self.query, self.cache, self.query_start, self.context_lengths, self.page_table, self.scale
         )
 
 
@@ -100,8 +94,8 @@ def expected(case: Case) -> Tensor:
     return out
 
 
-def check(kernels: CpuKernels, case: Case, tolerance: float | None = None, **options: int) -> None:
-    out = case.run(kernels, **options)
+def check(kernels: CpuKernels, case: Case, tolerance: float | None = None) -> None:
+    out = case.run(kernels)
     assert out.dtype == case.query.dtype
     tolerance = TOLERANCE[out.dtype] if tolerance is None else tolerance
     torch.testing.assert_close(out.float(), expected(case), atol=tolerance, rtol=tolerance)
@@ -178,8 +172,6 @@ def test_decode_and_chunk_rows_in_one_call(kernels: CpuKernels, seed: int, int8:
 def test_long_contexts_are_split_and_merged(kernels: CpuKernels, dtype: torch.dtype, int8: bool) -> None:
     case = make_case([1500, 70], [1, 1], heads=4, kv_heads=2, head_dim=64, page_size=16, dtype=dtype, int8=int8)
     check(kernels, case)
-    for split in (64, 256, 4096):
-        check(kernels, case, split_tokens=split)
 
 
 @INT8
@@ -187,12 +179,10 @@ def test_long_contexts_are_split_and_merged(kernels: CpuKernels, dtype: torch.dt
 @pytest.mark.parametrize("page_size", [4, 16, 64])
 @pytest.mark.parametrize("new", [2, 5, 40, 300])
 def test_chunks_of_long_contexts(kernels: CpuKernels, dtype: torch.dtype, page_size: int, new: int, int8: bool) -> None:
-    """In bf16 the context is split and merged, and KV heads are worked on together, here four and a fifth."""
     case = make_case(
         [1700, 1100, 40], [new, 1, 9], heads=10, kv_heads=5, head_dim=32, page_size=page_size, dtype=dtype, int8=int8
     )
     check(kernels, case)
-    check(kernels, case, split_tokens=128)
 
 
 @INT8
@@ -201,7 +191,7 @@ def test_fp32_chunks_do_not_depend_on_the_batch(kernels: CpuKernels, int8: bool)
     case = make_case(
         [700, 90, 333, 1400], new, heads=4, kv_heads=2, head_dim=64, page_size=16, dtype=torch.float32, int8=int8
     )
-    together = case.run(kernels, split_tokens=128)
+    together = case.run(kernels)
     for row, count in enumerate(new):
         begin = int(case.query_start[row])
         alone = kernels.paged_attention(
@@ -210,8 +200,7 @@ def test_fp32_chunks_do_not_depend_on_the_batch(kernels: CpuKernels, int8: bool)
             torch.tensor([0, count], dtype=torch.int32),
             case.context_lengths[row : row + 1],
             case.page_table[row : row + 1],
-            scale=case.scale,
-            split_tokens=128,
+            case.scale,
         )
         assert torch.equal(alone, together[begin : begin + count])
 
@@ -221,7 +210,7 @@ def test_fixed_ranges_make_a_row_independent_of_its_batch(kernels: CpuKernels, i
     case = make_case(
         [700, 90, 333], [1, 1, 1], heads=4, kv_heads=2, head_dim=64, page_size=16, dtype=torch.bfloat16, int8=int8
     )
-    together = case.run(kernels, split_tokens=128)
+    together = case.run(kernels)
     for row in range(3):
         alone = kernels.paged_attention(
             case.query[row : row + 1],
@@ -229,8 +218,7 @@ def test_fixed_ranges_make_a_row_independent_of_its_batch(kernels: CpuKernels, i
             torch.tensor([0, 1], dtype=torch.int32),
             case.context_lengths[row : row + 1],
             case.page_table[row : row + 1],
-            scale=case.scale,
-            split_tokens=128,
+            case.scale,
         )
         assert torch.equal(alone[0], together[row])
 
@@ -251,36 +239,30 @@ def test_query_may_be_a_slice_of_the_packed_projection(kernels: CpuKernels) -> N
     check(kernels, case)
 
 
-def test_output_of_tokens_of_no_row_is_left_alone(kernels: CpuKernels) -> None:
-    case = make_case([40], [4], heads=4, kv_heads=2, head_dim=64, page_size=16, dtype=torch.float32)
-    query = torch.cat((case.query, torch.ones((2, 4, 64))))
-    out = torch.full((6, 4, 64), 7.0)
-    kernels.paged_attention(
-        query,
-        case.cache,
-        case.query_start,
-        case.context_lengths,
-        case.page_table,
-        scale=case.scale,
-        out=out,
-    )
-    torch.testing.assert_close(out[:4], expected(case), atol=2e-5, rtol=2e-5)
-    assert (out[4:] == 7).all()
+def store(kernels: CpuKernels, case: Case, cache: LayerCache) -> Tensor:
+    """Put the case's only row into `cache` as the engine does, keys normalised and not turned; returns its slots."""
+    keys, values = contents(case.cache)
+    page_size, head_dim = keys.shape[1], keys.shape[3]
+    positions = torch.arange(int(case.context_lengths[0]))
+    slots = case.page_table[0, positions // page_size].long() * page_size + positions % page_size
+    tokens = torch.cat([stored.flatten(0, 1)[slots].to(case.query.dtype) for stored in (keys, keys, values)], 1)
+    weight = torch.ones(head_dim, dtype=case.query.dtype)
+    cos = torch.ones((len(slots), head_dim // 2), dtype=case.query.dtype)
+    kernels.qkv_rope_store(tokens.flatten(1), weight, weight, 0.0, cos, torch.zeros_like(cos), cache, slots)
+    return slots
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_store_then_attend(kernels: CpuKernels, dtype: torch.dtype) -> None:
     """Keys and values stored by slot, from slices of a packed projection, are those that are attended to."""
     case = make_case([37], [1], heads=4, kv_heads=2, head_dim=64, page_size=4, dtype=dtype)
-    wanted_keys, wanted_values = case.cache.keys.clone(), case.cache.values.clone()
-    positions = torch.arange(37)
-    slots = case.page_table[0, positions // 4].long() * 4 + positions % 4
-    packed = torch.cat((wanted_keys.flatten(0, 1)[slots], wanted_values.flatten(0, 1)[slots]), 1)
-    empty = LayerCache(torch.full_like(wanted_keys, math.nan), torch.full_like(wanted_values, math.nan))
-    kernels.store_kv(packed[:, :2], packed[:, 2:], empty, slots)
-    assert torch.equal(empty.keys.flatten(0, 1)[slots], wanted_keys.flatten(0, 1)[slots])
-    assert torch.equal(empty.values.flatten(0, 1)[slots], wanted_values.flatten(0, 1)[slots])
-    assert torch.equal(empty.keys.isnan(), wanted_keys.isnan())
+    keys, values = case.cache.keys, case.cache.values
+    empty = LayerCache(torch.full_like(keys, math.nan), torch.full_like(values, math.nan))
+    slots = store(kernels, case, empty)
+    norms = keys.float().square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(empty.keys.float(), keys.float() / norms, atol=0, rtol=2**-7, equal_nan=True)
+    assert torch.equal(empty.values.flatten(0, 1)[slots], values.flatten(0, 1)[slots])
+    assert torch.equal(empty.values.isnan(), values.isnan())
     case.cache = empty
     check(kernels, case)
 
@@ -289,12 +271,11 @@ def test_store_then_attend(kernels: CpuKernels, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("new", [1, 40])
 def test_store_then_attend_in_int8(kernels: CpuKernels, dtype: torch.dtype, new: int) -> None:
     case = make_case([90], [new], heads=4, kv_heads=2, head_dim=64, page_size=4, dtype=dtype)
-    positions = torch.arange(90)
-    slots = case.page_table[0, positions // 4].long() * 4 + positions % 4
-    keys, values = case.cache.keys.flatten(0, 1)[slots], case.cache.values.flatten(0, 1)[slots]
-    wanted = int8_cache(case.cache.keys, case.cache.values)
-    case.cache = empty_int8_cache(*case.cache.keys.shape)
-    kernels.store_kv(keys, values, case.cache, slots)
+    plain = LayerCache(case.cache.keys.clone(), case.cache.values.clone())
+    store(kernels, case, plain)
+    wanted, cache = int8_cache(plain.keys, plain.values), empty_int8_cache(*case.cache.keys.shape)
+    slots = store(kernels, case, cache)
+    case.cache = cache
     for stored, expected_content in zip(contents(case.cache), contents(wanted), strict=True):
         assert torch.equal(stored.flatten(0, 1)[slots], expected_content.flatten(0, 1)[slots])
     check(kernels, case)

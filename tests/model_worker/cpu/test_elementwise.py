@@ -40,16 +40,6 @@ def norm(weight: Tensor) -> Qwen3RMSNorm:
 
 @DTYPES
 @pytest.mark.parametrize(("rows", "size"), [(1, 1024), (7, 1024), (3, 100), (40, 2560), (2, 8)])
-def test_rms_norm(kernels: CpuKernels, dtype: torch.dtype, rows: int, size: int) -> None:
-    torch.manual_seed(rows + size)
-    x, weight = (torch.randn(rows, size) * 5).to(dtype), torch.randn(size).to(dtype)
-    close(kernels.rms_norm(x, weight, EPS), norm(weight)(x))
-    packed = torch.cat((x, x), 1)
-    close(kernels.rms_norm(packed[:, :size], weight, EPS), norm(weight)(x))
-
-
-@DTYPES
-@pytest.mark.parametrize(("rows", "size"), [(1, 1024), (7, 1024), (3, 100), (40, 2560)])
 def test_add_rms_norm(kernels: CpuKernels, dtype: torch.dtype, rows: int, size: int) -> None:
     torch.manual_seed(rows + size)
     x, residual, weight = (
@@ -58,7 +48,7 @@ def test_add_rms_norm(kernels: CpuKernels, dtype: torch.dtype, rows: int, size: 
         torch.randn(size).to(dtype),
     )
     total = residual + x
-    out = kernels.add_rms_norm(x, residual, weight, EPS, out=x)
+    out = kernels.add_rms_norm(x, residual, weight, EPS)
     assert out is x
     assert torch.equal(residual, total)
     close(out, norm(weight)(total))
@@ -135,24 +125,20 @@ def test_int8_stores_are_exactly_what_torch_quantises(
     cache = empty_int8_cache(pages, page_size, kv_heads, head_dim)
     assert torch.equal(kernels.qkv_rope_store(qkv.flatten(1), weight, weight, EPS, cos, sin, cache, slots), queries)
     check(cache)
-    key, value = qkv[:, 2 * kv_heads : 3 * kv_heads], qkv[:, 3 * kv_heads :]
-    kernels.store_kv(key, value, plain, slots)
-    kernels.store_kv(key, value, cache, slots)
-    check(cache)
 
 
 @DTYPES
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_int8_scales_of_what_is_not_finite_are_not_finite(kernels: CpuKernels, dtype: torch.dtype, bad: float) -> None:
     for at in range(40):
-        x = torch.randn(1, 1, 40).to(dtype)
-        x[0, 0, at] = bad
+        qkv, weight, angles = torch.randn(1, 120).to(dtype), torch.ones(40, dtype=dtype), torch.ones(1, 20, dtype=dtype)
+        qkv[0, 80 + at] = bad  # of the value
         cache = empty_int8_cache(2, 1, 1, 40)
-        kernels.store_kv(x, torch.ones_like(x), cache, torch.tensor([0]))
+        kernels.qkv_rope_store(qkv, weight, weight, EPS, angles, angles, cache, torch.tensor([0]))
         assert cache.key_scales is not None
-        assert not cache.key_scales[0].isfinite().any()
+        assert cache.key_scales[0].isfinite().all()
         assert cache.value_scales is not None
-        assert cache.value_scales[0].isfinite().all()
+        assert not cache.value_scales[0].isfinite().any()
 
 
 @DTYPES
