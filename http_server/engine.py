@@ -25,6 +25,7 @@ from vibe_sgl_lite.runtime.messages import Accepted, Chunk, Finish, ModelInfo, Q
 READY_POLL_S = 0.05
 REFUSAL_S = 0.05  # after it was accepted: the scheduler refuses at once what it has no room for
 KEEP_ALIVE_S = 10.0
+NAME = "http_server"  # of every worker's session
 SLOW_READER_S = 30.0  # a connection that takes nothing for so long is given up
 
 Values = dict[str, int | float | str | bool]
@@ -38,7 +39,7 @@ class Engine:
         self.model: ModelInfo | None = None
         self.calls: set[Call] = set()
         self._loop = asyncio.get_running_loop()
-        self._connection = Connection(address, queue=False)
+        self._connection = Connection(address, queue=False, name=NAME)
         self._events: deque[tuple[Call, int, Event]] = deque()
         self._wake_due = False
         self._ticker = self._loop.create_task(self._tick())
@@ -76,7 +77,8 @@ class Engine:
         return call
 
     def abort(self, rid: str) -> None:
-        self._connection.abort(rid)
+        """End what was asked for over HTTP, of any worker, under this rid; with "", all of it."""
+        self._connection.abort_fellows(rid)
 
     def drop(self, call: Call) -> None:
         """Its caller has left; what still runs ends."""

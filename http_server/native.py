@@ -229,16 +229,11 @@ async def detokenize(service: Service, exchange: Exchange) -> None:
 
 
 async def abort_request(service: Service, exchange: Exchange) -> None:
-    """Ends requests that this worker serves; what runs gets its end as always."""
+    """Ends requests that came over HTTP, to whichever worker; what runs gets its end as always."""
     body = service.bodies.read(await exchange.body(), AbortBody, {}, ())
-    if body.rid is None and not body.abort_all:
+    if not body.rid and not body.abort_all:
         raise bad_request("give rid, or abort_all: true", "rid")
-    if body.rid is not None:
-        service.engine.abort(body.rid)
-    else:
-        for call in list(service.engine.calls):
-            for request in call.requests:
-                service.engine.abort(request.rid)
+    service.engine.abort(body.rid or "")
     await exchange.answer_json({"success": True})
 
 

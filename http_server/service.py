@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -14,8 +15,9 @@ from vibe_sgl_lite.http_server.errors import ApiError
 from vibe_sgl_lite.http_server.exchange import Exchange
 from vibe_sgl_lite.http_server.live_view import LiveView
 from vibe_sgl_lite.http_server.metrics import SharedMetrics
+from vibe_sgl_lite.http_server.security import given_key
 from vibe_sgl_lite.http_server.timing import CallTimes
-from vibe_sgl_lite.runtime.client.requests import Request
+from vibe_sgl_lite.runtime.client.requests import Request, with_payer
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 
@@ -72,8 +74,15 @@ class Service:
         if not self.engine.ready:
             raise ApiError(503, LOADING, code="loading")
 
+    def _payer(self, exchange: Exchange) -> str:
+        """Whose turn a request takes: that of its sender's address and key. Nobody learns the key from it."""
+        sender = f"{exchange.client} {given_key(exchange)}".encode()
+        return hashlib.blake2b(sender, key=self.spec.epoch.encode()[:64], digest_size=12).hexdigest()
+
     def submit(self, exchange: Exchange, requests: Sequence[Request]) -> Call:
-        """The caller closes the call. Raises ApiError."""
+        """The caller closes the call."""
+        payer = self._payer(exchange)
+        requests = [with_payer(request, payer) for request in requests]
         times = CallTimes(self.metrics.own, asyncio.get_running_loop().time(), requests[0].rid)
         exchange.times = times
         return self.engine.submit(requests, times)

@@ -153,8 +153,8 @@ class TokenizerManager:
                 self._on_generate(session, message, size)
             case Ping(number=number):
                 self._send(session, Pong(number))
-            case Abort(rid=rid):
-                self._on_abort(session, rid)
+            case Abort(rid=rid, fellows=fellows):
+                self._on_abort(session, rid, fellows=fellows)
             case Query():
                 self._on_query(session, message)
             case Goodbye():
@@ -207,7 +207,8 @@ class TokenizerManager:
             params = check(message, self._limits, self._tokenizer)
         except RequestError as error:
             return self._refuse(session, message.rid, _info(error))
-        request = self.requests.add(session, message.rid, params.n if isinstance(params.n, int) else 1, size)
+        n = params.n if isinstance(params.n, int) else 1
+        request = self.requests.add(session, message.rid, n, size, message.payer[:MAX_ECHO_CHARS])
         if params.max_new_tokens is None and self._pool_tokens is None:
             if not self._need_pool:
                 self._to_scheduler(SchedulerQuery(ABOUT_POOL, "stats"))
@@ -263,20 +264,23 @@ class TokenizerManager:
                     message.priority,
                     message.cache_salt or "",
                     prepared.text_format,
-                    session=request.session.token,
+                    session=request.payer,
                     timeout_s=prepared.sampling.timeout_s,
                     resume_ids=message.resume_ids,
                 )
             )
 
-    def _on_abort(self, session: Session, rid: str) -> None:
-        request = self.requests.find(session, rid)
-        if request is None:
-            return
-        if request.uid is not None:
-            self._to_scheduler(AbortRequest(request.uid))  # which ends it with what was generated so far
+    def _on_abort(self, session: Session, rid: str, *, fellows: bool) -> None:
+        sessions = [other for other in self._sessions if other.client == session.client] if fellows else [session]
+        if fellows and not rid:
+            requests = [request for one in sessions for request in self.requests.of_session(one)]
         else:
-            self._end_request(request, Finish("abort"))
+            requests = [request for one in sessions if (request := self.requests.find(one, rid)) is not None]
+        for request in requests:
+            if request.uid is not None:
+                self._to_scheduler(AbortRequest(request.uid))  # which ends it with what was generated so far
+            else:
+                self._end_request(request, Finish("abort"))
 
     def _on_query(self, session: Session, query: Query) -> None:
         if self._queries.full:

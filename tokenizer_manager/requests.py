@@ -13,12 +13,13 @@ from vibe_sgl_lite.tokenizer_manager.sessions import Session
 
 class OpenRequest:
     """uid: None while it is being tokenized. size: bytes of its frame. tokens: generated so far, of each sample. open:
-    their numbers."""
+    their numbers. payer: whose turn it takes."""
 
-    __slots__ = ("n", "open", "prompt_tokens", "rid", "session", "size", "tokens", "uid")
+    __slots__ = ("n", "open", "payer", "prompt_tokens", "rid", "session", "size", "tokens", "uid")
 
-    def __init__(self, session: Session, rid: str, n: int, size: int) -> None:
+    def __init__(self, session: Session, rid: str, n: int, size: int, payer: str) -> None:
         self.session = session
+        self.payer = payer or session.token
         self.rid = rid
         self.n = n
         self.size = size
@@ -76,9 +77,9 @@ class RequestTable:
     def by_uid(self, uid: int) -> OpenRequest | None:
         return self._by_uid.get(uid)
 
-    def add(self, session: Session, rid: str, n: int, size: int) -> OpenRequest:
+    def add(self, session: Session, rid: str, n: int, size: int, payer: str = "") -> OpenRequest:
         assert self.find(session, rid) is None
-        request = OpenRequest(session, rid, n, size)
+        request = OpenRequest(session, rid, n, size, payer)
         self._by_session.setdefault(session.token, {})[rid] = request
         self._loads.setdefault(session.token, Load())
         self._count += 1

@@ -1,4 +1,4 @@
-"""Prompts that wait to be tokenized: sessions take turns, and what has ended meanwhile is left out."""
+"""Prompts that wait to be tokenized: payers, as a rule sessions, take turns; what has ended meanwhile is left out."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class TokenizingQueue(Generic[T]):
         self._run = run
         self._free = threads
         self._waiting: OrderedDict[str, deque[tuple[OpenRequest, Callable[[], T], Callable[[Future[T]], None]]]]
-        self._waiting = OrderedDict()  # by session token, the next to be served first
+        self._waiting = OrderedDict()  # by payer, the next to be served first
 
     def add(self, request: OpenRequest, work: Callable[[], T], done: Callable[[Future[T]], None]) -> None:
-        self._waiting.setdefault(request.session.token, deque()).append((request, work, done))
+        self._waiting.setdefault(request.payer, deque()).append((request, work, done))
         self._start()
 
     def drop(self, session_token: str) -> None:
@@ -34,10 +34,10 @@ class TokenizingQueue(Generic[T]):
 
     def _start(self) -> None:
         while self._free and self._waiting:
-            token, jobs = self._waiting.popitem(last=False)
+            payer, jobs = self._waiting.popitem(last=False)
             request, work, done = jobs.popleft()
             if jobs:
-                self._waiting[token] = jobs
+                self._waiting[payer] = jobs
             if not request.ended:
                 self._free -= 1
                 self._run(work, partial(self._finish, done))

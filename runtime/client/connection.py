@@ -78,6 +78,7 @@ class Connection:
     (OverloadedError) is what comes.
     lives: whether the engine is there although nobody answers; None where nothing tells. cause: why it died, where the
     connection's owner can tell. owner: the engine is this process's own: it ends with it, so silence says nothing.
+    name: what the engine is told; sessions of one name are fellows.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Connection:
         resume: bool = True,
         queue: bool = True,
         owner: bool = False,
+        name: str = "vibe_sgl_lite",
         lives: Callable[[], bool | None] | None = None,
         cause: Callable[[], str | None] = lambda: None,
     ) -> None:
@@ -97,6 +99,7 @@ class Connection:
         self.welcome: Welcome | None = None  # of the latest session
         self._resume = resume
         self._owner = owner
+        self._name = name
         self._lives = partial(engine_lives, address) if lives is None else lives
         self._cause = cause
         self._window = Window(queue)
@@ -151,6 +154,10 @@ class Connection:
     def abort(self, rid: str) -> None:
         """Ask the engine to end a request; its terminal event comes as always. Unknown rids are ignored."""
         self._post_or_raise(lambda: self._abort(rid))
+
+    def abort_fellows(self, rid: str) -> None:
+        """As `abort`, for the requests of this rid, or with "" all, in every session of this name."""
+        self._post_or_raise(lambda: self._send(Abort(rid=rid, fellows=True)))
 
     def drop(self, rid: str) -> None:
         """Forget a request, and have the engine end it if it still runs. No event is delivered any more."""
@@ -313,7 +320,7 @@ class Connection:
         self._in_session = False
         self._unanswered_since = None
         self._connect_due = time.monotonic() + CONNECT_S
-        hello = Hello(protocol=PROTOCOL, client="vibe_sgl_lite", pid=os.getpid() if self._owner else 0)
+        hello = Hello(protocol=PROTOCOL, client=self._name, pid=os.getpid() if self._owner else 0)
         self._line.send(self._encoder.encode(hello))
 
     def _send(self, message: ClientMessage) -> None:

@@ -104,6 +104,12 @@ def single(plan: Plan) -> Request:
     return plan.requests[0]
 
 
+def with_payer(request: Request, payer: str) -> Request:
+    """The same, for one of those whom the client serves."""
+    message = msgspec.structs.replace(request.message, payer=payer)
+    return msgspec.structs.replace(request, message=message, frame=encode_request(message))
+
+
 def _split(options: Mapping[str, Any], known: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of `Generate` that all prompts of a call share, and sampling parameters that were passed by name."""
     sampling = {name: value for name, value in options.items() if name not in known}

@@ -72,6 +72,7 @@ class Generate(Message, frozen=True):
     json_schema (JSON text), regex, choice, grammar (Lark): what the output must match; at most one of them.
     resume_ids: of a request that is sent again, the tokens that the client has of each sample (int32 bytes), None for a
     sample that has ended; they count as generated, and what comes is what follows them. `sampling` then has the seed.
+    payer: of a client that serves others, for whom it asks: these take turns, not the client's sessions.
     """
 
     rid: Annotated[str, Spec("names the request in its session", chars=256)]
@@ -109,6 +110,7 @@ class Generate(Message, frozen=True):
         None
     )
     resume_ids: list[bytes | None] | None = None
+    payer: str = ""
 
 
 def check_fields(message: Generate) -> None:
@@ -117,9 +119,13 @@ def check_fields(message: Generate) -> None:
 
 
 class Abort(Message, frozen=True):
-    """End one of this session's requests; unknown rids are ignored."""
+    """End one of this session's requests; unknown rids are ignored.
+
+    fellows: also those of this rid in all sessions whose clients have the same name (`Hello.client`); "" is any rid.
+    """
 
     rid: str
+    fellows: bool = False
 
 
 class Query(Message, frozen=True):

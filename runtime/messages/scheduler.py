@@ -14,7 +14,8 @@ class AddRequest(Message, frozen=True):
     """A tokenized request. token_ids: int32 bytes. cache_salt: only requests of the same one share cached prefixes.
 
     text_format: for the detokenizer; None leaves the text as it is. attributes: of its rows; None for the plain ones.
-    session: whose request it is; sessions get fair shares. timeout_s: so long after its arrival it ends as an error.
+    session: whose request it is (a session, or a payer of it); these get fair shares.
+    timeout_s: so long after its arrival it ends as an error.
     resume_ids: as in `Generate`, checked.
     """
 

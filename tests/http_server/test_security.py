@@ -7,8 +7,9 @@ import json
 import socket
 import ssl
 import subprocess
-import time
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -25,7 +26,7 @@ BODY = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With a key, TLS, a page's origin that may call, a log line for each request, and two processes."""
+    """With a key, TLS, a page's origin that may call, a log line for each request, two processes, and little room."""
     folder = tmp_path_factory.mktemp("tls")
     cert, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(
@@ -34,7 +35,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         check=True, capture_output=True,
     )  # fmt: skip
     flags = ["--api-key", KEY, "--cors-origin", "https://chat.example", "--log-requests", "json", "--http-workers", "2"]
-    flags += ["--restart", "on-failure"]
+    flags += ["--restart", "on-failure", "--max-running-requests", "4"]
     with serving(*flags, "--ssl-certfile", str(cert), "--ssl-keyfile", str(key)) as server:
         server.tls = ssl.create_default_context(cafile=str(cert))
         yield server
@@ -96,12 +97,48 @@ def test_every_request_leaves_a_line_and_workers_share_counts(locked: Server) ->
     assert line["path"] == CHAT
     assert {"rid", "prompt_tokens", "cached_tokens", "ttft", "seconds", "finish"} <= set(line)
     assert KEY not in locked.daemon.log()
-    time.sleep(1.5)  # counts of other workers are a second old
-    pages = [locked.get("/metrics", {"x-api-key": KEY}).data.decode() for _ in range(4)]
     name = "vllm:e2e_request_latency_seconds_count"
-    counts = {next(row for row in page.splitlines() if row.startswith(name)).split()[1] for page in pages}
-    assert len(counts) == 1
-    assert float(counts.pop()) >= 20
+
+    def counts() -> set[str]:
+        pages = [locked.get("/metrics", {"x-api-key": KEY}).data.decode() for _ in range(4)]
+        return {next(row for row in page.splitlines() if row.startswith(name)).split()[1] for page in pages}
+
+    wait_until(lambda: len(counts()) == 1, 30, "the counts of the other worker, which are a second old, have come")
+    assert float(counts().pop()) >= 20
+
+
+def test_an_abort_reaches_requests_of_every_worker(locked: Server) -> None:
+    headers = {"x-api-key": KEY}
+    body = {"text": "Once", "sampling_params": {"max_new_tokens": 20_000, "ignore_eos": True}}
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(locked.post, "/generate", body | {"rid": f"r{i}"}, headers) for i in range(4)]
+        wait_until(lambda: locked.stats()["num_running"] == 4, 30, "all of them run")
+        for i in range(2):
+            assert locked.post("/abort_request", {"rid": f"r{i}"}, headers).status == 200
+        assert [call.result(30).json["error"]["code"] for call in calls[:2]] == ["aborted"] * 2
+        assert not any(call.done() for call in calls[2:])
+        assert locked.post("/abort_request", {"abort_all": True}, headers).status == 200
+        assert [call.result(30).json["error"]["code"] for call in calls[2:]] == ["aborted"] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8 on its loopback interface")
+def test_clients_take_turns_however_much_each_asks_for(locked: Server) -> None:
+    """They share the HTTP server's session, and are told apart by address and key."""
+    headers = {"x-api-key": KEY, "content-type": "application/json"}
+    lengths = [{"max_new_tokens": 50 * (i + 1), "ignore_eos": True} for i in range(100)]  # minutes of work
+    many = {"text": ["Once upon a time"] * 100, "sampling_params": lengths}
+    modest = http.client.HTTPSConnection(
+        "localhost", locked.address[1], timeout=60, context=locked.tls, source_address=("127.0.0.2", 0)
+    )
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(locked.post, "/generate", many, headers)
+        wait_until(lambda: locked.stats()["num_running"] == 4, 30, "the greedy one's requests run")
+        modest.request("POST", "/v1/completions", json.dumps({"prompt": "And", "max_tokens": 1}), headers)
+        assert modest.getresponse().status == 200
+        modest.close()
+        assert not call.done()
+        assert locked.post("/abort_request", {"abort_all": True}, headers).status == 200
+        assert call.result(60).json["error"]["code"] == "aborted"
 
 
 def test_beyond_loopback_needs_a_key_or_a_word() -> None:

@@ -190,6 +190,43 @@ def test_abort_while_tokenizing(world: World) -> None:
     assert len(world.got(b"a", Chunk)) == 1
 
 
+def test_an_abort_among_fellows(world: World) -> None:
+    """A worker that does not know a request ends it at the worker that does; clients of another name are left alone."""
+    for identity, client in ((b"w1", "http"), (b"w2", "http"), (b"n", "native")):
+        world.say(identity, Hello(PROTOCOL, client))
+        world.generate(identity, "r")
+        world.generate(identity, "s")
+    for _ in range(THREADS):
+        world.tokenize()
+    uids = {added.uid for added in world.added()}
+    world.say(b"w1", Abort("r", fellows=True))
+    ended = [c.rid for name in (b"w1", b"w2") for c in world.got(name, Chunk)]
+    assert len(world.aborted()) + len(ended) == 2
+    assert set(world.aborted()) <= uids
+    assert set(ended) <= {"r"}
+    world.say(b"w2", Abort("", fellows=True))
+    assert world.manager.requests.num_tokenizing <= 2
+    left = {added.uid for added in world.added()} - set(world.aborted())
+    assert all(world.manager.requests.by_uid(uid).session.client == "native" for uid in left)  # type: ignore[union-attr]
+    assert world.got(b"n", Chunk) == []
+
+
+def test_those_whom_a_client_serves_take_turns(world: World) -> None:
+    """In the queue for a tokenizer as at the scheduler; who is named by nobody is the session."""
+    raw = msgspec.Raw(msgspec.msgpack.encode({}))
+    for number in range(THREADS + 2):
+        world.say(b"a", Generate(f"many{number}", "abc", None, None, raw, payer="greedy"))
+    world.say(b"a", Generate("one", "abc", None, None, raw, payer="modest"))
+    world.generate(b"a", "own")
+    while world.work:
+        world.tokenize()
+    added = world.added()
+    assert {message.rid for message in added[: THREADS + 3]} >= {"one", "own"}
+    sessions = {message.rid: message.session for message in added}
+    assert (sessions["many0"], sessions["one"]) == ("greedy", "modest")
+    assert sessions["own"] == world.sessions.find(b"a").token  # type: ignore[union-attr]
+
+
 def test_client_gone_while_tokenizing(world: World) -> None:
     world.generate(b"a", "r")
     world.say(b"a", Goodbye())
