@@ -205,8 +205,8 @@ class TokenizerManager:
             return self._refuse(session, message.rid, ErrorInfo(OverloadedError.code, f"{full}: ask later"))
         try:
             params = check(message, self._limits, self._tokenizer)
-        except RequestError as error:
-            return self._refuse(session, message.rid, _info(error))
+        except Exception as error:  # noqa: BLE001 - told and logged; it must not end everybody's process
+            return self._refuse(session, message.rid, _failure(message.rid, error))
         n = params.n if isinstance(params.n, int) else 1
         request = self.requests.add(session, message.rid, n, size, message.payer[:MAX_ECHO_CHARS])
         if params.max_new_tokens is None and self._pool_tokens is None:
@@ -245,12 +245,7 @@ class TokenizerManager:
         error = future.exception()
         if error is not None:
             self.requests.end(request)
-            if isinstance(error, RequestError):
-                info = _info(error)
-            else:
-                log.error("request %s failed while being tokenized", request.rid, exc_info=error)
-                info = ErrorInfo(EngineError.code, f"tokenizing failed: {type(error).__name__}: {error}")
-            return self._refuse(request.session, request.rid, info)
+            return self._refuse(request.session, request.rid, _failure(request.rid, error))
         prepared = future.result()
         uid = self.requests.number(request, prepared.num_tokens, message.resume_ids)
         self._send(request.session, Accepted(request.rid, prepared.num_tokens, prepared.sampling))
@@ -461,6 +456,13 @@ def _short(error: ErrorInfo) -> ErrorInfo:
     if len(error.message) <= MAX_MESSAGE_CHARS:
         return msgspec.structs.replace(error, field=field)
     return ErrorInfo(error.code, f"{error.message[:MAX_ECHO_CHARS]} ...", field)
+
+
+def _failure(rid: str, error: BaseException) -> ErrorInfo:
+    if isinstance(error, RequestError):
+        return _info(error)
+    log.error("request %.80r failed before it ran", rid, exc_info=error)
+    return ErrorInfo(EngineError.code, f"the request failed before it ran: {type(error).__name__}: {error}")
 
 
 def _info(error: RequestError) -> ErrorInfo:

@@ -15,7 +15,7 @@ import msgspec
 
 from vibe_sgl_lite.runtime.errors import ContextLengthError, RequestError, TokenizerError
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
-from vibe_sgl_lite.runtime.messages import ClientMessage, Generate, check_fields, decode_extension
+from vibe_sgl_lite.runtime.messages import ClientMessage, Generate, check_fields, decode_extension, encode_values
 from vibe_sgl_lite.runtime.messages.parts import TextFormat
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, resolve
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
@@ -277,7 +277,10 @@ def _check_messages(messages: list[dict[str, Any]]) -> None:
 
 def _check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: ChatTokenizer) -> None:
     _check_depth(kwargs, "template_kwargs")
-    size = len(msgspec.msgpack.encode(kwargs))
+    try:
+        size = len(encode_values(kwargs))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"template_kwargs cannot be read: {error}", field="template_kwargs") from error
     if size > MAX_TEMPLATE_BYTES:
         raise RequestError(f"template_kwargs has {size} bytes: at most {MAX_TEMPLATE_BYTES}", field="template_kwargs")
     known = tokenizer.template_variables()

@@ -45,6 +45,7 @@ from vibe_sgl_lite.runtime.messages.client import (
     check_fields as check_fields,
     decode_extension as decode_extension,
     encode_request as encode_request,
+    encode_values as encode_values,
     join_chunks as join_chunks,
 )
 from vibe_sgl_lite.runtime.messages.control import (

@@ -151,12 +151,16 @@ def encode_request(message: Generate) -> bytes:
     try:
         return msgspec.msgpack.encode(message, enc_hook=_simple)
     except OverflowError:
-        return msgspec.msgpack.encode(
+        return encode_values(
             msgspec.structs.replace(
                 message, messages=_mark_big(message.messages), template_kwargs=_mark_big(message.template_kwargs)
-            ),
-            enc_hook=_simple,
+            )
         )
+
+
+def encode_values(values: Any) -> bytes:
+    """`values` as they are sent. Raises as `encode_request` does."""
+    return msgspec.msgpack.encode(_mark_big(values), enc_hook=_simple)
 
 
 def decode_extension(code: int, data: memoryview) -> int:

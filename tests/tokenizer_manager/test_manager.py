@@ -385,6 +385,22 @@ def test_tokenizing_fails_unexpectedly(world: World, caplog: pytest.LogCaptureFi
     assert "boom" in caplog.text
 
 
+def test_checking_fails_unexpectedly(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise OverflowError("boom")
+
+    monkeypatch.setattr("vibe_sgl_lite.tokenizer_manager.manager.check", broken)
+    world.generate(b"a", "r")
+    monkeypatch.undo()
+    [refused] = world.got(b"a", Refused)
+    assert (refused.rid, refused.error.code) == ("r", "internal_error")
+    assert "boom" in caplog.text
+    world.generate(b"a", "r")
+    assert len(world.work) == 1
+
+
 def test_silence(world: World) -> None:
     world.hello(b"b")
     world.generate(b"a", "r")

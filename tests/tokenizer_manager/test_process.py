@@ -21,6 +21,7 @@ from vibe_sgl_lite.runtime.messages import (
     Chunk,
     Drain,
     ErrorInfo,
+    Generate,
     Goodbye,
     Heartbeat,
     Hello,
@@ -33,6 +34,7 @@ from vibe_sgl_lite.runtime.messages import (
     StopMatched,
     Usage,
     Welcome,
+    encode_request,
     pack_ids,
     unpack_ids,
 )
@@ -168,6 +170,29 @@ def test_many_streams_at_once(side: TextSide) -> None:
                 if message.finish is not None:
                     ended.add(message.rid)
         assert list(got.values()) == [TOKENIZER.decode(TOKENIZER.encode(text)) for text in texts]
+
+
+@pytest.mark.parametrize("number", [2**64, -(2**70), 10**300])
+def test_numbers_beyond_64_bits_anywhere_in_a_chat(side: TextSide, number: int) -> None:
+    """In tools, in histories, as keys, and where nothing of the kind belongs."""
+    user = {"role": "user", "content": "x"}
+    client = side.client()
+    key = msgspec.msgpack.encode(msgspec.msgpack.Ext(1, str(number).encode()))  # our clients never send it so
+    for messages, kwargs in (
+        ([user], {"tools": [{"function": {"name": "f", "parameters": {"maximum": number}}}]}),
+        ([user], {"tools": [{"KEY": [number]}]}),
+        ([user | {"KEY": number}], {"KEY": number}),
+        ([user, {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"a": number}}}]}], {}),
+        ([user], {"colour": number}),
+        ([{"role": number, "content": number}], {}),
+    ):
+        sampling = msgspec.Raw(msgspec.msgpack.encode({}))
+        frame = encode_request(Generate("big", None, None, messages, sampling, template_kwargs=kwargs))
+        client.socket.send(frame.replace(msgspec.msgpack.encode("KEY"), key))
+        while not (isinstance(reply := client.receive(30), Refused) or (isinstance(reply, Chunk) and reply.finish)):
+            pass
+    client.generate("good", "fine")
+    client.finish("good")
 
 
 # ------------------------------------------------------------------------------------------------- refused requests
