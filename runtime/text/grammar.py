@@ -17,6 +17,7 @@ import msgspec
 
 from vibe_sgl_lite.runtime.errors import RequestError
 from vibe_sgl_lite.runtime.text.disjoint import Disjointness
+from vibe_sgl_lite.runtime.text.schema_numbers import make_exact
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -32,6 +33,9 @@ _LEXER_STATES = 50_000  # about 2 KB each
 _ADDED = "\U0010ffff"  # stands before an added token's id in its place; no character
 # One way to write each document: with free white space, nothing would bound its length.
 _JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # schemas by name
 
 
 class GrammarSource(msgspec.Struct, frozen=True):
@@ -142,27 +146,30 @@ def _from_schema(text: str) -> str:
     if not isinstance(schema, dict):
         raise RequestError(f"json_schema is a {type(schema).__name__}: must be an object", field="json_schema")
     try:
-        _follow_one_of(schema, Disjointness(schema))
+        _prepare(schema, Disjointness(schema))
         return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS))
     except (ValueError, RecursionError) as error:
         raise RequestError(f"json_schema cannot be followed: {first_line(str(error))}", field="json_schema") from error
 
 
-def _follow_one_of(value: Any, apart: Disjointness) -> None:
-    """Turn each `oneOf` whose branches exclude each other into the `anyOf` that it then is, in place.
+def _prepare(value: Any, apart: Disjointness, *, names: bool = False) -> None:
+    """Make a schema one that the library follows rightly, in place: `oneOf`, and numbers.
 
-    What is left is for the library, which follows it where it sees as much itself.
+    A `oneOf` whose branches exclude each other is an `anyOf`; what is left is for the library, which follows it where
+    it sees as much itself. names: `value` holds schemas by names of the caller's choice. Raises ValueError.
     """
     if isinstance(value, list):
         for inner in value:
-            _follow_one_of(inner, apart)
+            _prepare(inner, apart)
     elif isinstance(value, dict):
-        branches = value.get("oneOf")
-        if isinstance(branches, list) and "anyOf" not in value and apart.all_apart(branches):
-            value["anyOf"] = value.pop("oneOf")
+        if not names:
+            make_exact(value)
+            branches = value.get("oneOf")
+            if isinstance(branches, list) and "anyOf" not in value and apart.all_apart(branches):
+                value["anyOf"] = value.pop("oneOf")
         for name, inner in value.items():
-            if name not in ("const", "enum"):
-                _follow_one_of(inner, apart)
+            if names or name not in ("const", "enum"):
+                _prepare(inner, apart, names=not names and name in _NAMED)
 
 
 def _literal(text: str) -> str:
