@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import ssl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,15 @@ def _uvicorn_config(app: App, args: ServerArgs) -> uvicorn.Config:
     for flag, path in (("ssl_certfile", args.ssl_certfile), ("ssl_keyfile", args.ssl_keyfile)):
         if path is not None and not os.access(path, os.R_OK):
             raise ConfigError(f"--{flag.replace('_', '-')} {path} cannot be read", field=flag)
+    if args.ssl_certfile is not None:
+        try:  # a key with a password would make the library ask for it on the terminal
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile, password=lambda: "")
+        except (ssl.SSLError, OSError, ValueError) as error:
+            raise ConfigError(
+                f"--ssl-certfile {args.ssl_certfile}: no certificate in PEM with its key, without a password: {error}",
+                field="ssl_certfile",
+            ) from error
     return uvicorn.Config(
         app,
         http="httptools",

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from vibe_sgl_lite.runtime.client.connection import Connection
-from vibe_sgl_lite.runtime.client.core import Call, Requests, StreamState, Values, connect, values_of
+from vibe_sgl_lite.runtime.client.core import Call, Requests, StreamState, Values, check_rid, connect, values_of
 from vibe_sgl_lite.runtime.client.in_flight import Event
 from vibe_sgl_lite.runtime.client.outputs import Output, OutputChunk
 from vibe_sgl_lite.runtime.client.requests import Plan, Request
@@ -45,7 +45,7 @@ class AsyncClient(Requests[Coroutine[Any, Any, Output], Coroutine[Any, Any, list
 
     async def abort(self, rid: str) -> None:
         """As `Client.abort`."""
-        self._connection.abort(rid)
+        self._connection.abort(check_rid(rid))
 
     async def model(self) -> ModelInfo:
         """As `Client.model`."""

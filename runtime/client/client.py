@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from vibe_sgl_lite.runtime.client.connection import Connection
-from vibe_sgl_lite.runtime.client.core import Call, Requests, StreamState, Values, connect, values_of
+from vibe_sgl_lite.runtime.client.core import Call, Requests, StreamState, Values, check_rid, connect, values_of
 from vibe_sgl_lite.runtime.client.in_flight import Event
 from vibe_sgl_lite.runtime.client.outputs import Output, OutputChunk
 from vibe_sgl_lite.runtime.client.requests import Plan, Request
@@ -58,7 +58,7 @@ class Client(Requests[Output, list[Output], "Stream"]):
 
     def abort(self, rid: str) -> None:
         """End one of this client's requests; it returns what it has, with finish_reason "abort". Unknown: ignored."""
-        self._connection.abort(rid)
+        self._connection.abort(check_rid(rid))
 
     @property
     def model(self) -> ModelInfo:

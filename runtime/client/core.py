@@ -14,7 +14,7 @@ from vibe_sgl_lite.runtime.client.connection import Connection
 from vibe_sgl_lite.runtime.client.in_flight import Event
 from vibe_sgl_lite.runtime.client.outputs import Collector, OutputChunk, chunk_from_message
 from vibe_sgl_lite.runtime.client.requests import Messages, Params, Plan, Request, plan_chat, plan_generate, single
-from vibe_sgl_lite.runtime.errors import ConfigError, EngineDeadError, UserError, error_from_code
+from vibe_sgl_lite.runtime.errors import ConfigError, EngineDeadError, RequestError, UserError, error_from_code
 from vibe_sgl_lite.runtime.messages import Chunk, QueryReply
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams
 from vibe_sgl_lite.runtime.settings.schema import shown
@@ -165,6 +165,13 @@ def connect(
             raise ConfigError(f"{field}={shown(value)} is a {type(value).__name__}: must be a text", field=field)
     address = default_address(name) if address is None else address
     return Connection(address, keys=client_keys(address, server_key, client_key), resume=resume)
+
+
+def check_rid(rid: str) -> str:
+    """Raises RequestError for what can be no request's name."""
+    if not isinstance(rid, str):
+        raise RequestError(f"rid={shown(rid)} must be a text", field="rid")
+    return rid
 
 
 def values_of(reply: QueryReply) -> Values:

@@ -84,6 +84,10 @@ class LLM(Client):
             return len(self.encode(prompt))
         if not is_list(prompt) or not all(isinstance(message, Mapping) for message in prompt):
             raise RequestError("prompt must be a text, or a list of messages", field="prompt")
+        known = self._tokenizer.template_variables() | {"allow_special_tokens"}
+        for name in template_kwargs:
+            if name not in known:
+                raise RequestError(f"{name} is not used by this model's chat template; leave it out", field=name)
         return len(self._tokenizer.encode_chat(self._tokenizer.apply_chat_template(prompt, **template_kwargs)))
 
     @cached_property

@@ -6,13 +6,25 @@ what needs the model (degrees, context length) is checked where the model is kno
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.settings.address import check_address, is_loopback
 from vibe_sgl_lite.runtime.settings.flags import Flags
-from vibe_sgl_lite.runtime.settings.schema import our_names, settle, table
+from vibe_sgl_lite.runtime.settings.schema import our_names, settle, shown, table
+
+# What travels in headers and names: the form of each, and what is said of another.
+HTTP_TEXTS = {
+    "host": (r"[!-~]+", "must be an address or a host's name"),
+    "api_key": (r"[!-~]+", "must be ASCII without blanks: it travels in a header"),
+    "cors_origin": (
+        r"https?://[^\s/?#@*]+",
+        "must be one origin, scheme and host alone, like https://chat.example.org",
+    ),
+    "metrics_prefix": (r"[a-zA-Z_:][a-zA-Z0-9_:]*", "must be letters, digits, _ and :, as Prometheus has names"),
+}
 
 
 class ServerArgs(Flags, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -59,6 +71,10 @@ def _check_http(args: ServerArgs) -> None:
         raise _bad(
             "host", args.host, "is not a loopback address: give --api-key KEY, or --insecure to let anybody use it"
         )
+    for name, (pattern, words) in HTTP_TEXTS.items():
+        text = getattr(args, name)
+        if text is not None and not re.fullmatch(pattern, text):
+            raise _bad(name, shown(text), words)
     if args.ssl_keyfile is not None and args.ssl_certfile is None:
         raise _bad("ssl_keyfile", args.ssl_keyfile, "goes with --ssl-certfile, which is not given")
 

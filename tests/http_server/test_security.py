@@ -10,6 +10,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -17,6 +19,7 @@ import pytest
 from tests.http_server.server import Server, serving
 from tests.integration.daemon import Daemon, wait_until
 from vibe_sgl_lite import LLM, ConfigError
+from vibe_sgl_lite.http_server.process import _uvicorn_config
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 
 KEY = "s3cret"
@@ -152,6 +155,24 @@ def test_beyond_loopback_needs_a_key_or_a_word() -> None:
     ServerArgs(host="localhost")
     with pytest.raises(ConfigError, match="--ssl-certfile"):
         ServerArgs(ssl_keyfile="x.pem")
+
+
+@pytest.mark.parametrize("what", ["missing", "no certificate", "no key", "a password"])
+def test_a_certificate_that_cannot_be_used_is_named(tmp_path: Path, what: str) -> None:
+    """Before it is served, and without a question on the terminal."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    if what != "missing":
+        cert.write_text("hello")
+    if what in ("no key", "a password"):
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-passout", "pass:secret", "-days", "1",
+             "-subj", "/CN=x", "-keyout", str(key), "-out", str(cert)],
+            check=True, capture_output=True,
+        )  # fmt: skip
+    args = ServerArgs(ssl_certfile=str(cert), ssl_keyfile=str(key) if what == "a password" else None)
+    with pytest.raises(ConfigError, match=f"^--ssl-certfile {cert}") as caught:
+        _uvicorn_config(cast("Any", None), args)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_port_in_use_is_named() -> None:

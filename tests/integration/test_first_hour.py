@@ -34,6 +34,8 @@ def test_names_and_values_that_people_bring() -> None:
                 llm.encode(wrong)  # type: ignore[arg-type]
             with pytest.raises(RequestError):
                 llm.count_tokens(wrong)  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match="colour is not used"):
+            llm.count_tokens(chat, colour="red")
         whole = llm.generate("Once", max_new_tokens=None, ignore_eos=True, temperature=0)
         assert whole.usage is not None
         assert whole.usage.prompt_tokens + whole.usage.completion_tokens == 512

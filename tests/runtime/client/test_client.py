@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -230,6 +231,13 @@ def test_abort_is_an_ordinary_end(client: Client, engine: FakeEngine) -> None:
         out = future.result(30)
     assert (out.text, out.finish_reason) == ("par", "abort")
     assert engine.aborted() == ["r"]
+
+
+@pytest.mark.parametrize("rid", [5, None, b"r", ["r"]])
+def test_what_is_no_rid_cannot_be_aborted(client: Client, rid: Any) -> None:
+    with pytest.raises(RequestError, match=r"rid=.* must be a text"):
+        client.abort(rid)
+    client.abort("\ud800")  # nobody's
 
 
 def test_a_rid_in_flight_is_refused_until_it_has_ended(client: Client, engine: FakeEngine) -> None:

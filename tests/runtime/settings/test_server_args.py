@@ -77,6 +77,29 @@ def test_a_bad_value_is_refused_with_flag_value_and_limit(field: str, value: Any
 
 
 @pytest.mark.parametrize(
+    ("field", "good", "bad"),
+    [
+        ("host", ["127.0.0.1", "localhost", "::1"], ["local host", "a\nb", "h\u00f6st"]),
+        ("api_key", ["secret", "a-b_c~!"], ["a b", "a\nb", "caf\u00e9", " x"]),
+        (
+            "cors_origin",
+            ["https://a.example", "http://localhost:8080"],
+            ["*", "https://a/", "a.example", "http://a\r\nx: y"],
+        ),
+        ("metrics_prefix", ["vllm:", "x_", "sglang:"], ["a b", "9", "a{", "a-b", "a\n"]),
+    ],
+)
+def test_texts_that_travel_in_headers_and_names(field: str, good: list[str], bad: list[str]) -> None:
+    for text in good:
+        assert getattr(make_args({field: text}), field) == text
+    for text in bad:
+        with pytest.raises(ConfigError, match=f"^--{field.replace('_', '-')} ") as caught:
+            make_args({field: text, "insecure": True})
+        assert caught.value.field == field
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("values", "field", "says"),
     [
         ({"nnodes": 2, "tp": 3}, "nnodes", "--nnodes 2 does not divide --tp 3, the ranks of all nodes; possible: 1, 3"),
