@@ -175,7 +175,8 @@ def test_many_streams_at_once(side: TextSide) -> None:
 @pytest.mark.parametrize("number", [2**64, -(2**70), 10**300])
 def test_numbers_beyond_64_bits_anywhere_in_a_chat(side: TextSide, number: int) -> None:
     """In tools, in histories, as keys, and where nothing of the kind belongs."""
-    user = {"role": "user", "content": "x"}
+    user: dict[str, Any] = {"role": "user", "content": "x"}
+    messages: list[Any]
     client = side.client()
     key = msgspec.msgpack.encode(msgspec.msgpack.Ext(1, str(number).encode()))  # our clients never send it so
     for messages, kwargs in (
