@@ -6,18 +6,13 @@ python -m tests.chaos --script '[["submit", 3, 0.1], ["kill", 2, 0.2], ["settle"
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Sequence
 
-from tests.chaos.driver import SETTLE, Step, draw, lab, shrink
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+from tests.chaos.command import options, say
+from tests.chaos.driver import PATIENCE_S, SETTLE, Step, draw, lab, shrink
 
 
 def written(script: Sequence[Step]) -> str:
@@ -25,16 +20,16 @@ def written(script: Sequence[Step]) -> str:
     return json.dumps([[step.action] if step == SETTLE else [step.action, step.pick, step.wait_s] for step in script])
 
 
-def attempt(script: Sequence[Step], flags: Sequence[str]) -> str | None:
+def attempt(script: Sequence[Step], patience_s: float, flags: Sequence[str]) -> str | None:
     """On a fresh engine."""
-    with lab(*flags) as fresh:
+    with lab(*flags, patience_s=patience_s) as fresh:
         return fresh.run(script)
 
 
-def explore(seed: int, rounds: int, seconds: float, flags: Sequence[str]) -> list[Step] | None:
+def explore(seed: int, rounds: int, seconds: float, patience_s: float, flags: Sequence[str]) -> list[Step] | None:
     """Seed after seed on one engine. A script that failed, shrunk as far as it fails again on a fresh engine."""
     deadline, done = time.monotonic() + seconds, 0
-    with lab(*flags) as engine:
+    with lab(*flags, patience_s=patience_s) as engine:
         problem = None
         while problem is None and time.monotonic() < deadline:
             script = draw(seed, rounds)
@@ -46,7 +41,7 @@ def explore(seed: int, rounds: int, seconds: float, flags: Sequence[str]) -> lis
         return None
 
     def fails(part: Sequence[Step]) -> bool:
-        problem = attempt([*part, SETTLE], flags)
+        problem = attempt([*part, SETTLE], patience_s, flags)
         say(f"{len(part)} steps: {problem}")
         return problem is not None
 
@@ -54,20 +49,12 @@ def explore(seed: int, rounds: int, seconds: float, flags: Sequence[str]) -> lis
 
 
 def main() -> int:
-    words = sys.argv[1:]
-    place = words.index("--") if "--" in words else len(words)
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=5, help="of a script")
-    parser.add_argument("--script", help="run this one instead")
-    options = parser.parse_args(words[:place])
-    flags = words[place + 1 :]
-    if options.script is not None:
-        problem = attempt([Step(*step) for step in json.loads(options.script)], flags)
+    asked, flags = options(__doc__, seconds=600.0, seed=0, rounds=5, patience=PATIENCE_S, script="")
+    if asked.script:
+        problem = attempt([Step(*step) for step in json.loads(asked.script)], asked.patience, flags)
         say(problem or "as it should be")
         return int(problem is not None)
-    found = explore(options.seed, options.rounds, options.seconds, flags)
+    found = explore(asked.seed, asked.rounds, asked.seconds, asked.patience, flags)
     if found is not None:
         say(f"python -m tests.chaos --script '{written(found)}'")
     return int(found is not None)

@@ -6,7 +6,7 @@ In float32 a token is a function of prompt, parameters and the tokens before it:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vibe_sgl_lite import Client, OutputChunk, SamplingParams
@@ -24,6 +24,7 @@ KINDS: tuple[Mapping[str, Any], ...] = (
     {"temperature": 0.7, "seed": 13, "ignore_eos": False, "json_schema": LIST},
     {"temperature": 1.0, "seed": 17, "chat": True},
     {"temperature": 0.9, "seed": 19, "n": 3, "logprobs": True, "prompt_logprobs": True},
+    {"temperature": 0.9},
 )
 
 
@@ -35,6 +36,14 @@ class Ask:
     params: SamplingParams
     options: Mapping[str, Any] = field(default_factory=dict)
     chat: bool = False
+
+    @property
+    def has_seed(self) -> bool:
+        """Else the engine draws one, and tells; the answer is known only from asking again, with that seed."""
+        return self.params.temperature == 0 or "seed" in self.params.to_dict()
+
+    def with_seed(self, seed: int) -> Ask:
+        return replace(self, params=SamplingParams(**{**self.params.to_dict(), "seed": seed}))
 
     def stream(self, client: Client) -> Any:
         if self.chat:

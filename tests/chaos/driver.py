@@ -28,12 +28,12 @@ FLAGS = (
     "8192",
 )  # a pool that is committed whole: its memory does not grow
 CLIENTS = 3
-ASKS = 10
+ASKS = 11
 TOKENS = 120
 STEPS_A_ROUND = 16
 DEATHS_A_ROUND = 2  # a request may be given up after three without a token
 LONGEST_WAIT_S = 0.4
-ROUND_S = 120.0  # for all requests of a round to end once nothing is done to it any more
+PATIENCE_S = 120.0  # for all requests of a round to end once nothing is done to it any more
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,9 @@ def draw(seed: int, rounds: int) -> list[Step]:
 class Lab:
     """An engine to try scripts on, with clients, requests and their answers."""
 
-    def __init__(self, world: World, before: Holdings) -> None:
+    def __init__(self, world: World, before: Holdings, patience_s: float) -> None:
         self.world = world
+        self._patience_s = patience_s
         self._before = before
 
     def run(self, script: Sequence[Step]) -> str | None:
@@ -90,10 +91,10 @@ class Lab:
         streams, world.streams = world.streams, []
         for stream in streams:
             stream.reading.set()
-        deadline = time.monotonic() + ROUND_S
+        deadline = time.monotonic() + self._patience_s
         for stream in streams:
             stream.join(max(0.0, deadline - time.monotonic()))
-            assert not stream.is_alive(), f"a stream has not ended after {ROUND_S:.0f} s"
+            assert not stream.is_alive(), f"a stream has not ended after {self._patience_s:.0f} s"
         wrong = [text for stream in streams for text in stream.wrong]
         assert not wrong, wrong[0]
         names = self._before.descriptors.keys() - {"launcher"}
@@ -106,7 +107,7 @@ class Lab:
 
 
 @contextmanager
-def lab(*flags: str) -> Iterator[Lab]:
+def lab(*flags: str, patience_s: float = PATIENCE_S) -> Iterator[Lab]:
     with running(*FLAGS, *flags) as daemon, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(daemon.client()) for _ in range(CLIENTS)]
         asks = make_asks(ASKS, TOKENS)
@@ -114,7 +115,7 @@ def lab(*flags: str) -> Iterator[Lab]:
         world = World(daemon, clients, asks, answers)
         flood(world, 0)  # memory that is taken once
         assert_idle(clients[0])
-        yield Lab(world, holdings(daemon))
+        yield Lab(world, holdings(daemon), patience_s)
 
 
 def shrink(script: Sequence[Step], fails: Callable[[Sequence[Step]], bool]) -> list[Step]:

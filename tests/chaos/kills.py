@@ -1,21 +1,21 @@
 """Random kills over all processes while 16 clients stream: no token may differ, and nothing may be left behind.
 
-    python -m tests.chaos.kills --kills 1000 [--seed 0] [--streams 16] [-- flags of launch.py]
+    python -m tests.chaos.kills --kills 1000 [--seed 0] [--streams 16] [--tokens 300] [--wait 2] [-- flags of launch.py]
 
-Prints how long streams paused, by who was killed: from the death until the last of the streams has had another token.
+Kills come up to `wait` seconds after the recovery from the one before. Prints how long streams paused, by who was
+killed: from the death until the last of the streams has had another token.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import random
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 
 from tests.chaos.asks import make_asks, undisturbed
+from tests.chaos.command import options, say
 from tests.chaos.holdings import assert_idle, growth, holdings
 from tests.chaos.traffic import Traffic
 from tests.integration.daemon import Daemon, running, wait_until
@@ -40,11 +40,6 @@ def kill(daemon: Daemon, victim: str, traffic: Traffic) -> float:
     return max(traffic.pauses(killed, recovered) or ())
 
 
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
 def table(pauses: dict[str, list[float]]) -> str:
     lines = ["| killed | times | median | 99 % | worst |", "|---|---|---|---|---|"]
     for victim, values in sorted(pauses.items()):
@@ -55,7 +50,7 @@ def table(pauses: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-def run(kills: int, seed: int, streams: int, tokens: int, flags: Sequence[str]) -> None:
+def run(kills: int, seed: int, streams: int, tokens: int, wait: float, flags: Sequence[str]) -> None:
     """AssertionError if anything was lost, different or left."""
     draw = random.Random(seed)
     pauses: dict[str, list[float]] = {}
@@ -76,7 +71,7 @@ def run(kills: int, seed: int, streams: int, tokens: int, flags: Sequence[str]) 
             assert not traffic.wrong, f"kill {number + 1}, of {victim}: {traffic.wrong}"
             if (number + 1) % 50 == 0:
                 say(f"{number + 1} kills, {traffic.finished} requests\n{table(pauses)}")
-            time.sleep(draw.uniform(0.0, 3.0))
+            time.sleep(draw.uniform(0.0, wait))
         traffic.stop(120)
         assert not traffic.wrong, traffic.wrong
         say(f"{kills} kills, {traffic.finished} requests, none lost and none different\n{table(pauses)}")
@@ -88,18 +83,8 @@ def run(kills: int, seed: int, streams: int, tokens: int, flags: Sequence[str]) 
 
 
 def main() -> None:
-    own, flags = (sys.argv[1:], []) if "--" not in sys.argv else _split(sys.argv[1:])
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=300, help="of each request")
-    options = parser.parse_args(own)
-    run(options.kills, options.seed, options.streams, options.tokens, flags)
-
-
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
-    return words[: words.index("--")], words[words.index("--") + 1 :]
+    asked, flags = options(__doc__, kills=1000, seed=0, streams=16, tokens=300, wait=2.0)
+    run(asked.kills, asked.seed, asked.streams, asked.tokens, asked.wait, flags)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,12 @@ class Stream(threading.Thread):
         for ask, wanted in self._asks:
             answer = Answer()
             try:
-                self._read(ask, answer)
+                seed = self._read(ask, answer)
+                if not ask.has_seed:
+                    wanted = Answer()
+                    self._read(ask.with_seed(seed), wanted)
+                    if self._cancelled or self._left:
+                        continue  # nobody knows what it should have been
             except VibeError as error:
                 self.wrong.append(f"{ask.params}: {type(error).__name__}: {error}")
             else:
@@ -59,7 +64,8 @@ class Stream(threading.Thread):
             if self._stop_asked:
                 return
 
-    def _read(self, ask: Ask, answer: Answer) -> None:
+    def _read(self, ask: Ask, answer: Answer) -> int:
+        """Returns the seed that it ran with."""
         with ask.stream(self._client) as chunks:
             self._rid = chunks.rid
             for chunk in chunks:
@@ -70,7 +76,8 @@ class Stream(threading.Thread):
                 if self._cancelled:
                     self._client.abort(chunks.rid)  # it had not begun when it was cancelled
                 if self._left:
-                    return
+                    break
+            return 0 if chunks.sampling is None else int(chunks.sampling.seed)
 
     def pause_after(self, event: float, until: float) -> float | None:
         """Seconds without a token, the longest from `event` to the first one behind `until`; None if none has come."""
