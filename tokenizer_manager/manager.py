@@ -200,7 +200,7 @@ class TokenizerManager:
         if self.requests.find(session, message.rid) is not None:
             text = f"rid={message.rid!r:.80} is still in flight in this session; choose another"
             return self._refuse(session, message.rid, ErrorInfo(RequestError.code, text, "rid"))
-        full = self._full(session, size)
+        full = self._full(message.payer or session.token, size)
         if full is not None:
             return self._refuse(session, message.rid, ErrorInfo(OverloadedError.code, f"{full}: ask later"))
         try:
@@ -208,7 +208,7 @@ class TokenizerManager:
         except Exception as error:  # noqa: BLE001 - told and logged; it must not end everybody's process
             return self._refuse(session, message.rid, _failure(message.rid, error))
         n = params.n if isinstance(params.n, int) else 1
-        request = self.requests.add(session, message.rid, n, size, message.payer[:MAX_ECHO_CHARS])
+        request = self.requests.add(session, message.rid, n, size, message.payer)
         if params.max_new_tokens is None and self._pool_tokens is None:
             if not self._need_pool:
                 self._to_scheduler(SchedulerQuery(ABOUT_POOL, "stats"))
@@ -216,12 +216,12 @@ class TokenizerManager:
         else:
             self._prepare(request, message, params)
 
-    def _full(self, session: Session, size: int) -> str | None:
-        """Why no request of `size` bytes is taken from this session now. One that has none there finds some room where
+    def _full(self, payer: str, size: int) -> str | None:
+        """Why no request of `size` bytes is taken from this payer now. One that has none there finds some room where
         others have filled all of theirs."""
         if self._memory.low is not None:
             return self._memory.low
-        everybody, own = self.requests.load, self.requests.load_of(session)
+        everybody, own = self.requests.load, self.requests.load_of(payer)
         most = self._most_samples if own.samples else self._most_samples + self._most_samples // 8 + 1
         if everybody.samples >= most:
             return f"{everybody.samples} requests run or wait, --max-queued-requests allows no more"

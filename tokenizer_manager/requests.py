@@ -34,7 +34,7 @@ class OpenRequest:
 
 
 class Load:
-    """What a session, or all of them, hold. samples: that are open. waiting_bytes: of frames not tokenized yet."""
+    """What a payer, or all of them, hold. samples: that are open. waiting_bytes: of frames not tokenized yet."""
 
     __slots__ = ("samples", "waiting_bytes")
 
@@ -50,12 +50,12 @@ class RequestTable:
         self._next_uid = time.monotonic_ns() // 1000  # beyond whatever a predecessor that died has given away
         self._by_uid: dict[int, OpenRequest] = {}
         self._by_session: dict[str, dict[str, OpenRequest]] = {}  # session token -> rid -> request
-        self._loads: dict[str, Load] = {}  # by session token
+        self._loads: dict[str, Load] = {}  # by payer
         self._count = 0
         self.load = Load()
 
-    def load_of(self, session: Session) -> Load:
-        return self._loads.get(session.token) or Load()
+    def load_of(self, payer: str) -> Load:
+        return self._loads.get(payer) or Load()
 
     def __len__(self) -> int:
         return self._count
@@ -81,13 +81,13 @@ class RequestTable:
         assert self.find(session, rid) is None
         request = OpenRequest(session, rid, n, size, payer)
         self._by_session.setdefault(session.token, {})[rid] = request
-        self._loads.setdefault(session.token, Load())
+        self._loads.setdefault(request.payer, Load())
         self._count += 1
         self._charge(request, n, size)
         return request
 
     def _charge(self, request: OpenRequest, samples: int, waiting_bytes: int) -> None:
-        for load in (self.load, self._loads[request.session.token]):
+        for load in (self.load, self._loads[request.payer]):
             load.samples += samples
             load.waiting_bytes += waiting_bytes
 
@@ -116,7 +116,9 @@ class RequestTable:
             token = request.session.token
             del self._by_session[token][request.rid]
             if not self._by_session[token]:
-                del self._by_session[token], self._loads[token]
+                del self._by_session[token]
+            if not self._loads[request.payer].samples:
+                del self._loads[request.payer]
             self._count -= 1
 
     def end(self, request: OpenRequest) -> list[int]:

@@ -95,9 +95,9 @@ class World:
     def hello(self, identity: bytes) -> None:
         self.say(identity, Hello(PROTOCOL))
 
-    def generate(self, identity: bytes, rid: str, prompt: str = "abc", **sampling: Any) -> None:
+    def generate(self, identity: bytes, rid: str, prompt: str = "abc", payer: str = "", **sampling: Any) -> None:
         raw = msgspec.Raw(msgspec.msgpack.encode(sampling))
-        self.say(identity, Generate(rid, prompt, None, None, raw))
+        self.say(identity, Generate(rid, prompt, None, None, raw, payer=payer))
 
     def tokenize(self, number: int = 0) -> None:
         work, done = self.work.pop(number)
@@ -213,10 +213,9 @@ def test_an_abort_among_fellows(world: World) -> None:
 
 def test_those_whom_a_client_serves_take_turns(world: World) -> None:
     """In the queue for a tokenizer as at the scheduler; who is named by nobody is the session."""
-    raw = msgspec.Raw(msgspec.msgpack.encode({}))
     for number in range(THREADS + 2):
-        world.say(b"a", Generate(f"many{number}", "abc", None, None, raw, payer="greedy"))
-    world.say(b"a", Generate("one", "abc", None, None, raw, payer="modest"))
+        world.generate(b"a", f"many{number}", payer="greedy")
+    world.generate(b"a", "one", payer="modest")
     world.generate(b"a", "own")
     while world.work:
         world.tokenize()
@@ -318,6 +317,20 @@ def test_who_comes_last_finds_room_where_one_client_has_filled_all(spec: Pipelin
     world.hello(b"e")
     world.generate(b"e", "r0")
     assert overloaded(world, b"e") == ["r0"]  # but no crowd does
+
+
+def test_those_whom_a_client_serves_have_room_each(spec: PipelineSpec) -> None:
+    world = World(msgspec.structs.replace(spec, args=ServerArgs(max_running_requests=4, max_queued_requests=12)))
+    for identity in (b"w1", b"w2"):  # of one HTTP server
+        world.hello(identity)
+    for number in range(5):
+        world.generate(b"w1", f"r{number}", payer="greedy", n=4)
+    world.generate(b"w2", "more", payer="greedy")
+    world.generate(b"w1", "one", payer="modest")
+    assert (overloaded(world, b"w1"), overloaded(world, b"w2")) == (["r4"], ["more"])
+    for identity in (b"w1", b"w2"):
+        world.say(identity, Goodbye())
+    assert world.manager.requests.load_of("greedy").samples == world.manager.requests.load.samples == 0
 
 
 @pytest.mark.parametrize("opened", [True, False])
