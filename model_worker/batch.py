@@ -202,7 +202,7 @@ class SlotStates:
 
     def append(self, step: StepInput, token_ids: Tensor) -> None:
         """Put the sampled tokens, [Q] on the device, behind the tokens of their slots."""
-        self.tokens.view(-1)[step.places[: len(token_ids)]] = token_ids.to(torch.int32)
+        self.tokens.view(-1).scatter_(0, step.places[: len(token_ids)], token_ids.to(torch.int32))
 
     def _padding(self, counts: IntArray, num_sampling: int) -> int:
         """How many padding rows bring the step to a size for which there may be a graph."""

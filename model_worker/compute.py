@@ -1,7 +1,7 @@
 """Chooses how a rank computes: the one place that knows the alternatives, but for matrices (matrix_formats.py)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +20,7 @@ from vibe_sgl_lite.model_worker.step_input import ExpandRows
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations, TorchOperations
 from vibe_sgl_lite.qwen3.model import Qwen3
 
+CPU = torch.device("cpu")
 GPU_HEAD_DIMS = (16, 32, 64, 128, 256)  # a tile's side
 
 
@@ -27,17 +28,18 @@ GPU_HEAD_DIMS = (16, 32, 64, 128, 256)  # a tile's side
 class Compute:
     """Element-wise operations, and attention once there is a pool. name: for logs. kernels: for all else, if any.
 
-    kv_layout: what the attention wants of its pool. graphs: makes what captures the steps of one runner, if anything.
-    fused_draw: see `Sampler`. expand_rows: see `SlotStates`. plan_layers: called when a model has its weights, with
-    the attention made for it.
+    device: how a step is handed to it. kv_layout: what the attention wants of its pool. graphs: what captures the steps
+    of one runner, if anything. fused_draw: see `Sampler`. expand_rows: see `SlotStates`. plan_layers: called when a
+    model has its weights, with the attention made for it.
     """
 
     name: str
     operations: LayerOperations
     attention: Callable[[KVPool], StepBackend]
     kernels: CpuKernels | None = None
+    device: Device = field(default_factory=CpuDevice)
     kv_layout: KVLayout = KVLayout.PAGES
-    graphs: Callable[[], StepGraphs] | None = None
+    graphs: StepGraphs | None = None
     fused_draw: FusedDraw | None = None
     expand_rows: ExpandRows | None = None
     plan_layers: Callable[[Qwen3, Any], None] = plan_programs
@@ -52,9 +54,9 @@ def device_of(device: torch.device) -> Device:
     return CudaDevice(device)
 
 
-def torch_compute() -> Compute:
+def torch_compute(device: torch.device = CPU) -> Compute:
     """Plain torch: works everywhere, and is what the others are tested against."""
-    return Compute("plain torch", TorchOperations(), TorchAttention)
+    return Compute("plain torch", TorchOperations(), TorchAttention, device=device_of(device))
 
 
 def kernel_compute(kernels: CpuKernels) -> Compute:
@@ -88,8 +90,9 @@ def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
         f"Triton kernels, graphs of up to {setup.graph_rows} rows" if setup.graph_rows else "Triton kernels",
         GpuOperations(device),
         lambda pool: GpuAttention(pool, on_device, setup.group, max_rows),
+        device=on_device,
         kv_layout=KVLayout.LAYERS,
-        graphs=(lambda: CudaGraphs(row_buckets(setup.graph_rows))) if setup.graph_rows else None,
+        graphs=CudaGraphs(row_buckets(setup.graph_rows)) if setup.graph_rows else None,
         fused_draw=GpuDraw(on_device, setup.max_slots + 1, max_rows, setup.vocab_size),
         expand_rows=expand_rows,
         plan_layers=plan_layers,
@@ -105,4 +108,4 @@ def choose_compute(dtype: torch.dtype, device: torch.device, head_dim: int, gpu:
         kernels = load()
         if kernels is not None:
             return kernel_compute(kernels)
-    return torch_compute()
+    return torch_compute(device)

@@ -20,16 +20,15 @@ import torch
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.batch import Drafter, SlotStates, unpack
-from vibe_sgl_lite.model_worker.compute import device_of
-from vibe_sgl_lite.model_worker.device import Device
-from vibe_sgl_lite.model_worker.device_batch import Result, StepBackend, StepGraphs
+from vibe_sgl_lite.model_worker.compute import Compute
+from vibe_sgl_lite.model_worker.device_batch import Result
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.pending_step import PendingStep
 from vibe_sgl_lite.model_worker.sampling.constraints import Constraints
 from vibe_sgl_lite.model_worker.sampling.grammar import GrammarLibrary
 from vibe_sgl_lite.model_worker.sampling.prompt_logprobs import PromptLogprobs
-from vibe_sgl_lite.model_worker.sampling.sampler import ArgmaxFunction, FusedDraw, Sampler
-from vibe_sgl_lite.model_worker.step_input import ExpandRows, StepInput
+from vibe_sgl_lite.model_worker.sampling.sampler import Sampler
+from vibe_sgl_lite.model_worker.step_input import StepInput
 from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER, OTHER, PartTimer
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, StepResult, pack_ids
@@ -58,30 +57,24 @@ class ModelRunner:
         self,
         model: Qwen3,
         pool: KVPool,
-        backend: StepBackend,
+        compute: Compute,
         *,
         max_slots: int,
         context_length: int,
         max_tokens: int | None = None,
         tokenizer_file: Path | None = None,
-        argmax: ArgmaxFunction | None = None,
-        device: Device | None = None,
-        graphs: StepGraphs | None = None,
-        fused_draw: FusedDraw | None = None,
-        expand_rows: ExpandRows | None = None,
         timer: PartTimer = NO_TIMER,
         drafter: Drafter | None = None,
     ) -> None:
         """max_tokens: of a step; see `SlotStates`. tokenizer_file: tokenizer.json, for grammars; without it no request
-        may have one. argmax: see `Sampler`. device: by default, the model's. graphs: what captures steps, if anything.
-        fused_draw: see `Sampler`. expand_rows: see `SlotStates`. timer: told where every part of a step begins.
-        drafter: guesses tokens for rows that have room for them.
+        may have one. timer: told where every part of a step begins. drafter: guesses tokens for rows that have room for
+        them.
         """
         self.model = model
         self.pool = pool
-        self.backend = backend
-        self.device = device or device_of(model.device)
-        self.graphs = graphs
+        self.backend = compute.attention(pool)
+        self.device = compute.device
+        self.graphs = graphs = compute.graphs
         self.timer = timer
         self.drafter = drafter
         self.slots = SlotStates(
@@ -94,10 +87,11 @@ class ModelRunner:
             row_buckets=() if graphs is None else graphs.row_buckets,
             prompt_buckets=() if graphs is None else graphs.prompt_buckets,
             max_drafts=0 if drafter is None else drafter.most,
-            expand_rows=expand_rows,
+            expand_rows=compute.expand_rows,
         )
+        argmax = None if compute.kernels is None else compute.kernels.argmax
         self.sampler = Sampler(
-            model.config.vocab_size, model.parallel.tp, self.slots.tokens, argmax, self.device, fused_draw
+            model.config.vocab_size, model.parallel.tp, self.slots.tokens, argmax, self.device, compute.fused_draw
         )
         library = None
         if tokenizer_file is not None:

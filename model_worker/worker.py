@@ -165,22 +165,18 @@ def build_runner(
         f"a share of {usable_cores().source}" if args.num_threads is None else "--num-threads",
         compute.name,
     )
-    attention = compute.attention(pool)
-    compute.plan_layers(model, attention)
-    return ModelRunner(
+    runner = ModelRunner(
         model,
         pool,
-        attention,
+        compute,
         max_slots=args.max_running_requests,
         context_length=spec.context_length,
         max_tokens=spec.chunked_prefill_size + args.max_running_requests,
         tokenizer_file=_tokenizer_file(spec),
-        argmax=None if compute.kernels is None else compute.kernels.argmax,
-        graphs=None if compute.graphs is None else compute.graphs(),
-        fused_draw=compute.fused_draw,
-        expand_rows=compute.expand_rows,
         timer=timer,
     )
+    compute.plan_layers(model, runner.backend)
+    return runner
 
 
 def _gpu_setup(spec: PipelineSpec, parallel: ParallelState) -> GpuSetup:

@@ -90,17 +90,16 @@ def build(
     pool = KVPool(config, 1, pages, PAGE, dtype, device)
     rows = torch.randn(pool.data.shape[0], 1, 1, *pool.data.shape[3:], dtype=torch.float32)
     pool.data.copy_(rows.to(dtype))  # real pages, not the zero page
-    attention, timer = compute.attention(pool), StepTimer()
-    plan_programs(model, attention)
+    timer = StepTimer()
     runner = ModelRunner(
         model,
         pool,
-        attention,
+        compute,
         max_slots=slots,
         context_length=context,
         timer=timer,
-        argmax=None if compute.kernels is None else compute.kernels.argmax,
     )
+    plan_programs(model, runner.backend)
     runner.warm_up()  # also names the parts
     return runner, Recorder(timer)
 

@@ -61,7 +61,7 @@ class Variant:
             load_weights(model, folder)
         self._pages = -(-longest // PAGE)
         pool = KVPool(config, 1, self._pages, PAGE, dtype, device, int8=int8_cache)
-        self._runner = ModelRunner(model, pool, compute.attention(pool), max_slots=1, context_length=longest + 1)
+        self._runner = ModelRunner(model, pool, compute, max_slots=1, context_length=longest + 1)
 
     def log_probabilities(self, ids: list[int]) -> Tensor:
         """[tokens, vocab] fp32: after each token of the prompt, those of the next."""

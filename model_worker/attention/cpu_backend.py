@@ -1,18 +1,16 @@
 """Attention over the paged pool through the CPU kernels: norm, rotation and store in one call, attention in another."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.cpu import CpuKernels, LayerCache
-from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
+from vibe_sgl_lite.model_worker.device_batch import DeviceBatch, StepBackend
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
 
 
-class KernelAttention:
-    """A `StepBackend` (model_worker/device_batch.py) whose metadata is the batch itself."""
+class KernelAttention(StepBackend):
+    """Its metadata is the batch itself."""
 
     def __init__(self, kernels: CpuKernels, pool: KVPool) -> None:
         self.kernels = kernels
@@ -21,15 +19,6 @@ class KernelAttention:
             for layer in range(pool.num_layers)
         ]
         self.scale = float(pool.head_dim**-0.5)
-
-    def prepare(self, batch: DeviceBatch) -> DeviceBatch:
-        return batch
-
-    def graph_key(self, batch: DeviceBatch) -> None:
-        return None
-
-    def graph_contexts(self) -> Sequence[int]:
-        return ()
 
     def forward(
         self,

@@ -5,33 +5,22 @@ memory is that of the longest request.
 Legend: G query heads a KV head, N new tokens of a row, C its context, D head dim.
 """
 
-from collections.abc import Hashable, Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
+from vibe_sgl_lite.model_worker.device_batch import DeviceBatch, StepBackend
 from vibe_sgl_lite.model_worker.kv_int8 import dequantize, quantize
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
 
 
-class TorchAttention:
-    """A `StepBackend` (model_worker/device_batch.py) whose metadata is the batch itself."""
+class TorchAttention(StepBackend):
+    """Its metadata is the batch itself."""
 
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
-
-    def prepare(self, batch: DeviceBatch) -> DeviceBatch:
-        return batch
-
-    def graph_key(self, batch: DeviceBatch) -> Hashable | None:
-        return None
-
-    def graph_contexts(self) -> Sequence[int]:
-        return ()
 
     def forward(
         self,

@@ -64,9 +64,10 @@ class RotaryEmbedding:
             cos, sin = self._table.index_select(0, positions).unbind(1)
             return RopeAngles(cos, sin)
         angles = positions.to(torch.float32).unsqueeze(-1) * self.inverse_frequencies
-        return RopeAngles(
-            cos=(angles.cos() * self.scale).to(self.dtype), sin=(angles.sin() * self.scale).to(self.dtype)
-        )
+        cos, sin = angles.cos(), angles.sin()
+        if self.scale != 1.0:
+            cos, sin = cos * self.scale, sin * self.scale
+        return RopeAngles(cos.to(self.dtype), sin.to(self.dtype))
 
 
 def _kept(yarn: Yarn, head_dim: int, theta: float) -> Tensor:

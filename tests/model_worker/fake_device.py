@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vibe_sgl_lite.model_worker.attention.torch_backend import TorchAttention
+from vibe_sgl_lite.model_worker.compute import Compute
 from vibe_sgl_lite.model_worker.device import Array
 from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
+from vibe_sgl_lite.model_worker.sampling.sampler import FusedDraw
+from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
 
 Result = TypeVar("Result")
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim", "bincount")
@@ -133,3 +136,8 @@ class GraphedAttention(TorchAttention):
 
     def graph_contexts(self) -> Sequence[int]:
         return (16, 17)
+
+
+def fake_compute(device: FakeDevice, graphs: FakeGraphs | None = None, fused_draw: FusedDraw | None = None) -> Compute:
+    """Plain torch whose steps can be captured, on that device."""
+    return Compute("fake", TorchOperations(), GraphedAttention, device=device, graphs=graphs, fused_draw=fused_draw)

@@ -12,7 +12,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from tests.model_worker.fake_device import Clock, FakeDevice, FakeGraphs, GraphedAttention, NothingIsRead
+from tests.model_worker.fake_device import Clock, FakeDevice, FakeGraphs, NothingIsRead, fake_compute
 from tests.model_worker.test_model_runner import CONTEXT, PAGE, PAGES_A_SLOT, expected_tokens, new_slot, sampling
 from tests.qwen3.harness import DENSE, load_model, make_checkpoint, random_tokens
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
@@ -48,9 +48,7 @@ class TimedRunner(ModelRunner):
 
 def runner_on(model: Qwen3, device: FakeDevice, graphs: FakeGraphs | None = None) -> TimedRunner:
     pool = KVPool(model.config, 1, SLOTS * PAGES_A_SLOT, PAGE, model.dtype, model.device)
-    runner = TimedRunner(
-        model, pool, GraphedAttention(pool), max_slots=SLOTS, context_length=CONTEXT, device=device, graphs=graphs
-    )
+    runner = TimedRunner(model, pool, fake_compute(device, graphs), max_slots=SLOTS, context_length=CONTEXT)
     runner.clock = device.clock
     return runner
 
@@ -256,10 +254,8 @@ def test_rows_with_drafts_yield_the_same_tokens_in_fewer_steps(
 
     def run(drafter: Guesses | None, row_tokens: list[int], number: int) -> list[StepResult]:
         pool = KVPool(model.config, 1, SLOTS * PAGES_A_SLOT, PAGE, model.dtype, model.device)
-        runner = ModelRunner(
-            model, pool, GraphedAttention(pool), max_slots=SLOTS, context_length=CONTEXT, drafter=drafter,
-            device=FakeDevice(Clock(), STEP_S),
-        )  # fmt: skip
+        compute = fake_compute(FakeDevice(Clock(), STEP_S))
+        runner = ModelRunner(model, pool, compute, max_slots=SLOTS, context_length=CONTEXT, drafter=drafter)
         batches = [first, ForwardBatch(1, row_slots=rows, row_tokens=pack_ids(row_tokens))]
         batches += [ForwardBatch(step) for step in range(2, number)]
         results, pending = [], []
@@ -348,10 +344,8 @@ def test_a_fused_draw_finds_bad_rows_and_so_does_a_chunk_without_one(dense: tupl
     reference, model = dense
     model.embedding.weight.tensor[200] = float("nan")
     pool = KVPool(model.config, 1, SLOTS * PAGES_A_SLOT, PAGE, model.dtype, model.device)
-    runner = ModelRunner(
-        model, pool, GraphedAttention(pool), max_slots=SLOTS, context_length=CONTEXT, fused_draw=GreedyDraw(),
-        device=FakeDevice(Clock(), STEP_S), graphs=FakeGraphs((2, 4)),
-    )  # fmt: skip
+    compute = fake_compute(FakeDevice(Clock(), STEP_S), FakeGraphs((2, 4)), GreedyDraw())
+    runner = ModelRunner(model, pool, compute, max_slots=SLOTS, context_length=CONTEXT)
     runner.warm_up()
     good = [token for token in random_tokens(7) if token != 200]
     new = [new_slot(0, [1, 200, 3, 4]), new_slot(1, good), new_slot(2, [200, 7]), new_slot(3, [200, 9, 8])]

@@ -29,11 +29,10 @@ def runner_of(
     model: Qwen3, max_slots: int = 20, compute: Compute | None = None, timer: PartTimer = NO_TIMER
 ) -> ModelRunner:
     pool = KVPool(model.config, model.parallel.tp.size, max_slots * PAGES_A_SLOT, PAGE, model.dtype, model.device)
-    attention = (compute or torch_compute()).attention(pool)
     return ModelRunner(
         model,
         pool,
-        attention,
+        compute or torch_compute(),
         max_slots=max_slots,
         context_length=CONTEXT,
         max_tokens=max_slots * CONTEXT,

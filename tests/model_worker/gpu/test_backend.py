@@ -1,5 +1,6 @@
 """A runner on the GPU backend, its kernels interpreted where there is no GPU: transformers' tokens, the CPU's draws."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,12 @@ def runner_of(
     load_weights(model, folder)
     pool = KVPool(config, 1, SLOTS * PAGES_A_SLOT, PAGE, torch.float32, device, layout=compute.kv_layout)
     pool.data.fill_(float("nan"))  # whatever is read without having been written shows
-    attention = compute.attention(pool)
+    if fake is not None:
+        compute = replace(compute, device=FakeDevice(Clock()), graphs=fake)
+    runner = ModelRunner(model, pool, compute, max_slots=SLOTS, context_length=PAGE * PAGES_A_SLOT)
     if chain:
-        compute.plan_layers(model, attention)
-    return ModelRunner(
-        model,
-        pool,
-        attention,
-        max_slots=SLOTS,
-        context_length=PAGE * PAGES_A_SLOT,
-        device=None if fake is None else FakeDevice(Clock()),
-        graphs=fake if compute.graphs is None else compute.graphs(),
-        fused_draw=compute.fused_draw,
-        expand_rows=compute.expand_rows,
-    )
+        compute.plan_layers(model, runner.backend)
+    return runner
 
 
 def gpu(device: torch.device) -> Compute:
