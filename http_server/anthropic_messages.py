@@ -17,7 +17,7 @@ from vibe_sgl_lite.http_server.requests import check_model, make_sampling
 from vibe_sgl_lite.http_server.service import Service
 from vibe_sgl_lite.http_server.streaming import Collected, UsageCounter, collect, stream
 from vibe_sgl_lite.http_server.tools import calls_grammar
-from vibe_sgl_lite.runtime.client.requests import Request, plan_chat, single
+from vibe_sgl_lite.runtime.client.requests import ClientRequest, plan_chat, single
 from vibe_sgl_lite.runtime.messages import Chunk, Finish, Usage
 
 
@@ -124,7 +124,7 @@ async def count_tokens(service: Service, exchange: Exchange) -> None:
     await exchange.answer_json({"input_tokens": len(ids)})
 
 
-def _request(body: MessagesBody) -> Request:
+def _request(body: MessagesBody) -> ClientRequest:
     """Raises ApiError and RequestError."""
     values: dict[str, Any] = {"max_new_tokens": body.max_tokens}
     for theirs, ours in (("temperature", "temperature"), ("top_p", "top_p"), ("top_k", "top_k")):

@@ -18,7 +18,7 @@ from typing import Literal
 from vibe_sgl_lite.http_server.timing import CallTimes
 from vibe_sgl_lite.runtime.client.connection import Connection, QueryAnswer
 from vibe_sgl_lite.runtime.client.in_flight import Event
-from vibe_sgl_lite.runtime.client.requests import Request
+from vibe_sgl_lite.runtime.client.requests import ClientRequest
 from vibe_sgl_lite.runtime.errors import EngineError, VibeError, error_from_code
 from vibe_sgl_lite.runtime.messages import Accepted, Chunk, Finish, ModelInfo, QueryReply, Welcome
 
@@ -68,7 +68,7 @@ class Engine:
             raise error_from_code(reply.error.code, reply.error.message, reply.error.field)
         return reply.values
 
-    def submit(self, requests: Sequence[Request], times: CallTimes) -> Call:
+    def submit(self, requests: Sequence[ClientRequest], times: CallTimes) -> Call:
         """Send requests whose outputs make one answer."""
         call = Call(self, requests, times)
         for position, request in enumerate(requests):
@@ -145,7 +145,7 @@ class Call:
     For one task: `start`, then `take` until `running` is 0; `close` at the end, which aborts what still runs.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], times: CallTimes) -> None:
+    def __init__(self, engine: Engine, requests: Sequence[ClientRequest], times: CallTimes) -> None:
         self.requests = requests
         self.n = requests[0].n
         self.running = len(requests) * self.n

@@ -23,7 +23,7 @@ from vibe_sgl_lite.http_server.requests import (
 from vibe_sgl_lite.http_server.service import Service
 from vibe_sgl_lite.http_server.streaming import Collected, UsageCounter, collect, stream
 from vibe_sgl_lite.http_server.tools import calls_grammar, read_calls
-from vibe_sgl_lite.runtime.client.requests import Request, plan_chat, single
+from vibe_sgl_lite.runtime.client.requests import ClientRequest, plan_chat, single
 from vibe_sgl_lite.runtime.messages import Chunk, Finish, Usage, unpack_ids
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
@@ -52,7 +52,7 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
 class ChatRequest:
     """A chat as the engine gets it. template: variables of its template, the tools among them."""
 
-    def __init__(self, engine: Request, messages: list[dict[str, Any]], template: dict[str, Any]) -> None:
+    def __init__(self, engine: ClientRequest, messages: list[dict[str, Any]], template: dict[str, Any]) -> None:
         self.engine, self.messages, self.template = engine, messages, template
 
 

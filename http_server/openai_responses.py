@@ -20,7 +20,7 @@ from vibe_sgl_lite.http_server.responses_input import convert_items
 from vibe_sgl_lite.http_server.service import Service
 from vibe_sgl_lite.http_server.streaming import Collected, UsageCounter, collect, stream
 from vibe_sgl_lite.http_server.tools import calls_grammar
-from vibe_sgl_lite.runtime.client.requests import Request, plan_chat, single
+from vibe_sgl_lite.runtime.client.requests import ClientRequest, plan_chat, single
 from vibe_sgl_lite.runtime.messages import Chunk, Finish
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ async def responses(service: Service, exchange: Exchange) -> None:
         await exchange.answer_json(answer.whole((await collect(exchange, call))[0]))
 
 
-def _request(body: ResponsesBody) -> Request:
+def _request(body: ResponsesBody) -> ClientRequest:
     """Raises ApiError and RequestError."""
     values: dict[str, Any] = {"max_new_tokens": body.max_output_tokens}
     if body.temperature is not None:

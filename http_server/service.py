@@ -17,7 +17,7 @@ from vibe_sgl_lite.http_server.live_view import LiveView
 from vibe_sgl_lite.http_server.metrics import SharedMetrics
 from vibe_sgl_lite.http_server.security import given_key
 from vibe_sgl_lite.http_server.timing import CallTimes
-from vibe_sgl_lite.runtime.client.requests import Request, with_payer
+from vibe_sgl_lite.runtime.client.requests import ClientRequest, with_payer
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 
@@ -79,7 +79,7 @@ class Service:
         sender = f"{exchange.client} {given_key(exchange)}".encode()
         return hashlib.blake2b(sender, key=self.spec.epoch.encode()[:64], digest_size=12).hexdigest()
 
-    def submit(self, exchange: Exchange, requests: Sequence[Request]) -> Call:
+    def submit(self, exchange: Exchange, requests: Sequence[ClientRequest]) -> Call:
         """The caller closes the call."""
         payer = self._payer(exchange)
         requests = [with_payer(request, payer) for request in requests]

@@ -16,7 +16,7 @@ from vibe_sgl_lite.runtime.client.connection import Connection
 from vibe_sgl_lite.runtime.client.core import Call, Requests, StreamState, Values, check_rid, connect, values_of
 from vibe_sgl_lite.runtime.client.in_flight import Event
 from vibe_sgl_lite.runtime.client.outputs import Output, OutputChunk
-from vibe_sgl_lite.runtime.client.requests import Plan, Request
+from vibe_sgl_lite.runtime.client.requests import ClientRequest, Plan
 from vibe_sgl_lite.runtime.errors import VibeError
 from vibe_sgl_lite.runtime.messages import ModelInfo, Welcome
 
@@ -101,7 +101,7 @@ class AsyncClient(Requests[Coroutine[Any, Any, Output], Coroutine[Any, Any, list
             call.abandon()
         return call.result()
 
-    def _stream(self, request: Request) -> AsyncStream:
+    def _stream(self, request: ClientRequest) -> AsyncStream:
         return AsyncStream(self, self._connection, request)
 
 
@@ -148,7 +148,7 @@ class AsyncStream(StreamState, AsyncIterator[OutputChunk]):
     For one task at a time.
     """
 
-    def __init__(self, client: AsyncClient, connection: Connection, request: Request) -> None:
+    def __init__(self, client: AsyncClient, connection: Connection, request: ClientRequest) -> None:
         self._events: Mailbox[Event] = Mailbox()
         super().__init__(client, connection, request, self._events.put)
         task = asyncio.current_task()

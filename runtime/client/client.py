@@ -15,7 +15,7 @@ from vibe_sgl_lite.runtime.client.connection import Connection
 from vibe_sgl_lite.runtime.client.core import Call, Requests, StreamState, Values, check_rid, connect, values_of
 from vibe_sgl_lite.runtime.client.in_flight import Event
 from vibe_sgl_lite.runtime.client.outputs import Output, OutputChunk
-from vibe_sgl_lite.runtime.client.requests import Plan, Request
+from vibe_sgl_lite.runtime.client.requests import ClientRequest, Plan
 from vibe_sgl_lite.runtime.errors import VibeError
 from vibe_sgl_lite.runtime.messages import ModelInfo, Welcome
 
@@ -106,7 +106,7 @@ class Client(Requests[Output, list[Output], "Stream"]):
             call.abandon()
         return call.result()
 
-    def _stream(self, request: Request) -> Stream:
+    def _stream(self, request: ClientRequest) -> Stream:
         return Stream(self, self._connection, request)
 
 
@@ -126,7 +126,7 @@ class Stream(StreamState, Iterator[OutputChunk]):
     For one thread at a time.
     """
 
-    def __init__(self, client: Client, connection: Connection, request: Request) -> None:
+    def __init__(self, client: Client, connection: Connection, request: ClientRequest) -> None:
         self._events: SimpleQueue[Event] = SimpleQueue()
         super().__init__(client, connection, request, self._events.put)
 

@@ -25,7 +25,7 @@ import msgspec
 import zmq
 
 from vibe_sgl_lite.runtime.client.in_flight import Event, Window
-from vibe_sgl_lite.runtime.client.requests import Request
+from vibe_sgl_lite.runtime.client.requests import ClientRequest
 from vibe_sgl_lite.runtime.client.socket_thread import ClientSocket, may_listen
 from vibe_sgl_lite.runtime.errors import (
     ClosedError,
@@ -137,7 +137,7 @@ class Connection:
         """Start a session unless there is one, and tell of it."""
         self._post_or_raise(lambda: self._open(deliver))
 
-    def submit(self, request: Request, deliver: Callable[[Event], None], *, patient: bool = False) -> None:
+    def submit(self, request: ClientRequest, deliver: Callable[[Event], None], *, patient: bool = False) -> None:
         """Each sample ends with a chunk of its own, or all of them with an error.
 
         patient: wait until an engine that is full of others' requests takes this one. An rid already in flight is
@@ -279,7 +279,7 @@ class Connection:
             self._openers.append(deliver)
             self._connect()
 
-    def _submit(self, request: Request, deliver: Callable[[Event], None], patient: bool) -> None:
+    def _submit(self, request: ClientRequest, deliver: Callable[[Event], None], patient: bool) -> None:
         if request.rid in self._window:
             text = f"rid={request.rid!r} is still in flight in this client; choose another"
             deliver(RequestError(text, field="rid"))

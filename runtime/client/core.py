@@ -13,7 +13,15 @@ from typing import Any, Generic, TypeVar, overload
 from vibe_sgl_lite.runtime.client.connection import Connection
 from vibe_sgl_lite.runtime.client.in_flight import Event
 from vibe_sgl_lite.runtime.client.outputs import Collector, OutputChunk, chunk_from_message
-from vibe_sgl_lite.runtime.client.requests import Messages, Params, Plan, Request, plan_chat, plan_generate, single
+from vibe_sgl_lite.runtime.client.requests import (
+    ClientRequest,
+    Messages,
+    Params,
+    Plan,
+    plan_chat,
+    plan_generate,
+    single,
+)
 from vibe_sgl_lite.runtime.errors import ConfigError, EngineDeadError, RequestError, UserError, error_from_code
 from vibe_sgl_lite.runtime.messages import Chunk, QueryReply
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams
@@ -46,7 +54,7 @@ class Requests(ABC, Generic[OutT, ListT, StreamT]):
     def _run(self, make: Callable[[], Plan]) -> Any: ...
 
     @abstractmethod
-    def _stream(self, request: Request) -> StreamT: ...
+    def _stream(self, request: ClientRequest) -> StreamT: ...
 
     @overload
     def generate(
@@ -243,7 +251,9 @@ class StreamState:
     client: kept alive as long as the stream. put: takes the events, in the connection's thread.
     """
 
-    def __init__(self, client: object, connection: Connection, request: Request, put: Callable[[Event], None]) -> None:
+    def __init__(
+        self, client: object, connection: Connection, request: ClientRequest, put: Callable[[Event], None]
+    ) -> None:
         self.rid = request.rid
         self._client = client
         self._connection = connection

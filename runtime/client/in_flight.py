@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from vibe_sgl_lite.runtime.client.requests import Request
+from vibe_sgl_lite.runtime.client.requests import ClientRequest
 from vibe_sgl_lite.runtime.errors import EngineLostError, OverloadedError, ProtocolError, VibeError
 from vibe_sgl_lite.runtime.messages import Accepted, Chunk, ErrorInfo, Finish, encode_request
 
@@ -22,14 +22,14 @@ ID_BYTES = 4
 Event = Accepted | Chunk | VibeError  # an error ends a request, as a chunk with `finish` does
 
 
-class OpenRequest:
+class InFlightRequest:
     """A request that has not ended. ids: the generated tokens that have come, int32, of each sample. open: samples that
     have not ended; lost: those of them that ended with the process that knew them. deliver: None once its caller left.
     """
 
     __slots__ = ("accepted", "deliver", "gained", "ids", "lost", "open", "patient", "request", "retries", "sent")
 
-    def __init__(self, request: Request, deliver: Callable[[Event], None], patient: bool) -> None:
+    def __init__(self, request: ClientRequest, deliver: Callable[[Event], None], patient: bool) -> None:
         self.request = request
         self.deliver: Callable[[Event], None] | None = deliver
         self.patient = patient
@@ -74,8 +74,8 @@ class Window:
     def __init__(self, queue: bool) -> None:
         self.retry_at: float | None = None
         self._queue = queue
-        self._requests: dict[str, OpenRequest] = {}
-        self._waiting: deque[OpenRequest] = deque()
+        self._requests: dict[str, InFlightRequest] = {}
+        self._waiting: deque[InFlightRequest] = deque()
         self._in_flight = 0  # samples
         self._capacity = self._limit = 1 << 62
 
@@ -89,9 +89,9 @@ class Window:
         if self._queue and capacity:
             self._capacity = self._limit = capacity
 
-    def add(self, request: Request, deliver: Callable[[Event], None], patient: bool) -> None:
+    def add(self, request: ClientRequest, deliver: Callable[[Event], None], patient: bool) -> None:
         """patient: the caller rather waits than hear that the engine is full."""
-        self._requests[request.rid] = entry = OpenRequest(request, deliver, patient)
+        self._requests[request.rid] = entry = InFlightRequest(request, deliver, patient)
         self._waiting.append(entry)
 
     def due(self, now: float) -> Iterator[bytes]:
@@ -210,7 +210,7 @@ class Window:
         for entry in entries:
             entry.tell(error())
 
-    def _requeue(self, entry: OpenRequest, error: VibeError) -> None:
+    def _requeue(self, entry: InFlightRequest, error: VibeError) -> None:
         self._land(entry)
         entry.retries = 1 if entry.gained else entry.retries + 1
         entry.gained = False
@@ -220,14 +220,14 @@ class Window:
         else:
             self._waiting.appendleft(entry)
 
-    def _land(self, entry: OpenRequest) -> None:
+    def _land(self, entry: InFlightRequest) -> None:
         """It is not in flight any more."""
         assert entry.sent
         entry.sent = False
         entry.lost.clear()
         self._in_flight -= len(entry.open)
 
-    def _forget(self, entry: OpenRequest) -> None:
+    def _forget(self, entry: InFlightRequest) -> None:
         """For an entry that is not in flight; it may be in the queue."""
         del self._requests[entry.request.rid]
         entry.open.clear()

@@ -26,7 +26,7 @@ GENERATE_OPTIONS = ("priority", "cache_salt", "json_schema", "regex", "choice", 
 CHAT_OPTIONS = (*GENERATE_OPTIONS, "enable_thinking", "max_thinking_tokens", "tools", "template_kwargs")
 
 
-class Request(msgspec.Struct, frozen=True):
+class ClientRequest(msgspec.Struct, frozen=True):
     """frame: the encoded message. n: samples it asks for."""
 
     message: Generate
@@ -41,7 +41,7 @@ class Request(msgspec.Struct, frozen=True):
 class Plan(msgspec.Struct, frozen=True):
     """What one call asks for. many: a list was passed, so a list is returned."""
 
-    requests: list[Request]
+    requests: list[ClientRequest]
     many: bool
 
 
@@ -97,14 +97,14 @@ def plan_chat(
     return Plan(requests, many)
 
 
-def single(plan: Plan) -> Request:
+def single(plan: Plan) -> ClientRequest:
     """The one request of a stream. Raises RequestError for a list."""
     if plan.many:
         raise RequestError("a stream takes one prompt, not a list: open one stream for each", field="prompt")
     return plan.requests[0]
 
 
-def with_payer(request: Request, payer: str) -> Request:
+def with_payer(request: ClientRequest, payer: str) -> ClientRequest:
     """The same, for one of those whom the client serves."""
     message = msgspec.structs.replace(request.message, payer=payer)
     return msgspec.structs.replace(request, message=message, frame=encode_request(message))
@@ -215,7 +215,7 @@ def _pack(ids: Any, field: str) -> bytes:
     return packed
 
 
-def _request(field: str, sampling: SamplingParams, **values: Any) -> Request:
+def _request(field: str, sampling: SamplingParams, **values: Any) -> ClientRequest:
     """field: what is sent, for errors."""
     message = Generate(sampling=msgspec.Raw(msgspec.msgpack.encode(sampling)), **values)
     check_fields(message)
@@ -228,7 +228,7 @@ def _request(field: str, sampling: SamplingParams, **values: Any) -> Request:
             f"{field} makes a request of {len(frame)} bytes, at most {MAX_FRAME_BYTES} can be sent: shorten it",
             field=field,
         )
-    return Request(message, frame, sampling.n if isinstance(sampling.n, int) else 1)
+    return ClientRequest(message, frame, sampling.n if isinstance(sampling.n, int) else 1)
 
 
 def _json_value(value: Any) -> Any:
