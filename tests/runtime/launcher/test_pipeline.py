@@ -517,8 +517,8 @@ def test_a_full_disk_is_waited_out(model: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_hung_child_starts_again(model: Path) -> None:
     with restarting(model, scheduler="accuse=model_worker.0 ready") as engine:
-        first = processes()["model_worker.0"].pid
-        wait_for(lambda: "model_worker.0" in processes() and processes()["model_worker.0"].pid != first)
+        first = processes()["model_worker.0"]
+        wait_for(lambda: processes().get("model_worker.0", first) != first)
         assert engine.failure is None
 
 
