@@ -1,7 +1,8 @@
 """A stand-in for one of the engine's processes: `fake_child SPEC NAME BEHAVIOUR [BEHAVIOUR ...]`.
 
-Behaviours: ready, fail, user_fail, exit0, never_ready, deaf (ignores Shutdown), mute (no heartbeats), never_drained,
-slow_drain, grandchild (starts a sleeping process), accuse=NAME, note (writes what it was told to a file).
+Behaviours: ready, fail, user_fail, fail_beside (once another does user_fail), exit0, never_ready, deaf (ignores
+Shutdown), mute (no heartbeats), never_drained, slow_drain, grandchild (starts a sleeping process), accuse=NAME, note
+(writes what it was told to a file).
 """
 
 from __future__ import annotations
@@ -18,9 +19,14 @@ from vibe_sgl_lite.runtime.messages import AbortAll, Drain, Shutdown
 
 def main(child: Child) -> None:
     behaviours = sys.argv[3:]
+    failing = Path(child.spec.model_folder) / "failing"
+    if "fail_beside" in behaviours:
+        while not failing.exists():
+            time.sleep(0.001)
     if "user_fail" in behaviours:
+        failing.touch()
         raise WeightsError("model.safetensors is cut short:\ndownload it again")
-    if "fail" in behaviours:
+    if "fail" in behaviours or "fail_beside" in behaviours:
         raise RuntimeError("out of luck")
     if "exit0" in behaviours:
         return

@@ -152,7 +152,7 @@ def test_every_rank_is_started() -> None:
         ({"rank": "user_fail"}, "model_worker.0: model.safetensors is cut short: download it again"),
         ({"rank": "fail"}, "model_worker.0: RuntimeError: out of luck"),
         ({"detokenizer": "exit0"}, "detokenizer exited with code 0 while starting"),
-        ({"scheduler": "fail", "rank": "user_fail"}, "model_worker.0: model.safetensors"),
+        ({"scheduler": "fail_beside", "rank": "user_fail"}, "model_worker.0: model.safetensors"),
     ],
 )
 def test_a_child_that_does_not_come_up(model: Path, run_base: Path, behaviours: dict[str, str], says: str) -> None:
@@ -161,7 +161,7 @@ def test_a_child_that_does_not_come_up(model: Path, run_base: Path, behaviours: 
     start = time.monotonic()
     with pytest.raises(StartupError) as error:
         engine.start()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert str(error.value).startswith(says)
     assert "\n" not in str(error.value)
     assert error.value.user == ("user_fail" in behaviours.values())
