@@ -268,7 +268,8 @@ class Connection:
             self._line.close(linger_ms=int(CLOSE_S * 1000))
         self._wake_reader.close()
         self._wake_writer.close()
-        self._context.term()  # returns when the last frames have left, or their linger is over
+        # Returns when the last frames have left, or their linger is over; closes also a socket that came about by half.
+        self._context.destroy(linger=int(CLOSE_S * 1000))
 
     # --------------------------------------------------------------------------------- in the thread: commands
 

@@ -24,7 +24,11 @@ class ControlLine:
         self._socket = new_socket(self._context, zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a child that starts again has its predecessor's name
-        bind_ipc(self._socket, address)
+        try:
+            bind_ipc(self._socket, address)
+        except BaseException:  # left to garbage collection, the context would wait for the open socket for ever
+            self._context.destroy(linger=0)
+            raise
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from tests.runtime.client.fake_engine import (
     MODEL,
@@ -321,6 +323,22 @@ def test_exit_of_the_interpreter_says_goodbye(engine: FakeEngine) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     engine.wait_for(Goodbye)
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_socket_that_cannot_be_made_hangs_nothing(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+
+    def full(*_: object) -> None:
+        raise zmq.ZMQError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(zmq.Socket, "get_monitor_socket", full)
+    with ThreadPoolExecutor(1) as pool:
+        assert isinstance(pool.submit(Client, engine.address).exception(30), EngineError)
+    deadline = time.monotonic() + 30
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 # ------------------------------------------------------------------------------------------------------- engine death

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import json
 import os
 import signal
@@ -198,10 +199,15 @@ def test_a_socket_that_cannot_be_bound_is_one_line(model: Path, monkeypatch: pyt
     def full(path: str, mode: int) -> None:
         raise zmq.ZMQError(errno.ENOSPC, "No space left on device")
 
+    def contexts() -> list[object]:
+        return [thing for thing in gc.get_objects() if isinstance(thing, zmq.Context) and not thing.closed]
+
+    before = contexts()
     monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.control.bind_ipc", full)
     with pytest.raises(StartupError, match=r"vibe-sgl-lite/default/\w+: No space left on device") as error:
         pipeline(model).start()
     assert error.value.user
+    assert contexts() == before  # garbage collection of an open one may hang
 
 
 @pytest.mark.parametrize("victim", NAMES)
