@@ -467,12 +467,13 @@ def test_a_restarted_rank_has_sockets_and_a_pool_of_its_own(model: Path, run_bas
 
 
 def test_it_gives_up_after_the_restarts_it_may_try(model: Path) -> None:
-    engine = restarting(model, max_restarts=1)
+    engine, seen = restarting(model, max_restarts=1), []
     engine.start()
     for _ in range(2):
         wait_for(lambda: "detokenizer" in processes())
-        time.sleep(0.3)
-        processes()["detokenizer"].kill()
+        seen.append(processes()["detokenizer"])
+        seen[-1].kill()
+        wait_for(lambda: processes().get("detokenizer") != seen[-1])
     assert engine.wait(30)
     assert engine.failure is not None
     assert engine.failure.startswith("detokenizer was killed by SIGKILL")  # "while starting" where it was quick
