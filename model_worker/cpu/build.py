@@ -65,6 +65,7 @@ def build(
         if not _is_ours(built):
             with _locked(folder / "lock"):
                 if not _is_ours(built):
+                    log.info("compiling the CPU kernels with %s into %s, once: up to a minute", compiler, folder)
                     _compile(compiler, attempts, built)
     except OSError as error:
         raise BuildError(f"cannot use the cache folder {folder}: {error}") from error

@@ -47,7 +47,7 @@ class LLM(Client):
                 )
             self._start(Pipeline(args), resume)
         except (ConfigError, ModelConfigError) as error:
-            raise type(error)(_in_python(str(error)), field=error.field) from error.__cause__
+            raise type(error)(_in_python(str(error)), field=error.field) from None
 
     def _start(self, pipeline: Pipeline, resume: bool) -> None:
         self._pipeline = pipeline

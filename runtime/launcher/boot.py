@@ -29,12 +29,13 @@ LOAD_FAILED = 3  # exit code; one line on stderr says why
 
 
 def prepare_child() -> None:
-    """Die with the parent, leave SIGINT and SIGTERM to it, dump all stacks on SIGUSR1. A second call is harmless."""
+    """Die with the parent, leave its signals to it, dump all stacks on SIGUSR1. A second call is harmless."""
     faulthandler.enable()
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _die_with_parent()
 
 

@@ -2,12 +2,13 @@
 
 Parses flags, runs the pipeline and prints one line on stdout when it can serve.
 
-Exit code 0 after SIGTERM or Ctrl-C, 1 when a process failed, 2 when the user can fix it.
+Exit code 0 after SIGTERM, SIGHUP or Ctrl-C, 1 when a process failed, 2 when the user can fix it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 import time
@@ -20,10 +21,18 @@ from vibe_sgl_lite.runtime.launcher.watch import DRAIN_S, HURRY_S
 from vibe_sgl_lite.runtime.logs import escaped, one_line, setup_logging
 from vibe_sgl_lite.runtime.settings.cli import parse
 
+log = logging.getLogger(__name__)
+
 READY = (
     "ready {address} model={model} device={device} dtype={dtype} tp={tp} kv_pages={kv_pages} page_size={page_size} "
     "startup={startup:.2f}"
 )
+STOPPING = (
+    f"stopping: requests that run get up to {DRAIN_S:.0f} s to finish, new ones are refused; "
+    "Ctrl-C or SIGTERM once more aborts them"
+)
+HURRYING = "stopping now: requests that still run are aborted"
+TELL_S = 0.5
 READY_NODE = "ready node={node} ranks={ranks} startup={startup:.2f}"  # of a node that only hosts ranks
 
 
@@ -51,6 +60,8 @@ def _serve(pipeline: Pipeline) -> int:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, on_signal)
     try:
         facts = pipeline.start()
     except StartupError:
@@ -60,7 +71,11 @@ def _serve(pipeline: Pipeline) -> int:
     shown = {name: escaped(fact) if isinstance(fact, str) else fact for name, fact in facts.items()}
     ready = READY_NODE if "node" in facts else READY + (" http={http}" if "http" in facts else "")
     _say(ready.format(**shown))
-    pipeline.wait()
+    told = 0
+    while not pipeline.wait(TELL_S):
+        if signals > told:  # once it is plain that requests run: most stops are over by then
+            told = signals
+            log.warning("%s", STOPPING if signals == 1 else HURRYING)
     return 0 if pipeline.failure is None else _fail(pipeline.failure, 1)
 
 

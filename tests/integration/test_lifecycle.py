@@ -242,3 +242,47 @@ def test_a_bad_flag_is_one_line(flags: list[str], says: str) -> None:
     assert stderr.startswith("error: ")
     assert says in stderr
     assert took < 20
+
+
+def test_a_stop_that_waits_says_so() -> None:
+    with running() as daemon, daemon.client() as client:
+        call = Background(client, LONG)
+        wait_until(lambda: call.tokens > 0, 60, "first token")
+        daemon.process.send_signal(signal.SIGINT)
+        wait_until(lambda: "requests that run get up to 30 s" in daemon.log(), 30, "what is waited for")
+        assert "once more aborts them" in daemon.log()
+        daemon.process.send_signal(signal.SIGINT)
+        assert daemon.wait_exit() == 0
+        call.join(30)
+        assert call.finish == "abort", call.error
+    with running() as daemon:
+        assert daemon.stop() == 0
+        assert "stopping" not in daemon.log(), "nothing ran"
+
+
+def test_a_terminal_that_closes_drains_and_nohup_does_not_notice() -> None:
+    with running() as daemon, daemon.client() as client:
+        call = Background(client, SamplingParams(max_new_tokens=400, temperature=0, ignore_eos=True))
+        wait_until(lambda: call.tokens > 0, 60, "first token")
+        os.killpg(daemon.process.pid, signal.SIGHUP)
+        assert daemon.wait_exit() == 0
+        call.join(30)
+        assert (call.finish, call.tokens) == ("length", 400), call.error
+        assert daemon.survivors() == []
+    with Daemon(under=("nohup",)) as daemon:
+        daemon.wait_ready()
+        daemon.process.send_signal(signal.SIGHUP)
+        with daemon.client() as client:
+            assert client.generate("Once", max_new_tokens=2).finish_reason == "length"
+        assert daemon.stop() == 0
+
+
+def test_ctrl_c_at_any_moment_of_the_start_leaves_no_traceback() -> None:
+    for pause in (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8, 1.2):
+        with Daemon() as daemon:
+            time.sleep(pause)
+            os.killpg(daemon.process.pid, signal.SIGINT)
+            # Python's own start comes before any line of ours: then it ends as any program does.
+            assert daemon.wait_exit() in (0, 130, -signal.SIGINT), daemon.log()
+            lines = [line for line in daemon.log().splitlines() if "vibe_sgl_lite" in line]
+            assert lines == [], daemon.log()
