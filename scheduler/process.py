@@ -45,6 +45,7 @@ from vibe_sgl_lite.scheduler.kv_events import KvEventPublisher, KvEvents
 from vibe_sgl_lite.scheduler.observer import SchedulerObserver
 from vibe_sgl_lite.scheduler.policies import make_policy
 from vibe_sgl_lite.scheduler.results import Outputs
+from vibe_sgl_lite.scheduler.status_line import StatusLine
 from vibe_sgl_lite.scheduler.tools.timeline import Timeline
 from vibe_sgl_lite.scheduler.tools.trace import TraceWriter
 
@@ -154,6 +155,7 @@ class SchedulerProcess:
     def serve(self, core: Scheduler) -> None:
         """Until the launcher says `Shutdown`."""
         poller = self._poller(self.inputs.socket, self.results.socket)
+        status = StatusLine(core.stats, log.info, time.monotonic())
         while not self._shutdown:
             until_deadline_ms = max(0.0, core.next_deadline - time.monotonic()) * 1e3
             poller.poll(math.ceil(min(POLL_MS, until_deadline_ms)))
@@ -169,6 +171,7 @@ class SchedulerProcess:
                 self._tell(output)
             if self.kv_events is not None:
                 self.kv_events.flush()
+            status.look(time.monotonic())
 
     def tell_routers(self, core: Scheduler, address: str) -> None:
         """Publish what enters and leaves the prefix cache (--kv-events). Raises ConfigError."""
@@ -289,7 +292,13 @@ def main(child: Child) -> None:
     process = SchedulerProcess(child)
     ready = process.wait_for_ranks()
     if ready is not None:
+        tokens, context = ready.kv_pages * child.spec.page_size, child.spec.context_length
         log.info("%d KV pages of %d tokens on %s", ready.kv_pages, child.spec.page_size, ready.device)
+        if tokens < context:
+            log.info(
+                "the KV cache holds %d tokens, the context has %d: a request may have as many as the cache holds "
+                "(--max-total-tokens and --mem-fraction-static make it larger)", tokens, context
+            )  # fmt: skip
         args = child.spec.args
         core = make_core(make_config(child.spec, ready), args.trace, args.profile)
         if args.kv_events is not None:

@@ -28,6 +28,7 @@ CHUNK_CUDA = 8192
 PAGE_CPU = 16  # tokens
 PAGE_CUDA = 64
 DUMMY_DTYPE = "float32"  # of weights that are made up where config.json names no dtype, as in transformers
+MOST_THREADS_A_CORE = 4  # beyond it is a mistake; some more than cores may be meant
 NO_CUDA = "the torch that is installed was built without CUDA"
 INT8_HEAD_DIM_MULTIPLE = 8  # what model_worker/kv_int8.py needs
 
@@ -70,10 +71,17 @@ def make_spec(args: ServerArgs, endpoints: Endpoints) -> PipelineSpec:
 
 
 def threads_per_rank(args: ServerArgs) -> int:
-    """--num-threads, else a rank's share of the cores that this process may use, at least 1."""
-    if args.num_threads is not None:
-        return args.num_threads
-    return max(1, int(usable_cores().value) // len(args.local_ranks))
+    """--num-threads, else a rank's share of the cores that this process may use, at least 1. Raises ConfigError."""
+    cores = usable_cores()
+    if args.num_threads is None:
+        return max(1, int(cores.value) // len(args.local_ranks))
+    if args.num_threads > MOST_THREADS_A_CORE * cores.value:
+        raise ConfigError(
+            f"--num-threads {args.num_threads} is far more than the {cores.value:g} cores here ({cores.source}), which "
+            f"only makes steps slower: at most {MOST_THREADS_A_CORE} a core, or leave it out",
+            field="num_threads",
+        )
+    return args.num_threads
 
 
 def _context_length(args: ServerArgs, model: ModelConfig) -> int:

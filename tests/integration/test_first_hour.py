@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import vibe_sgl_lite
+from tests.integration.daemon import Daemon, wait_until
 from vibe_sgl_lite import LLM, ConfigError, RequestError
 
 TINY = Path(vibe_sgl_lite.__file__).parent / "models" / "tiny"
@@ -54,6 +59,7 @@ def test_names_and_values_that_people_bring() -> None:
         ),
         ({"tp": 3, "nnodes": 2}, "^nnodes 2 does not divide tp 3"),
         ({"model_path": 5}, "^model_path 5 must be a text"),
+        ({"num_threads": 4000}, "^num_threads 4000 is far more than"),
         ({"tp": 3}, "^tp 3 does not fit this model"),
         ({"context_length": 2**20}, "^context_length 1048576 is above"),
     ],
@@ -62,3 +68,34 @@ def test_settings_are_refused_in_pythons_words(settings: dict[str, Any], says: s
     with pytest.raises((ConfigError, vibe_sgl_lite.ModelConfigError), match=says) as caught:
         LLM(**settings)
     assert "--" not in str(caught.value)
+    assert caught.value.__suppress_context__, "one traceback, not one of each library on the way"
+
+
+def test_a_hub_id_without_a_network_is_one_traceback_with_one_line(tmp_path: Path) -> None:
+    program = "from vibe_sgl_lite import LLM; LLM('no-one/no-such-model')"
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=120)
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "vibe_sgl_lite.runtime.errors.ConfigError: model_path no-one/no-such-model: there is no such folder here, and "
+        "the hub gave no model (HF_HUB_OFFLINE is set)"
+    )
+    assert len(done.stderr.splitlines()) < 20
+
+
+def test_the_log_says_what_the_engine_does(tmp_path: Path) -> None:
+    """How much fits, and a line while it works."""
+    with Daemon("--log-level", "info", "--max-total-tokens", "4096") as daemon:
+        daemon.wait_ready()
+        assert "the KV cache holds 4096 tokens, the context has 32768" in daemon.log()
+        with daemon.client() as client:
+
+            def busy() -> bool:
+                client.generate(["Once"] * 8, max_new_tokens=200, ignore_eos=True)
+                return "tokens/s generated" in daemon.log()
+
+            wait_until(busy, 120, "a status line")
+        line = next(line for line in daemon.log().splitlines() if "tokens/s generated" in line)
+        assert re.search(
+            r"scheduler INFO [1-9][\d.]* tokens/s generated, .* running, .* % of the KV cache in use", line
+        )

@@ -118,3 +118,7 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [threads_per_rank(ServerArgs(tp=tp)) for tp in (1, 2, 3, 16)] == [8, 4, 2, 1]
     assert threads_per_rank(ServerArgs(tp=4, num_threads=5)) == 5
     assert threads_per_rank(ServerArgs(tp=4, nnodes=2, dist_init_addr="10.0.0.1:1")) == 4
+    assert threads_per_rank(ServerArgs(num_threads=32)) == 32
+    with pytest.raises(ConfigError, match="--num-threads 33 is far more than the 8 cores") as error:
+        threads_per_rank(ServerArgs(num_threads=33))
+    assert error.value.field == "num_threads"
