@@ -300,6 +300,8 @@ def _is_tools(value: Any) -> bool:
 def _check_depth(value: Any, field: str) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
+        if any(isinstance(key, tuple | bytes) for outer in level if isinstance(outer, dict) for key in outer):
+            raise RequestError(f"{field} has a list or bytes as a key: only texts and numbers can be keys", field=field)
         level = [
             inner
             for outer in level

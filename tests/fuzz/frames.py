@@ -188,7 +188,7 @@ def make_frame(chance: random.Random) -> bytes:
     value = chance.choice(FRAMES)
     if kind < 0.6:
         value = mutate_value(chance, value)
-        if type(value) is list and len(value) > 5 and type(value[5]) is bytes and chance.random() < 0.5:
+        if type(value) is list and len(value) > 5 and type(value[5]) is dict and chance.random() < 0.5:
             value[5] = mutate_value(chance, value[5])
     try:
         frame = msgspec.msgpack.encode(value)

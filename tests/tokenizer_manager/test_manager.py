@@ -40,6 +40,7 @@ from vibe_sgl_lite.runtime.messages import (
     SchedulerReply,
     ServerMessage,
     Usage,
+    encode_request,
     pack_ids,
 )
 from vibe_sgl_lite.runtime.settings.machine import Limit
@@ -365,6 +366,21 @@ def test_a_frame_of_many_values_is_refused_undecoded(world: World) -> None:
     refused = world.got(b"a", Refused)
     assert [(reply.rid, reply.error.code) for reply in refused] == [("r", "invalid_request")] * 16
     assert "values" in refused[0].error.message
+
+
+def test_odd_values_in_tools_are_no_error_of_ours(world: World) -> None:
+    """Numbers beyond 64 bits, which clients may send; keys that are lists, which none of ours does."""
+    for number, odd in enumerate(({"n": 10**40}, {(1, 2): "x"}, {"deep": [{(1, (2, "x")): 1}]})):
+        kwargs = {"tools": [{"type": "function", "function": odd}]}
+        messages = [{"role": "user", "content": "c"}]
+        message = Generate(f"r{number}", None, None, messages, msgspec.Raw(b"\x80"), template_kwargs=kwargs)
+        world.manager.on_frame(b"a", encode_request(message))
+        while world.work:
+            world.tokenize()
+    assert [accepted.rid for accepted in world.got(b"a", Accepted)] == ["r0"]
+    assert [(refused.rid, refused.error.field) for refused in world.got(b"a", Refused)] == [
+        ("r1", "template_kwargs"), ("r2", "template_kwargs")
+    ]  # fmt: skip
 
 
 def test_client_found_gone_when_it_is_accepted(world: World) -> None:
