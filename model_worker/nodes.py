@@ -1,13 +1,20 @@
 """Groups of ranks over several nodes (--nnodes): they meet at rank 0's TCPStore, on the interface that leads there.
 
 Nothing on that network is authenticated; it must be isolated.
+
+A lost group forms again at a new store of a new rank 0. A rank that comes to a store where it has been before knows
+that its group is lost, and says so there: rank 0 ends itself, so that its launcher starts the next one.
 """
 
+import contextlib
 import json
+import logging
 import os
 import socket
-from collections.abc import Mapping
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -19,6 +26,12 @@ from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
 from vibe_sgl_lite.runtime.errors import ConfigError
 
 SETTINGS_KEY = "settings"
+LOST_KEY = "lost"
+RETRY_S = 0.3
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 def init_parallel_nodes(
@@ -28,28 +41,77 @@ def init_parallel_nodes(
     device: torch.device,
     meeting: tuple[str, int],
     settings: Mapping[str, Any],
+    patience_s: float = 0.0,
 ) -> ParallelState:
     """`init_parallel` over several nodes. meeting: host and port at which rank 0 listens.
 
     settings: JSON values that must be the same on all nodes; ConfigError, on every rank that learns of it and on rank
-    0, names the first that is not.
+    0, names the first that is not. patience_s: how long the network may be away.
     """
     host, port = meeting
-    name, own_address = interface_towards(host, port)
+    deadline = time.monotonic() + patience_s
+    name, own_address = _patiently(lambda: interface_towards(host, port), deadline)
     use_interface(name)
-    listening = _listen(own_address, host, port) if rank == 0 else None
-    store = TCPStore(
+    if rank == 0:
+        listening = _patiently(lambda: _listen(own_address, host, port), deadline)
+        store = _store(host, port, tp_size, listening)
+        watcher = threading.Thread(target=_end_when_lost, args=(_store(host, port, tp_size),), daemon=True)
+        watcher.start()
+    else:
+        store = _join_new_store(host, port, tp_size, rank)
+    compare_settings(store, rank, tp_size, settings)
+    init_group(store, rank, tp_size, device)
+    return build_state(rank, tp_size, ep_size)
+
+
+def _store(host: str, port: int, tp_size: int, listening: int | None = None) -> TCPStore:
+    """listening: of the one that serves it. The others wait for that."""
+    return TCPStore(
         host,
         port,
         tp_size,
-        is_master=rank == 0,
+        is_master=listening is not None,
         timeout=COLLECTIVE_TIMEOUT,
         wait_for_workers=False,
         master_listen_fd=listening,
     )
-    compare_settings(store, rank, tp_size, settings)
-    init_group(store, rank, tp_size, device)
-    return build_state(rank, tp_size, ep_size)
+
+
+def _join_new_store(host: str, port: int, tp_size: int, rank: int) -> TCPStore:
+    """The store of a rank 0 that this rank's predecessors have not met."""
+    while True:
+        try:
+            store = _store(host, port, tp_size)
+            if store.add(f"joined/{rank}", 1) == 1:
+                return store
+            store.set(LOST_KEY, str(rank))
+            del store
+        except RuntimeError as error:  # the old one has just gone
+            log.info("the store at %s:%d: %s", host, port, error)
+        log.info("rank %d waits for a new rank 0", rank)
+        time.sleep(RETRY_S)
+
+
+def _end_when_lost(store: Store) -> None:
+    """In a thread of rank 0, which may be waiting for the lost ones in a collective."""
+    while True:
+        with contextlib.suppress(RuntimeError):  # nobody was lost for COLLECTIVE_TIMEOUT
+            rank = store.get(LOST_KEY).decode()
+            log.error("rank %s has started anew, so this group is lost", rank)
+            os._exit(1)
+        time.sleep(RETRY_S)
+
+
+def _patiently(call: Callable[[], T], deadline: float) -> T:
+    """What it returns; a ConfigError only when the deadline is over."""
+    while True:
+        try:
+            return call()
+        except ConfigError as error:
+            if time.monotonic() > deadline:
+                raise
+            log.info("%s; trying again", error)
+        time.sleep(RETRY_S)
 
 
 def relay_group(local_size: int, tp_size: int) -> dist.ProcessGroup:

@@ -48,7 +48,8 @@ SHUTDOWN_GRACE_S = 1.0  # for the scheduler's StopRank, which ends all ranks at 
 # Settings that nodes may have of their own.
 NODES_OWN = {
     "model_path", "tokenizer_path", "name", "address", "node_rank", "dist_init_addr", "num_threads", "device", "dtype",
-    "context_length", "log_level", "trace", "profile",
+    "context_length", "log_level", "trace", "profile", "restart", "max_restarts", "rejoin_timeout", "server_key",
+    "client_keys",
 }  # fmt: skip
 DISPATCH: Mapping[str, DispatchKind] = {"all-reduce": "all_reduce", "all-to-all": "all_to_all"}
 
@@ -101,7 +102,8 @@ def _join(spec: PipelineSpec, rank: int, device: torch.device) -> tuple[Parallel
     if args.dist_init_addr is None:
         return init_parallel(rank, args.tp, args.ep, device, Path(spec.endpoints.rendezvous)), None
     meeting = split_host_port(args.dist_init_addr)
-    parallel = init_parallel_nodes(rank, args.tp, args.ep, device, meeting, _shared_settings(spec))
+    patience_s = args.rejoin_timeout if spec.endpoints.epoch else 0.0
+    parallel = init_parallel_nodes(rank, args.tp, args.ep, device, meeting, _shared_settings(spec), patience_s)
     local_size = len(args.local_ranks)
     group = relay_group(local_size, args.tp)
     return parallel, BatchRelay(group) if rank == 0 or rank >= local_size else None

@@ -142,8 +142,7 @@ class Pipeline:
         self.stop(0.0)
 
     def _make_watch(self, control_address: str) -> Watch:
-        # A group over several nodes would have to form anew on all of them.
-        restarts = 0 if self.args.restart == "never" or self.args.nnodes > 1 else self.args.max_restarts
+        restarts = 0 if self.args.restart == "never" else self.args.max_restarts
         return Watch(
             self._children,
             control_address=control_address,
@@ -152,6 +151,7 @@ class Pipeline:
             rank_silence_s=HEARTBEAT_LOST_S + RANK_SILENCE_STEPS * self.args.step_timeout,
             hosts_only=self.args.node_rank > 0,
             max_restarts=restarts,
+            rejoin_s=self.args.rejoin_timeout if self.args.nnodes > 1 else None,
             standby=restarts > 0 and not self.args.no_standby,
             on_ready=self._note_facts,
             on_progress=self._on_progress,
@@ -168,7 +168,7 @@ class Pipeline:
         spec = msgspec.structs.replace(
             self._spec, endpoints=self._spec.endpoints.of_epoch(epoch), epoch=secrets.token_hex(8)
         )
-        if self._pool_tokens is not None:
+        if self._pool_tokens is not None and self.args.nnodes == 1:  # else all nodes find it out together
             spec = msgspec.structs.replace(
                 spec, args=msgspec.structs.replace(spec.args, max_total_tokens=self._pool_tokens)
             )

@@ -66,6 +66,10 @@ class _Failed(Exception):
         self.names = names
 
 
+class _Final(_Failed):
+    """Nor can it by starting anything again."""
+
+
 class _Stopped(Exception):
     """Asked to stop before all children were ready."""
 
@@ -89,7 +93,8 @@ class Watch:
     write_spec: makes the children's spec file; its argument is the rank group's epoch, counted from 0. hosts_only: the
     children are ranks of an engine whose other processes are on another node. on_ready: called with each child's facts
     once all are ready. rank_silence_s: how long a rank may be busy in one step without a heartbeat. max_restarts: of a
-    child within WINDOW_S; 0 never restarts. standby: keep spare processes for the ranks.
+    child within WINDOW_S; 0 never restarts. standby: keep spare processes for the ranks. rejoin_s: how long ranks that
+    start again may wait for those of other nodes; None where there are none.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class Watch:
         rank_silence_s: float,
         hosts_only: bool,
         max_restarts: int,
+        rejoin_s: float | None,
         standby: bool,
         on_ready: Callable[[Mapping[str, Facts]], None],
         on_progress: Callable[[int, int], None],
@@ -110,7 +116,8 @@ class Watch:
         self.users_mistake = False  # whether the failure is one that the user can fix
         self._specs = {spec.name: spec for spec in children}
         self._write_spec = write_spec
-        self._supervisor = Supervisor(children, 0 if hosts_only else max_restarts)
+        self._rejoin_s = rejoin_s
+        self._supervisor = Supervisor(children, max_restarts)
         self._max_restarts = max_restarts
         self._epoch = 0  # of the rank group
         self._recovering: tuple[str, float] | None = None  # why and since when
@@ -218,6 +225,8 @@ class Watch:
         try:
             self._check_exits()
             self._check_heartbeats()
+        except _Final:
+            raise
         except _Failed as failure:
             self._recover(failure)
         due = self._supervisor.due(time.monotonic())
@@ -247,7 +256,7 @@ class Watch:
         now = time.monotonic()
         ended = self._supervisor.died(gone, now)
         if ended is None:
-            if self._max_restarts and not self._hosts_only and not self.users_mistake:
+            if self._max_restarts and not self.users_mistake:
                 raise _Failed(f"{failure}; given up after {self._max_restarts} restarts in {WINDOW_S:.0f} s")
             raise failure
         log.warning("%s; restarting %s", failure, ", ".join(ended))
@@ -376,6 +385,9 @@ class Watch:
         self._checked_at = now
         for child in self._children.values():
             if child.facts is None:  # still starting: it may be reading weights
+                rejoins = child.process.spec.is_rank and self._epoch > 0 and self._rejoin_s is not None
+                if rejoins and now - child.started > (self._rejoin_s or 0.0):
+                    raise _Final(f"the ranks of all nodes did not meet again in {self._rejoin_s:g} s, --rejoin-timeout")
                 if now - child.started > STARTUP_LIMIT_S:
                     self._end_hung(child.process.name, f"not ready after {STARTUP_LIMIT_S:.0f} s")
                 continue

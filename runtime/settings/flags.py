@@ -99,6 +99,11 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "`HOST:PORT` of node 0 where the ranks of all nodes meet, the same on every node",
         unset="none is needed on one machine", group=PARALLELISM, check=split_host_port,
     )] = None
+    rejoin_timeout: Annotated[float, Spec(
+        "how long the nodes wait for one that was lost, or for the network; then the engine ends",
+        "Requests wait meanwhile. A node that was started again with the same command joins as the lost one.",
+        unit="seconds", group=PARALLELISM, low=1, high=864_000,
+    )] = 300.0
     name: Annotated[str, Spec(
         "name of this daemon, under which clients find it; several daemons can run side by side",
         group=DAEMON, check=check_name,
@@ -260,7 +265,6 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     restart: Annotated[str, Spec(
         "when a process of the engine dies: `on-failure` starts it again, and requests go on from the tokens they "
         "have; `never` ends the engine with one clear error for every request",
-        "An engine over several nodes is never restarted in place.",
         group=DAEMON, choices=("on-failure", "never"),
     )] = "on-failure"
     max_restarts: Annotated[int, Spec(

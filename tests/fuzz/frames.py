@@ -414,7 +414,7 @@ def live(seed: int, count: int, seconds: float) -> str:
     """Against an engine of its own. AssertionError when the bystander fails or a process of the engine dies."""
     with Daemon(*FLAGS) as daemon:
         daemon.wait_ready()
-        before = {name: process.pid for name, process in daemon.children().items()}
+        before = daemon.children()
         with daemon.client() as client:
             params = SamplingParams(max_new_tokens=500, temperature=0, ignore_eos=True)
             expected = client.generate(PROMPT, params).token_ids
@@ -430,7 +430,8 @@ def live(seed: int, count: int, seconds: float) -> str:
         length = min(len(expected), len(bystander.tokens))
         assert length > 0
         assert bystander.tokens[:length] == expected[:length], "the bystander's tokens are others"
-        assert {name: process.pid for name, process in daemon.children().items()} == before, daemon.log()
+        after = daemon.children()  # a spare process may have been added
+        assert all(after.get(name) == process for name, process in before.items()), daemon.log()
         assert "Traceback" not in daemon.log(), daemon.log()
         with daemon.client() as client:
             assert client.generate(PROMPT, params).token_ids == expected

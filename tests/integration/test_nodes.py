@@ -16,9 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.daemon import ROOT, Daemon, running
+from tests.chaos.asks import make_asks, undisturbed
+from tests.chaos.holdings import assert_idle
+from tests.chaos.traffic import Traffic
+from tests.integration.daemon import ROOT, Daemon, running, wait_until
 from tests.integration.streams import Streams, assert_dead_within
-from vibe_sgl_lite import SamplingParams
+from vibe_sgl_lite import EngineDeadError, SamplingParams
 
 PROMPTS = ["Once upon a time there was a small cat", "One day, Tom went to the river. " * 30, "12 + 30 ="]
 GREEDY = SamplingParams(max_new_tokens=24, temperature=0, ignore_eos=True)
@@ -93,11 +96,55 @@ def test_nodes_that_disagree_are_refused_on_both() -> None:
             assert daemon.log().splitlines()[-1].startswith(says)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_rank_changes_no_token(victim: int) -> None:
+    """Of node 0 or of the other one: all ranks meet again."""
+    meeting = f"127.0.0.1:{free_port()}"
+    flags = ["--tp", "2", "--dtype", "float32", "--max-restarts", "20", "--no-standby"]
+    with (
+        Daemon(*flags, *node_flags(2, 1, meeting)) as second,
+        Daemon(*flags, *node_flags(2, 0, meeting)) as first,
+    ):
+        nodes = (first, second)
+        for node in nodes:
+            node.wait_ready()
+        with first.client() as client:
+            asks = make_asks(5, 120)
+            traffic = Traffic([client] * len(asks), asks, undisturbed(client, asks), endless=False)
+            wait_until(lambda: all(stream.arrivals for stream in traffic.streams), 60, "streams under way")
+            nodes[victim].children()[f"model_worker.{victim}"].kill()
+            traffic.join(120)
+            assert not traffic.wrong, traffic.wrong
+            assert_idle(client)
+        assert first.stop() == 0
+        assert second.wait_exit(10) == 0
+
+
+def test_a_node_that_does_not_come_back_ends_the_engine() -> None:
+    meeting = f"127.0.0.1:{free_port()}"
+    flags = ["--tp", "2", "--dtype", "float32", "--rejoin-timeout", "5", "--no-standby"]
+    with (
+        Daemon(*flags, *node_flags(2, 1, meeting)) as second,
+        Daemon(*flags, *node_flags(2, 0, meeting)) as first,
+    ):
+        first.wait_ready()
+        second.wait_ready()
+        with first.client() as client:
+            streams = Streams([client], each=2)
+            streams.wait_running()
+            second.process.kill()
+            assert first.wait_exit(60) == 1
+            streams.wait_ended(10)
+            assert all(isinstance(end, EngineDeadError) for _, end in streams.ends)
+        assert "did not meet again in 5 s" in first.log().splitlines()[-1]
+        assert first.survivors(0.5) == []
+
+
 def test_a_killed_rank_of_another_node_ends_both_nodes() -> None:
     meeting = f"127.0.0.1:{free_port()}"
     with (
-        Daemon("--tp", "2", *node_flags(2, 1, meeting)) as second,
-        Daemon("--tp", "2", *node_flags(2, 0, meeting)) as first,
+        Daemon("--tp", "2", "--restart", "never", *node_flags(2, 1, meeting)) as second,
+        Daemon("--tp", "2", "--restart", "never", *node_flags(2, 0, meeting)) as first,
     ):
         first.wait_ready()
         second.wait_ready()
@@ -149,6 +196,9 @@ class Cable:
     def cut(self) -> None:
         ip("-n", self.spaces[1], "link", "set", self.ends[1], "down")
 
+    def mend(self) -> None:
+        ip("-n", self.spaces[1], "link", "set", self.ends[1], "up")
+
     def remove(self) -> None:
         for space in self.spaces:
             subprocess.run(["ip", "netns", "delete", space], check=False, capture_output=True)
@@ -172,7 +222,7 @@ def cable() -> Iterator[Cable]:
 @pytest.mark.slow
 def test_cutting_the_link_ends_every_request() -> None:
     expected = single_rank_tokens()
-    flags = ["--tp", "4", "--dtype", "float32", "--step-timeout", str(STEP_TIMEOUT_S)]
+    flags = ["--tp", "4", "--dtype", "float32", "--step-timeout", str(STEP_TIMEOUT_S), "--restart", "never"]
     with cable() as link, ExitStack() as stack:
         nodes = [
             stack.enter_context(
