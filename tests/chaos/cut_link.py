@@ -23,6 +23,12 @@ TOKENS = 200
 LIMIT_S = 300.0  # until tokens come again
 
 
+def wait_for_all(traffic: Traffic, since: float) -> float:
+    """Seconds until every stream had a token."""
+    wait_until(lambda: traffic.pauses(since, since) is not None, LIMIT_S, "tokens again")
+    return time.monotonic() - since
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cuts", type=int, default=50)
@@ -52,8 +58,7 @@ def main() -> None:
             time.sleep(lasts)
             link.mend()
             mended = time.monotonic()
-            wait_until(lambda mended=mended: traffic.pauses(mended, mended) is not None, LIMIT_S, "tokens again")
-            waits.append(time.monotonic() - mended)
+            waits.append(wait_for_all(traffic, mended))
             sys.stdout.write(f"cut {number}: {lasts:.1f} s; all had a token {waits[-1]:.1f} s after its end\n")
             sys.stdout.flush()
             traffic.forget()
