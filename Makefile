@@ -3,6 +3,7 @@
 #   make run     start the engine on the embedded model, answer a prompt, stop
 #   make test    the whole test suite
 #   make check   linter and strict type checker
+#   make docs    the documentation as a site, into site/
 #   make bench   throughput and latency on this machine, beside transformers
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: run test check bench clean
+.PHONY: run test check docs bench clean
 
 run: $(VENV)/.installed
 	$(BIN)/python examples/offline.py
@@ -24,11 +25,15 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
 
+docs: $(VENV)/.installed
+	$(PIP_INSTALL) -e '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
+
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/offline.py --workload uniform16 --against transformers $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

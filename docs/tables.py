@@ -1,7 +1,8 @@
 """The tables of fields in docs/, made from what the code checks: `python docs/tables.py` writes them anew.
 
 A table stands between `<!-- fields: NAME -->` and `<!-- end -->`; NAME is a group of server settings,
-`sampling`, a file's name, or `not used of` one.
+`sampling`, a file's name, `not used of` one, `class` and a public class (`own of`: without what it
+inherits), or `errors`.
 tests/test_docs.py checks that the pages are up to date.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from docs.reference import class_reference, error_reference
 from vibe_sgl_lite.runtime.settings import model_config, quantized_form, tokenizer_config
 from vibe_sgl_lite.runtime.settings.model_config import GenerationDefaults, ModelConfig, Yarn
 from vibe_sgl_lite.runtime.settings.sampling_params import FIELDS
@@ -38,6 +40,12 @@ def fill(page: str) -> str:
 
 
 def _table(name: str) -> Iterator[str]:
+    if name == "errors":
+        yield from error_reference()
+        return
+    if name.startswith(("class ", "own of ")):
+        yield from class_reference(name.split()[-1], inherited=name.startswith("class "))
+        return
     if name in MODEL_TABLES:
         yield "| key | allowed | meaning |\n|---|---|---|"
         for field in table(MODEL_TABLES[name]).values():

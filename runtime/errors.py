@@ -120,30 +120,44 @@ class ClosedError(EngineError):
 
 
 class OverloadedError(EngineError):
+    """More waits already than the engine takes; try again later."""
+
     code = "overloaded"
 
 
 class DrainingError(OverloadedError):
+    """The engine is about to stop, and takes nothing new."""
+
     code = "draining"
 
 
 class KVExhaustedError(EngineError):
+    """The request cannot fit the KV pool, even alone."""
+
     code = "kv_exhausted"
 
 
 class NumericalError(EngineError):
+    """NaN or inf in this request's hidden states or logits."""
+
     code = "numerical_error"
 
 
 class DeadlineError(EngineError):
+    """The request's `timeout_s` is over."""
+
     code = "deadline"
 
 
 class PoisonError(EngineError):
+    """Model workers died again and again while they ran this request."""
+
     code = "poison"
 
 
 class ProtocolError(EngineError):
+    """The engine speaks another version, or a frame made no sense."""
+
     code = "protocol"
 
 
