@@ -4,9 +4,10 @@ r"""What one GPU delivers through the whole pipeline, beside what its memory and
     python benchmarks/gpu_offline.py --model-path qwen3-0.6b --load-format dummy --disable-cuda-graph
 
 Workload: 256 requests of 100 to 1,024 random ids in and as many out (seed 0, ignore_eos, temperature 0.6), sent at
-once; then one request of 128 in and 256 out. The floor is the workload's own: the weights read once a decode step,
-every token's keys and values once a step that attends to them, the prompts' products, at the rates that the same run
-measures on the same card. Prints a table and, last, one JSON line. Every other --flag VALUE goes to the engine.
+once; then one request of 128 in and 256 out, and prompts alone, 28 of 640 tokens and one of 16,384. The floor is the
+workload's own: the weights read once a decode step, every token's keys and values once a step that attends to them, the
+prompts' products, at the rates that the same run measures on the same card. Prints a table and, last, one JSON line.
+Every other --flag VALUE goes to the engine.
 """
 
 from __future__ import annotations
@@ -106,6 +107,10 @@ def main() -> None:
         run(llm, [[1] * 100] * 4, [8] * 4)
         result["seconds"] = min(run(llm, prompts, outputs) for _ in range(options.rounds))
         single = min(run(llm, [[choose.randint(0, HIGHEST_ID) for _ in range(128)]], [256]) for _ in range(3))
+        for count, length in ((28, 640), (1, 16_384)):
+            alone = [[choose.randint(0, HIGHEST_ID) for _ in range(length)] for _ in range(count)]
+            seconds = min(run(llm, alone, [1] * count) for _ in range(3))
+            result[f"prefill_{count}x{length}_tok_s"] = count * length / seconds
     result |= {
         "out_tok_s": sum(outputs) / result["seconds"],
         "of_floor": sum(floor.values()) / result["seconds"],

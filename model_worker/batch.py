@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.device import Device
-from vibe_sgl_lite.model_worker.device_batch import IntArray
-from vibe_sgl_lite.model_worker.step_input import PROMPT_ROWS, ExpandRows, StepBuffers, StepInput
+from vibe_sgl_lite.model_worker.device_batch import ChunkBucket, IntArray
+from vibe_sgl_lite.model_worker.step_input import ExpandRows, StepBuffers, StepInput
 from vibe_sgl_lite.runtime.messages import ForwardBatch
 
 
@@ -48,18 +48,18 @@ class SlotStates:
         *,
         max_tokens: int | None = None,
         row_buckets: Sequence[int] = (),
-        prompt_buckets: Sequence[int] = (),
+        chunk_buckets: Sequence[ChunkBucket] = (),
         max_drafts: int = 0,
         expand_rows: ExpandRows | None = None,
     ) -> None:
         """max_tokens: of a step; by default as many as all slots and a context have. row_buckets,
-        prompt_buckets: of `StepGraphs`.
+        chunk_buckets: of `StepGraphs`.
         max_drafts: of a row. expand_rows: makes steps of decode rows alone on the device, if it can."""
         self.page_size = page_size
         self.padding_page = padding_page
         self.device = device
         self.row_buckets = tuple(sorted(row_buckets))
-        self.prompt_buckets = tuple(sorted(bucket for bucket in prompt_buckets if bucket <= context_length))
+        self.chunk_buckets = tuple(sorted(chunk_buckets))
         self.padding_slot = max_slots
         # Allocated lazily by the system: most slots never get near the context length. One place is spare, for the
         # token of a step that ran on before the scheduler learned that the request had ended.
@@ -75,12 +75,12 @@ class SlotStates:
         self._row_slots = np.zeros(0, dtype=np.int32)
         self._row_tokens = np.zeros(0, dtype=np.int32)
 
-        max_rows = max(max_slots, *self.row_buckets, PROMPT_ROWS)
+        max_rows = max(max_slots, *self.row_buckets, *(rows for _, rows in self.chunk_buckets), 1)
         max_tokens = max(max_slots + context_length if max_tokens is None else max_tokens, max_rows)
         self._buffers = StepBuffers(
             self.tokens, self.page_table, self.adapters, page_size, padding_page, device,
             max_rows=max_rows, max_places=max_rows * (1 + max_drafts),
-            max_tokens=max(max_tokens, *self.prompt_buckets, 1),
+            max_tokens=max(max_tokens, *(tokens for tokens, _ in self.chunk_buckets), 1),
             expand_rows=expand_rows,
         )  # fmt: skip
 
@@ -144,8 +144,7 @@ class SlotStates:
             sampling_rows = np.repeat(sampling_rows, each)
             back = np.repeat(np.cumsum(each), each) - 1 - np.arange(len(sampling_rows))
         padding = self._padding(counts, len(sampling_rows))
-        alone = len(slots) == len(sampling_rows) == 1 and counts[0] > 1
-        bucket = next((bucket for bucket in self.prompt_buckets if bucket >= counts[0]), None) if alone else None
+        bucket = None if drafts or self.adapters[slots].any() else self._chunk_bucket(counts)
         step = self._buffers.fill(slots, starts, ends, sampling_rows, back, padding, bucket=bucket)
         if drafts:
             step = replace(step, drafts=drafts)
@@ -190,11 +189,10 @@ class SlotStates:
         none, nobody = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
         return self._buffers.fill(none, none, none, nobody, nobody, rows, max_context)
 
-    def padding_prompt(self, bucket: int) -> StepInput:
-        """A step of the padding slot's row, of so many tokens, for graphs."""
-        slots, zero = np.array([self.padding_slot], dtype=np.int32), np.zeros(1, dtype=np.int64)
-        starts = np.zeros(1, dtype=np.int32)
-        return self._buffers.fill(slots, starts, starts + bucket, zero, zero, 0, bucket=bucket)
+    def padding_chunks(self, bucket: ChunkBucket) -> StepInput:
+        """The same as a batch with chunks: all of it is what it is filled up with."""
+        none, nobody = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
+        return self._buffers.fill(none, none, none, nobody, nobody, 0, bucket=bucket)
 
     def lengthened(self, step: StepInput) -> None:
         """The device has made the rows of this step, which it expanded, one longer."""
@@ -203,6 +201,13 @@ class SlotStates:
     def append(self, step: StepInput, token_ids: Tensor) -> None:
         """Put the sampled tokens, [Q] on the device, behind the tokens of their slots."""
         self.tokens.view(-1).scatter_(0, step.places[: len(token_ids)], token_ids.to(torch.int32))
+
+    def _chunk_bucket(self, counts: IntArray) -> ChunkBucket | None:
+        """The least that holds the step, if it has chunks."""
+        if (counts == 1).all():
+            return None
+        tokens, rows = int(counts.sum()), len(counts)
+        return next((bucket for bucket in self.chunk_buckets if bucket[0] >= tokens and bucket[1] >= rows), None)
 
     def _padding(self, counts: IntArray, num_sampling: int) -> int:
         """How many padding rows bring the step to a size for which there may be a graph."""

@@ -30,7 +30,7 @@ class Compute:
 
     device: how a step is handed to it. kv_layout: what the attention wants of its pool. graphs: what captures the steps
     of one runner, if anything. fused_draw: see `Sampler`. expand_rows: see `SlotStates`. plan_layers: called when a
-    model has its weights, with the attention made for it.
+    model has its weights, with the attention made for it. knows_fp8: for a KV cache.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Compute:
     fused_draw: FusedDraw | None = None
     expand_rows: ExpandRows | None = None
     plan_layers: Callable[[Qwen3, Any], None] = plan_programs
+    knows_fp8: bool = False
 
 
 def device_of(device: torch.device) -> Device:
@@ -67,35 +68,41 @@ def kernel_compute(kernels: CpuKernels) -> Compute:
 
 @dataclass(frozen=True)
 class GpuSetup:
-    """What GPU kernels are set up for. group: query heads a KV head. graph_rows: of the largest step to capture."""
+    """What GPU kernels are set up for. group: query heads a KV head. graph_rows, chunk_tokens: of the largest steps to
+    capture, rows of any and tokens of chunks."""
 
     group: int
     vocab_size: int
     max_slots: int
     graph_rows: int
+    chunk_tokens: int = 0
 
 
 def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
     """Everything through Triton kernels and captured graphs."""
     from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention
     from vibe_sgl_lite.model_worker.gpu.draw import GpuDraw
-    from vibe_sgl_lite.model_worker.gpu.graphs import CudaGraphs, row_buckets
+    from vibe_sgl_lite.model_worker.gpu.graphs import CudaGraphs, chunk_buckets, row_buckets
     from vibe_sgl_lite.model_worker.gpu.kernels.expand_rows import expand_rows
     from vibe_sgl_lite.model_worker.gpu.layers import plan_layers
     from vibe_sgl_lite.model_worker.gpu.operations import GpuOperations
 
     max_rows = max(setup.max_slots, setup.graph_rows)
-    on_device = device_of(device)
+    on_device, rows, graphs = device_of(device), setup.graph_rows, None
+    if rows:
+        chunks = chunk_buckets(setup.chunk_tokens + rows, rows) if setup.chunk_tokens else ()
+        graphs = CudaGraphs(row_buckets(rows), chunks)
     return Compute(
-        f"Triton kernels, graphs of up to {setup.graph_rows} rows" if setup.graph_rows else "Triton kernels",
+        f"Triton kernels, graphs of up to {rows} rows" if rows else "Triton kernels",
         GpuOperations(device),
         lambda pool: GpuAttention(pool, on_device, setup.group, max_rows),
         device=on_device,
         kv_layout=KVLayout.LAYERS,
-        graphs=CudaGraphs(row_buckets(setup.graph_rows)) if setup.graph_rows else None,
+        graphs=graphs,
         fused_draw=GpuDraw(on_device, setup.max_slots + 1, max_rows, setup.vocab_size),
         expand_rows=expand_rows,
         plan_layers=plan_layers,
+        knows_fp8=True,
     )
 
 

@@ -11,10 +11,12 @@ Order of rows: the scheduler sends those that decode first, then chunks of promp
 have exactly one token each, so row r has token r there; the rest have any number, one too. A backend with kernels of
 its own for the two runs them as two launches over the two parts.
 
-Padding: where a device wants few shapes (`StepGraphs.row_buckets`), a step of decode rows alone is filled up with rows
-of context length 0. Their token is 0, their position 0, their key and value go to the pool's padding page, as all the
+Padding: where a device wants few shapes (`StepGraphs`), a step of decode rows alone is filled up with rows of context
+length 0. Their token is 0, their position 0, their key and value go to the pool's padding page, as all the
 entries of their page table do; whatever attention gives for them is never read, but must be finite. Entries of a page
-table behind a row's context are the padding page's or stale: never to be read for anybody's context.
+table behind a row's context are the padding page's or stale: never to be read for anybody's context. A step with chunks
+is filled up with rows of context length 0 too, but these have no token: the tokens that fill it come last, belong to no
+row, and get nothing from attention.
 
 Addresses: on devices that work behind the host's back (`Device.synchronous` False), every tensor of a `DeviceBatch` is
 the beginning of a buffer that lives as long as the runner. What a captured graph has read once it reads again, of the
@@ -35,6 +37,7 @@ from torch import Tensor
 from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend
 
 IntArray = npt.NDArray[np.int32]
+ChunkBucket = tuple[int, int]  # tokens and rows of a step with chunks that is filled up
 Result = TypeVar("Result")
 
 
@@ -50,6 +53,7 @@ class DeviceBatch:
         as the longest context of the step needs, on other devices always those of the longest possible one.
     num_decode_rows: how many of the first rows have one token each.
     host_query_start, host_context_lengths: the same numbers on the host, for planning; max_context: the longest.
+    fills_bucket: it is a step with chunks, filled up to one of `StepGraphs.chunk_buckets`.
     """
 
     token_ids: Tensor
@@ -62,6 +66,7 @@ class DeviceBatch:
     host_query_start: IntArray
     host_context_lengths: IntArray
     max_context: int
+    fills_bucket: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -98,20 +103,20 @@ class StepBackend(AttentionBackend, Protocol):
         return None
 
     def graph_contexts(self) -> Sequence[int]:
-        """Values of `max_context`, one for every key there is: with them, the runner makes the batches to capture."""
+        """Values of `max_context`, one for every key of steps of decode rows alone: with them, the runner makes the
+        batches to capture. Steps with chunks have one key at any."""
         return ()
 
 
 class StepGraphs(Protocol):
     """Captured graphs of whole steps, on devices that have such. The runner decides what is one piece of work.
 
-    row_buckets: numbers of rows, ascending, to which the runner pads steps of decode rows. prompt_buckets: numbers of
-        tokens to which it fills up a step that is one row's chunk, the last of its prompt: so that a short prompt that
-        comes alone does not wait for the host to launch every kernel.
+    row_buckets: numbers of rows, ascending, to which the runner pads steps of decode rows. chunk_buckets: numbers of
+        tokens and of rows, ascending, to which it fills up steps with chunks.
     """
 
     row_buckets: Sequence[int]
-    prompt_buckets: Sequence[int]
+    chunk_buckets: Sequence[ChunkBucket]
 
     def run(self, key: Hashable, work: Callable[[], Result]) -> Result:
         """Replay the graph captured under `key` and return what `work` returned at its capture: the same tensors, new

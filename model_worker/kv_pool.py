@@ -2,7 +2,7 @@
 
 The scheduler hands out pages 0 .. num_pages - 1 and never touches the tensor. Page `num_pages` is the padding page:
 whatever is written there is never read as anyone's context. Elements are of the model's dtype, or int8 with scales
-(kv_int8.py).
+(kv_int8.py; on a GPU, the bytes of fp8, gpu/kernels/cache.py).
 """
 
 import sys
@@ -65,6 +65,7 @@ class KVPool:
         self.kv_heads = config.local_kv_heads(tp_size)
         self.head_dim = config.head_dim
         self.int8 = int8
+        self.dtype = dtype
         page_shape: tuple[int, ...] = (page_size, self.kv_heads, self.head_dim)
         if int8:
             assert self.head_dim % HEAD_DIM_MULTIPLE == 0

@@ -85,7 +85,7 @@ class ModelRunner:
             self.device,
             max_tokens=max_tokens,
             row_buckets=() if graphs is None else graphs.row_buckets,
-            prompt_buckets=() if graphs is None else graphs.prompt_buckets,
+            chunk_buckets=() if graphs is None else graphs.chunk_buckets,
             max_drafts=0 if drafter is None else drafter.most,
             expand_rows=compute.expand_rows,
         )
@@ -174,11 +174,12 @@ class ModelRunner:
         self.run(ForwardBatch(2, released=slot, row_slots=b"", row_tokens=b""))
         if self.graphs is not None:
             with self.graphs.capturing(), torch.inference_mode():
-                for bucket in reversed(self.slots.prompt_buckets):
-                    self._forward(self.slots.padding_prompt(bucket), fused=self.sampler.fused is not None)
+                fused = self.sampler.fused is not None
+                for bucket in reversed(self.slots.chunk_buckets):
+                    self._forward(self.slots.padding_chunks(bucket), fused=fused)
                 for rows in sorted(self.graphs.row_buckets, reverse=True):
                     for context in sorted(self.backend.graph_contexts(), reverse=True):
-                        self._forward(self.slots.padding_step(rows, context), fused=self.sampler.fused is not None)
+                        self._forward(self.slots.padding_step(rows, context), fused=fused)
 
     def apply(self, batch: ForwardBatch) -> None:
         """Take over what the batch changes; the first thing that `launch` does."""
@@ -206,14 +207,14 @@ class ModelRunner:
         key = None
         if self.graphs is not None and step.attributes is None:
             decodes = batch.decodes_only and len(step.places) == batch.num_rows
-            if step.fills_bucket or (decodes and batch.num_rows in self.graphs.row_buckets):
+            if batch.fills_bucket or (decodes and batch.num_rows in self.graphs.row_buckets):
                 key = self.backend.graph_key(batch)
         key = None if key is None else (batch.num_tokens, key)
         output = self._run(key, lambda: self._compute(step, metadata))
         if not fused:
             return self._guard(step, output)
         logits = output.logits
-        if len(step.last_tokens) < batch.num_rows:  # the others' logits show it: what is NaN in a row stays to its end
+        if len(step.sampling_rows) < len(step.slots):  # logits show it of the others: NaN in a row stays to its end
             output = self._guard(step, replace(output, logits=None))
         if draw is None or logits is None:
             return replace(output, token_ids=self.slots.tokens.new_empty(0))
@@ -238,7 +239,8 @@ class ModelRunner:
         self.timer.mark(OTHER)
         if len(step.last_tokens) == 0:
             return ForwardOutput(hidden, None)
-        ends = hidden if len(step.last_tokens) == len(hidden) else hidden[step.last_tokens]
+        all_end = len(step.last_tokens) == len(hidden) and not batch.fills_bucket
+        ends = hidden if all_end else hidden[step.last_tokens]
         self.timer.mark("head")
         logits = self._logits(ends)
         self.timer.mark(OTHER)
@@ -268,16 +270,18 @@ class ModelRunner:
         step, parts = pending.step, []
         if output.token_ids is not None:
             parts.append(output.token_ids)
-        elif output.logits is not None and len(step.sampling_rows):
+        elif output.logits is not None:
             own = len(step.sampling_rows)
-            sampled = self.sampler.sample(
-                output.logits[:own], step.sampling_slots, step.sampling_positions, pending.mask, step.positions[:own]
-            )
-            self.slots.append(step, sampled.token_ids)
-            pending.logprobs = sampled.logprobs
-            parts.append(sampled.token_ids)
+            if own:
+                sampled = self.sampler.sample(
+                    output.logits[:own], step.sampling_slots, step.sampling_positions, pending.mask,
+                    step.positions[:own],
+                )  # fmt: skip
+                self.slots.append(step, sampled.token_ids)
+                pending.logprobs = sampled.logprobs
+                parts.append(sampled.token_ids)
             if len(step.places) > own:
-                parts.append(sampled.token_ids.new_zeros(len(step.places) - own))
+                parts.append(self.slots.tokens.new_zeros(len(step.places) - own))
         if output.bad_rows is not None or output.bad_logits is not None:
             parts.append(_flags(output.bad_rows, step.batch.num_rows, output.hidden))
             parts.append(_flags(output.bad_logits, len(step.places), output.hidden))

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.device import Device, Fields
-from vibe_sgl_lite.model_worker.device_batch import DeviceBatch, IntArray
+from vibe_sgl_lite.model_worker.device_batch import ChunkBucket, DeviceBatch, IntArray
 from vibe_sgl_lite.qwen3.layers.linear import TokenAttributes
 
 LongArray = npt.NDArray[np.int64]
 
-PROMPT_ROWS = 3  # of a step that is one prompt, filled up: its own, one of the tokens that fill, and an empty one
 # What model_worker/gpu/kernels/expand_rows.py does.
 ExpandRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int], None]
 
@@ -35,8 +34,7 @@ class StepInput:
     On the device: last_tokens [Q] int64, where in T they end; positions and device_slots [Q] int64, as on the host;
     places [Q] int64, where in all slots' tokens the sampled ones go. Where the batch is padded for a graph, these four
     go on for its padding rows. attributes: None where all rows are plain. expand: makes the device's tensors of the
-    rows' slots and lengths; it comes before all else, and can be captured. fills_bucket: it is one prompt alone, filled
-    up to one of the sizes for which there may be a graph.
+    rows' slots and lengths; it comes before all else, and can be captured.
     """
 
     batch: DeviceBatch
@@ -51,7 +49,6 @@ class StepInput:
     drafts: dict[int, list[int]] = field(default_factory=dict)
     attributes: TokenAttributes | None = None
     expand: Callable[[], None] | None = None
-    fills_bucket: bool = False
 
     def entries(self, row: int) -> slice:
         """Where among the Q places a row's are."""
@@ -133,17 +130,18 @@ class StepBuffers:
         back: LongArray,
         padding: int,
         max_context: int | None = None,
-        bucket: int | None = None,
+        bucket: ChunkBucket | None = None,
     ) -> StepInput:
         """The step that runs positions starts .. ends of each of its slots, [R] each; then so many padding rows.
 
         sampling_rows: [Q], see `StepInput`; back: [Q], how far before its row's last token each place is. max_context:
-        the longest one for the device to expect, if it is not that of the rows. bucket: tokens to which a step of one
-        row is to be filled up, by a row that does not sample; then comes a row without tokens.
+        the longest one for the device to expect, if it is not that of the rows. bucket: what a step with chunks is to
+        be filled up to, with rows without tokens, tokens of no row and places that sample for nobody.
         """
         longest = int(ends.max(initial=1)) if max_context is None else max_context
         expand = self._expand_rows
-        if expand is not None and len(sampling_rows) == len(slots) and (ends - starts == 1).all():
+        alone = bucket is None and len(sampling_rows) == len(slots)
+        if expand is not None and alone and (ends - starts == 1).all():
             return self._fill_decodes(expand, slots, ends, padding, longest)
         return self._fill_all(slots, starts, ends, sampling_rows, back, padding, longest, bucket)
 
@@ -156,19 +154,20 @@ class StepBuffers:
         back: LongArray,
         padding: int,
         longest: int,
-        bucket: int | None,
+        bucket: ChunkBucket | None,
     ) -> StepInput:
         rows, counts, width = len(slots), ends - starts, self.tokens.shape[1]
         real = int(counts.sum())
         padded_rows, num_tokens, sampled = rows + padding, real + padding, len(sampling_rows) + padding
         if bucket is not None:
-            padded_rows, num_tokens = PROMPT_ROWS, bucket
+            num_tokens, padded_rows = bucket
+            sampled = padded_rows
         self._lengths = None
         host = self._rows.host
         query_start, lengths = host["query_start"][: padded_rows + 1], host["context_lengths"][:padded_rows]
         np.cumsum(counts, out=query_start[1 : rows + 1])
         lengths[:rows] = ends
-        query_start[rows + 1 :] = num_tokens if bucket is not None else np.arange(real + 1, num_tokens + 1)
+        query_start[rows + 1 :] = real if bucket is not None else np.arange(real + 1, num_tokens + 1)
         lengths[rows:] = 0
         host["slots"][:rows] = slots
         host["slots"][rows:padded_rows] = self.padding_slot
@@ -193,8 +192,8 @@ class StepBuffers:
         host["positions"][:own] = sampling_positions
         host["places"][:own] = sampling_slots * width + sampling_positions
         host["slots"][:own] = sampling_slots
-        if padding:
-            host["last_tokens"][own:sampled] = np.arange(real, num_tokens)
+        if sampled > own:
+            host["last_tokens"][own:sampled] = 0 if bucket is not None else np.arange(real, num_tokens)
             host["positions"][own:sampled] = 1
             host["places"][own:sampled] = self.padding_slot * width + 1
             host["slots"][own:sampled] = self.padding_slot
@@ -210,10 +209,11 @@ class StepBuffers:
             query_start=self._rows.device["query_start"][: padded_rows + 1],
             context_lengths=self._rows.device["context_lengths"][:padded_rows],
             page_table=self._page_rows(padded_rows, longest),
-            num_decode_rows=int(chunks[0]) if len(chunks) else padded_rows,
+            num_decode_rows=int(chunks[0]) if len(chunks) else 0 if bucket is not None else padded_rows,
             host_query_start=query_start,
             host_context_lengths=lengths,
             max_context=longest,
+            fills_bucket=bucket is not None,
         )
         device, adapters = self._sampled.device, self.adapters[token_slots]
         return StepInput(
@@ -227,7 +227,6 @@ class StepBuffers:
             places=device["places"][:sampled],
             device_slots=device["slots"][:sampled],
             attributes=TokenAttributes(self.device.tensor(adapters)) if adapters.any() else None,
-            fills_bucket=bucket is not None,
         )
 
     def _fill_decodes(
@@ -255,6 +254,7 @@ class StepBuffers:
                 host_query_start=self._host_starts[: padded + 1],
                 host_context_lengths=lengths,
                 max_context=longest,
+                fills_bucket=False,
             ),
             slots=slots,
             sampling_rows=self._host_rows[:rows],

@@ -34,6 +34,7 @@ from vibe_sgl_lite.qwen3.layers.moe import DispatchKind
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
 from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER, OTHER, PartTimer
 from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.launcher.child import HEARTBEAT_S, Child, PipelineSpec, run_child
 from vibe_sgl_lite.runtime.launcher.spawn import RANK_PREFIX
 from vibe_sgl_lite.runtime.messages import ForwardBatch, RankInput, RankReady, Shutdown, StepResult, StepTimes, StopRank
@@ -43,7 +44,7 @@ from vibe_sgl_lite.runtime.settings.server_args import flag_name
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 
-MAX_IN_FLIGHT = 2  # steps: one runs while the next one waits on the device
+MAX_IN_FLIGHT = 3  # steps: one runs while the next ones wait on the device; the scheduler sends no more
 SHUTDOWN_GRACE_S = 1.0  # for the scheduler's StopRank, which ends all ranks at the same step
 # Settings that nodes may have of their own.
 NODES_OWN = {
@@ -140,7 +141,11 @@ def build_runner(
         load_dummy_weights(model, args.seed, progress)
     else:
         load_weights(model, spec.model_folder, progress)
-    int8_cache = args.kv_cache_dtype == "int8"
+    eight_bits = args.kv_cache_dtype != "auto"
+    if args.kv_cache_dtype == "fp8" and not compute.knows_fp8:
+        raise ConfigError(
+            f"--kv-cache-dtype fp8 needs Triton's kernels: this is {compute.name}", field="kv_cache_dtype"
+        )
     plan = plan_memory(
         spec.model,
         parallel.tp,
@@ -151,10 +156,10 @@ def build_runner(
         max_total_tokens=args.max_total_tokens,
         weight_bytes=weight_bytes(model),
         ranks_on_machine=len(args.local_ranks),
-        int8=int8_cache,
+        int8=eight_bits,
     )
     pool = KVPool(
-        spec.model, parallel.tp.size, plan.num_pages, spec.page_size, dtype, device, int8=int8_cache,
+        spec.model, parallel.tp.size, plan.num_pages, spec.page_size, dtype, device, int8=eight_bits,
         layout=compute.kv_layout,
     )  # fmt: skip
     loaded = time.monotonic()
@@ -190,6 +195,7 @@ def _gpu_setup(spec: PipelineSpec, parallel: ParallelState) -> GpuSetup:
         vocab_size=spec.model.vocab_size,
         max_slots=args.max_running_requests,
         graph_rows=0 if args.disable_cuda_graph or tp > 1 or spec.model.is_moe else graph_rows,
+        chunk_tokens=spec.chunked_prefill_size,
     )
 
 
@@ -205,7 +211,7 @@ def _tokenizer_file(spec: PipelineSpec) -> Path:
 
 
 class StepPipeline:
-    """Launches steps as they come and hands on their results, the earliest first, with at most two in flight.
+    """Launches steps as they come and hands on their results, the earliest first, with at most three in flight.
 
     With a digest, makes sure that all ranks do the same; with a timer, tells where the time went. Either takes steps
     one at a time.

@@ -13,6 +13,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     fairness: sessions take turns by tokens (scheduler/fairness.py).
     chunked_prefill_size: prompt tokens a step at most. policy: a name in scheduler/policies.
     overlap: two steps in flight instead of one.
+    ahead_s: with overlap, a third step is sent while the two in flight are expected to take less than this: steps may
+        be shorter than the way of a result to here and of a step to the ranks, who would wait.
+    smallest_chunk: tokens of a prompt's chunk at least, if it has them, whatever the cost: reading a long context for a
+        few tokens is dear, and where a device is fast, so is a chunk.
     max_step_stretch: while requests decode, a step with chunks takes at most so many times what decoding alone would.
     conservativeness: factor on the share of the remaining output that admission keeps room for.
     draft_tokens: what a decode row may run beyond its one known token; the ranks propose and check them.
@@ -30,6 +34,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     policy: str = "fcfs"
     radix_cache: bool = True
     overlap: bool = True
+    ahead_s: float = 0.0
+    smallest_chunk: int = 8
     max_step_stretch: float = 3.0
     conservativeness: float = 1.0
     base_tokens: float = 16.0

@@ -15,9 +15,9 @@ Around it: process.py moves messages; tools/ records and replays, draws timeline
 Ranks may die: `lose_ranks` puts everything that ran back into the queue, and the ranks of the next epoch go on with it.
 
 One step: `schedule(now)` gives a `ForwardBatch` to send to every rank, or None. `complete(result, now)` takes rank 0's
-answer, in order. With overlap a second step may be scheduled before the first one's result is in: a decode row's token
-is then not known here, but the ranks keep it. What is learned late (an end token, an abort) costs one row, whose result
-is dropped; its slot and pages are given up when no step in flight has the row.
+answer, in order. With overlap a second step (and, if they are short, a third) may be scheduled before the first one's
+result is in: a decode row's token is then not known here, but the ranks keep it. What is learned late (an end token, an
+abort) costs a row of each, whose result is dropped; its slot and pages are given up when no step in flight has the row.
 """
 
 from __future__ import annotations
@@ -197,8 +197,12 @@ class Scheduler:
 
     @property
     def can_schedule(self) -> bool:
-        """There are ranks, and fewer steps in flight than may be."""
-        return len(self.state.in_flight) < self._max_in_flight and self.state.has_ranks
+        """There are ranks, and fewer steps in flight than may be: three if they are short, see `SchedulerConfig`."""
+        steps = self.state.in_flight
+        return self.state.has_ranks and (len(steps) < self._max_in_flight or self._is_soon_done(steps))
+
+    def _is_soon_done(self, steps: Sequence[Step]) -> bool:
+        return len(steps) == 2 == self._max_in_flight and sum(step.estimate_s for step in steps) < self.config.ahead_s
 
     @property
     def newest_step(self) -> Step | None:

@@ -5,7 +5,8 @@ being prefilled, and chunks of newly admitted requests, in the policy's order, a
 allow. Changes the state accordingly; sends nothing.
 
 Cost: while rows decode, chunks may make the step at most `max_step_stretch` times as long as the decode rows alone, by
-the cost model's estimate; with none decoding a step takes a full chunk.
+the cost model's estimate, but the first of them has `smallest_chunk` tokens in any case; with none decoding a step
+takes a full chunk.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from vibe_sgl_lite.scheduler.request import NO_SLOT, Request
 from vibe_sgl_lite.scheduler.state import SchedulerState
 
 RETRY_STEPS = 8  # admission that found no memory is tried again when something has changed, or after so many steps
-SMALLEST_CHUNK = 8  # tokens; so that prefill goes on however slow a step is
 
 
 class StepPlanner:
@@ -204,8 +204,9 @@ class StepPlanner:
         count = min(wanted, self._tokens_left)
         if self._cost_left < math.inf:
             affordable = self._cost.tokens_within(self._cost_left, start)
-            if affordable < min(count, SMALLEST_CHUNK):
-                affordable = 0 if self._chunks else SMALLEST_CHUNK
+            smallest = self._state.config.smallest_chunk
+            if affordable < min(count, smallest):
+                affordable = 0 if self._chunks else smallest
             count = min(count, affordable)
         return count
 

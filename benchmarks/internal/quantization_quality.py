@@ -4,9 +4,10 @@
     python benchmarks/internal/quantization_quality.py --texts my_texts.txt
 
 Every prompt runs through the model in chunks of 64 tokens, once a variant, and all its tokens' logits are compared with
-those of bf16. `fp32` shows what bf16's own rounding does. A file of texts has one a line; without one, prompts are
-random token ids. With dummy weights the distributions are those of no language: nearly flat, so their KL says how large
-the errors of logits are, not what a user would notice. Prints a table and, last, one JSON line.
+those of bf16. `fp32` shows what bf16's own rounding does. With `--device cuda` the variants are those of a GPU. A file
+of texts has one a line; without one, prompts are random token ids. With dummy weights the distributions are those of no
+language: nearly flat, so their KL says how large the errors of logits are, not what a user would notice. Prints a table
+and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from vibe_sgl_lite.model_worker.compute import choose_compute  # noqa: E402
+from vibe_sgl_lite.model_worker.compute import GpuSetup, choose_compute  # noqa: E402
 from vibe_sgl_lite.model_worker.kv_pool import KVPool  # noqa: E402
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats  # noqa: E402
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner  # noqa: E402
@@ -36,23 +37,26 @@ from vibe_sgl_lite.runtime.settings.model_config import ModelConfig  # noqa: E40
 from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams, resolve  # noqa: E402
 
 PAGE, CHUNK = 16, 64
-VARIANTS = {  # name -> dtype, --quantization, --kv-cache-dtype int8
+VARIANTS = {  # name -> dtype, --quantization, whether the KV cache is in 8 bits
     "bf16": (torch.bfloat16, "none", False),
     "fp32": (torch.float32, "none", False),
     "int8": (torch.bfloat16, "int8", False),
     "int4": (torch.bfloat16, "int4", False),
     "int8 KV": (torch.bfloat16, "none", True),
     "int8, int8 KV": (torch.bfloat16, "int8", True),
+    "fp8 KV": (torch.bfloat16, "none", True),
 }
+OF_DEVICE = {"cpu": ("bf16", "fp32", "int8", "int4", "int8 KV", "int8, int8 KV"), "cuda": ("bf16", "fp32", "fp8 KV")}
 
 
 class Variant:
     """One way to keep the model, ready to run prompts."""
 
-    def __init__(self, folder: Path, load_format: str, name: str, longest: int) -> None:
-        dtype, quantization, int8_cache = VARIANTS[name]
-        config, device = ModelConfig.from_folder(folder), torch.device("cpu")
-        compute = choose_compute(dtype, device, config.head_dim)
+    def __init__(self, folder: Path, load_format: str, name: str, longest: int, device: torch.device) -> None:
+        dtype, quantization, eight_bits = VARIANTS[name]
+        config = ModelConfig.from_folder(folder)
+        setup = GpuSetup(config.num_attention_heads // config.num_key_value_heads, config.vocab_size, 1, 0)
+        compute = choose_compute(dtype, device, config.head_dim, setup)
         model = Qwen3(config, ParallelState(), dtype, device, compute.operations)
         choose_formats(model, quantization, compute.kernels)
         if load_format == "dummy":
@@ -60,7 +64,8 @@ class Variant:
         else:
             load_weights(model, folder)
         self._pages = -(-longest // PAGE)
-        pool = KVPool(config, 1, self._pages, PAGE, dtype, device, int8=int8_cache)
+        layout = compute.kv_layout
+        pool = KVPool(config, 1, self._pages, PAGE, dtype, device, int8=eight_bits, layout=layout)
         self._runner = ModelRunner(model, pool, compute, max_slots=1, context_length=longest + 1)
 
     def log_probabilities(self, ids: list[int]) -> Tensor:
@@ -104,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", default=str(ROOT / "vibe_sgl_lite" / "models" / "tiny"))
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--texts", default=None, help="file of texts, one a line (random ids)")
     parser.add_argument("--prompts", type=int, default=4, help="random prompts (4)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of each (256)")
@@ -115,8 +121,9 @@ def main() -> None:
     result: dict[str, dict[str, float]] = {}
     print(f"{sum(map(len, prompts))} tokens\n{'':>16}{'KL':>12}{'same best token':>18}")
     with torch.inference_mode():
-        for name in VARIANTS:
-            variant = Variant(folder, options.load_format, name, longest)
+        for name in OF_DEVICE[options.device]:
+            device = torch.device(options.device, 0)
+            variant = Variant(folder, options.load_format, name, longest, device)
             actual = [variant.log_probabilities(ids) for ids in prompts]
             if not expected:
                 expected = actual

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vibe_sgl_lite.model_worker.device import Device, Fields
 from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
+from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import (
     CHAIN_CONTEXTS,
     CHAIN_ROWS,
@@ -18,13 +19,14 @@ from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import (
 )
 from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (
     LONG_CONTEXT,
+    NO_ROW,
     DecodeScratch,
     DecodeTiles,
     choose_tiles,
     decode_attention,
 )
 from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import (
-    SHORT_CONTEXT,
+    FEW_TOKENS,
     PrefillTiles,
     choose_prefill_tiles,
     plan_tiles,
@@ -33,12 +35,11 @@ from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import (
 from vibe_sgl_lite.model_worker.gpu.kernels.rope_store import rope_store
 from vibe_sgl_lite.model_worker.gpu.operations import has_dependent_launch
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
-from vibe_sgl_lite.model_worker.step_input import PROMPT_ROWS
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
 
 IntArray = npt.NDArray[np.int32]
-PROMPT_TILES = 4096  # of a prompt that comes alone and is filled up
+CHUNK_TILES = 4096  # at most, of a step with chunks that is captured
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class ChunkPlan:
 
 @dataclass(frozen=True)
 class GpuMetadata:
-    """order: [decode rows] int32, the longest first. tiles: how their launch is cut. chunks: of the rest, if any.
+    """order: int32, the rows that decode, the longest first; in a step that is filled up NO_ROW follows, up to as many
+    as it has rows. tiles: how their launch is cut. chunks: of the rest, if any.
 
     chain_tiles: for a step that runs as a chain (layers.py), else None.
     """
@@ -64,7 +66,7 @@ class GpuMetadata:
 
 
 class GpuAttention:
-    """A `StepBackend` (model_worker/device_batch.py) for a pool of the model's dtype."""
+    """A `StepBackend` (model_worker/device_batch.py) for a pool of the model's dtype, or of bytes for fp8."""
 
     def __init__(self, pool: KVPool, device: Device, group: int, max_rows: int) -> None:
         """group: query heads a KV head. max_rows: of a step, padding rows included."""
@@ -72,7 +74,7 @@ class GpuAttention:
         self.device = device
         self.group = group
         self.pdl = has_dependent_launch(device.torch_device)
-        self.caches = [(pool.keys(layer), pool.values(layer)) for layer in range(pool.num_layers)]
+        self.caches = [_cache_of(pool, layer) for layer in range(pool.num_layers)]
         self.has_chain = False  # set by what plans the layers
         self.scratch = DecodeScratch(
             pool.kv_heads, group, pool.head_dim, device.torch_device, places=CHAIN_ROWS * CHAIN_SPLITS
@@ -81,7 +83,7 @@ class GpuAttention:
         self._num_ordered = 0
         self._max_rows = max_rows
         self._compiled = False
-        self._prompt_tiles = Fields(device, 2 * PROMPT_TILES, tiles=np.int32)
+        self._chunk_tiles = Fields(device, 2 * CHUNK_TILES, tiles=np.int32)
 
     def prepare(self, batch: DeviceBatch) -> GpuMetadata:
         if not self._compiled:
@@ -89,16 +91,18 @@ class GpuAttention:
             self._compile(batch)
         decode_rows = batch.num_decode_rows
         chain = self._runs_as_chain(batch)
-        self._sort(batch.host_context_lengths[:decode_rows])
-        tiles = choose_tiles(decode_rows, self.pool.kv_heads, self.pool.data.dtype, batch.max_context)
+        places, longest = decode_rows, batch.max_context
+        if batch.fills_bucket:  # for so many rows or fewer, of any length
+            places, longest = batch.num_rows, LONG_CONTEXT + 1
+        self._sort(batch.host_context_lengths[:decode_rows], places)
+        tiles = choose_tiles(places, self.pool.kv_heads, self.pool.data.dtype, longest)
         chunks = None if batch.decodes_only else self._plan_chunks(batch)
-        order = self._order.device["rows"][:decode_rows]
+        order = self._order.device["rows"][:places]
         return GpuMetadata(batch, order, tiles, chunks, choose_chain_tiles(batch.max_context) if chain else None)
 
     def graph_key(self, batch: DeviceBatch) -> Hashable | None:
         if not batch.decodes_only:
-            fits = self._fills_bucket(batch) and batch.max_context <= SHORT_CONTEXT
-            return self._cut(batch.max_context) if fits else None
+            return batch.num_rows if self._num_tiles(batch, self._cut(batch.num_tokens)) <= CHUNK_TILES else None
         return choose_chain_tiles(batch.max_context) if self._runs_as_chain(batch) else batch.max_context > LONG_CONTEXT
 
     def graph_contexts(self) -> Sequence[int]:
@@ -113,8 +117,7 @@ class GpuAttention:
         angles: RopeAngles,
         metadata: GpuMetadata,
     ) -> Tensor:
-        keys, values = self.caches[layer]
-        batch = metadata.batch
+        cache, batch = self.caches[layer], metadata.batch
         query = qkv.new_empty((qkv.shape[0], self.group * self.pool.kv_heads * self.pool.head_dim))
         rope_store(
             qkv,
@@ -124,18 +127,16 @@ class GpuAttention:
             angles.cos,
             angles.sin,
             batch.slot_mapping,
-            keys,
-            values,
+            cache,
             query,
             pdl=self.pdl,
         )
         attended = qkv.view(-1)[: query.numel()].view(query.shape)  # qkv is spent
-        decode_rows = batch.num_decode_rows
+        decode_rows = len(metadata.order)
         if decode_rows:
             decode_attention(
                 query[:decode_rows],
-                keys,
-                values,
+                cache,
                 batch.page_table,
                 batch.context_lengths,
                 metadata.order,
@@ -147,8 +148,7 @@ class GpuAttention:
         if metadata.chunks is not None:
             prefill_attention(
                 query,
-                keys,
-                values,
+                cache,
                 batch.page_table,
                 batch.context_lengths,
                 batch.query_start,
@@ -168,48 +168,54 @@ class GpuAttention:
         must not be in the middle of other requests' streams."""
         zeros = torch.zeros(16, dtype=torch.int32, device=self.device.torch_device)
         width = self.group * self.pool.kv_heads * self.pool.head_dim
-        query, output = torch.zeros((2, 1, width), dtype=self.pool.data.dtype, device=self.device.torch_device)
+        query, output = torch.zeros((2, 1, width), dtype=self.pool.dtype, device=self.device.torch_device)
         cache, table, dtype = self.caches[0], batch.page_table[:1], self.pool.data.dtype
         for tiles in {
             choose_tiles(rows, self.pool.kv_heads, dtype, context)
             for rows in range(1, self._max_rows + 1)
             for context in (1, LONG_CONTEXT + 1)
         }:
-            decode_attention(query, *cache, table, zeros, zeros[:1], self.scratch, output, tiles=tiles, pdl=self.pdl)
-        for cut in {self._cut(1), self._cut(SHORT_CONTEXT + 1)}:
+            decode_attention(query, cache, table, zeros, zeros[:1], self.scratch, output, tiles=tiles, pdl=self.pdl)
+        for cut in {self._cut(1), self._cut(FEW_TOKENS + 1)}:
             no_tokens = zeros[:2].view(1, 2)
-            prefill_attention(query, *cache, table, zeros, zeros, no_tokens, cut, output, pdl=self.pdl)
+            prefill_attention(query, cache, table, zeros, zeros, no_tokens, cut, output, pdl=self.pdl)
 
-    def _sort(self, lengths: IntArray) -> None:
-        """Bring the order to the device, unless the one that is there is as good: lengths grow by one a step."""
+    def _sort(self, lengths: IntArray, places: int) -> None:
+        """Bring the order to the device, NO_ROW behind it up to `places`; unless the one that is there is as good:
+        lengths grow by one a step."""
         known = self._order.host["rows"][: len(lengths)]
-        if self._num_ordered == len(lengths) and (np.diff(lengths[known]) <= 0).all():
+        whole = places == len(lengths)
+        if whole and self._num_ordered == len(lengths) and (np.diff(lengths[known]) <= 0).all():
             return
         known[:] = np.argsort(-lengths, kind="stable")
-        self._num_ordered = len(lengths)
-        self._order.send(len(lengths))
+        self._order.host["rows"][len(lengths) : places] = NO_ROW
+        self._num_ordered = len(lengths) if whole else 0
+        self._order.send(places)
 
-    def _fills_bucket(self, batch: DeviceBatch) -> bool:
-        """Whether it is one prompt, filled up: then the tiles lie in a place, and in a number, that stay."""
-        lengths = batch.host_context_lengths
-        return batch.num_decode_rows == 0 and len(lengths) == PROMPT_ROWS and not lengths[1:].any()
+    def _cut(self, tokens: int) -> PrefillTiles:
+        return choose_prefill_tiles(tokens, self.group, self.pool.data.dtype)
 
-    def _cut(self, longest: int) -> PrefillTiles:
-        return choose_prefill_tiles(longest, self.group, self.pool.data.dtype)
+    def _num_tiles(self, batch: DeviceBatch, cut: PrefillTiles) -> int:
+        """The most that so many tokens in so many rows may have: each row has one that is not full, at most."""
+        return batch.num_tokens // (cut.rows // self.group) + min(batch.num_rows, batch.num_tokens)
 
     def _plan_chunks(self, batch: DeviceBatch) -> ChunkPlan:
-        first = batch.num_decode_rows
-        cut = self._cut(int(batch.host_context_lengths[first:].max()))
-        tokens = cut.rows // self.group
-        if self._fills_bucket(batch):
-            tiles = plan_tiles(batch.host_query_start, np.zeros(1, dtype=np.int32), tokens)
-            count = -(-batch.num_tokens // tokens)
-            if count <= PROMPT_TILES:
-                host = self._prompt_tiles.host["tiles"].reshape(-1, 2)
-                host[: len(tiles)] = tiles
-                host[len(tiles) : count] = PROMPT_ROWS - 1, 0  # of the row without tokens
-                self._prompt_tiles.send(2 * count)
-                return ChunkPlan(self._prompt_tiles.device["tiles"][: 2 * count].view(-1, 2), cut)
-        rows = np.arange(first, batch.num_rows, dtype=np.int32)
-        tiles = plan_tiles(batch.host_query_start, rows, tokens)
-        return ChunkPlan(self.device.tensor(tiles), cut)
+        cut = self._cut(batch.num_tokens)
+        rows = np.arange(batch.num_decode_rows, batch.num_rows, dtype=np.int32)
+        tiles = plan_tiles(batch.host_query_start, rows, cut.rows // self.group)
+        count = self._num_tiles(batch, cut)
+        if not batch.fills_bucket or count > CHUNK_TILES:
+            return ChunkPlan(self.device.tensor(tiles), cut)
+        host = self._chunk_tiles.host["tiles"].reshape(-1, 2)
+        host[: len(tiles)] = tiles
+        host[len(tiles) : count] = NO_ROW
+        self._chunk_tiles.send(2 * count)
+        return ChunkPlan(self._chunk_tiles.device["tiles"][: 2 * count].view(-1, 2), cut)
+
+
+def _cache_of(pool: KVPool, layer: int) -> LayerCache:
+    keys, values = pool.keys(layer), pool.values(layer)
+    key_scales, value_scales = pool.key_scales(layer), pool.value_scales(layer)
+    if key_scales is None or value_scales is None:
+        return LayerCache(keys, values)
+    return LayerCache.of_codes(keys, values, key_scales, value_scales)

@@ -20,6 +20,8 @@ class GpuDraw:
         self._slots = Fields(device, max_slots, inverse_temperatures=np.float64, seeds=np.int64)
         self._plain: npt.NDArray[np.bool_] = np.ones(max_slots, dtype=np.bool_)
         self._scratch = torch.empty(max_rows * num_chunks(vocab_size), dtype=torch.float32, device=device.torch_device)
+        # In a place of its own: while a graph draws, the logits lie where other graphs keep what they make.
+        self._token_ids = torch.empty(max_rows, dtype=torch.int32, device=device.torch_device)
         self._changed = False
 
     def admit(self, slot: int, sampling: ResolvedSampling, *, plain: bool) -> None:
@@ -44,7 +46,7 @@ class GpuDraw:
         places: Tensor,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        token_ids = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
+        token_ids = self._token_ids[: len(logits)]
         parameters = self._slots.device["inverse_temperatures"], self._slots.device["seeds"]
         sample(logits, slots, positions, *parameters, self._scratch, token_ids, tokens, places, lengths, pdl=self._pdl)
         return token_ids

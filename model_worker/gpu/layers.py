@@ -73,25 +73,29 @@ class GpuLayers:
         qkv = stream.new_empty((len(stream), first.qkv.matrix.shape[0]))
         attended = stream.new_empty((len(stream), first.output.matrix.shape[1]))
         inner = stream.new_empty((len(stream), first.down.matrix.shape[1]))
-        for layer, (keys, values) in zip(self.chain, self.attention.caches, strict=True):
+        for number, (layer, cache) in enumerate(zip(self.chain, self.attention.caches, strict=True)):
             _multiply(stream, layer.qkv, qkv, pdl=pdl, norm=layer.attention_norm)
-            chain_attention(
-                qkv,
-                layer.query_norm.weight.tensor,
-                layer.key_norm.weight.tensor,
-                (layer.query_norm.eps, layer.key_norm.eps),
-                context.angles.cos,
-                context.angles.sin,
-                batch.slot_mapping,
-                keys,
-                values,
-                batch.page_table,
-                batch.context_lengths,
-                self.attention.scratch,
-                attended,
-                tiles=metadata.chain_tiles,
-                pdl=pdl,
-            )
+            if cache.fp8:  # for which there is no chain_attention
+                norms = layer.query_norm, layer.key_norm
+                attended = self.attention.forward(number, qkv, *norms, context.angles, metadata)
+            else:
+                chain_attention(
+                    qkv,
+                    layer.query_norm.weight.tensor,
+                    layer.key_norm.weight.tensor,
+                    (layer.query_norm.eps, layer.key_norm.eps),
+                    context.angles.cos,
+                    context.angles.sin,
+                    batch.slot_mapping,
+                    cache.keys,
+                    cache.values,
+                    batch.page_table,
+                    batch.context_lengths,
+                    self.attention.scratch,
+                    attended,
+                    tiles=metadata.chain_tiles,
+                    pdl=pdl,
+                )
             _multiply(attended, layer.output, stream, pdl=pdl, addend=stream)
             _multiply(stream, layer.gate_up, inner, pdl=pdl, norm=layer.feed_forward_norm, silu=True)
             _multiply(inner, layer.down, stream, pdl=pdl, addend=stream)

@@ -44,7 +44,7 @@ def _lines(args: ServerArgs) -> Iterator[str]:
         )
     memory = rank_memory(
         model, tp=args.tp, ep=args.ep, dtype=dtype, quantization=args.quantization,
-        int8_cache=args.kv_cache_dtype == "int8",
+        int8_cache=args.kv_cache_dtype != "auto",
     )  # fmt: skip
     kept = dtype if args.quantization == "none" else f"{args.quantization}, else {dtype}"
     yield f"{source.name}: {args.tp} ranks (ep {args.ep}), matrices in {kept}; GiB of one rank"

@@ -11,6 +11,7 @@ non-zero exit. `main` returns when `Child.commands` brings a `Shutdown`.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -76,6 +77,7 @@ class Child:
         self.control.send(msgspec.msgpack.encode(message))
 
     def ready(self, **facts: int | float | str) -> None:
+        gc.freeze()  # what is there now stays: no collection has to look at it again
         self.is_ready = True
         self._send(ChildReady(self.name, facts, self._pid))
 

@@ -99,7 +99,7 @@ class FakeGraphs:
 
     def __init__(self, row_buckets: Sequence[int]) -> None:
         self.row_buckets = row_buckets
-        self.prompt_buckets: Sequence[int] = ()
+        self.chunk_buckets: Sequence[tuple[int, int]] = ()
         self.captured: dict[Hashable, tuple[Callable[[], Any], Any]] = {}
         self.replayed: list[Hashable] = []
         self._capturing = False

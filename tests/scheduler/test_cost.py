@@ -129,3 +129,23 @@ def test_chunks_shrink_beside_running_rows_and_with_their_context(stretch: float
     h.add(request(11, [10, 11] * 700, max_new_tokens=1))
     chunk, _ = step()
     assert chunk == 512, "with nothing decoding a chunk is full"
+
+
+def test_a_chunk_has_a_least_size_whatever_it_costs() -> None:
+    """Of the first prompt in the step; another one gets what the budget still has, which is nothing."""
+    h = Harness(
+        config(num_pages=2000, page_size=4, chunked_prefill_size=512, smallest_chunk=100, max_step_stretch=1.01)
+    )
+    h.scheduler.cost.observe(decode_work(1, 21), 1.0)
+    h.add(request(1, [1] * 20, max_new_tokens=400))
+    assert h.schedule()
+    for uid in (2, 3):
+        h.add(request(uid, [uid] * 250, max_new_tokens=5))
+    sizes = []
+    for _ in range(3):
+        assert h.schedule()
+        step = h.scheduler.newest_step
+        assert step is not None
+        sizes.append([(chunk.request.uid, chunk.count) for chunk in step.chunks])
+        h.complete()
+    assert sizes == [[(2, 100)], [(2, 100)], [(2, 50)]]

@@ -8,6 +8,7 @@ from tests.scheduler.harness import Harness, config, reference, request, samplin
 from vibe_sgl_lite.runtime.messages import RowLogprobs, StepResult, TokenLogprob, pack_ids, unpack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 from vibe_sgl_lite.scheduler.core import Scheduler
+from vibe_sgl_lite.scheduler.cost import decode_work
 
 
 def finish_of(h: Harness, uid: int) -> tuple[str, int | str | None]:
@@ -27,8 +28,23 @@ def test_an_end_token_found_late_costs_one_row_and_no_token() -> None:
     assert h.rank.tokens_run == 3 + len(tokens)  # one row more than needed: the last token was fed back in vain
 
 
-def test_the_length_is_known_ahead_and_costs_no_row() -> None:
-    h = Harness(config())
+@pytest.mark.parametrize(("ahead_s", "measured_s", "steps"), [(0.0, 0.001, 2), (0.003, 0.001, 3), (0.003, 0.01, 2)])
+def test_a_third_step_is_sent_while_two_are_short(ahead_s: float, measured_s: float, steps: int) -> None:
+    h = Harness(config(ahead_s=ahead_s))
+    h.scheduler.cost.observe(decode_work(1, 4), measured_s)
+    end = reference([1, 2, 3], sampling(max_new_tokens=9))[4]
+    h.add(request(1, [1, 2, 3], max_new_tokens=9, end_token_ids=(end,)))
+    while h.schedule():
+        pass
+    assert h.scheduler.stats()["steps_in_flight"] == steps
+    h.run()
+    assert finish_of(h, 1) == ("stop", end)
+    assert h.rank.tokens_run == 3 + len(h.samples[1].tokens) + steps - 2
+
+
+@pytest.mark.parametrize("ahead_s", [0.0, 1.0])
+def test_the_length_is_known_ahead_and_costs_no_row(ahead_s: float) -> None:
+    h = Harness(config(ahead_s=ahead_s))
     h.add(request(1, [1, 2, 3], max_new_tokens=5))
     h.run()
     assert finish_of(h, 1) == ("length", None)

@@ -16,8 +16,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from vibe_sgl_lite.model_worker.gpu.kernels.cache import UNIT, LayerCache, even_dims, odd_dims
+
 LOG2_E = 1.4426950408889634
 MERGED = tl.constexpr(16)  # partial results that are added up at once
+WEIGHT_UNIT = tl.constexpr(16.0)  # keeps softmax weights times fp8 scales above the least fp16
+NO_ROW = -1  # in place of a row: nothing to do
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,16 @@ MAX_SPLITS = 32
 
 
 def choose_tiles(rows: int, kv_heads: int, dtype: torch.dtype, max_context: int) -> DecodeTiles:
-    """The tiles for a launch of `rows`; fp32 takes half the keys a block, for shared memory's sake."""
+    """The tiles for a launch of `rows` over a cache of this dtype, int8 for fp8.
+
+    fp32 takes half the keys a block, for shared memory's sake; of fp8 more blocks fit.
+    """
     tiles = next((tiles for most, tiles in TILES if rows <= most), MANY_ROWS)
     if max_context > LONG_CONTEXT:
         wanted = triton.next_power_of_2(-(-LONG_PROGRAMS // max(1, rows * kv_heads)))
         tiles = replace(tiles, splits=min(max(tiles.splits, wanted), MAX_SPLITS))
+    if dtype == torch.int8:
+        return replace(tiles, stages=3)
     return replace(tiles, keys=32, stages=2) if dtype == torch.float32 else tiles
 
 
@@ -102,16 +111,21 @@ def _merge(
 @triton.jit
 def _decode_attention(
     query, keys, values, output, page_table, context_lengths, order, sums, maxima_and_norms, arrived,
-    query_stride, table_stride, page_stride, token_stride, head_stride, scale,
+    key_scales, value_scales, query_stride, table_stride, page_stride, token_stride, head_stride, scale_stride, scale,
     SPLITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    FP8: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (KV_HEADS, R, SPLITS). scale: of the scores, times log2(e). GP: G rounded up to a matrix's least rows."""
+    """Grid (KV_HEADS, R, SPLITS). scale: of the scores, times log2(e). GP: G rounded up to a matrix's least rows.
+
+    W: elements of a key, D, or in fp8 D / 2 words: q and total are then of even dims, q_odd and odd of the others.
+    """
     head = tl.program_id(0)
     split = tl.program_id(2)
-    row = tl.load(order + tl.program_id(1))
+    listed = tl.load(order + tl.program_id(1))
+    row = tl.maximum(listed, 0)
     length = tl.load(context_lengths + row)
-    dims = tl.arange(0, D)
+    dims = tl.arange(0, W)
     group = tl.arange(0, GP)
     in_group = (group < G)[:, None]
     if SPLITS == 1:
@@ -126,40 +140,65 @@ def _decode_attention(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    if split < splits:
-        heads = (head * G + group)[:, None] * D + dims[None, :]
-        q = tl.load(query + row.to(tl.int64) * query_stride + heads, mask=in_group, other=0.0)
+    if (split < splits) & (listed >= 0):
+        heads = (head * G + group)[:, None] * D + dims[None, :] * (D // W)
+        line = query + row.to(tl.int64) * query_stride
+        q = tl.load(line + heads, mask=in_group, other=0.0)
+        if FP8:
+            q = q.to(tl.float16)
+            q_odd = tl.load(line + heads + 1, mask=in_group, other=0.0).to(tl.float16)
+            odd = tl.zeros([GP, W], tl.float32)
         maximum = tl.full([GP], -float("inf"), tl.float32)
         norm = tl.zeros([GP], tl.float32)
-        total = tl.zeros([GP, D], tl.float32)
+        total = tl.zeros([GP, W], tl.float32)
         table = page_table + row.to(tl.int64) * table_stride
         for first in tl.range(start, end, BLOCK, num_stages=STAGES):
             token = first + tl.arange(0, BLOCK)
             here = token < end
             if PAGE % BLOCK == 0:  # the block lies in one page
                 page = tl.load(table + first // PAGE).to(tl.int64)
-                place = page * page_stride + (first % PAGE + tl.arange(0, BLOCK)) * token_stride + head * head_stride
+                inside = first % PAGE + tl.arange(0, BLOCK)
             else:
                 page = tl.load(table + token // PAGE, mask=here, other=0).to(tl.int64)
-                place = page * page_stride + (token % PAGE) * token_stride + head * head_stride
-            key = tl.load(keys + place[None, :] + dims[:, None], mask=here[None, :], other=0.0)
-            score = tl.dot(q, key, input_precision=PRECISION) * scale
+                inside = token % PAGE
+            place = page * page_stride + inside * token_stride + head * head_stride
+            key = tl.load(keys + place[None, :] + dims[:, None], mask=here[None, :], other=0)
+            if FP8:
+                scale_place = page * scale_stride + head * PAGE + inside
+                key_scale = tl.load(key_scales + scale_place, mask=here, other=0.0) * (scale * UNIT)
+                value_scale = tl.load(value_scales + scale_place, mask=here, other=0.0) * WEIGHT_UNIT
+                score = tl.dot(q_odd, odd_dims(key, ASM), tl.dot(q, even_dims(key, ASM))) * key_scale[None, :]
+            else:
+                score = tl.dot(q, key, input_precision=PRECISION) * scale
             score = tl.where(here[None, :], score, -float("inf"))
             higher = tl.maximum(maximum, tl.max(score, 1))
             shrink = tl.exp2(maximum - higher)
             weight = tl.exp2(score - higher[:, None])
-            value = tl.load(values + place[:, None] + dims[None, :], mask=here[:, None], other=0.0)
+            value = tl.load(values + place[:, None] + dims[None, :], mask=here[:, None], other=0)
             norm = norm * shrink + tl.sum(weight, 1)
-            total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
+            if FP8:
+                half = (weight * value_scale[None, :]).to(tl.float16)
+                total = tl.dot(half, even_dims(value, ASM), total * shrink[:, None])
+                odd = tl.dot(half, odd_dims(value, ASM), odd * shrink[:, None])
+            else:
+                total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
             maximum = higher
+        if FP8:
+            total = total * (UNIT / WEIGHT_UNIT)
+            odd = odd * (UNIT / WEIGHT_UNIT)
         output_row = row.to(tl.int64) * (KV_HEADS * G * D)
         if splits == 1:
-            total = total / tl.where(norm == 0.0, 1.0, norm)[:, None]  # a row without context gets zeros
-            tl.store(output + output_row + heads, total.to(output.dtype.element_ty), mask=in_group)
+            divisor = tl.where(norm == 0.0, 1.0, norm)[:, None]  # a row without context gets zeros
+            tl.store(output + output_row + heads, (total / divisor).to(output.dtype.element_ty), mask=in_group)
+            if FP8:
+                tl.store(output + output_row + heads + 1, (odd / divisor).to(output.dtype.element_ty), mask=in_group)
         else:
             first_place = (row * KV_HEADS + head) * SPLITS
             place = (first_place + split) * G + group
-            tl.store(sums + place[:, None] * D + dims[None, :], total, mask=in_group)
+            part = sums + place[:, None] * D + dims[None, :] * (D // W)
+            tl.store(part, total, mask=in_group)
+            if FP8:
+                tl.store(part + 1, odd, mask=in_group)
             tl.store(maxima_and_norms + place * 2, maximum, mask=group < G)
             tl.store(maxima_and_norms + place * 2 + 1, norm, mask=group < G)
             tl.debug_barrier()  # all of this program's threads have stored before it counts as arrived
@@ -172,8 +211,7 @@ def _decode_attention(
 
 def decode_attention(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    cache: LayerCache,
     page_table: Tensor,
     context_lengths: Tensor,
     order: Tensor,
@@ -185,12 +223,14 @@ def decode_attention(
 ) -> None:
     """Fill `output`, [R, heads x D], for query of the same shape.
 
-    keys, values: [page, token, kv head, D], any strides but the last. page_table: [R or more, pages] int32;
+    page_table: [R or more, pages] int32;
     context_lengths: [R or more] int32, the new token included, 0 for a row that is none. order: [R] int32, the rows
-    in the order to take them. tiles: how to cut, see `choose_tiles`.
+    in the order to take them, or NO_ROW: lines of `output` whose row is not listed stay as they are. tiles: how to cut,
+    see `choose_tiles`.
     """
     rows, width = output.shape
-    page_size, kv_heads, head_dim = keys.shape[1:]
+    keys, values, head_dim = cache.keys, cache.values, cache.head_dim
+    page_size, kv_heads, elements = keys.shape[1:]
     group = width // (kv_heads * head_dim)
     assert keys.stride() == values.stride()
     assert keys.stride(3) == query.stride(1) == output.stride(1) == page_table.stride(1) == 1
@@ -198,10 +238,10 @@ def decode_attention(
     options = {"launch_pdl": True} if pdl else {}
     _decode_attention[(kv_heads, rows, tiles.splits)](
         query, keys, values, output, page_table, context_lengths, order,
-        scratch.sums, scratch.maxima_and_norms, scratch.arrived,
-        query.stride(0), page_table.stride(0), *keys.stride()[:3], head_dim**-0.5 * LOG2_E,
+        scratch.sums, scratch.maxima_and_norms, scratch.arrived, *cache.scale_arguments[:2],
+        query.stride(0), page_table.stride(0), *keys.stride()[:3], cache.scale_arguments[2], head_dim**-0.5 * LOG2_E,
         SPLITS=tiles.splits, PAGE=page_size, BLOCK=tiles.keys, G=group, GP=max(16, triton.next_power_of_2(group)),
-        KV_HEADS=kv_heads, D=head_dim, STAGES=tiles.stages,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", PDL=pdl,
+        KV_HEADS=kv_heads, D=head_dim, W=elements, STAGES=tiles.stages,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", FP8=cache.fp8, ASM=query.is_cuda, PDL=pdl,
         num_warps=tiles.warps, num_stages=tiles.stages, **options,
     )  # fmt: skip

@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import LOG2_E
+from vibe_sgl_lite.model_worker.gpu.kernels.cache import UNIT, LayerCache, even_dims, odd_dims
+from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import LOG2_E, WEIGHT_UNIT
 
 IntArray = npt.NDArray[np.int32]
-SHORT_CONTEXT = 2048  # tokens, up to which small tiles win
+FEW_TOKENS = 512  # of a launch, up to which large tiles would leave multiprocessors without one
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ class PrefillTiles:
     stages: int
 
 
-def choose_prefill_tiles(longest: int, group: int, dtype: torch.dtype) -> PrefillTiles:
-    """For contexts of up to `longest` tokens. Measured on an H100 (docs/decisions.md)."""
+def choose_prefill_tiles(tokens: int, group: int, dtype: torch.dtype) -> PrefillTiles:
+    """For a launch over so many new tokens. Measured on an H100 (docs/measurements.md)."""
     if dtype == torch.float32:
         return PrefillTiles(max(32, triton.next_power_of_2(group)), 32, 4, 2)
-    if longest <= SHORT_CONTEXT:
+    if tokens <= FEW_TOKENS:
         return PrefillTiles(max(64, triton.next_power_of_2(group)), 64, 4, 3)
     return PrefillTiles(max(128, triton.next_power_of_2(group)), 64, 4, 2)
 
@@ -55,90 +56,114 @@ def plan_tiles(query_start: IntArray, rows: IntArray, tokens: int) -> IntArray:
 
 @triton.jit
 def _attend_blocks(
-    q, maximum, norm, total, start, end, last_seen, table, keys, values, head,
-    page_stride, token_stride, head_stride, scale,
-    PAGE: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, q_odd, maximum, norm, total, odd, start, end, last_seen, table, keys, values, key_scales, value_scales, head,
+    page_stride, token_stride, head_stride, scale_stride, scale,
+    PAGE: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Take keys start .. end into the running softmax; end is their last multiple or, MASKED, what must not be read."""
-    dims = tl.arange(0, D)
+    dims = tl.arange(0, W)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         token = first + tl.arange(0, BLOCK_N)
         here = token < end
         if PAGE % BLOCK_N == 0:
             page = tl.load(table + first // PAGE).to(tl.int64)
-            place = page * page_stride + (first % PAGE + tl.arange(0, BLOCK_N)) * token_stride + head * head_stride
+            inside = first % PAGE + tl.arange(0, BLOCK_N)
         else:
             page = tl.load(table + token // PAGE, mask=here, other=0).to(tl.int64)
-            place = page * page_stride + (token % PAGE) * token_stride + head * head_stride
+            inside = token % PAGE
+        place = page * page_stride + inside * token_stride + head * head_stride
         if MASKED:
-            key = tl.load(keys + place[None, :] + dims[:, None], mask=here[None, :], other=0.0)
+            key = tl.load(keys + place[None, :] + dims[:, None], mask=here[None, :], other=0)
         else:
             key = tl.load(keys + place[None, :] + dims[:, None])
-        score = tl.dot(q, key, input_precision=PRECISION)
+        if FP8:
+            scale_place = page * scale_stride + head * PAGE + inside
+            key_scale = tl.load(key_scales + scale_place, mask=here, other=0.0)
+            value_scale = tl.load(value_scales + scale_place, mask=here, other=0.0) * WEIGHT_UNIT
+            score = tl.dot(q_odd, odd_dims(key, ASM), tl.dot(q, even_dims(key, ASM))) * (key_scale * UNIT)[None, :]
+        else:
+            score = tl.dot(q, key, input_precision=PRECISION)
         if MASKED:
             score = tl.where(token[None, :] <= last_seen[:, None], score, -float("inf"))
         higher = tl.maximum(maximum, tl.max(score, 1) * scale)
         weight = tl.exp2(score * scale - higher[:, None])
         shrink = tl.exp2(maximum - higher)
         if MASKED:
-            value = tl.load(values + place[:, None] + dims[None, :], mask=here[:, None], other=0.0)
+            value = tl.load(values + place[:, None] + dims[None, :], mask=here[:, None], other=0)
         else:
             value = tl.load(values + place[:, None] + dims[None, :])
         norm = norm * shrink + tl.sum(weight, 1)
-        total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
+        if FP8:
+            half = (weight * value_scale[None, :]).to(tl.float16)
+            total = tl.dot(half, even_dims(value, ASM), total * shrink[:, None])
+            odd = tl.dot(half, odd_dims(value, ASM), odd * shrink[:, None])
+        else:
+            total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
         maximum = higher
-    return maximum, norm, total
+    return maximum, norm, total, odd
 
 
 @triton.jit
 def _prefill_attention(
-    query, keys, values, output, page_table, context_lengths, query_start, tiles,
-    query_stride, table_stride, page_stride, token_stride, head_stride, scale,
+    query, keys, values, output, page_table, context_lengths, query_start, tiles, key_scales, value_scales,
+    query_stride, table_stride, page_stride, token_stride, head_stride, scale_stride, scale,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G: tl.constexpr, KV_HEADS: tl.constexpr,
-    D: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (KV_HEADS, tiles)."""
+    """Grid (KV_HEADS, tiles). W: as in `_decode_attention`."""
     head = tl.program_id(0)
     tile = tl.program_id(1)
-    row = tl.load(tiles + tile * 2)
-    first = tl.load(tiles + tile * 2 + 1)
+    listed = tl.load(tiles + tile * 2)
+    row = tl.maximum(listed, 0)
+    first = tl.where(listed < 0, 0, tl.load(tiles + tile * 2 + 1))
     row_start = tl.load(query_start + row)
     count = tl.load(query_start + row + 1) - row_start
-    cached = tl.load(context_lengths + row) - count
+    cached = tl.where(listed < 0, 0, tl.load(context_lengths + row) - count)
+    count = tl.where(listed < 0, 0, count)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     index = tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, D)
+    dims = tl.arange(0, W)
     token = first + index // G
     here = ((token < count) & (index < BLOCK_M // G * G))[:, None]
-    heads = (head * G + index % G)[:, None] * D + dims[None, :]
+    heads = (head * G + index % G)[:, None] * D + dims[None, :] * (D // W)
     line = (row_start + token).to(tl.int64)[:, None]
     q = tl.load(query + line * query_stride + heads, mask=here, other=0.0)
+    q_odd = q
+    if FP8:
+        q = q.to(tl.float16)
+        q_odd = tl.load(query + line * query_stride + heads + 1, mask=here, other=0.0).to(tl.float16)
     maximum = tl.full([BLOCK_M], -float("inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
-    total = tl.zeros([BLOCK_M, D], tl.float32)
+    total = tl.zeros([BLOCK_M, W], tl.float32)
+    odd = tl.zeros([BLOCK_M, W], tl.float32)
     table = page_table + row.to(tl.int64) * table_stride
     last_seen = cached + token
     seen_by_all = (cached + first + 1) // BLOCK_N * BLOCK_N
     end = cached + tl.minimum(first + BLOCK_M // G, count)
-    maximum, norm, total = _attend_blocks(
-        q, maximum, norm, total, 0, seen_by_all, last_seen, table, keys, values, head,
-        page_stride, token_stride, head_stride, scale, PAGE, BLOCK_N, D, False, STAGES, PRECISION,
+    maximum, norm, total, odd = _attend_blocks(
+        q, q_odd, maximum, norm, total, odd, 0, seen_by_all, last_seen, table, keys, values, key_scales, value_scales,
+        head, page_stride, token_stride, head_stride, scale_stride, scale,
+        PAGE, BLOCK_N, W, False, STAGES, PRECISION, FP8, ASM,
     )  # fmt: skip
-    maximum, norm, total = _attend_blocks(
-        q, maximum, norm, total, seen_by_all, end, last_seen, table, keys, values, head,
-        page_stride, token_stride, head_stride, scale, PAGE, BLOCK_N, D, True, STAGES, PRECISION,
+    maximum, norm, total, odd = _attend_blocks(
+        q, q_odd, maximum, norm, total, odd, seen_by_all, end, last_seen, table, keys, values, key_scales, value_scales,
+        head, page_stride, token_stride, head_stride, scale_stride, scale,
+        PAGE, BLOCK_N, W, True, STAGES, PRECISION, FP8, ASM,
     )  # fmt: skip
-    line_out = line * (KV_HEADS * G * D)
-    tl.store(output + line_out + heads, (total / norm[:, None]).to(output.dtype.element_ty), mask=here)
+    place = output + line * (KV_HEADS * G * D) + heads
+    if FP8:
+        norm = norm * (WEIGHT_UNIT / UNIT)
+        tl.store(place + 1, (odd / norm[:, None]).to(output.dtype.element_ty), mask=here)
+    tl.store(place, (total / norm[:, None]).to(output.dtype.element_ty), mask=here)
 
 
 def prefill_attention(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    cache: LayerCache,
     page_table: Tensor,
     context_lengths: Tensor,
     query_start: Tensor,
@@ -150,18 +175,20 @@ def prefill_attention(
 ) -> None:
     """Fill the lines of `output`, [T, heads x D], that `tiles` lists, for query of the same shape.
 
-    keys, values, page_table, context_lengths: as in `decode_attention`. query_start: [R + 1] int32.
-    tiles: [n, 2] int32 on the device, `plan_tiles` for cut.rows // group tokens a tile.
+    page_table, context_lengths: as in `decode_attention`. query_start: [R + 1] int32.
+    tiles: [n, 2] int32 on the device, `plan_tiles` for cut.rows // group tokens a tile; NO_ROW twice is none.
     """
-    page_size, kv_heads, head_dim = keys.shape[1:]
+    keys, values, head_dim = cache.keys, cache.values, cache.head_dim
+    page_size, kv_heads, elements = keys.shape[1:]
     group = output.shape[1] // (kv_heads * head_dim)
     assert keys.stride() == values.stride()
     assert keys.stride(3) == query.stride(1) == output.stride(1) == page_table.stride(1) == 1
     options = {"launch_pdl": True} if pdl else {}
     _prefill_attention[(kv_heads, len(tiles))](
-        query, keys, values, output, page_table, context_lengths, query_start, tiles,
-        query.stride(0), page_table.stride(0), *keys.stride()[:3], head_dim**-0.5 * LOG2_E,
-        PAGE=page_size, BLOCK_M=cut.rows, BLOCK_N=cut.keys, G=group, KV_HEADS=kv_heads, D=head_dim, STAGES=cut.stages,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", PDL=pdl,
+        query, keys, values, output, page_table, context_lengths, query_start, tiles, *cache.scale_arguments[:2],
+        query.stride(0), page_table.stride(0), *keys.stride()[:3], cache.scale_arguments[2], head_dim**-0.5 * LOG2_E,
+        PAGE=page_size, BLOCK_M=cut.rows, BLOCK_N=cut.keys, G=group, KV_HEADS=kv_heads, D=head_dim, W=elements,
+        STAGES=cut.stages, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", FP8=cache.fp8,
+        ASM=query.is_cuda, PDL=pdl,
         num_warps=cut.warps, num_stages=cut.stages, **options,
     )  # fmt: skip

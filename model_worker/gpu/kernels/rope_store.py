@@ -1,9 +1,12 @@
 """Normalise queries and keys a head, turn them by their position, and store keys and values in the paged cache."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache, encode
 
 
 @triton.jit
@@ -26,11 +29,11 @@ def _normal_and_turned(start, weight, cos, sin, eps, D: tl.constexpr, H: tl.cons
 @triton.jit
 def _rope_store(
     qkv, query_norm, key_norm, cosines, sines, slots, query, keys, values, query_eps, key_eps, angle_stride,
-    page_stride, token_stride, head_stride,
+    page_stride, token_stride, head_stride, key_scales, value_scales, scale_stride,
     PAGE: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, KV_HEADS: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
-    PDL: tl.constexpr,
+    FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program a token. HP, KP: H and KV_HEADS rounded up to powers of two."""
+    """A program a token. HP, KP: H and KV_HEADS rounded up to powers of two. FP8: keys and values are codes."""
     token = tl.program_id(0)
     dim = tl.arange(0, D)
     slot = tl.load(slots + token).to(tl.int64)
@@ -50,8 +53,18 @@ def _rope_store(
     head = tl.arange(0, KP)[:, None]
     value = tl.load(start + (H + KV_HEADS) * D + head * D + dim[None, :], mask=head < KV_HEADS, other=0.0)
     place = slot // PAGE * page_stride + slot % PAGE * token_stride + head * head_stride + dim[None, :]
-    tl.store(keys + place, key.to(keys.dtype.element_ty), mask=head < KV_HEADS)
-    tl.store(values + place, value, mask=head < KV_HEADS)
+    if FP8:
+        key_codes, key_scale = encode(key.to(query.dtype.element_ty).to(tl.float32))
+        value_codes, value_scale = encode(value.to(tl.float32))
+        tl.store(keys + place, key_codes, mask=head < KV_HEADS)
+        tl.store(values + place, value_codes, mask=head < KV_HEADS)
+        line = tl.arange(0, KP)
+        scale_place = slot // PAGE * scale_stride + line * PAGE + slot % PAGE
+        tl.store(key_scales + scale_place, key_scale, mask=line < KV_HEADS)
+        tl.store(value_scales + scale_place, value_scale, mask=line < KV_HEADS)
+    else:
+        tl.store(keys + place, key.to(keys.dtype.element_ty), mask=head < KV_HEADS)
+        tl.store(values + place, value, mask=head < KV_HEADS)
 
 
 def rope_store(
@@ -62,18 +75,19 @@ def rope_store(
     cos: Tensor,
     sin: Tensor,
     slots: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    cache: LayerCache,
     query: Tensor,
     *,
     pdl: bool,
 ) -> None:
-    """Fill query, [T, heads x D], and the slots' places in keys and values, [page, token, kv head, D].
+    """Fill query, [T, heads x D], and the slots' places in the cache.
 
     qkv: [T, (heads + 2 x kv heads) x D]. query_norm, key_norm: [D] weights; eps: of both. cos, sin: [T, D / 2].
     slots: [T] int64, page x page size + place.
     """
-    page_size, kv_heads, head_dim = keys.shape[1:]
+    page_size, kv_heads = cache.keys.shape[1:3]
+    head_dim = cache.head_dim
+    keys, values = (x.view(torch.int8) if cache.fp8 else x for x in (cache.keys, cache.values))
     tokens, width = query.shape
     heads = width // head_dim
     assert qkv.is_contiguous()
@@ -84,7 +98,8 @@ def rope_store(
     options = {"launch_pdl": True} if pdl else {}
     _rope_store[(tokens,)](
         qkv, query_norm, key_norm, cos, sin, slots, query, keys, values, *eps, cos.stride(0),
-        *keys.stride()[:3], PAGE=page_size, H=heads, HP=triton.next_power_of_2(heads), KV_HEADS=kv_heads,
-        KP=triton.next_power_of_2(kv_heads), D=head_dim, PDL=pdl, num_warps=8 if heads * head_dim > 1024 else 4,
-        **options,
+        *keys.stride()[:3], *cache.scale_arguments,
+        PAGE=page_size, H=heads, HP=triton.next_power_of_2(heads), KV_HEADS=kv_heads,
+        KP=triton.next_power_of_2(kv_heads), D=head_dim, FP8=cache.fp8, PDL=pdl,
+        num_warps=8 if heads * head_dim > 1024 else 4, **options,
     )  # fmt: skip

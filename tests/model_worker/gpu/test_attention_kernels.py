@@ -1,6 +1,6 @@
 """The paged attention kernels against torch's attention over the same contexts, gathered."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import chain_attention
 from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (
+    NO_ROW,
     DecodeScratch,
     DecodeTiles,
     choose_tiles,
@@ -19,6 +21,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import PrefillTile
 from vibe_sgl_lite.qwen3.layers.rotary import RotaryEmbedding
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Case:
     values: Tensor
     table: Tensor
     lengths: Tensor
+    cache: LayerCache
 
     @classmethod
     def make(
@@ -47,7 +51,24 @@ class Case:
                 new = torch.randn((2, here, kv_heads, dim), generator=generator)
                 pool[int(table[row, index]), :2, :here] = new.to(device, dtype)
         numbers = torch.tensor(lengths, dtype=torch.int32, device=device)
-        return cls(pool[:, 0], pool[:, 1], table.to(device), numbers)
+        keys, values = pool[:, 0], pool[:, 1]
+        return cls(keys, values, table.to(device), numbers, LayerCache(keys, values))
+
+    def in_fp8(self) -> "Case":
+        """Codes, and behind a page's codes its scales; keys and values become what that says."""
+        pages, page, kv_heads, dim = self.keys.shape
+        codes = page * kv_heads * dim
+        pool = torch.empty((pages, 2, codes + page * kv_heads * 4), dtype=torch.int8, device=self.keys.device)
+        parts, said = [], []
+        for kind, x in enumerate((self.keys.float(), self.values.float())):
+            scales = x.abs().amax(-1) / 448
+            rounded = (x / scales[..., None]).to(FP8)
+            parts.append(pool[:, kind, :codes].view(pages, page, kv_heads, dim).copy_(rounded.view(torch.int8)))
+            said.append(rounded.float() * scales[..., None])
+            kept = pool[:, kind].view(torch.float32)[:, -page * kv_heads :].view(pages, kv_heads, page)
+            parts.append(kept.copy_(scales.transpose(1, 2)))
+        cache = LayerCache.of_codes(parts[0], parts[2], parts[1], parts[3])
+        return replace(self, keys=said[0], values=said[1], cache=cache)
 
     def expected(self, query: Tensor, row: int, context: int) -> Tensor:
         """query [n, heads, dim], the last n of `context` tokens -> [n, heads x dim]."""
@@ -62,6 +83,15 @@ class Case:
         return attended.transpose(0, 1).flatten(1)
 
 
+def made(
+    lengths: list[int], page: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Case, torch.dtype]:
+    """And the dtype of the queries."""
+    if dtype == FP8:
+        return Case.make(lengths, page, kv_heads, dim, torch.float16, device).in_fp8(), torch.float16
+    return Case.make(lengths, page, kv_heads, dim, dtype, device), dtype
+
+
 def run_decode(case: Case, query: Tensor, tiles: DecodeTiles) -> Tensor:
     rows, heads, dim = query.shape
     kv_heads = case.keys.shape[2]
@@ -70,9 +100,7 @@ def run_decode(case: Case, query: Tensor, tiles: DecodeTiles) -> Tensor:
     order = case.lengths.argsort(descending=True).to(torch.int32)
     flat = query.flatten(1)
     for _ in range(2):  # the second finds what the first left behind
-        decode_attention(
-            flat, case.keys, case.values, case.table, case.lengths, order, scratch, output, pdl=False, tiles=tiles
-        )
+        decode_attention(flat, case.cache, case.table, case.lengths, order, scratch, output, pdl=False, tiles=tiles)
     assert not scratch.arrived.any()
     return output
 
@@ -83,7 +111,8 @@ def run_decode(case: Case, query: Tensor, tiles: DecodeTiles) -> Tensor:
         (16, 2, 2, 64, torch.float32, DecodeTiles(16, 4, 2, 1)),
         (16, 1, 8, 64, torch.float16, DecodeTiles(32, 4, 2, 4)),
         (64, 2, 3, 64, torch.float16, DecodeTiles(64, 4, 2, 1)),
-        (64, 1, 1, 128, torch.float32, DecodeTiles(32, 4, 2, 4)),
+        (64, 2, 3, 64, FP8, DecodeTiles(64, 4, 3, 1)),
+        (16, 1, 2, 64, FP8, DecodeTiles(32, 4, 2, 4)),
         (256, 1, 2, 128, torch.float16, DecodeTiles(64, 2, 2, 2)),
         (6, 1, 5, 32, torch.float32, DecodeTiles(16, 4, 2, 2)),
     ],
@@ -92,7 +121,7 @@ def test_decode_equals_torch(
     page: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype, tiles: DecodeTiles, device: torch.device
 ) -> None:
     lengths = [1, page, page + 1, 3 * page - 1 if page < 64 else page + 37]
-    case = Case.make(lengths, page, kv_heads, dim, dtype, device)
+    case, dtype = made(lengths, page, kv_heads, dim, dtype, device)
     query = torch.randn((len(lengths), kv_heads * group, dim), device=device).to(dtype)
     output = run_decode(case, query, tiles)
     for row, length in enumerate(lengths):
@@ -109,6 +138,17 @@ def test_a_decode_row_without_context_gets_zeros(splits: int, device: torch.devi
     output = run_decode(case, torch.randn((2, 2, 32), device=device), DecodeTiles(16, 4, 2, splits))
     assert output[0].isfinite().all()
     assert not output[1].any()
+
+
+def test_a_row_that_is_not_listed_keeps_its_line(device: torch.device) -> None:
+    case = Case.make([5, 3, 9], 16, 1, 32, torch.float32, device)
+    output = torch.full((3, 64), 7.0, device=device)
+    order = torch.tensor([2, 0, NO_ROW], dtype=torch.int32, device=device)
+    scratch = DecodeScratch(1, 2, 32, device)
+    query = torch.randn((3, 64), device=device)
+    tiles = DecodeTiles(16, 4, 2, 1)
+    decode_attention(query, case.cache, case.table, case.lengths, order, scratch, output, pdl=False, tiles=tiles)
+    assert (output == 7).all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 8])
@@ -129,6 +169,7 @@ def test_scratch_has_room_for_every_launch(kv_heads: int, device: torch.device) 
         (64, 1, 3, 64, torch.float16, PrefillTiles(32, 64, 4, 2)),
         (128, 1, 8, 128, torch.float16, PrefillTiles(64, 64, 4, 2)),
         (6, 2, 1, 32, torch.float32, PrefillTiles(16, 16, 4, 2)),
+        (64, 1, 2, 64, FP8, PrefillTiles(64, 32, 4, 2)),
     ],
 )
 def test_prefill_equals_torch(
@@ -137,15 +178,16 @@ def test_prefill_equals_torch(
     """Rows: a whole prompt, a chunk after others, a decode row that is not among the tiles, one token, a long chunk."""
     contexts, counts = [37, page + 29, 9, 2, 2 * page + 3 if page < 64 else page + 40], [37, 19, 1, 1, 41]
     counts[-1] = min(counts[-1], contexts[-1])
-    case = Case.make(contexts, page, kv_heads, dim, dtype, device)
+    case, dtype = made(contexts, page, kv_heads, dim, dtype, device)
     starts = np.cumsum([0, *counts], dtype=np.int32)
     query = torch.randn((sum(counts), kv_heads * group, dim), device=device).to(dtype)
     output = torch.full((sum(counts), kv_heads * group * dim), float("nan"), dtype=dtype, device=device)
     rows = np.array([0, 1, 3, 4], dtype=np.int32)
-    tiles = torch.from_numpy(plan_tiles(starts, rows, cut.rows // group)).to(device)
+    planned = plan_tiles(starts, rows, cut.rows // group)
+    tiles = torch.from_numpy(np.concatenate((planned, np.full((2, 2), NO_ROW, dtype=np.int32)))).to(device)
     start = torch.from_numpy(starts).to(device)
     flat = query.flatten(1)
-    prefill_attention(flat, case.keys, case.values, case.table, case.lengths, start, tiles, cut, output, pdl=False)
+    prefill_attention(flat, case.cache, case.table, case.lengths, start, tiles, cut, output, pdl=False)
     for row, context in enumerate(contexts):
         lines = slice(starts[row], starts[row + 1])
         if row == 2:
@@ -167,7 +209,7 @@ def test_tiles_cover_each_new_token_once() -> None:
         (16, 2, 2, 64, torch.float32, DecodeTiles(16, 1, 1, 4)),
         (64, 1, 3, 64, torch.float16, DecodeTiles(32, 2, 1, 8)),
         (6, 2, 1, 32, torch.float32, DecodeTiles(16, 1, 1, 2)),
-        (128, 1, 8, 128, torch.float16, DecodeTiles(64, 4, 1, 16)),
+        (32, 1, 8, 128, torch.float16, DecodeTiles(64, 4, 1, 16)),
     ],
 )
 def test_the_chain_does_what_rotation_store_and_decode_attention_do(

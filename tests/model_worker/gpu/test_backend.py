@@ -10,6 +10,7 @@ import torch
 from tests.model_worker.fake_device import Clock, FakeDevice, FakeGraphs
 from tests.model_worker.test_model_runner import Driver, expected_tokens, new_slot, sampling
 from tests.qwen3.harness import DENSE, make_checkpoint, random_tokens
+from vibe_sgl_lite.model_worker.attention import torch_backend
 from vibe_sgl_lite.model_worker.compute import Compute, GpuSetup, gpu_compute, torch_compute
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
@@ -23,25 +24,25 @@ GROUP = DENSE["num_attention_heads"] // DENSE["num_key_value_heads"]
 
 
 def runner_of(
-    folder: Path, device: torch.device, compute: Compute, *, chain: bool = True, fake: FakeGraphs | None = None
+    folder: Path, device: torch.device, compute: Compute, *, fp8: bool = False, fake: FakeGraphs | None = None
 ) -> ModelRunner:
     """fake: graphs, on a device that works behind the host's back, where there is no such device."""
     config = ModelConfig.from_folder(folder)
     model = Qwen3(config, ParallelState(), torch.float32, device, compute.operations)
     load_weights(model, folder)
-    pool = KVPool(config, 1, SLOTS * PAGES_A_SLOT, PAGE, torch.float32, device, layout=compute.kv_layout)
-    pool.data.fill_(float("nan"))  # whatever is read without having been written shows
+    pool = KVPool(config, 1, SLOTS * PAGES_A_SLOT, PAGE, torch.float32, device, int8=fp8, layout=compute.kv_layout)
+    pool.data.fill_(-1 if fp8 else float("nan"))  # whatever is read without having been written shows: -1 is NaN too
     if fake is not None:
         compute = replace(compute, device=FakeDevice(Clock()), graphs=fake)
     runner = ModelRunner(model, pool, compute, max_slots=SLOTS, context_length=PAGE * PAGES_A_SLOT)
-    if chain:
-        compute.plan_layers(model, runner.backend)
+    compute.plan_layers(model, runner.backend)
     return runner
 
 
 def gpu(device: torch.device) -> Compute:
     """With graphs where there is a GPU to capture them on."""
-    return gpu_compute(device, GpuSetup(GROUP, DENSE["vocab_size"], SLOTS, 4 if device.type == "cuda" else 0))
+    on_gpu = device.type == "cuda"
+    return gpu_compute(device, GpuSetup(GROUP, DENSE["vocab_size"], SLOTS, 4 if on_gpu else 0, 60 if on_gpu else 0))
 
 
 def run(driver: Driver, prompts: list[list[int]], count: int, params: list[Any]) -> dict[int, list[int]]:
@@ -62,16 +63,41 @@ def run(driver: Driver, prompts: list[list[int]], count: int, params: list[Any])
     return driver.tokens
 
 
-@pytest.mark.parametrize("chain", [True, False])
-def test_chunks_beside_decodes_give_transformers_tokens(tmp_path: Path, device: torch.device, chain: bool) -> None:
+def test_chunks_beside_decodes_give_transformers_tokens(tmp_path: Path, device: torch.device) -> None:
+    """Steps with chunks filled up and replayed."""
     reference = make_checkpoint(tmp_path, DENSE)
     prompts = [random_tokens(n, seed=n) for n in (3, 20, 9)]
-    runner = runner_of(tmp_path, device, gpu(device), chain=chain)
-    if device.type == "cuda":
-        runner.warm_up()
+    fake = FakeGraphs(())
+    fake.chunk_buckets = ((9, 4), (16, 4))
+    runner = runner_of(tmp_path, device, gpu(device), fake=None if device.type == "cuda" else fake)
+    runner.warm_up()
     tokens = run(Driver(runner), prompts, 4, [sampling()] * 3)
     for slot, prompt in enumerate(prompts):
         assert tokens[slot] == expected_tokens(reference, prompt, 4)
+    if device.type == "cpu":
+        replayed = [key[0] for key in fake.replayed if isinstance(key, tuple)]
+        assert (replayed.count(9), replayed.count(16)) == (3, 1)  # 3 tokens alone are few; see `run`
+
+
+def test_fp8_gives_the_tokens_of_plain_torch_over_keys_and_values_rounded_to_it(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps with chunks as they are, decode rows as a chain."""
+    make_checkpoint(tmp_path, DENSE)
+
+    def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = x.abs().amax(-1) / 448
+        return (x / scales[..., None]).to(torch.float8_e4m3fn).view(torch.int8), scales
+
+    def dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return codes.view(torch.float8_e4m3fn).to(dtype) * scales[..., None]
+
+    monkeypatch.setattr(torch_backend, "quantize", quantize)
+    monkeypatch.setattr(torch_backend, "dequantize", dequantize)
+    prompts = [random_tokens(n, seed=n) for n in (3, 20)]
+    tokens = run(Driver(runner_of(tmp_path, device, gpu(device), fp8=True)), prompts, 4, [sampling()] * 2)
+    plain = runner_of(tmp_path, torch.device("cpu"), torch_compute(), fp8=True)
+    assert tokens == run(Driver(plain), prompts, 4, [sampling()] * 2)
 
 
 def test_seeds_give_the_tokens_of_plain_torch(tmp_path: Path, device: torch.device) -> None:
@@ -87,7 +113,7 @@ def test_seeds_give_the_tokens_of_plain_torch(tmp_path: Path, device: torch.devi
 def test_prompts_that_come_alone_are_filled_up_and_captured(tmp_path: Path, device: torch.device) -> None:
     reference = make_checkpoint(tmp_path, DENSE)
     fake = FakeGraphs((1, 2))
-    fake.prompt_buckets = (8, 16)
+    fake.chunk_buckets = ((8, 1), (16, 2))
     runner = runner_of(tmp_path, device, gpu(device), fake=None if device.type == "cuda" else fake)
     runner.warm_up()
     driver = Driver(runner)

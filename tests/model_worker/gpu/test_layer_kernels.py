@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache
 from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm, embed, silu_multiply
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
 from vibe_sgl_lite.model_worker.gpu.kernels.rope_store import rope_store
 from vibe_sgl_lite.qwen3.layers.rotary import RotaryEmbedding
 
 DTYPES = (torch.float32, torch.float16)
+FP8 = torch.float8_e4m3fn
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 
@@ -60,7 +62,8 @@ def test_rope_store(heads: int, kv_heads: int, dim: int, page: int, dtype: torch
     pool = torch.full((3, 2, page, kv_heads, dim), float("nan"), dtype=dtype, device=device)
     keys, values = pool[:, 0], pool[:, 1]
     query = torch.empty((tokens, heads * dim), dtype=dtype, device=device)
-    rope_store(qkv, norms[0], norms[1], (1e-6, 1e-6), angles.cos, angles.sin, slots, keys, values, query, pdl=False)
+    cache = LayerCache(keys, values)
+    rope_store(qkv, norms[0], norms[1], (1e-6, 1e-6), angles.cos, angles.sin, slots, cache, query, pdl=False)
     packed = qkv.view(tokens, -1, dim)
     turned = [
         angles.rotate(F.rms_norm(packed[:, part], (dim,), norm, 1e-6))
@@ -70,6 +73,23 @@ def test_rope_store(heads: int, kv_heads: int, dim: int, page: int, dtype: torch
     close(keys[slots // page, slots % page], turned[1])
     assert torch.equal(values[slots // page, slots % page], packed[:, heads + kv_heads :])
     assert int(pool.isnan().any(-1).logical_not().sum()) == 2 * tokens * kv_heads  # nothing else was written
+
+    codes = torch.full((2, 3, page, kv_heads, dim), 77, dtype=torch.int8, device=device)
+    scales = torch.full((2, 3, kv_heads, page), -7.0, device=device)
+    qkv[3, heads * dim + 1] = float("nan")  # of the first key
+    cache = LayerCache.of_codes(codes[0], codes[1], scales[0], scales[1])
+    rope_store(qkv, norms[0], norms[1], (1e-6, 1e-6), angles.cos, angles.sin, slots, cache, query, pdl=False)
+    place = scales.transpose(2, 3)[:, slots // page, slots % page]
+    bad = place.isnan()
+    assert bad.nonzero().tolist() == [[0, 3, 0]]
+    written = codes[:, slots // page, slots % page].view(torch.float8_e4m3fn).float()
+    meant = torch.stack((turned[1], packed[:, heads + kv_heads :])).float()[~bad]
+    torch.testing.assert_close(place[~bad] * 448, meant.abs().amax(-1), atol=2e-3, rtol=2e-3)
+    assert torch.equal(written[1], (packed[:, heads + kv_heads :].float() / place[1, ..., None]).to(FP8).float())
+    off = (written[~bad] * place[~bad][:, None] - meant).abs()
+    assert (off <= meant.abs() / 15 + place[~bad][:, None] / 512 + 2e-3).all()
+    assert int((scales != -7).sum()) == 2 * tokens * kv_heads
+    assert int((codes == 77).all(-1).logical_not().sum()) == 2 * tokens * kv_heads
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -89,9 +89,12 @@ def test_kv_cache_in_int8_is_for_cpus_and_whole_head_dims(model: Path, monkeypat
     args = ServerArgs(model_path=str(model), kv_cache_dtype="int8")
     assert make_spec(args, ENDPOINTS).args.kv_cache_dtype == "int8"
     monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec._device", lambda asked: "cuda")
-    with pytest.raises(ConfigError, match=r"--kv-cache-dtype int8 runs on CPU only, not on cuda: .*auto") as error:
+    with pytest.raises(
+        ConfigError, match=r"--kv-cache-dtype int8 runs on cpu only, not on cuda: .* fp8 or auto"
+    ) as error:
         make_spec(args, ENDPOINTS)
     assert error.value.field == "kv_cache_dtype"
+    make_spec(ServerArgs(model_path=str(model), kv_cache_dtype="fp8"), ENDPOINTS)
     make_spec(ServerArgs(model_path=str(model)), ENDPOINTS)
     monkeypatch.undo()
     config = json.loads((model / "config.json").read_text())

@@ -54,7 +54,7 @@ def test_round_trip_through_json_as_children_get_it() -> None:
         ("device", "tpu", "one of auto, cpu, cuda"),
         ("dtype", "float64", "one of auto, float32, bfloat16, float16"),
         ("schedule_policy", "random", "one of fcfs, lpm, dfs-weight, priority"),
-        ("kv_cache_dtype", "fp8", "one of auto, int8"),
+        ("kv_cache_dtype", "int4", "one of auto, int8, fp8"),
         ("moe_dispatch", "all_reduce", "one of all-reduce, all-to-all"),
         ("trace", "", "must not be empty"),
         ("load_format", "pickle", "one of auto, dummy"),

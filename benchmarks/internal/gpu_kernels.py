@@ -1,0 +1,137 @@
+r"""How fast the attention kernels of a GPU are alone, at the 0.6B shape (16 heads on 8 KV heads of 128), pages of 64.
+
+    python benchmarks/internal/gpu_kernels.py
+
+Decode rows of about 860 tokens, over a cache in bf16 and in fp8: microseconds a layer, and the rate at which keys and
+values are read. Chunks: TFLOP/s, causal pairs alone counted, with both ways to cut a launch. Each of 28 layers has a
+cache of its own, so that none is found in L2. Prints a line each.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/gpu_kernels.py` finds the packages
+
+from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache  # noqa: E402
+from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (  # noqa: E402
+    DecodeScratch,
+    choose_tiles,
+    decode_attention,
+)
+from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import (  # noqa: E402
+    FEW_TOKENS,
+    choose_prefill_tiles,
+    plan_tiles,
+    prefill_attention,
+)
+
+HEADS, KV_HEADS, DIM, PAGE, LAYERS = 16, 8, 128, 64, 28
+
+
+def seconds(work: Callable[[int], None], layers: int = LAYERS) -> float:
+    """Of one call, replayed in a graph of one a layer; the least of ten."""
+    for layer in range(layers):
+        work(layer)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in range(layers):
+            work(layer)
+    best = float("inf")
+    for _ in range(10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        best = min(best, begin.elapsed_time(end) / 1e3 / layers)
+    return best
+
+
+def caches(pages: int, layers: int, *, fp8: bool) -> list[LayerCache]:
+    shape = (pages, PAGE, KV_HEADS, DIM)
+    made = []
+    for _ in range(layers):
+        if fp8:
+            codes = torch.randint(0, 120, (2, *shape), dtype=torch.int8, device="cuda")
+            scales = torch.rand((2, pages, KV_HEADS, PAGE), device="cuda") / 100
+            made.append(LayerCache.of_codes(codes[0], codes[1], scales[0], scales[1]))
+        else:
+            values = torch.randn((2, *shape), device="cuda", dtype=torch.bfloat16)
+            made.append(LayerCache(values[0], values[1]))
+    return made
+
+
+def tables(lengths: list[int]) -> tuple[Tensor, Tensor, int]:
+    """Scattered pages: [rows, pages] and [rows] int32; and how many there are."""
+    counts = [-(-length // PAGE) for length in lengths]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    table = torch.zeros((len(lengths), max(counts)), dtype=torch.int32)
+    for row, part in enumerate(torch.split(order, counts)):
+        table[row, : len(part)] = part
+    return table.cuda(), torch.tensor(lengths, dtype=torch.int32).cuda(), sum(counts)
+
+
+def decode(rows: int, *, fp8: bool) -> None:
+    lengths = np.random.default_rng(0).integers(200, 1520, rows).tolist()
+    table, on_device, pages = tables(lengths)
+    cache = caches(pages, LAYERS, fp8=fp8)
+    query = torch.randn((rows, HEADS * DIM), device="cuda", dtype=torch.bfloat16)
+    output = torch.empty_like(query)
+    scratch = DecodeScratch(KV_HEADS, HEADS // KV_HEADS, DIM, query.device)
+    order = on_device.argsort(descending=True).to(torch.int32)
+    tiles = choose_tiles(rows, KV_HEADS, torch.int8 if fp8 else torch.bfloat16, max(lengths))
+    took = seconds(
+        lambda layer: decode_attention(
+            query, cache[layer], table, on_device, order, scratch, output, tiles=tiles, pdl=True
+        )
+    )
+    read = sum(lengths) * 2 * KV_HEADS * ((DIM + 4) if fp8 else 2 * DIM)
+    print(
+        f"decode {rows} rows {'fp8' if fp8 else 'bf16'}: {took * 1e6:.1f} us, {read / took / 1e9:.0f} GB/s", flush=True
+    )
+
+
+def chunks(count: int, new: int, before: int, *, fp8: bool) -> None:
+    """`count` rows with `new` tokens each after `before` others."""
+    table, on_device, pages = tables([before + new] * count)
+    layers = 4
+    cache = caches(pages, layers, fp8=fp8)
+    query = torch.randn((count * new, HEADS * DIM), device="cuda", dtype=torch.bfloat16)
+    output = torch.empty_like(query)
+    starts = np.arange(count + 1, dtype=np.int32) * new
+    start = torch.from_numpy(starts).cuda()
+    for tokens in (1, FEW_TOKENS + 1):
+        cut = choose_prefill_tiles(tokens, HEADS // KV_HEADS, torch.bfloat16)
+        planned = plan_tiles(starts, np.arange(count, dtype=np.int32), cut.rows // (HEADS // KV_HEADS))
+        tiles = torch.from_numpy(planned).cuda()
+
+        def work(layer: int) -> None:
+            prefill_attention(query, cache[layer], table, on_device, start, tiles, cut, output, pdl=True)  # noqa: B023
+
+        took = seconds(work, layers)
+        pairs = count * (new * before + new * (new + 1) // 2)
+        name = f"{count} x {new} after {before} {'fp8' if fp8 else 'bf16'}, tiles of {cut.rows}"
+        print(f"chunks {name}: {took * 1e6:.0f} us, {4 * HEADS * DIM * pairs / took / 1e12:.0f} TFLOP/s", flush=True)
+
+
+def main() -> None:
+    print(torch.cuda.get_device_name(0), flush=True)
+    for rows in (256, 64):
+        for fp8 in (False, True):
+            decode(rows, fp8=fp8)
+    for count, new, before in ((28, 640, 0), (1, 16_384, 0), (1, 2_048, 8_192)):
+        chunks(count, new, before, fp8=False)
+    chunks(1, 2_048, 8_192, fp8=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Compiles the kernels for a card of compute capability 9.0 without one, as the 0.6B shape launches them.
+
+A script of its own, since Triton chooses between its interpreter and its compiler when it is imported; writes a line a
+kernel. What the interpreter takes the compiler may refuse: a variable that changes its shape in one branch, say.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache
+from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import chain_attention, choose_chain_tiles
+from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import DecodeScratch, choose_tiles, decode_attention
+from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm, embed, silu_multiply
+from vibe_sgl_lite.model_worker.gpu.kernels.expand_rows import expand_rows
+from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
+from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import (
+    FEW_TOKENS,
+    choose_prefill_tiles,
+    prefill_attention,
+)
+from vibe_sgl_lite.model_worker.gpu.kernels.rope_store import rope_store
+from vibe_sgl_lite.model_worker.gpu.kernels.sample import num_chunks, sample
+
+KV_HEADS, GROUP, DIM, HIDDEN, INNER, VOCAB = 8, 2, 128, 1024, 3072, 151_936
+PAGE, PAGES, ROWS = 64, 4, 8
+
+
+class NoCard:
+    """A `triton.runtime.driver` that has nothing to launch on."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def compile_only(kernel: JITFunction[Any], grid: tuple[int, ...]) -> Callable[..., None]:
+    def call(*args: Any, **options: Any) -> None:
+        compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+        sys.stdout.write(f"{kernel.fn.__name__} {compiled.metadata.shared} bytes of shared memory\n")
+
+    return call
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def caches() -> list[LayerCache]:
+    pool = zeros(2, PAGES, PAGE, KV_HEADS, DIM)
+    codes = zeros(2, PAGES, PAGE, KV_HEADS, DIM, dtype=torch.int8)
+    scales = zeros(2, PAGES, KV_HEADS, PAGE, dtype=torch.float32)
+    return [LayerCache(pool[0], pool[1]), LayerCache.of_codes(codes[0], codes[1], scales[0], scales[1])]
+
+
+def main() -> None:
+    driver.set_active(NoCard())
+    JITFunction.__getitem__ = compile_only
+    ints, longs = zeros(ROWS + 1, dtype=torch.int32), zeros(ROWS + 1, dtype=torch.int64)
+    table = zeros(ROWS, PAGES, dtype=torch.int32)
+    query, output = zeros(2, ROWS, KV_HEADS * GROUP * DIM)
+    qkv = zeros(ROWS, (GROUP + 2) * KV_HEADS * DIM)
+    angles, norm = zeros(ROWS, DIM // 2), zeros(DIM)
+    scratch = DecodeScratch(KV_HEADS, GROUP, DIM, query.device, places=ROWS * 64)
+    for cache in caches():
+        dtype = torch.int8 if cache.fp8 else torch.bfloat16
+        for rows in (4, 256):
+            tiles = choose_tiles(rows, KV_HEADS, dtype, 1)
+            decode_attention(query, cache, table, ints, ints, scratch, output, tiles=tiles, pdl=True)
+        for tokens in (1, FEW_TOKENS + 1):
+            cut = choose_prefill_tiles(tokens, GROUP, dtype)
+            prefill_attention(query, cache, table, ints, ints, zeros(2, 2, dtype=torch.int32), cut, output, pdl=True)
+        rope_store(qkv, norm, norm, (1e-6, 1e-6), angles, angles, longs, cache, query, pdl=True)
+        if not cache.fp8:
+            chain_attention(
+                qkv, norm, norm, (1e-6, 1e-6), angles, angles, longs, cache.keys, cache.values, table, ints, scratch,
+                output, tiles=choose_chain_tiles(1), pdl=True,
+            )  # fmt: skip
+    stream, gain = zeros(2, HIDDEN), zeros(HIDDEN)
+    gemv(stream, zeros(2 * INNER, HIDDEN), zeros(2, INNER), pdl=True, block=16, warps=8, gain=gain, eps=1e-6, silu=True)
+    gemv(zeros(2, INNER), zeros(HIDDEN, INNER), stream, pdl=True, block=8, warps=4, addend=stream)
+    add_rms_norm(stream, stream, gain, 1e-6, stream, pdl=True)
+    silu_multiply(zeros(2, 2 * INNER), zeros(2, INNER), pdl=True)
+    embed(ints[:2], zeros(16, HIDDEN), stream, pdl=True)
+    slots, tokens_of = ints[:2], zeros(ROWS, 100, dtype=torch.int32)
+    expand_rows(longs[:2], slots, tokens_of, table, slots, slots, longs, table, longs, longs, PAGE, PAGES)
+    logits, temperatures = zeros(2, VOCAB), zeros(ROWS, dtype=torch.float64)
+    chunks = zeros(2 * num_chunks(VOCAB), dtype=torch.float32)
+    sample(logits, slots, longs[:2], temperatures, longs, chunks, slots, tokens_of, longs[:2], slots, pdl=True)
+
+
+if __name__ == "__main__":
+    main()
