@@ -69,7 +69,7 @@ def run(kills: int, seed: int, streams: int, tokens: int, wait: float, flags: Se
             victim = draw.choice(names)
             pauses.setdefault(victim, []).append(kill(daemon, victim, traffic))
             assert not traffic.wrong, f"kill {number + 1}, of {victim}: {traffic.wrong}"
-            if (number + 1) % 50 == 0:
+            if (number + 1) % 25 == 0:
                 say(f"{number + 1} kills, {traffic.finished} requests\n{table(pauses)}")
             time.sleep(draw.uniform(0.0, wait))
         traffic.stop(120)

@@ -2,7 +2,8 @@
 
     python -m tests.chaos.planted [NAME ...]
 
-A copy without a mistake must pass, so that what is found is the mistake.
+A copy without a mistake must pass, so that what is found is the mistake. More are planted into the scheduler's core,
+in tests/property/test_scheduler_machine.py.
 """
 
 from __future__ import annotations
@@ -32,17 +33,6 @@ def killing(victim: int) -> list[str]:
     return ["-m", "tests.chaos", "--patience", "60", "--script", script]
 
 
-MACHINE = [
-    "-m",
-    "pytest",
-    "-q",
-    "-x",
-    "-p",
-    "no:cacheprovider",
-    "tests/property/test_scheduler_machine.py::TestScheduler",
-]
-
-
 @dataclass(frozen=True)
 class Fault:
     """In `file`, `old` (which is there once) becomes `new`; `found_by`: arguments for python that must fail then."""
@@ -59,9 +49,6 @@ FAULTS = {
         "if not request.finished and not request.queued:\n",
         "if not request.finished and not request.queued and request.seq % 4:\n",
         killing(RANK),
-    ),
-    "results of an older epoch count": Fault(
-        "scheduler/core.py", "if result.epoch != self.state.epoch:", "if not self.state.in_flight:", MACHINE
     ),
     "ranks are lost to an epoch that is no newer": Fault(
         "scheduler/process.py", "if epoch <= self.epoch:", "if epoch < self.epoch or not self.epoch:", killing(RANK)
