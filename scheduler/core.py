@@ -284,5 +284,6 @@ class Scheduler:
             "step_tokens_counts": self._step_tokens.counts,
             "rank_restarts_total": state.epoch,
             "steps_in_flight": len(state.in_flight),
+            "ranks_ready": state.has_ranks,
             "new_token_ratio": self._ratio.value,
         }

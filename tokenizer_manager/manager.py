@@ -331,7 +331,8 @@ class TokenizerManager:
     def _answer(self, pending: Pending, values: dict[str, int | float | str | bool], error: ErrorInfo | None) -> None:
         if pending.what == "health":
             draining = self._closed is not None
-            values = values | {"status": "draining" if draining else "ok", "draining": draining}
+            serving = "ok" if values.get("ranks_ready", True) else "recovering"  # requests wait for the next ranks
+            values = values | {"status": "draining" if draining else serving, "draining": draining}
             values |= self._memory.values()
         elif pending.what == "stats" and error is None:
             values = values | self.stats()

@@ -3,7 +3,8 @@
     python -m tests.chaos.kills --kills 1000 [--seed 0] [--streams 16] [--tokens 300] [--wait 2] [-- flags of launch.py]
 
 Kills come up to `wait` seconds after the recovery from the one before. Prints how long streams paused, by who was
-killed: from the death until the last of the streams has had another token.
+killed: from the death until the last of the streams has had another token. With `--exact 0` answers may differ, as they
+do in bfloat16.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def table(pauses: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-def run(kills: int, seed: int, streams: int, tokens: int, wait: float, flags: Sequence[str]) -> None:
+def run(
+    kills: int, seed: int, streams: int, tokens: int, wait: float, flags: Sequence[str], exact: bool = True
+) -> None:
     """AssertionError if anything was lost, different or left."""
     draw = random.Random(seed)
     pauses: dict[str, list[float]] = {}
@@ -68,13 +71,15 @@ def run(kills: int, seed: int, streams: int, tokens: int, wait: float, flags: Se
         for number in range(kills):
             victim = draw.choice(names)
             pauses.setdefault(victim, []).append(kill(daemon, victim, traffic))
-            assert not traffic.wrong, f"kill {number + 1}, of {victim}: {traffic.wrong}"
+            wrong = traffic.wrong if exact else traffic.lost
+            assert not wrong, f"kill {number + 1}, of {victim}: {wrong}"
             if (number + 1) % 25 == 0:
                 say(f"{number + 1} kills, {traffic.finished} requests\n{table(pauses)}")
             time.sleep(draw.uniform(0.0, wait))
         traffic.stop(120)
-        assert not traffic.wrong, traffic.wrong
-        say(f"{kills} kills, {traffic.finished} requests, none lost and none different\n{table(pauses)}")
+        assert not (traffic.wrong if exact else traffic.lost), traffic.wrong
+        different = len(traffic.different)
+        say(f"{kills} kills, {traffic.finished} requests, none lost, {different} different\n{table(pauses)}")
         assert_idle(clients[0])
         time.sleep(2)
         grown = growth(before, holdings(daemon))
@@ -83,8 +88,8 @@ def run(kills: int, seed: int, streams: int, tokens: int, wait: float, flags: Se
 
 
 def main() -> None:
-    asked, flags = options(__doc__, kills=1000, seed=0, streams=16, tokens=300, wait=2.0)
-    run(asked.kills, asked.seed, asked.streams, asked.tokens, asked.wait, flags)
+    asked, flags = options(__doc__, kills=1000, seed=0, streams=16, tokens=300, wait=2.0, exact=1)
+    run(asked.kills, asked.seed, asked.streams, asked.tokens, asked.wait, flags, exact=bool(asked.exact))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,15 @@ from vibe_sgl_lite import Client, VibeError
 class Stream(threading.Thread):
     """One request at a time, from `asks`, each with the answer that is wanted, until these are exhausted or `stop`.
 
-    arrivals: when tokens came. wrong: what was not as wanted. finished: requests that ended well. reading: while it is
-    not set, the caller takes nothing.
+    arrivals: when tokens came. lost: requests that ended with an error, different: with another answer than was wanted.
+    finished: those that ended well or so. reading: while it is not set, the caller takes nothing.
     """
 
     def __init__(self, client: Client, asks: Iterable[tuple[Ask, Answer]]) -> None:
         super().__init__(daemon=True)
         self.arrivals: list[float] = []
-        self.wrong: list[str] = []
+        self.lost: list[str] = []
+        self.different: list[str] = []
         self.finished = 0
         self.reading = threading.Event()
         self.reading.set()
@@ -33,6 +34,10 @@ class Stream(threading.Thread):
     def stop(self) -> None:
         """After the request that runs."""
         self._stop_asked = True
+
+    @property
+    def wrong(self) -> list[str]:
+        return self.lost + self.different
 
     def cancel(self) -> None:
         """Have the engine end the request that runs."""
@@ -55,11 +60,11 @@ class Stream(threading.Thread):
                     if self._cancelled or self._left:
                         continue  # nobody knows what it should have been
             except VibeError as error:
-                self.wrong.append(f"{ask.params}: {type(error).__name__}: {error}")
+                self.lost.append(f"{ask.params}: {type(error).__name__}: {error}")
             else:
                 differs = difference(answer, wanted, whole=not (self._cancelled or self._left))
                 if differs is not None:
-                    self.wrong.append(f"{ask.params}: {differs}")
+                    self.different.append(f"{ask.params}: {differs}")
                 self.finished += 1
             if self._stop_asked:
                 return
@@ -99,8 +104,16 @@ class Traffic:
             stream.start()
 
     @property
+    def lost(self) -> list[str]:
+        return [text for stream in self.streams for text in stream.lost]
+
+    @property
+    def different(self) -> list[str]:
+        return [text for stream in self.streams for text in stream.different]
+
+    @property
     def wrong(self) -> list[str]:
-        return [text for stream in self.streams for text in stream.wrong]
+        return self.lost + self.different
 
     @property
     def finished(self) -> int:

@@ -30,8 +30,10 @@ def test_everything_that_runs_waits_again_with_its_tokens() -> None:
     stats = h.scheduler.stats()
     assert (stats["num_running"], stats["num_waiting"], stats["steps_in_flight"]) == (0, 2, 0)
     assert (stats["kv_pages_free"], stats["kv_pages_cached"]) == (64, 0)
+    assert stats["ranks_ready"] is False
     assert not h.schedule(), "no ranks are there"
     h.ranks_ready()
+    assert h.scheduler.stats()["ranks_ready"] is True
     batch = h.scheduler.schedule(h.now)
     assert batch is not None
     assert batch.epoch == 1

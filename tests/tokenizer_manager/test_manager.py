@@ -334,6 +334,14 @@ def test_those_whom_a_client_serves_have_room_each(spec: PipelineSpec) -> None:
     assert world.manager.requests.load_of("greedy").samples == world.manager.requests.load.samples == 0
 
 
+def test_health_tells_that_ranks_are_awaited(world: World) -> None:
+    for ready, status in ((False, "recovering"), (True, "ok")):
+        world.say(b"a", Query(1, "health"))
+        asked = [message for message in world.to_scheduler if isinstance(message, SchedulerQuery) and message.qid][-1]
+        world.manager.on_engine(SchedulerReply(asked.qid, {"ranks_ready": ready}))
+        assert world.got(b"a", QueryReply)[-1].values["status"] == status
+
+
 @pytest.mark.parametrize("opened", [True, False])
 def test_nothing_long_is_echoed(world: World, opened: bool) -> None:
     long = "x" * 1_000_000
