@@ -87,12 +87,12 @@ class StepBackend(AttentionBackend, Protocol):
     One is made over a `KVPool` (`Compute.attention`). Its kernels see a layer's cache as `pool.keys(layer)` and
     `pool.values(layer)`, [page, token, kv head, head dim] with any stride between pages: whether a page holds all
     layers, or a layer all pages, is the `KVLayout` that the backend asks for (`Compute.kv_layout`). One that inherits
-    gets the batch itself as metadata, and no graphs.
+    has no graphs.
     """
 
     def prepare(self, batch: DeviceBatch) -> Any:
         """The metadata that `forward` gets in every layer of this step. May enqueue work; reads nothing back."""
-        return batch
+        ...
 
     def graph_key(self, batch: DeviceBatch) -> Hashable | None:
         """Under what key the work on this batch may be captured and replayed, beside its number of rows; None: never.

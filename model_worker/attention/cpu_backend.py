@@ -20,6 +20,9 @@ class KernelAttention(StepBackend):
         ]
         self.scale = float(pool.head_dim**-0.5)
 
+    def prepare(self, batch: DeviceBatch) -> DeviceBatch:
+        return batch
+
     def forward(
         self,
         layer: int,

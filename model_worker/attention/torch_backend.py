@@ -22,6 +22,9 @@ class TorchAttention(StepBackend):
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
 
+    def prepare(self, batch: DeviceBatch) -> DeviceBatch:
+        return batch
+
     def forward(
         self,
         layer: int,

@@ -1,6 +1,6 @@
 """Every message on every wire, as tagged `msgspec.Struct`s (array-like, msgpack). No pickle anywhere. One file an edge:
 
-    client       client <-> tokenizer manager
+    client       client <-> tokenizer manager; encoding: what msgspec alone does not do
     scheduler    tokenizer manager and detokenizer -> scheduler, and its answers
     detokenizer  scheduler -> detokenizer -> tokenizer manager
     ranks        scheduler <-> model workers
@@ -42,11 +42,6 @@ from vibe_sgl_lite.runtime.messages.client import (
     Refused as Refused,
     ServerMessage as ServerMessage,
     Welcome as Welcome,
-    check_fields as check_fields,
-    decode_extension as decode_extension,
-    encode_request as encode_request,
-    encode_values as encode_values,
-    join_chunks as join_chunks,
 )
 from vibe_sgl_lite.runtime.messages.control import (
     AbortAll as AbortAll,
@@ -70,6 +65,13 @@ from vibe_sgl_lite.runtime.messages.detokenizer import (
     StepOutput as StepOutput,
     TokenizerInput as TokenizerInput,
     TokenOutput as TokenOutput,
+)
+from vibe_sgl_lite.runtime.messages.encoding import (
+    check_fields as check_fields,
+    decode_extension as decode_extension,
+    encode_request as encode_request,
+    encode_values as encode_values,
+    join_chunks as join_chunks,
 )
 from vibe_sgl_lite.runtime.messages.parts import (
     ErrorInfo as ErrorInfo,

@@ -17,8 +17,9 @@ from tests.model_worker.sampling.reference import make_sampler, sample
 from tests.model_worker.sampling.test_sampler import random_row
 from tests.runtime.text.test_grammar import make_grammar
 from vibe_sgl_lite.model_worker.sampling import grammar as grammar_module
-from vibe_sgl_lite.model_worker.sampling.constraints import Constraints, SlotConstraint
+from vibe_sgl_lite.model_worker.sampling.constraints import Constraints
 from vibe_sgl_lite.model_worker.sampling.grammar import Grammar, GrammarLibrary
+from vibe_sgl_lite.model_worker.sampling.slot_constraint import SlotConstraint
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, ThinkingRules, resolve
 from vibe_sgl_lite.runtime.text.grammar import make_matcher
 from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
