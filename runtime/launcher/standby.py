@@ -37,8 +37,10 @@ class Standby:
                 log.info("the spare process of %s %s", name, spare.exit_words())
                 del self._spares[name]
         missing = [spec for spec in self._specs if spec.name not in self._spares]
-        if missing and now >= self._due and available_memory().value >= FREE_BYTES:
-            self._due = now + AGAIN_S
+        if not missing or now < self._due:
+            return
+        self._due = now + AGAIN_S
+        if available_memory().value >= FREE_BYTES:
             for spec in missing:
                 self._spares[spec.name] = ChildProcess(spec, None, self._threads, self._life_fd)
 

@@ -1,0 +1,119 @@
+"""Spare processes: when they are made, taken and replaced. That they become ranks is in test_pipeline.py."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from vibe_sgl_lite.runtime.launcher import standby
+from vibe_sgl_lite.runtime.launcher.spawn import ChildProcess, ChildSpec
+from vibe_sgl_lite.runtime.launcher.standby import FREE_BYTES, Standby
+from vibe_sgl_lite.runtime.settings.machine import Limit
+
+SPECS = [ChildSpec(f"model_worker.{rank}", "tests.runtime.launcher.fake_child", (str(rank),)) for rank in range(2)]
+
+
+class Free:
+    """What the machine has free; times that it was asked."""
+
+    def __init__(self) -> None:
+        self.bytes = FREE_BYTES
+        self.asked = 0
+
+    def __call__(self) -> Limit:
+        self.asked += 1
+        return Limit(self.bytes, "a test")
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Free:
+    made = Free()
+    monkeypatch.setattr(standby, "available_memory", made)
+    monkeypatch.setattr(standby, "FIRST_S", 0.0)
+    return made
+
+
+@pytest.fixture
+def spares(free: Free) -> Iterator[Standby]:
+    reader, writer = os.pipe()
+    made = Standby(SPECS, 1, reader)
+    yield made
+    made.close()
+    os.close(reader)
+    os.close(writer)
+
+
+def running() -> list[psutil.Process]:
+    return [process for process in psutil.Process().children() if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_one_for_each_rank_until_it_is_taken(spares: Standby) -> None:
+    before = len(running())
+    assert spares.take("model_worker.0") is None
+    spares.keep()
+    spares.keep()
+    assert len(running()) == before + 2
+    taken = spares.take("model_worker.0")
+    assert taken is not None
+    assert taken.spec == SPECS[0]
+    assert spares.take("model_worker.0") is None
+    spares.keep()  # at once: this one was wanted
+    assert len(running()) == before + 3
+    taken.kill()
+    taken.reap()
+    spares.close()
+    assert len(running()) == before
+
+
+def test_one_that_died_is_not_handed_out(spares: Standby) -> None:
+    spares.keep()
+    first = running()[-1]
+    first.kill()
+    wait_for(lambda: first not in running())
+    assert sum(spares.take(spec.name) is None for spec in SPECS) == 1
+
+
+def test_spares_that_die_again_and_again_do_not_take_up_a_core(
+    spares: Standby, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(running())
+    spares.keep()
+    for process in running()[before:]:
+        process.kill()
+    wait_for(lambda: len(running()) == before)
+    spares.keep()
+    assert len(running()) == before
+    monkeypatch.setattr(standby, "AGAIN_S", 0.0)
+    spares._due = 0.0  # as if time had passed
+    spares.keep()
+    assert len(running()) == before + 2
+
+
+def test_none_where_memory_is_scarce_and_it_is_not_asked_all_the_time(spares: Standby, free: Free) -> None:
+    free.bytes = FREE_BYTES - 1
+    before = len(running())
+    for _ in range(100):
+        spares.keep()
+    assert len(running()) == before
+    assert free.asked == 1
+
+
+def test_it_ends_without_a_word() -> None:
+    reader, writer = os.pipe()
+    spare = ChildProcess(SPECS[0], None, 1, reader)
+    os.close(reader)
+    assert spare._popen.stdin is not None
+    spare._popen.stdin.close()
+    assert spare._popen.wait(30) == 0
+    os.close(writer)
