@@ -93,6 +93,7 @@ class App:
             return found
         allowed = [method for method, path in ROUTES if path == exchange.path]
         if allowed:
+            exchange.extra_headers.append((b"allow", ", ".join(allowed).encode()))
             raise ApiError(405, f"{exchange.method} is not allowed here: use {' or '.join(allowed)}")
         raise ApiError(404, f"there is no {exchange.path} here; see /openapi.json", code="not_found")
 

@@ -67,7 +67,7 @@ def chat_request(body: ChatBody) -> ChatRequest:
     messages = convert_messages(body.messages)
     options = engine_options(body) | _tool_options(body)
     template = _template_variables(body)
-    if body.continue_final_message and messages[-1].get("role") != "assistant":
+    if body.continue_final_message and not (messages and messages[-1].get("role") == "assistant"):
         raise bad_request(
             "continue_final_message needs a last message of the assistant, to go on with", "continue_final_message"
         )

@@ -74,9 +74,10 @@ def document() -> dict[str, Any]:
 
 
 def _operation(path: str, text: str) -> dict[str, Any]:
-    answer: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+    kinds = ["object", "array"] if path == "/generate" else "object"  # several prompts make a list there
+    answer: dict[str, Any] = {"application/json": {"schema": {"type": kinds}}}
     if path in STREAMS:
-        answer["text/event-stream"] = {"schema": {"type": "string"}}
+        answer["text/event-stream"] = {}
     error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
     return {
         "summary": text,

@@ -25,6 +25,7 @@ from vibe_sgl_lite.http_server.service import Service
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.launcher.child import Child, run_child
 from vibe_sgl_lite.runtime.messages import MAX_FRAME_BYTES, Shutdown
+from vibe_sgl_lite.runtime.settings.machine import raise_descriptor_limit
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 
 TICK_S = 0.25
@@ -130,6 +131,7 @@ def _uvicorn_config(app: App, args: ServerArgs) -> uvicorn.Config:
 
 def main(child: Child) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the cores are the ranks'
+    raise_descriptor_limit()  # one a connection
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         runner.run(serve(child, int(sys.argv[2])))
 

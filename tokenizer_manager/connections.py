@@ -10,25 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import resource
 import socket
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-MOST_DESCRIPTORS = 65_536
-
 log = logging.getLogger(__name__)
-
-
-def raise_descriptor_limit() -> int:
-    """To what the system allows this process, within reason. Returns the limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, most = (MOST_DESCRIPTORS if value == resource.RLIM_INFINITY else value for value in (soft, hard))
-    wanted = min(most, MOST_DESCRIPTORS)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return max(soft, wanted)
 
 
 class ConnectionLimit:

@@ -24,10 +24,11 @@ import zmq
 from vibe_sgl_lite.runtime.chrome_trace import TOKENIZER_MANAGER, ChromeTrace
 from vibe_sgl_lite.runtime.launcher.child import Child, run_child
 from vibe_sgl_lite.runtime.messages import AbortAll, Drain, EngineLost, Finish, SchedulerInput, Shutdown, TokenizerInput
+from vibe_sgl_lite.runtime.settings.machine import raise_descriptor_limit
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.runtime.transport.channels import Receiver, new_socket
 from vibe_sgl_lite.runtime.transport.curve import AllowList, read_keys
-from vibe_sgl_lite.tokenizer_manager.connections import ConnectionLimit, raise_descriptor_limit
+from vibe_sgl_lite.tokenizer_manager.connections import ConnectionLimit
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import CompilerArgs, GrammarCompiler
 from vibe_sgl_lite.tokenizer_manager.manager import THREADS, TokenizerManager
 from vibe_sgl_lite.tokenizer_manager.sessions import ClientSocket, Sessions

@@ -18,6 +18,7 @@ import psutil
 # Of a group's memory, what the kernel takes back before it kills: files' pages that have been read.
 RECLAIMABLE = ("total_inactive_file", "total_active_file", "inactive_file", "active_file")
 V1_MEMORY, V1_CPU = "memory", "cpu"
+MOST_DESCRIPTORS = 65_536
 
 
 class Limit(msgspec.Struct, frozen=True):
@@ -116,3 +117,13 @@ def _read(path: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def raise_descriptor_limit() -> int:
+    """To what the system allows this process, within reason. Returns the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, most = (MOST_DESCRIPTORS if value == resource.RLIM_INFINITY else value for value in (soft, hard))
+    wanted = min(most, MOST_DESCRIPTORS)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(soft, wanted)

@@ -51,6 +51,7 @@ CHAT = "/v1/chat/completions"
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"continue_final_message": True}, "continue_final_message"),
+        ({"continue_final_message": True, "messages": []}, "continue_final_message"),
     ],
     ids=str,
 )
@@ -97,7 +98,8 @@ def test_unknown_models_paths_and_methods(server: Server, client: Any) -> None:
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
     assert server.get("/v1/models/gpt-4").status == 404
     assert server.get("/nothing").status == 404
-    assert server.get(CHAT).status == 405
+    wrong = server.get(CHAT)
+    assert (wrong.status, wrong.headers["allow"]) == (405, "POST")
     assert server.post("/health", {}).status == 405
 
 

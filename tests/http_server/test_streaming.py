@@ -1,0 +1,127 @@
+"""One stream against a reader of any speed: what waits leaves in one write, and a reader that takes nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+from vibe_sgl_lite.http_server.engine import SLOW_READER_S, Call, Engine
+from vibe_sgl_lite.http_server.exchange import DisconnectedError, Exchange
+from vibe_sgl_lite.http_server.metrics import Metrics
+from vibe_sgl_lite.http_server.streaming import stream
+from vibe_sgl_lite.http_server.timing import CallTimes
+from vibe_sgl_lite.runtime.client.requests import plan_generate
+from vibe_sgl_lite.runtime.messages import Accepted, Chunk, Finish, Usage, pack_ids
+from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams, resolve
+
+TOKENS = 6
+SAMPLING = resolve(
+    SamplingParams(max_new_tokens=TOKENS),
+    model_defaults={},
+    end_token_ids=(),
+    prompt_tokens=1,
+    context_length=100,
+    vocab_size=10,
+)
+
+
+class Reader:
+    """In place of a connection: `write` returns when there is room."""
+
+    def __init__(self, receive: asyncio.Event, room: asyncio.Event) -> None:
+        async def receiving() -> dict[str, Any]:
+            await receive.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.body":
+                self.writes.append(message["body"])
+                await room.wait()
+
+        self.writes: list[bytes] = []
+        scope = {"method": "POST", "path": "/", "headers": [], "query_string": b""}
+        self.exchange = Exchange(scope, receiving, send, 1)
+
+
+class NoEngine:
+    def __init__(self) -> None:
+        self.dropped: list[Call] = []
+
+    def drop(self, call: Call) -> None:
+        self.dropped.append(call)
+
+
+def chunk(rid: str, number: int) -> Chunk:
+    last = number == TOKENS - 1
+    finish, usage = (Finish("length"), Usage(1, TOKENS)) if last else (None, None)
+    return Chunk(rid, 0, number, pack_ids([number]), str(number), finish, usage)
+
+
+@contextlib.asynccontextmanager
+async def streaming(room: asyncio.Event) -> AsyncIterator[tuple[Call, Reader, NoEngine, asyncio.Task[None]]]:
+    """A stream that has begun, with its first token."""
+    engine, reader = NoEngine(), Reader(asyncio.Event(), room)
+    request = plan_generate("x", None, input_ids=None, rid="r", options={}).requests[0]
+    call = Call(cast(Engine, engine), [request], CallTimes(Metrics(), 0.0, "r"))
+    task = asyncio.create_task(
+        stream(
+            reader.exchange,
+            call,
+            opening=lambda: b"<",
+            events=lambda index, chunk: chunk.text.encode(),
+            closing=lambda: b">",
+            failure=lambda error: error.message.encode(),
+        )
+    )
+    call.add(0, Accepted("r", 1, SAMPLING), 0.0)
+    call.add(0, chunk("r", 0), 0.0)
+    while not reader.writes:
+        await asyncio.sleep(0)
+    yield call, reader, engine, task
+
+
+async def fast() -> list[bytes]:
+    room = asyncio.Event()
+    room.set()
+    async with streaming(room) as (call, reader, _, task):
+        for number in range(1, TOKENS):
+            call.add(0, chunk("r", number), 0.0)
+            while len(reader.writes) <= number:
+                await asyncio.sleep(0)
+        await task
+        return reader.writes
+
+
+async def slow() -> list[bytes]:
+    room = asyncio.Event()
+    async with streaming(room) as (call, reader, engine, task):
+        for number in range(1, TOKENS):
+            call.add(0, chunk("r", number), 0.0)
+            await asyncio.sleep(0)
+        room.set()
+        await task
+        assert engine.dropped == [call]
+        return reader.writes
+
+
+def test_what_a_slow_reader_has_not_taken_leaves_in_one_write() -> None:
+    assert asyncio.run(fast()) == [b"<0", b"1", b"2", b"3", b"4", b"5>"]
+    assert asyncio.run(slow()) == [b"<0", b"12345>"]
+
+
+def test_a_reader_that_takes_nothing_is_given_up() -> None:
+    async def run() -> None:
+        async with streaming(asyncio.Event()) as (call, _, engine, task):
+            now = asyncio.get_running_loop().time()
+            call.tick(now + SLOW_READER_S / 2)
+            await asyncio.sleep(0)
+            assert not task.done()
+            call.tick(now + SLOW_READER_S * 2)
+            with contextlib.suppress(DisconnectedError):
+                await task
+            assert isinstance(task.exception(), DisconnectedError)
+            assert engine.dropped == [call]
+
+    asyncio.run(run())
