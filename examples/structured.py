@@ -6,6 +6,7 @@ Needs the grammar library: pip install 'vibe-sgl-lite[grammar]'
 """
 
 import argparse
+import importlib.util
 import json
 
 from vibe_sgl_lite import LLM, SamplingParams
@@ -13,6 +14,8 @@ from vibe_sgl_lite import LLM, SamplingParams
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model-path", default="embedded", help="model folder or hub id; default: the embedded model")
 args = parser.parse_args()
+if importlib.util.find_spec("llguidance") is None:
+    parser.exit(1, "the grammar library is missing: pip install 'vibe-sgl-lite[grammar]'\n")
 
 # Bounded strings and numbers, so that max_new_tokens is surely enough.
 ANIMAL = {

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
 from vibe_sgl_lite.runtime.errors import (
     DrainingError,
@@ -114,6 +115,7 @@ class TokenizerManager:
         self._memory = memory or MemoryWatch()
         self.counters = Counters()
         self.requests = RequestTable()
+        self._chats_are_unbounded = spec.model.generation_defaults.max_new_tokens is None
         self._spec = spec
         self._tokenizer = tokenizer
         self._grammars = grammars
@@ -207,6 +209,8 @@ class TokenizerManager:
             params = check(message, self._limits, self._tokenizer)
         except Exception as error:  # noqa: BLE001 - told and logged; it must not end everybody's process
             return self._refuse(session, message.rid, _failure(message.rid, error))
+        if message.messages is not None and params.max_new_tokens is UNSET and self._chats_are_unbounded:
+            params = msgspec.structs.replace(params, max_new_tokens=None)
         n = params.n if isinstance(params.n, int) else 1
         request = self.requests.add(session, message.rid, n, size, message.payer)
         if params.max_new_tokens is None and self._pool_tokens is None:

@@ -79,6 +79,13 @@ class Output(_Plain, frozen=True, kw_only=True):
     reasoning: str = ""
     tool_calls: list[ToolCall] = []
 
+    @property
+    def hint(self) -> str | None:
+        """What to do about an output that is surely not what was wanted; None for any other."""
+        if self.finish_reason == "length" and self.reasoning and not (self.text or self.tool_calls):
+            return "only the thinking block came: raise max_new_tokens, bound max_thinking_tokens, or turn thinking off"
+        return None
+
     def __repr__(self) -> str:
         """What one looks for first; `to_dict` has all of it."""
         shown: dict[str, object] = {"text": self.text}
@@ -94,6 +101,8 @@ class Output(_Plain, frozen=True, kw_only=True):
         if self.error is not None:
             shown["error"] = self.error
         shown["tokens"] = len(self.token_ids)
+        if self.hint is not None:
+            shown["hint"] = self.hint
         return f"Output({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 

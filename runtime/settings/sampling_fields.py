@@ -20,7 +20,7 @@ class SamplingFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     # fmt: off
     max_new_tokens: Annotated[int | UnsetType | None, Spec(
         "tokens to generate at most; more than fit are refused, never clipped",
-        default=128, low=1, high=MAX_TOKENS,
+        more="The default is for plain prompts; in chats it is `None`.", default=128, low=1, high=MAX_TOKENS,
         allowed="at least 1, and with the prompt at most the context length; `None` is as many as context and KV "
         "cache allow",
         aliases=("max_tokens", "max_completion_tokens"), like=("num_predict", "n_predict"),

@@ -57,6 +57,20 @@ def test_structured() -> None:
     assert lines[3] == "tools -> get_weather({'city': 'Paris'})"
 
 
+def test_structured_without_its_library(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import importlib.util, runpy, sys; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'llguidance' else find(name, *rest)\n"
+        f"runpy.run_path({str(ROOT / 'examples' / 'structured.py')!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, timeout=60, check=False, env=environment()
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "the grammar library is missing: pip install 'vibe-sgl-lite[grammar]'\n"
+
+
 def test_client(daemon: Daemon) -> None:
     out = run("client.py", "--address", daemon.address)
     assert out.startswith("connected to tiny on cpu\n")

@@ -34,6 +34,14 @@ def test_names_and_values_that_people_bring() -> None:
         assert out.usage is not None
         assert out.usage.prompt_tokens == llm.count_tokens(chat, enable_thinking=False, allow_special_tokens=True)
         assert out.usage.prompt_tokens < llm.count_tokens(chat, enable_thinking=False)
+        out = llm.chat([{"role": "user", "content": "What is 17 + 25?"}], temperature=0)
+        assert (out.finish_reason, out.text, out.hint) == ("stop", "42", None), "whole, with its thinking block"
+        assert out.sampling is not None
+        assert out.usage is not None
+        assert out.sampling.max_new_tokens == 512 - out.usage.prompt_tokens
+        out = llm.chat([{"role": "user", "content": "What is 17 + 25?"}], temperature=0, max_tokens=5)
+        assert (out.finish_reason, out.text) == ("length", "")
+        assert "only the thinking block came" in repr(out)
         for wrong in (5, None, b"x"):
             with pytest.raises(RequestError):
                 llm.encode(wrong)  # type: ignore[arg-type]

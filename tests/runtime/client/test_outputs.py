@@ -13,9 +13,10 @@ import pytest
 import vibe_sgl_lite
 from tests.runtime.client.fake_engine import answer, failing, fake_engine
 from vibe_sgl_lite import AsyncClient, Client, SamplingParams
-from vibe_sgl_lite.runtime.client.outputs import OutputChunk
+from vibe_sgl_lite.runtime.client.outputs import Output, OutputChunk
 from vibe_sgl_lite.runtime.errors import ConfigError, RequestError
 from vibe_sgl_lite.runtime.messages import Generate, LogprobEntry, ServerMessage
+from vibe_sgl_lite.runtime.text.chat_format import ToolCall
 
 
 def test_an_output_is_readable_and_goes_to_json(tmp_path: Path) -> None:
@@ -37,6 +38,20 @@ def test_an_output_is_readable_and_goes_to_json(tmp_path: Path) -> None:
             "field": None,
         }
         assert "because of numerical_error" in repr(failed)
+
+
+def test_an_output_that_is_all_thinking_says_what_to_do() -> None:
+    only = Output(rid="r", text="", reasoning="Hm", token_ids=[1, 2], finish_reason="length")
+    assert only.hint is not None
+    assert only.hint in repr(only)
+    for other in (
+        msgspec.structs.replace(only, text="4"),
+        msgspec.structs.replace(only, reasoning=""),
+        msgspec.structs.replace(only, finish_reason="stop"),
+        msgspec.structs.replace(only, tool_calls=[ToolCall("f", {}, "{}")]),
+    ):
+        assert other.hint is None
+        assert "hint" not in repr(other)
 
 
 def test_chunks_too() -> None:

@@ -105,3 +105,13 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["--requests", "4", "--policies", "nope"]) == 1
     assert "nope" in capsys.readouterr().err
     assert main(["--trace", str(tmp_path / "missing")]) == 1
+
+
+def test_the_documented_example_tells_policies_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "scheduling.md").read_text()
+    command = next(line for line in page.splitlines() if "simulate --workload" in line).split("simulate ")[1].split()
+    command[command.index("--requests") + 1] = "150"  # of 500
+    assert main(command) == 0
+    reports = json.loads(capsys.readouterr().out.splitlines()[-1])["reports"]
+    rates = {report["policy"]: report["hit_rate"] for report in reports}
+    assert rates["fcfs"] < rates["lpm"] < rates["dfs-weight"]
