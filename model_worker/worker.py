@@ -41,7 +41,6 @@ from vibe_sgl_lite.runtime.messages import ForwardBatch, RankInput, RankReady, S
 from vibe_sgl_lite.runtime.settings.address import split_host_port
 from vibe_sgl_lite.runtime.settings.machine import usable_cores
 from vibe_sgl_lite.runtime.settings.server_args import flag_name
-from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 
 MAX_IN_FLIGHT = 3  # steps: one runs while the next ones wait on the device; the scheduler sends no more
@@ -206,6 +205,8 @@ def _tokenizer_file(spec: PipelineSpec) -> Path:
         return file
     if (folder / "tokenizer.json").is_file():
         return folder / "tokenizer.json"
+    from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer  # slow to import, rarely needed
+
     ChatTokenizer.from_folder(folder).write_json(file)
     return file
 

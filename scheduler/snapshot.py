@@ -8,7 +8,6 @@ from __future__ import annotations
 from array import array
 
 import msgspec
-import numpy as np
 
 from vibe_sgl_lite.scheduler.radix_cache import TOKEN_BYTES, RadixNode
 from vibe_sgl_lite.scheduler.request import Request
@@ -101,6 +100,8 @@ def _tree(nodes: list[RadixNode]) -> list[Node]:
 
 
 def _page_map(state: SchedulerState, nodes: list[RadixNode], running: list[Request]) -> tuple[str, int]:
+    import numpy as np  # a third of what the scheduler's process imports, and only for who watches
+
     count = state.memory.num_pages
     pages = np.zeros(count, dtype=np.uint8)
     for node in nodes:

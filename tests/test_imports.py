@@ -141,6 +141,16 @@ def test_torch_is_imported_by_ranks_alone(part: str) -> None:
     assert done.stdout.split()[-1] == "False"
 
 
+@pytest.mark.parametrize(
+    ("module", "late"),
+    [("scheduler.process", {"numpy"}), ("model_worker.worker", {"jinja2", "tokenizers", "transformers"})],
+)
+def test_processes_start_without_what_few_requests_need(module: str, late: set[str]) -> None:
+    code = f"import sys, {PACKAGE}.{module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not late & {*done.stdout.split()}
+
+
 def test_the_public_face_is_lazy() -> None:
     """A child imports its own package's parent; that must not bring the client, nor anything else."""
     code = (
