@@ -17,6 +17,7 @@ import msgspec
 
 from docs.reference import class_reference, error_reference
 from vibe_sgl_lite.runtime.settings import model_config, quantized_form, tokenizer_config
+from vibe_sgl_lite.runtime.settings.memory_parts import rank_memory
 from vibe_sgl_lite.runtime.settings.model_config import GenerationDefaults, ModelConfig, Yarn
 from vibe_sgl_lite.runtime.settings.sampling_params import FIELDS
 from vibe_sgl_lite.runtime.settings.schema import Field, table
@@ -29,6 +30,17 @@ NOT_USED = {
     "not used of quantization_config": quantized_form.UNUSED,
     "not used of generation_config.json": model_config.GENERATION_UNUSED,
     "not used of tokenizer_config.json": tokenizer_config.UNUSED,
+}
+# Qwen3's shapes, from their config.json: (hidden, MLP or expert width, layers, heads, KV heads, tied, experts).
+QWEN3 = {
+    "Qwen3-0.6B": (1024, 3072, 28, 16, 8, True, 0),
+    "Qwen3-1.7B": (2048, 6144, 28, 16, 8, True, 0),
+    "Qwen3-4B": (2560, 9728, 36, 32, 8, True, 0),
+    "Qwen3-8B": (4096, 12288, 36, 32, 8, False, 0),
+    "Qwen3-14B": (5120, 17408, 40, 40, 8, False, 0),
+    "Qwen3-32B": (5120, 25600, 64, 64, 8, False, 0),
+    "Qwen3-30B-A3B": (2048, 768, 48, 32, 4, False, 128),
+    "Qwen3-235B-A22B": (4096, 1536, 94, 64, 4, False, 128),
 }
 PAGES = tuple(Path(__file__).resolve().parent.glob("*.md"))
 PLACE = re.compile(r"(<!-- fields: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -55,6 +67,11 @@ def _table(name: str) -> Iterator[str]:
             text = _meaning(field) + (f" Left out: {otherwise}." if otherwise else "")
             yield f"| `{field.name}` | {allowed} | {text} |"
         return
+    if name == "memory":
+        yield "| model | bfloat16 | `int8` | `int4` | KV cache, 1,000 tokens | with `--kv-cache-dtype int8` |"
+        yield "|---|---|---|---|---|---|"
+        yield from (_memory(model) for model in QWEN3)
+        return
     if name in NOT_USED:
         yield f"Known and not used: {', '.join(f'`{key}`' for key in sorted(NOT_USED[name]))}."
         return
@@ -73,6 +90,21 @@ def _table(name: str) -> Iterator[str]:
     assert fields, f"there is no group {name!r} of settings"
     for field in fields:
         yield f"| `{flag_name(field.name)}` | {_default(field)} | {_meaning(field)} |"
+
+
+def _memory(name: str) -> str:
+    hidden, width, layers, heads, kv_heads, tied, experts = QWEN3[name]
+    config = ModelConfig(
+        architecture=model_config.MOE if experts else model_config.DENSE, vocab_size=151_936, hidden_size=hidden,
+        intermediate_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        head_dim=128, max_position_embeddings=40_960, tie_word_embeddings=tied, num_experts=experts,
+        num_experts_per_tok=8 if experts else 0, moe_intermediate_size=width if experts else 0,
+    )  # fmt: skip
+    kept = [rank_memory(config, tp=1, ep=1, dtype="bfloat16", quantization=form) for form in ("none", "int8", "int4")]
+    int8_cache = rank_memory(config, tp=1, ep=1, dtype="bfloat16", int8_cache=True)
+    weights = " | ".join(f"{memory.weight_bytes / 2**30:.2f}" for memory in kept)
+    cache = " | ".join(f"{1000 * memory.kv_token / 2**30:.3f}" for memory in (kept[0], int8_cache))
+    return f"| {name} | {weights} | {cache} |"
 
 
 def _meaning(field: Field) -> str:

@@ -186,7 +186,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "longest prompt plus output of one request",
         "Not above the model's `max_position_embeddings`, or what YaRN makes of it.",
         unit="tokens", unset="the model's own", group=MODEL, low=2, high=2**30,
-        aliases=("max_model_len", "max_seq_len"), like=("ctx_size",),
+        aliases=("max_model_len", "max_seq_len"), like=("ctx_size", "num_ctx", "n_ctx"),
     )] = None
     page_size: Annotated[int | None, Spec(
         "size of a page of the KV cache, the unit of allocation and of prefix sharing",
@@ -196,6 +196,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     max_total_tokens: Annotated[int | None, Spec(
         "size of the KV cache; wins over `--mem-fraction-static`",
         unit="tokens", unset="as --mem-fraction-static allows, on CPU at most 4 GiB", group=MEMORY, low=1, high=2**40,
+        like=("num_gpu_blocks_override",),
     )] = None
     mem_fraction_static: Annotated[float, Spec(
         "part of the memory that weights and KV cache together may take",
@@ -204,6 +205,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     max_running_requests: Annotated[int, Spec(
         "requests that generate at the same time; more wait",
         unit="requests", group=MEMORY, low=1, high=65_536, aliases=("max_num_seqs",),
+        like=("parallel", "num_parallel"),
     )] = 256
     max_queued_requests: Annotated[int, Spec(
         "requests that may wait; one more is refused as `overloaded`",
@@ -213,6 +215,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "prompt tokens that one step computes at most; longer prompts are cut into chunks",
         "So running streams do not stall.",
         unit="tokens", unset="512 on CPU, 8192 on GPU", group=MEMORY, low=1, high=2**20,
+        like=("max_num_batched_tokens", "batch_size", "ubatch_size"),
     )] = None
     max_step_stretch: Annotated[float, Spec(
         "while requests generate, a step that also computes prompts takes at most so many times as long as one that "
@@ -236,6 +239,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     disable_radix_cache: Annotated[bool, Spec(
         "do not share the KV cache between requests with a common prefix",
         group=MEMORY,
+        like=("enable_prefix_caching", "no_enable_prefix_caching"),
     )] = False
     disable_overlap: Annotated[bool, Spec(
         "plan a step only when the result of the one before it is back: slower, and simpler to debug",
@@ -251,7 +255,8 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     )] = None
     num_threads: Annotated[int | None, Spec(
         "threads of each rank",
-        unit="threads", unset="cores / ranks on this machine", group=PARALLELISM, low=1, high=4096, like=("threads",),
+        unit="threads", unset="cores / ranks on this machine", group=PARALLELISM, low=1, high=4096,
+        like=("threads", "num_thread"),
     )] = None
     seed: Annotated[int, Spec(
         "seed of the weights of `--load-format dummy`",

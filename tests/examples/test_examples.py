@@ -89,3 +89,22 @@ def test_streaming(daemon: Daemon) -> None:
     out = run("streaming.py", "--address", daemon.address, "The little dog")
     assert out.startswith("The little dog")
     assert re.search(r"\[(length|stop): \d+ tokens in [\d.]+ s, the first after \d+ ms\]", out)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_the_pages_programs_run_on_the_embedded_model(page: str, tmp_path: Path) -> None:
+    """Every Python block that uses this package alone, one after the other, beside the default daemon."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    programs = [block for block in blocks if "openai" not in block]
+    assert programs
+    (tmp_path / "program.py").write_text("\n".join(programs))
+    with running("--name", "default"):
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "program.py")],
+            capture_output=True, text=True, timeout=240, check=False, env=environment(), cwd=tmp_path,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    if page == "README.md":
+        assert done.stdout.rstrip().endswith("42")
+        assert "\n42\n" in done.stdout
