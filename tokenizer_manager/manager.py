@@ -56,6 +56,7 @@ from vibe_sgl_lite.runtime.messages import (
 )
 from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
+from vibe_sgl_lite.runtime.text.grammar import FIELDS as GRAMMAR_FIELDS
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import GrammarCompiler
 from vibe_sgl_lite.tokenizer_manager.memory import MemoryWatch
 from vibe_sgl_lite.tokenizer_manager.queries import ANSWER_S, Pending, Queries
@@ -75,7 +76,7 @@ from vibe_sgl_lite.tokenizer_manager.validate import (
 DRAINING = ErrorInfo(DrainingError.code, "the engine is draining and takes no new requests; ask another one, or later")
 ABOUT_POOL = 0  # the number of our own question to the scheduler; clients' begin at 1
 MAX_MESSAGE_CHARS = 1000  # a longer one repeats a long value
-THREADS = min(4, os.cpu_count() or 1)
+THREADS = max(2, min(4, os.cpu_count() or 1))  # one may be busy with a grammar
 SESSION_BYTES = 32 * 2**20  # of one session's requests that wait to be tokenized
 WAITING_BYTES = 128 * 2**20  # of all sessions'
 FLUSH_PATIENCE_S = 0.5  # a client that takes nothing for so long does not hold up the end of a drain
@@ -241,6 +242,7 @@ class TokenizerManager:
                 prepare, message, params, self._tokenizer, self._grammars, self._spec, self._limits, self._pool_tokens
             ),
             partial(self._on_prepared, request, message),
+            slow=any(getattr(message, field) is not None for field in GRAMMAR_FIELDS),
         )
 
     def _on_prepared(self, request: OpenRequest, message: Generate, future: Future[Prepared]) -> None:

@@ -22,9 +22,9 @@ class Threads:
     def _run(self, work: Callable[[], str], done: Callable[[Future[str]], None]) -> None:
         self.running.append((work, done))
 
-    def add(self, session: Session, rid: str) -> OpenRequest:
+    def add(self, session: Session, rid: str, slow: bool = False) -> OpenRequest:
         request = self.table.add(session, rid, 1, 10)
-        self.queue.add(request, lambda: rid, lambda future: self.done.append(future.result()))
+        self.queue.add(request, lambda: rid, lambda future: self.done.append(future.result()), slow=slow)
         return request
 
     def finish(self, place: int = 0) -> None:
@@ -78,3 +78,20 @@ def test_what_ended_is_not_tokenized() -> None:
     threads.queue.drop(b.token)
     threads.add(b, "b3")
     assert threads.finish_all()[-1] == "b3"
+
+
+def test_one_slow_one_at_a_time_and_others_pass_by() -> None:
+    threads = Threads(2)
+    a, b = session(b"a"), session(b"b")
+    for number in range(3):
+        threads.add(a, f"slow{number}", slow=True)
+    for number in range(3):
+        threads.add(b, f"b{number}")
+    assert len(threads.running) == 2
+    for _ in range(3):  # the slow one is still at work
+        threads.finish(1)
+    assert threads.done == ["b0", "b1", "b2"]
+    assert len(threads.running) == 1
+    assert threads.finish_all()[3:] == ["slow0", "slow1", "slow2"]
+    threads.add(a, "quick")
+    assert threads.finish_all()[-1] == "quick"
