@@ -87,7 +87,7 @@ class ResultApplier:
                 tokens = request.tokens
                 first = len(tokens) // TOKEN_BYTES
                 one = packed[at : at + TOKEN_BYTES]
-                if first >= request.kv_limit or token in request.ends:
+                if first >= request.kv_limit or token in request.ends or not request.opened:
                     self._sampled(request, one, 1, None, outputs)
                 else:
                     tokens += one

@@ -239,7 +239,12 @@ def test_stats_health_and_flush(client: Client) -> None:
     client.generate("Once upon a time there was a little dog in the garden", GREEDY)
     after = client.stats()
     assert after["completion_tokens_total"] == before["completion_tokens_total"] + TOKENS
-    assert client.health()["status"] == "ok"
+    health = client.health()
+    assert health["status"] == "ok"
+    assert health["memory_low"] is False
+    parts = {name: int(size) for name, size in health.items() if name.startswith("memory_") and name != "memory_low"}
+    assert {f"memory_{name}.process" for name in ("scheduler", "detokenizer", "tokenizer_manager")} < parts.keys()
+    assert all(2**20 < size < 2**42 for size in parts.values()), parts
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(client.generate, "Once", LONG, rid="running")
         wait_until(lambda: client.stats()["num_running"] == 1, 60, "a running request")

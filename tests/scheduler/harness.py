@@ -137,6 +137,7 @@ class FakeRank:
         self.row_uids: dict[int, list[int]] = {}
         self.tokens_run = 0
         self.computed: dict[int, int] = {}  # by uid: leading tokens whose KV was computed and is finite
+        self.counted: dict[int, int] = {}  # the same without a token that a late row is to compute again
         self.failed: set[int] = set()  # uids with a failed row
         self._salt_of = salt_of
 
@@ -168,12 +169,13 @@ class FakeRank:
         check(len(slots) == len(set(slots)) > 0, "a slot twice in one step, or an empty step")
         self.used[batch.step] = set()
         self.row_uids[batch.step] = [self.slots[slot].uid for slot in slots]
+        self._some_late = False
         rows = [
             self._row(self.slots[slot], count, self.used[batch.step]) for slot, count in zip(slots, counts, strict=True)
         ]
         failed = [FailedRow(row) for row, tokens in enumerate(rows) if tokens is None]
         yielded = [tokens or [] for tokens in rows]
-        if self.late or max(len(tokens) for tokens in yielded) > 1 or self.rng.random() < 0.1:
+        if self._some_late or max(len(tokens) for tokens in yielded) > 1 or self.rng.random() < 0.1:
             packed, amounts = [token for tokens in yielded for token in tokens], [len(tokens) for tokens in yielded]
             return StepResult(batch.step, pack_ids(packed), failed, counts=pack_ids(amounts), epoch=self.epoch)
         return StepResult(batch.step, pack_ids([*tokens, -1][0] for tokens in yielded), failed, epoch=self.epoch)
@@ -213,10 +215,12 @@ class FakeRank:
             if computed == len(slot.tokens):
                 slot.tokens.append(0)
             return None
+        self.computed[slot.uid] = max(computed, self.computed.get(slot.uid, 0))
         if self.late and computed == end == known and self.rng.random() < self.late:
+            self._some_late = True
             slot.computed = computed = computed - 1
             del slot.hashes[computed:]
-        self.computed[slot.uid] = max(computed, self.computed.get(slot.uid, 0))
+        self.counted[slot.uid] = max(computed, self.counted.get(slot.uid, 0))
         if computed < len(slot.tokens):
             return []
         slot.tokens.append(next_token(slot.hashes[-1], slot.seed))
@@ -456,17 +460,19 @@ class Harness:
         """The tree against a plain set of all page-long prefixes that some sample has computed, when all is done.
 
         Nothing else may be cached, and nothing of it may be missing unless pages had to be evicted. What a sample had
-        in flight that had ended, by an abort or a stop string, and then failed may be missing too.
+        in flight that had ended, by an abort or a stop string, or was retracted, and then failed may be missing too.
         """
         cache, page_bytes = self.scheduler.state.memory.cache, 4 * self.config.page_size
         expected, required = set(), set()
         for uid, sample in self.samples.items():
-            ended_before = uid in self.rank.failed and (sample.finish is None or sample.finish.reason != "error")
+            retracted = bool(self.scheduler.state.num_retractions)
+            ended = sample.finish is None or sample.finish.reason != "error"
+            ended_before = uid in self.rank.failed and (ended or retracted)
             tokens = sample.message.token_ids + pack_ids(sample.tokens)
             end = min(len(tokens), 4 * self.rank.computed.get(uid, 0))
             for stop in range(page_bytes, end + 1, page_bytes):
                 expected.add((self._cache_salt(uid), tokens[:stop]))
-                if not ended_before:
+                if not ended_before and stop <= 4 * self.rank.counted.get(uid, 0):
                     required.add((self._cache_salt(uid), tokens[:stop]))
         cached = set()
         paths: dict[int, bytes] = {}
