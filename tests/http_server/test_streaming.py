@@ -7,9 +7,10 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
-from vibe_sgl_lite.http_server.engine import SLOW_READER_S, Call, Engine
+from vibe_sgl_lite.http_server.engine import KEEP_ALIVE_S, SLOW_READER_S, Call, Engine
 from vibe_sgl_lite.http_server.exchange import DisconnectedError, Exchange
 from vibe_sgl_lite.http_server.metrics import Metrics
+from vibe_sgl_lite.http_server.service import Progress
 from vibe_sgl_lite.http_server.streaming import stream
 from vibe_sgl_lite.http_server.timing import CallTimes
 from vibe_sgl_lite.runtime.client.requests import plan_generate
@@ -64,7 +65,7 @@ async def streaming(room: asyncio.Event) -> AsyncIterator[tuple[Call, Reader, No
     """A stream that has begun, with its first token."""
     engine, reader = NoEngine(), Reader(asyncio.Event(), room)
     request = plan_generate("x", None, input_ids=None, rid="r", options={}).requests[0]
-    call = Call(cast(Engine, engine), [request], CallTimes(Metrics(), 0.0, "r"))
+    call = Call(cast(Engine, engine), [request], CallTimes(Metrics(), asyncio.get_running_loop().time(), "r"))
     task = asyncio.create_task(
         stream(
             reader.exchange,
@@ -125,3 +126,31 @@ def test_a_reader_that_takes_nothing_is_given_up() -> None:
             assert engine.dropped == [call]
 
     asyncio.run(run())
+
+
+def test_a_silent_stream_carries_a_comment() -> None:
+    async def run() -> list[bytes]:
+        room = asyncio.Event()
+        room.set()
+        async with streaming(room) as (call, reader, _, task):
+            now = asyncio.get_running_loop().time()
+            for later, writes in ((KEEP_ALIVE_S / 2, 1), (KEEP_ALIVE_S * 2, 2)):
+                call.tick(now + later)
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                assert len(reader.writes) == writes
+            for number in range(1, TOKENS):
+                call.add(0, chunk("r", number), 0.0)
+            await task
+            return reader.writes
+
+    assert asyncio.run(run()) == [b"<0", b": keep-alive\n\n", b"12345>"]
+
+
+def test_no_progress_is_told_after_a_while() -> None:
+    progress = Progress()
+    assert progress.stuck_for(5, True, 10.0) == 0
+    assert progress.stuck_for(5, True, 13.0) == 3
+    assert progress.stuck_for(6, True, 14.0) == 0
+    assert progress.stuck_for(6, False, 20.0) == 0  # idle
+    assert progress.stuck_for(6, True, 21.0) == 1
