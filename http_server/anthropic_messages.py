@@ -9,16 +9,16 @@ import msgspec
 
 from vibe_sgl_lite.http_server import sse
 from vibe_sgl_lite.http_server.anthropic_input import convert_input
-from vibe_sgl_lite.http_server.blocks import Added, Block, BlockEvent, Blocks, Opened, blocks_of
+from vibe_sgl_lite.http_server.blocks import Added, Block, BlockAnswer, BlockEvent, Opened
 from vibe_sgl_lite.http_server.engine import Call
-from vibe_sgl_lite.http_server.errors import bad_request
+from vibe_sgl_lite.http_server.errors import ApiError, bad_request
 from vibe_sgl_lite.http_server.exchange import Exchange
 from vibe_sgl_lite.http_server.requests import check_model, make_sampling
 from vibe_sgl_lite.http_server.service import Service
-from vibe_sgl_lite.http_server.streaming import Collected, UsageCounter, collect, stream
-from vibe_sgl_lite.http_server.tools import calls_grammar
+from vibe_sgl_lite.http_server.streaming import Collected, deliver
+from vibe_sgl_lite.http_server.tools import function_tool, tool_options
 from vibe_sgl_lite.runtime.client.requests import ClientRequest, plan_chat, single
-from vibe_sgl_lite.runtime.messages import Chunk, Finish, Usage
+from vibe_sgl_lite.runtime.messages import Finish
 
 
 class Thinking(msgspec.Struct):
@@ -100,17 +100,7 @@ async def messages(service: Service, exchange: Exchange) -> None:
     check_model(body.model, service.model)
     call = service.submit(exchange, [_request(body)])
     answer = _Answer(service.model, body, call)
-    if body.stream:
-        await stream(
-            exchange,
-            call,
-            opening=answer.opening,
-            events=answer.events,
-            closing=answer.closing,
-            failure=lambda error: sse.event(error.anthropic(), "error"),
-        )
-    else:
-        await exchange.answer_json(answer.whole((await collect(exchange, call))[0]))
+    await deliver(exchange, call, answer, streamed=body.stream)
 
 
 async def count_tokens(service: Service, exchange: Exchange) -> None:
@@ -136,16 +126,13 @@ def _request(body: MessagesBody) -> ClientRequest:
     options: dict[str, Any] = {"enable_thinking": _thinks(body)}
     if body.thinking is not None and body.thinking.type == "enabled" and body.thinking.budget_tokens is not None:
         options["max_thinking_tokens"] = body.thinking.budget_tokens
-    tools, choice = _tools(body), body.tool_choice
-    if tools:
-        options["tools"] = tools
-    if choice is not None and choice.type in ("any", "tool"):
-        if choice.type == "tool" and choice.name is None:
-            raise bad_request("tool_choice of type tool needs a name", "tool_choice")
-        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
-        several = choice.type == "any" and not choice.disable_parallel_tool_use
-        options["grammar"] = calls_grammar(schemas, choice.name, several=several)
-    elif body.output_config is not None and body.output_config.format is not None:
+    choice = body.tool_choice
+    forced = choice is not None and choice.type in ("any", "tool")
+    name = choice.name if choice is not None and choice.type == "tool" else None
+    if choice is not None and choice.type == "tool" and name is None:
+        raise bad_request("tool_choice of type tool needs a name", "tool_choice")
+    options |= tool_options(_tools(body), forced=forced, name=name, several=not _one_call(body))
+    if not forced and body.output_config is not None and body.output_config.format is not None:
         options["json_schema"] = body.output_config.format.schema
     turns = convert_input(body.system, body.messages)
     return single(plan_chat(turns, make_sampling(values), rid=None, options=options))
@@ -156,6 +143,10 @@ def _thinks(body: CountBody) -> bool:
     return body.thinking is not None and body.thinking.type != "disabled"
 
 
+def _one_call(body: CountBody) -> bool:
+    return bool(body.tool_choice is not None and body.tool_choice.disable_parallel_tool_use)
+
+
 def _tools(body: CountBody) -> list[dict[str, Any]]:
     if body.tool_choice is not None and body.tool_choice.type == "none":
         return []
@@ -163,25 +154,13 @@ def _tools(body: CountBody) -> list[dict[str, Any]]:
     for tool in body.tools or []:
         if tool.type not in (None, "custom"):
             raise bad_request(f"tools: {tool.name!r} is of type {tool.type!r}, which only Anthropic runs", "tools")
-        function: dict[str, Any] = {"name": tool.name}
-        if tool.description is not None:
-            function["description"] = tool.description
-        function["parameters"] = tool.input_schema or {"type": "object"}
-        shown.append({"type": "function", "function": function})
+        shown.append(function_tool(tool.name, tool.description, tool.input_schema or {"type": "object"}))
     return shown
 
 
-class _Answer:
-    """What is sent for one request, whole or in pieces."""
-
+class _Answer(BlockAnswer):
     def __init__(self, model: str, body: MessagesBody, call: Call) -> None:
-        self._call = call
-        one = bool(body.tool_choice is not None and body.tool_choice.disable_parallel_tool_use)
-        self._options = {"one_call": one, "with_thinking": _thinks(body)}
-        self._blocks = Blocks(**self._options)
-        self._count = UsageCounter(0)
-        self._finish = Finish("error")
-        self._delta: sse.TextTemplate | None = None  # of the open block
+        super().__init__(call, one_call=_one_call(body), with_thinking=_thinks(body))
         self._head = {
             "id": f"msg_{secrets.token_hex(12)}",
             "type": "message",
@@ -189,13 +168,13 @@ class _Answer:
             "model": model,
         }
 
-    def whole(self, sample: Collected) -> dict[str, object]:
-        blocks = blocks_of(sample, **self._options)
+    def whole(self, samples: list[Collected]) -> dict[str, object]:
+        self._add_all(samples[0])
         return {
             **self._head,
-            "content": [_content(block) for block in blocks.done],
-            **_stop(sample.finish, blocks.calls),
-            "usage": _usage(sample.usage),
+            "content": [_content(block) for block in self._blocks.done],
+            **_stop(self._finish, self._blocks.calls),
+            "usage": self._usage(),
         }
 
     def opening(self) -> bytes:
@@ -205,14 +184,9 @@ class _Answer:
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
-            "usage": _usage(Usage(self._count.prompt, 0)),
+            "usage": self._usage(),
         }
         return sse.event({"type": "message_start", "message": start}, "message_start")
-
-    def events(self, index: int, chunk: Chunk) -> bytes:
-        self._count.add(chunk)
-        self._finish = chunk.finish or self._finish
-        return b"".join([self._event(event) for event in self._blocks.add(chunk)])
 
     def _event(self, event: BlockEvent) -> bytes:
         block = event.block
@@ -236,9 +210,22 @@ class _Answer:
         return sse.event({"type": name, "index": block.index}, name)
 
     def closing(self) -> bytes:
-        usage = _usage(Usage(self._count.prompt, self._count.completion, self._count.cached))
-        delta = {"type": "message_delta", "delta": _stop(self._finish, self._blocks.calls), "usage": usage}
+        stop = _stop(self._finish, self._blocks.calls)
+        delta = {"type": "message_delta", "delta": stop, "usage": self._usage()}
         return sse.event(delta, "message_delta") + sse.event({"type": "message_stop"}, "message_stop")
+
+    def failure(self, error: ApiError) -> bytes:
+        return sse.event(error.anthropic(), "error")
+
+    def _usage(self) -> dict[str, object]:
+        """There, input_tokens are those that were computed."""
+        count = self._count
+        return {
+            "input_tokens": count.prompt - count.cached,
+            "output_tokens": count.completion,
+            "cache_read_input_tokens": count.cached,
+            "cache_creation_input_tokens": 0,
+        }
 
 
 def _content(block: Block) -> dict[str, object]:
@@ -257,13 +244,3 @@ def _stop(finish: Finish, calls: int) -> dict[str, object]:
     if isinstance(finish.matched, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": finish.matched}
     return {"stop_reason": "tool_use" if calls else "end_turn", "stop_sequence": None}
-
-
-def _usage(usage: Usage) -> dict[str, object]:
-    """There, input_tokens are those that were computed."""
-    return {
-        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
-        "output_tokens": usage.completion_tokens,
-        "cache_read_input_tokens": usage.cached_tokens,
-        "cache_creation_input_tokens": 0,
-    }

@@ -7,9 +7,11 @@ from typing import Literal
 
 import msgspec
 
-from vibe_sgl_lite.http_server.streaming import ID_BYTES, Collected
+from vibe_sgl_lite.http_server.engine import Call
+from vibe_sgl_lite.http_server.sse import TextTemplate
+from vibe_sgl_lite.http_server.streaming import ID_BYTES, Collected, UsageCounter
 from vibe_sgl_lite.http_server.tools import CallText, read_calls
-from vibe_sgl_lite.runtime.messages import Chunk
+from vibe_sgl_lite.runtime.messages import Chunk, Finish
 
 Kind = Literal["thinking", "text", "call"]
 
@@ -88,9 +90,28 @@ class Blocks:
             self._open = None
 
 
-def blocks_of(sample: Collected, *, one_call: bool = False, with_thinking: bool = True) -> Blocks:
-    """Of a whole answer."""
-    blocks = Blocks(one_call=one_call, with_thinking=with_thinking)
-    for chunk in sample.chunks:
-        blocks.add(chunk)
-    return blocks
+class BlockAnswer:
+    """To one request of one sample, as far as it is the same for every API that tells blocks. count: of its usage."""
+
+    def __init__(self, call: Call, *, one_call: bool, with_thinking: bool = True) -> None:
+        self._call = call
+        self._blocks = Blocks(one_call=one_call, with_thinking=with_thinking)
+        self._count = UsageCounter(0)
+        self._finish = Finish("error")
+        self._delta: TextTemplate | None = None  # of the open block
+
+    def events(self, index: int, chunk: Chunk) -> bytes:
+        self._count.add(chunk)
+        self._finish = chunk.finish or self._finish
+        return b"".join([self._event(event) for event in self._blocks.add(chunk)])
+
+    def _event(self, event: BlockEvent) -> bytes:
+        raise NotImplementedError
+
+    def _add_all(self, sample: Collected) -> None:
+        """A whole sample."""
+        usage = sample.usage
+        self._finish = sample.finish
+        self._count = UsageCounter(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+        for chunk in sample.chunks:
+            self._blocks.add(chunk)

@@ -13,7 +13,7 @@ from vibe_sgl_lite.http_server.engine import Call
 from vibe_sgl_lite.http_server.errors import ApiError, bad_request
 from vibe_sgl_lite.http_server.exchange import Exchange
 from vibe_sgl_lite.http_server.service import Service
-from vibe_sgl_lite.http_server.streaming import Collected, collect, stream
+from vibe_sgl_lite.http_server.streaming import Collected, deliver
 from vibe_sgl_lite.runtime.client.requests import plan_generate
 from vibe_sgl_lite.runtime.errors import VibeError
 from vibe_sgl_lite.runtime.messages import Chunk, Finish, LogprobEntry
@@ -119,17 +119,7 @@ async def generate(service: Service, exchange: Exchange) -> None:
         raise bad_request("n must be the same for all prompts", "sampling_params")
     call = service.submit(exchange, plan.requests)
     answer = _Answer(call, many or call.n > 1, bool(body.return_logprob))
-    if body.stream:
-        await stream(
-            exchange,
-            call,
-            opening=lambda: b"",
-            events=answer.events,
-            closing=lambda: sse.DONE,
-            failure=lambda error: sse.event(error.openai()),
-        )
-    else:
-        await exchange.answer_json(answer.whole(await collect(exchange, call)))
+    await deliver(exchange, call, answer, streamed=body.stream)
 
 
 def _sampling(given: dict[str, Any], body: GenerateBody) -> tuple[SamplingParams, dict[str, Any]]:
@@ -164,6 +154,15 @@ class _Answer:
         self._samples[index].add(chunk)
         value = self._value(index, self._samples[index])
         return sse.event(value | {"index": index} if self._many else value)
+
+    def opening(self) -> bytes:
+        return b""
+
+    def closing(self) -> bytes:
+        return sse.DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return sse.event(error.openai())
 
     def whole(self, samples: Sequence[Collected]) -> object:
         values = [self._value(index, sample) for index, sample in enumerate(samples)]

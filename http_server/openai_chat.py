@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,19 +11,19 @@ from vibe_sgl_lite.http_server.engine import Call
 from vibe_sgl_lite.http_server.errors import bad_request
 from vibe_sgl_lite.http_server.exchange import Exchange
 from vibe_sgl_lite.http_server.logprobs import chat_logprobs
+from vibe_sgl_lite.http_server.openai_answer import OpenAIAnswer, usage_of_samples
 from vibe_sgl_lite.http_server.openai_types import IGNORED, REFUSED, ChatBody, NamedTool
 from vibe_sgl_lite.http_server.requests import (
     check_model,
     engine_options,
     make_sampling,
-    new_id,
     sampling_values,
 )
 from vibe_sgl_lite.http_server.service import Service
-from vibe_sgl_lite.http_server.streaming import Collected, UsageCounter, collect, stream
-from vibe_sgl_lite.http_server.tools import calls_grammar, read_calls
+from vibe_sgl_lite.http_server.streaming import Collected, deliver
+from vibe_sgl_lite.http_server.tools import function_tool, read_calls, tool_options
 from vibe_sgl_lite.runtime.client.requests import ClientRequest, plan_chat, single
-from vibe_sgl_lite.runtime.messages import Chunk, Finish, Usage, unpack_ids
+from vibe_sgl_lite.runtime.messages import Chunk, Finish, unpack_ids
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
@@ -36,17 +35,7 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
     prompt_ids = await service.chat_ids(request.messages, request.template) if body.return_token_ids else None
     call = service.submit(exchange, [request.engine])
     answer = _Answer(service.model, body, call, prompt_ids)
-    if body.stream:
-        await stream(
-            exchange,
-            call,
-            opening=answer.opening,
-            events=answer.events,
-            closing=answer.closing,
-            failure=lambda error: sse.event(error.openai()),
-        )
-    else:
-        await exchange.answer_json(answer.whole(await collect(exchange, call)))
+    await deliver(exchange, call, answer, streamed=body.stream)
 
 
 class ChatRequest:
@@ -96,52 +85,33 @@ def _template_variables(body: ChatBody) -> dict[str, Any]:
 
 
 def _tool_options(body: ChatBody) -> dict[str, Any]:
-    choice, tools = body.tool_choice, body.tools or []
-    if choice == "none" or (not tools and choice in (None, "auto")):
+    choice = body.tool_choice
+    if choice == "none":
         return {}
-    options: dict[str, Any] = {"tools": [_tool(tool.function) for tool in tools]}
-    if choice == "required" or isinstance(choice, NamedTool):
-        if body.response_format is not None and body.response_format.type != "text":
-            raise bad_request("a forced tool call does not go with response_format", "tool_choice")
-        schemas = {tool.function.name: tool.function.parameters for tool in tools}
-        name = choice.function.name if isinstance(choice, NamedTool) else None
-        several = name is None and body.parallel_tool_calls is not False
-        options["grammar"] = calls_grammar(schemas, name, several=several)
-    return options
+    functions = [tool.function for tool in body.tools or []]
+    tools = [function_tool(f.name, f.description, f.parameters, strict=f.strict) for f in functions]
+    name = choice.function.name if isinstance(choice, NamedTool) else None
+    forced = choice == "required" or name is not None
+    if forced and body.response_format is not None and body.response_format.type != "text":
+        raise bad_request("a forced tool call does not go with response_format", "tool_choice")
+    return tool_options(tools, forced=forced, name=name, several=body.parallel_tool_calls is not False)
 
 
-def _tool(function: Any) -> dict[str, Any]:
-    shown = {"name": function.name}
-    for name in ("description", "parameters", "strict"):
-        if getattr(function, name) is not None:
-            shown[name] = getattr(function, name)
-    return {"type": "function", "function": shown}
-
-
-class _Answer:
-    """What is sent for one request, whole or in pieces."""
+class _Answer(OpenAIAnswer):
+    ID, OBJECT = "chatcmpl", "chat.completion.chunk"
 
     def __init__(self, model: str, body: ChatBody, call: Call, prompt_ids: list[int] | None) -> None:
-        self._body, self._call, self._prompt_ids = body, call, prompt_ids
-        options = body.stream_options
-        self._usage_at_end = bool(options and options.include_usage)
-        self._usage_always = bool(options and options.include_usage and options.continuous_usage_stats)
-        self._with_ids = bool(body.return_token_ids)
+        super().__init__(model, body, call)
+        self._body, self._prompt_ids = body, prompt_ids
         self._with_reasoning = body.include_reasoning is not False
-        self._head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": model}
-        self._stop_ids = frozenset(body.stop_token_ids or ())
         self._calls = [0] * call.running  # tool calls of each sample so far
         self._texts = [self._template(i, {"content": sse.TextTemplate.HOLE}) for i in range(call.running)]
         hole = {"reasoning_content": sse.TextTemplate.HOLE, "reasoning": sse.TextTemplate.HOLE}
         self._reasonings = [self._template(i, hole) for i in range(call.running)]
-        self._count = UsageCounter(0)
         self._plain = not (self._usage_always or self._with_ids)
 
     def _template(self, index: int, delta: Mapping[str, object]) -> sse.TextTemplate:
-        return sse.TextTemplate(self._chunk([self._choice(index, delta)]))
-
-    def _chunk(self, choices: list[dict[str, object]], **more: object) -> dict[str, object]:
-        return {**self._head, "object": "chat.completion.chunk", "choices": choices, **more}
+        return sse.TextTemplate(self._chunk(self._choice(index, delta)))
 
     @staticmethod
     def _choice(index: int, delta: Mapping[str, object], **more: object) -> dict[str, object]:
@@ -153,9 +123,7 @@ class _Answer:
         self._count.prompt = sum(self._call.prompt_tokens)
         more = {} if self._prompt_ids is None else {"prompt_token_ids": self._prompt_ids}
         delta = {"role": "assistant", "content": ""}
-        return b"".join(
-            sse.event(self._with_usage(self._chunk([self._choice(i, delta)], **more))) for i in range(len(self._calls))
-        )
+        return b"".join(self._event(self._choice(i, delta), **more) for i in range(len(self._calls)))
 
     def events(self, index: int, chunk: Chunk) -> bytes:
         self._count.add(chunk)
@@ -182,11 +150,11 @@ class _Answer:
             more["logprobs"] = chat_logprobs(chunk.logprobs)
         data = b""
         if delta or more:
-            data = sse.event(self._with_usage(self._chunk([self._choice(index, delta, **more)])))
+            data = self._event(self._choice(index, delta, **more))
         if chunk.finish is not None and chunk.finish.reason in ("stop", "length"):
             reason = self._finish_reason(chunk.finish, self._calls[index])
             end = self._choice(index, {}, finish_reason=reason, stop_reason=self._stop_reason(chunk.finish))
-            data += sse.event(self._with_usage(self._chunk([end])))
+            data += self._event(end)
         return data
 
     def _tool_calls(self, index: int, chunk: Chunk) -> list[dict[str, object]]:
@@ -198,16 +166,6 @@ class _Answer:
             new.append({"index": self._calls[index], "id": call.id, "type": "function", "function": function})
             self._calls[index] += 1
         return new
-
-    def closing(self) -> bytes:
-        usage = sse.event(self._chunk([], usage=self._usage())) if self._usage_at_end else b""
-        return usage + sse.DONE
-
-    def _with_usage(self, chunk: dict[str, object]) -> dict[str, object]:
-        return chunk | {"usage": self._usage()} if self._usage_always else chunk
-
-    def _usage(self) -> dict[str, object]:
-        return usage_of(self._count.prompt, self._count.completion, self._count.cached)
 
     # --------------------------------------------------------------------------------------------------------- whole
 
@@ -246,30 +204,3 @@ class _Answer:
     @staticmethod
     def _finish_reason(finish: Finish, calls: int) -> str:
         return "tool_calls" if calls and finish.reason == "stop" else finish.reason
-
-    def _stop_reason(self, finish: Finish) -> int | str | None:
-        return stop_reason(finish, self._stop_ids)
-
-
-def stop_reason(finish: Finish, stop_ids: frozenset[int]) -> int | str | None:
-    """The stop string, or the id among those asked for, that ended a sample; None for the model's own end."""
-    return finish.matched if isinstance(finish.matched, str) or finish.matched in stop_ids else None
-
-
-def usage_of(prompt: int, completion: int, cached: int) -> dict[str, object]:
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
-
-
-def usage_of_samples(usages: list[Usage], n: int) -> dict[str, object]:
-    """Of all samples; a prompt counts once for its n samples."""
-    firsts = usages[::n]
-    return usage_of(
-        sum(usage.prompt_tokens for usage in firsts),
-        sum(usage.completion_tokens for usage in usages),
-        sum(usage.cached_tokens for usage in firsts),
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import msgspec
@@ -12,17 +11,16 @@ from vibe_sgl_lite.http_server.engine import Call
 from vibe_sgl_lite.http_server.errors import bad_request
 from vibe_sgl_lite.http_server.exchange import Exchange
 from vibe_sgl_lite.http_server.logprobs import CompletionLogprobs, join
-from vibe_sgl_lite.http_server.openai_chat import stop_reason, usage_of, usage_of_samples
+from vibe_sgl_lite.http_server.openai_answer import OpenAIAnswer, usage_of, usage_of_samples
 from vibe_sgl_lite.http_server.openai_types import IGNORED, REFUSED, CompletionBody
 from vibe_sgl_lite.http_server.requests import (
     check_model,
     engine_options,
     make_sampling,
-    new_id,
     sampling_values,
 )
 from vibe_sgl_lite.http_server.service import Service
-from vibe_sgl_lite.http_server.streaming import Collected, UsageCounter, collect, stream
+from vibe_sgl_lite.http_server.streaming import Collected, deliver
 from vibe_sgl_lite.runtime.client.requests import plan_generate
 from vibe_sgl_lite.runtime.messages import Chunk, unpack_ids
 
@@ -44,17 +42,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
     plan = plan_generate(prompts, make_sampling(values), input_ids=None, rid=None, options=engine_options(body))
     call = service.submit(exchange, plan.requests)
     answer = _Answer(service.model, body, call, echo)
-    if body.stream:
-        await stream(
-            exchange,
-            call,
-            opening=answer.opening,
-            events=answer.events,
-            closing=answer.closing,
-            failure=lambda error: sse.event(error.openai()),
-        )
-    else:
-        await exchange.answer_json(answer.whole(await collect(exchange, call)))
+    await deliver(exchange, call, answer, streamed=body.stream)
 
 
 def _prompts(body: CompletionBody) -> list[Any]:
@@ -91,24 +79,17 @@ class _Echo(msgspec.Struct, frozen=True):
         return cls(text, ids, tokens)
 
 
-class _Answer:
-    """What is sent for one request, whole or in pieces."""
+class _Answer(OpenAIAnswer):
+    ID, OBJECT = "cmpl", "text_completion"
 
     def __init__(self, model: str, body: CompletionBody, call: Call, echo: list[_Echo] | None) -> None:
-        self._body, self._call, self._echo = body, call, echo
-        options = body.stream_options
-        self._usage_at_end = bool(options and options.include_usage)
-        self._usage_always = bool(options and options.include_usage and options.continuous_usage_stats)
-        self._with_ids = bool(body.return_token_ids)
+        super().__init__(model, body, call)
+        self._body, self._echo = body, echo
         self._only_prompt = body.max_tokens == 0 and bool(body.echo)
-        self._head = {"id": new_id("cmpl"), "created": int(time.time()), "model": model, "object": "text_completion"}
-        self._stop_ids = frozenset(body.stop_token_ids or ())
         self._logprobs = [CompletionLogprobs() for _ in range(call.running)]
-        self._count = UsageCounter(0)
         self._plain = not (self._usage_always or self._with_ids or self._only_prompt)
         self._texts = [
-            sse.TextTemplate({**self._head, "choices": [self._choice(index, sse.TextTemplate.HOLE)]})
-            for index in range(call.running)
+            sse.TextTemplate(self._chunk(self._choice(index, sse.TextTemplate.HOLE))) for index in range(call.running)
         ]
 
     @staticmethod
@@ -124,7 +105,9 @@ class _Answer:
         self._count.prompt = sum(self._call.prompt_tokens)
         if not self._body.echo or self._body.logprobs is not None:
             return b""  # with logprobs, the prompt comes with its own in the first chunk
-        return b"".join(self._event(i, echo.text) for i in range(len(self._texts)) if (echo := self._echo_of(i)))
+        return b"".join(
+            self._event(self._choice(i, echo.text)) for i in range(len(self._texts)) if (echo := self._echo_of(i))
+        )
 
     def events(self, index: int, chunk: Chunk) -> bytes:
         self._count.add(chunk)
@@ -147,16 +130,9 @@ class _Answer:
                 more["prompt_token_ids"] = echo.ids
         finish = chunk.finish
         if finish is None or finish.reason not in ("stop", "length"):
-            return self._event(index, text, None, **more) if text or more else b""
-        return self._event(index, text, finish.reason, stop_reason=stop_reason(finish, self._stop_ids), **more)
-
-    def _event(self, index: int, text: str, finish: str | None = None, **more: object) -> bytes:
-        chunk = {**self._head, "choices": [self._choice(index, text, finish, **more)]}
-        return sse.event(chunk | {"usage": self._usage()} if self._usage_always else chunk)
-
-    def closing(self) -> bytes:
-        usage = sse.event({**self._head, "choices": [], "usage": self._usage()}) if self._usage_at_end else b""
-        return usage + sse.DONE
+            return self._event(self._choice(index, text, None, **more)) if text or more else b""
+        more["stop_reason"] = self._stop_reason(finish)
+        return self._event(self._choice(index, text, finish.reason, **more))
 
     def _usage(self) -> dict[str, object]:
         return usage_of(self._count.prompt, 0 if self._only_prompt else self._count.completion, self._count.cached)
@@ -187,4 +163,4 @@ class _Answer:
         if self._with_ids and echo is not None:
             more |= {"token_ids": sample.token_ids, "prompt_token_ids": echo.ids}
         reason = "length" if self._only_prompt else sample.finish.reason
-        return self._choice(index, text, reason, stop_reason=stop_reason(sample.finish, self._stop_ids), **more)
+        return self._choice(index, text, reason, stop_reason=self._stop_reason(sample.finish), **more)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from vibe_sgl_lite.http_server import sse
-from vibe_sgl_lite.http_server.blocks import Added, Block, BlockEvent, Blocks, Opened, blocks_of
+from vibe_sgl_lite.http_server.blocks import Added, Block, BlockAnswer, BlockEvent, Opened
 from vibe_sgl_lite.http_server.engine import Call
 from vibe_sgl_lite.http_server.errors import ApiError, bad_request
 from vibe_sgl_lite.http_server.exchange import Exchange
@@ -18,10 +18,9 @@ from vibe_sgl_lite.http_server.openai_chat import EFFORTS
 from vibe_sgl_lite.http_server.requests import JSON_OBJECT, check_model, make_sampling, new_id
 from vibe_sgl_lite.http_server.responses_input import convert_items
 from vibe_sgl_lite.http_server.service import Service
-from vibe_sgl_lite.http_server.streaming import Collected, UsageCounter, collect, stream
-from vibe_sgl_lite.http_server.tools import calls_grammar
+from vibe_sgl_lite.http_server.streaming import Collected, deliver
+from vibe_sgl_lite.http_server.tools import function_tool, tool_options
 from vibe_sgl_lite.runtime.client.requests import ClientRequest, plan_chat, single
-from vibe_sgl_lite.runtime.messages import Chunk, Finish
 
 log = logging.getLogger(__name__)
 
@@ -103,17 +102,7 @@ async def responses(service: Service, exchange: Exchange) -> None:
     check_model(body.model, service.model)
     call = service.submit(exchange, [_request(body)])
     answer = _Answer(service.model, body, call)
-    if body.stream:
-        await stream(
-            exchange,
-            call,
-            opening=answer.opening,
-            events=answer.events,
-            closing=answer.closing,
-            failure=answer.failure,
-        )
-    else:
-        await exchange.answer_json(answer.whole((await collect(exchange, call))[0]))
+    await deliver(exchange, call, answer, streamed=body.stream)
 
 
 def _request(body: ResponsesBody) -> ClientRequest:
@@ -140,49 +129,32 @@ def _request(body: ResponsesBody) -> ClientRequest:
 
 
 def _tool_options(body: ResponsesBody) -> dict[str, Any]:
-    choice, tools, schemas = body.tool_choice, [], {}
+    choice, tools = body.tool_choice, []
+    if choice == "none":
+        return {}
     for tool in body.tools or []:
         if tool.type != "function" or tool.name is None:
             log.info("a tool of type %.40r is not offered to the model", tool.type)
-            continue
-        function: dict[str, Any] = {"name": tool.name}
-        for field in ("description", "parameters"):
-            if getattr(tool, field) is not None:
-                function[field] = getattr(tool, field)
-        tools.append({"type": "function", "function": function})
-        schemas[tool.name] = tool.parameters
-    if choice == "none" or (not tools and choice in (None, "auto")):
-        return {}
-    options: dict[str, Any] = {"tools": tools}
-    if choice == "required" or isinstance(choice, ResponseToolChoice):
-        name = choice.name if isinstance(choice, ResponseToolChoice) else None
-        several = name is None and body.parallel_tool_calls is not False
-        options["grammar"] = calls_grammar(schemas, name, several=several)
-    return options
+        else:
+            tools.append(function_tool(tool.name, tool.description, tool.parameters))
+    name = choice.name if isinstance(choice, ResponseToolChoice) else None
+    forced = choice == "required" or name is not None
+    return tool_options(tools, forced=forced, name=name, several=body.parallel_tool_calls is not False)
 
 
-class _Answer:
-    """What is sent for one request, whole or in pieces."""
-
+class _Answer(BlockAnswer):
     def __init__(self, model: str, body: ResponsesBody, call: Call) -> None:
-        self._body, self._call, self._model = body, call, model
+        super().__init__(call, one_call=body.parallel_tool_calls is False)
+        self._body, self._model = body, model
         self._id = new_id("resp")
         self._created = int(time.time())
-        self._one_call = body.parallel_tool_calls is False
-        self._blocks = Blocks(one_call=self._one_call)
         self._ids: list[str] = []  # of the blocks
-        self._count = UsageCounter(0)
-        self._finish = Finish("error")
         self._number = 0  # of the next event
-        self._delta: sse.TextTemplate | None = None  # of the open block
 
     # --------------------------------------------------------------------------------------------------------- whole
 
-    def whole(self, sample: Collected) -> dict[str, object]:
-        self._blocks = blocks_of(sample, one_call=self._one_call)
-        self._finish = sample.finish
-        usage = sample.usage
-        self._count = UsageCounter(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+    def whole(self, samples: list[Collected]) -> dict[str, object]:
+        self._add_all(samples[0])
         return self._response(self._status())
 
     def _status(self) -> str:
@@ -222,7 +194,7 @@ class _Answer:
             "metadata": body.metadata or {},
             "model": self._model,
             "output": output,
-            "parallel_tool_calls": not self._one_call,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
             "store": False,
@@ -270,11 +242,6 @@ class _Answer:
         self._count.prompt = self._call.prompt_tokens[0]
         response = self._response("in_progress")
         return self._send("response.created", response=response) + self._send("response.in_progress", response=response)
-
-    def events(self, index: int, chunk: Chunk) -> bytes:
-        self._count.add(chunk)
-        self._finish = chunk.finish or self._finish
-        return b"".join([self._event(event) for event in self._blocks.add(chunk)])
 
     def closing(self) -> bytes:
         status = self._status()

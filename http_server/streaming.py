@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -17,15 +18,28 @@ from vibe_sgl_lite.runtime.messages import Chunk, Finish, LogprobEntry, Usage, u
 ID_BYTES = 4
 
 
-async def stream(
-    exchange: Exchange,
-    call: Call,
-    *,
-    opening: Callable[[], bytes],
-    events: Callable[[int, Chunk], bytes],
-    closing: Callable[[], bytes],
-    failure: Callable[[ApiError], bytes],
-) -> None:
+class Answer(Protocol):
+    """What an API says to one call: whole, or in pieces once it is accepted, of each chunk, at the end, of an error."""
+
+    def whole(self, samples: list[Collected]) -> object: ...
+
+    def opening(self) -> bytes: ...
+
+    def events(self, index: int, chunk: Chunk) -> bytes: ...
+
+    def closing(self) -> bytes: ...
+
+    def failure(self, error: ApiError) -> bytes: ...
+
+
+async def deliver(exchange: Exchange, call: Call, answer: Answer, *, streamed: bool | None) -> None:
+    if streamed:
+        await stream(exchange, call, answer)
+    else:
+        await exchange.answer_json(answer.whole(await collect(exchange, call)))
+
+
+async def stream(exchange: Exchange, call: Call, answer: Answer) -> None:
     """Write a call's events as they come, those of one wake-up at once.
 
     What fails before the first event is answered with a status of its own: raises VibeError. Later, `failure` is the
@@ -35,17 +49,17 @@ async def stream(
     try:
         async with exchange.abandoned_on_disconnect():
             await call.start()
-            data = opening()
+            data = answer.opening()
             await exchange.begin(200, EVENTS)
             while True:
                 try:
                     chunks = await call.take()
                 except VibeError as error:
-                    await exchange.write(data + failure(from_engine(error, exchange.path)), more=False)
+                    await exchange.write(data + answer.failure(from_engine(error, exchange.path)), more=False)
                     return
-                data += b"".join([events(index, chunk) for index, chunk in chunks]) if chunks else KEEP_ALIVE
+                data += b"".join([answer.events(index, chunk) for index, chunk in chunks]) if chunks else KEEP_ALIVE
                 if not call.running:
-                    await exchange.write(data + closing(), more=False)
+                    await exchange.write(data + answer.closing(), more=False)
                     return
                 if data:
                     call.sending(loop.time(), exchange.give_up)

@@ -19,6 +19,23 @@ Schema = Mapping[str, Any]
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
+def function_tool(name: str, description: str | None, parameters: Schema | None, **more: object) -> dict[str, Any]:
+    """A tool as chat templates take it."""
+    function = {"name": name, "description": description, "parameters": parameters, **more}
+    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+
+
+def tool_options(tools: Sequence[dict[str, Any]], *, forced: bool, name: str | None, several: bool) -> dict[str, Any]:
+    """Keywords of the client's `chat`: the tools, and with `forced` a grammar of calls, of `name` or of any of them.
+
+    several: one or more calls, unless `name` is given. Raises ApiError for a tool that there is not.
+    """
+    if not forced:
+        return {"tools": tools} if tools else {}
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+    return {"tools": tools, "grammar": calls_grammar(schemas, name, several=several and name is None)}
+
+
 def calls_grammar(schemas: Mapping[str, Schema | None], name: str | None, *, several: bool) -> str:
     """A grammar of one call, or with `several` of one or more, of the tool `name` or of any.
 

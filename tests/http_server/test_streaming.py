@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator
 from typing import Any, cast
 
 from vibe_sgl_lite.http_server.engine import KEEP_ALIVE_S, SLOW_READER_S, Call, Engine
+from vibe_sgl_lite.http_server.errors import ApiError
 from vibe_sgl_lite.http_server.exchange import DisconnectedError, Exchange
 from vibe_sgl_lite.http_server.metrics import Metrics
 from vibe_sgl_lite.http_server.service import Progress
-from vibe_sgl_lite.http_server.streaming import stream
+from vibe_sgl_lite.http_server.streaming import Collected, stream
 from vibe_sgl_lite.http_server.timing import CallTimes
 from vibe_sgl_lite.runtime.client.requests import plan_generate
 from vibe_sgl_lite.runtime.messages import Accepted, Chunk, Finish, Usage, pack_ids
@@ -54,6 +55,25 @@ class NoEngine:
         self.dropped.append(call)
 
 
+class Plain:
+    """Texts alone, between < and >."""
+
+    def whole(self, samples: list[Collected]) -> object:
+        return [sample.text for sample in samples]
+
+    def opening(self) -> bytes:
+        return b"<"
+
+    def events(self, index: int, chunk: Chunk) -> bytes:
+        return chunk.text.encode()
+
+    def closing(self) -> bytes:
+        return b">"
+
+    def failure(self, error: ApiError) -> bytes:
+        return error.message.encode()
+
+
 def chunk(rid: str, number: int) -> Chunk:
     last = number == TOKENS - 1
     finish, usage = (Finish("length"), Usage(1, TOKENS)) if last else (None, None)
@@ -66,16 +86,7 @@ async def streaming(room: asyncio.Event) -> AsyncIterator[tuple[Call, Reader, No
     engine, reader = NoEngine(), Reader(asyncio.Event(), room)
     request = plan_generate("x", None, input_ids=None, rid="r", options={}).requests[0]
     call = Call(cast(Engine, engine), [request], CallTimes(Metrics(), asyncio.get_running_loop().time(), "r"))
-    task = asyncio.create_task(
-        stream(
-            reader.exchange,
-            call,
-            opening=lambda: b"<",
-            events=lambda index, chunk: chunk.text.encode(),
-            closing=lambda: b">",
-            failure=lambda error: error.message.encode(),
-        )
-    )
+    task = asyncio.create_task(stream(reader.exchange, call, Plain()))
     call.add(0, Accepted("r", 1, SAMPLING), 0.0)
     call.add(0, chunk("r", 0), 0.0)
     while not reader.writes:
