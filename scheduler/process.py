@@ -215,7 +215,11 @@ class SchedulerProcess:
                 self._last_result_at = now
                 outputs.append(core.complete(message, now))
             elif message.epoch == self.epoch:
-                log.info("the ranks are back, with %d KV pages", message.kv_pages)
+                log.info(
+                    "the ranks are back, with %d KV pages; %d requests go on",
+                    message.kv_pages,
+                    len(core.client_requests),
+                )
                 outputs.append(core.ranks_ready(message.kv_pages, now))
         return outputs
 

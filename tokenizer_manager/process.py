@@ -192,6 +192,9 @@ class Service:
                 case AbortAll(error=error):
                     self._manager.abort_all(error)
                 case EngineLost(error=error):
+                    log.info(
+                        "%d requests are lost with a process; clients send them again", len(self._manager.requests)
+                    )
                     self._manager.end_all(Finish("error", error=error))
                 case Shutdown():
                     self._ended.set_result(None)
