@@ -169,7 +169,7 @@ class Service:
         self._round()
         self._scheduler.flush()
         self._manager.tick(self._read_up_to)
-        if self._manager.counters.bad_frames > self._bad_frames_logged:
+        if self._manager.counters.bad_frames > 2 * self._bad_frames_logged:  # a flood of them must not fill a disk
             self._bad_frames_logged = self._manager.counters.bad_frames
             log.warning("%d unreadable frames from clients so far", self._bad_frames_logged)
         self._wake()  # what was sent just now may have taken in a change

@@ -3,7 +3,8 @@
     python -m tests.chaos.soak --minutes 30 [--kills 0] [-- flags of launch.py]
 
 Requests of every kind with their answers compared, some cancelled, left, unread for a while or of clients that vanish.
-Prints the slope of each process's own memory after the first fifth, in MB an hour (a line fitted by least squares).
+Prints the memory of each process of its own every minute, and at the end its slope after the first fifth, in MB an hour
+(a line fitted by least squares).
 kills: how many processes are killed each minute; the slope then says nothing of a process that was.
 """
 
@@ -67,6 +68,9 @@ def run(minutes: float, seed: int, kills: float, flags: Sequence[str]) -> None:
             if now >= next_sample:
                 next_sample = now + SAMPLE_S
                 samples.append((now, {n: child.memory_full_info().uss for n, child in daemon.children().items()}))
+                if len(samples) % 6 == 1:
+                    memory = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in samples[-1][1].items())
+                    say(f"{now / 60:.0f} min, {finished} requests, MB: {memory}")
             time.sleep(draw.uniform(0.0, 0.1))
         for stream in world.streams:
             stream.join(120)

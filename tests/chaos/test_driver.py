@@ -18,8 +18,10 @@ def test_nobody_notices_what_happens() -> None:
     for victim in range(PROCESSES):
         script += [*EVERY_KIND, Step("kill", victim, 0.5), SETTLE]
     script += [*EVERY_KIND, *(Step(name, number, 0.1) for number, name in enumerate(ACTIONS) if name != "kill"), SETTLE]
+    script[-1:-1] = [Step("garbage", number, 0.3) for number in range(8)]
     with lab() as engine:
         assert engine.run(script) is None
+        assert engine.world.daemon.log().count("unreadable frames") < 8, "garbage fills the log"
 
 
 @pytest.mark.slow
