@@ -29,7 +29,7 @@ FLAGS = (
 )  # a pool that is committed whole: its memory does not grow
 CLIENTS = 3
 ASKS = 11
-TOKENS = 120
+TOKENS = 100
 STEPS_A_ROUND = 16
 DEATHS_A_ROUND = 2  # a request may be given up after three without a token
 LONGEST_WAIT_S = 0.4
