@@ -1,32 +1,19 @@
 """The dense feed-forward block: SwiGLU with gate and up packed in one matrix."""
 
-import torch
-
 from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, RowParallelLinear
-from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
-from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
+from vibe_sgl_lite.qwen3.layers.setup import Setup
 from vibe_sgl_lite.qwen3.steps import Block, Product, SiluMultiply
-from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 
 class MLP:
     """[T, H] -> [T, H]; the intermediate dimension is split over the TP group."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        parallel: ParallelState,
-        operations: LayerOperations,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.gate_up = ColumnParallelLinear(
-            config.hidden_size, 2 * config.intermediate_size, parallel.tp, dtype, device
-        )
-        self.down = RowParallelLinear(config.intermediate_size, config.hidden_size, parallel.tp, dtype, device)
-
+    def __init__(self, setup: Setup) -> None:
+        hidden, intermediate = setup.config.hidden_size, setup.config.intermediate_size
+        self.gate_up = ColumnParallelLinear(hidden, 2 * intermediate, setup)
+        self.down = RowParallelLinear(intermediate, hidden, setup)
         self.steps: Block = (
             Product("gate_up", self.gate_up),
-            SiluMultiply(operations),
+            SiluMultiply(setup.operations),
             Product("down", self.down),
         )

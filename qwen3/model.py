@@ -12,11 +12,11 @@ from vibe_sgl_lite.qwen3.attention import Attention
 from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend, ForwardContext
 from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, TokenAttributes, VocabParallelEmbedding
 from vibe_sgl_lite.qwen3.layers.moe import DispatchKind, MoEBlock
-from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
 from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER, OTHER, PartTimer
 from vibe_sgl_lite.qwen3.layers.rotary import RotaryEmbedding
+from vibe_sgl_lite.qwen3.layers.setup import Setup
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.steps import AddNorm, Block, RunExperts, run_block
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
@@ -25,22 +25,16 @@ from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 class DecoderLayer:
     """Attention and feed-forward, each over the normalised residual stream, to which its output is added."""
 
-    def __init__(
-        self,
-        attention: Attention,
-        feed_forward: MLP | MoEBlock,
-        config: ModelConfig,
-        operations: LayerOperations,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self.attention = attention
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+    def __init__(self, layer: int, setup: Setup, dispatch: DispatchKind) -> None:
+        config, operations = setup.config, setup.operations
+        self.attention_norm = setup.norm(config.hidden_size)
+        self.attention = Attention(layer, setup)
+        self.feed_forward_norm = setup.norm(config.hidden_size)
+        feed_forward: MLP | MoEBlock = MoEBlock(setup, dispatch) if config.layer_is_moe(layer) else MLP(setup)
         self.feed_forward = feed_forward
         forward = (RunExperts(feed_forward),) if isinstance(feed_forward, MoEBlock) else feed_forward.steps
         self.blocks: tuple[Block, ...] = (
-            (AddNorm(self.attention_norm, operations), *attention.steps),
+            (AddNorm(self.attention_norm, operations), *self.attention.steps),
             (AddNorm(self.feed_forward_norm, operations), *forward),
         )
 
@@ -79,31 +73,13 @@ class Qwen3:
         self.dtype = dtype
         self.device = device
         self.operations = operations
-        self.head = ColumnParallelLinear(config.hidden_size, config.vocab_size, parallel.tp, dtype, device)
-        self.embedding = VocabParallelEmbedding(
-            config.vocab_size,
-            config.hidden_size,
-            parallel.tp,
-            dtype,
-            device,
-            tied=self.head.weight if config.tie_word_embeddings else None,
-        )
+        setup = Setup(config, parallel, operations, dtype, device)
+        self.head = ColumnParallelLinear(config.hidden_size, config.vocab_size, setup)
+        self.embedding = VocabParallelEmbedding(setup, self.head.weight if config.tie_word_embeddings else None)
         positions = config.context_limit if device.type == "cuda" else 0  # a launch less for each function
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, dtype, device, positions, config.yarn)
-        self.layers = [
-            DecoderLayer(
-                Attention(layer, config, parallel, dtype, device),
-                MoEBlock(config, parallel, operations, dispatch, dtype, device)
-                if config.layer_is_moe(layer)
-                else MLP(config, parallel, operations, dtype, device),
-                config,
-                operations,
-                dtype,
-                device,
-            )
-            for layer in range(config.num_hidden_layers)
-        ]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.layers = [DecoderLayer(layer, setup, dispatch) for layer in range(config.num_hidden_layers)]
+        self.norm = setup.norm(config.hidden_size)
         self.all_layers: AllLayers | None = None
 
     def forward(

@@ -7,10 +7,10 @@ nothing here depends on them yet.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from vibe_sgl_lite.qwen3.layers.parallel_state import Group, kv_head_shard, shard
+from vibe_sgl_lite.qwen3.layers.parallel_state import kv_head_shard, shard
+from vibe_sgl_lite.qwen3.layers.setup import Setup
 from vibe_sgl_lite.qwen3.layers.weight import EmbeddingWeight, MatrixWeight
 
 
@@ -24,11 +24,9 @@ class TokenAttributes:
 class ColumnParallelLinear:
     """[T, in] -> [T, out / group], replicated input."""
 
-    def __init__(
-        self, in_features: int, out_features: int, group: Group, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        part = shard(out_features, group)
-        self.weight = MatrixWeight(part.stop - part.start, in_features, dtype, device)
+    def __init__(self, in_features: int, out_features: int, setup: Setup) -> None:
+        part = shard(out_features, setup.parallel.tp)
+        self.weight = MatrixWeight(part.stop - part.start, in_features, setup.dtype, setup.device)
 
     def __call__(self, x: Tensor, attributes: TokenAttributes | None = None) -> Tensor:
         return self.weight.multiply(x)
@@ -37,12 +35,10 @@ class ColumnParallelLinear:
 class RowParallelLinear:
     """[T, in / group] -> [T, out], summed over the group: the same on every rank."""
 
-    def __init__(
-        self, in_features: int, out_features: int, group: Group, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        part = shard(in_features, group)
-        self.group = group
-        self.weight = MatrixWeight(out_features, part.stop - part.start, dtype, device)
+    def __init__(self, in_features: int, out_features: int, setup: Setup) -> None:
+        self.group = setup.parallel.tp
+        part = shard(in_features, self.group)
+        self.weight = MatrixWeight(out_features, part.stop - part.start, setup.dtype, setup.device)
 
     def __call__(self, x: Tensor, attributes: TokenAttributes | None = None) -> Tensor:
         return self.group.all_reduce(self.weight.multiply(x))
@@ -54,22 +50,14 @@ class QKVLinear:
     [T, H] -> [T, (heads + 2 x kv heads) x head_dim], local heads. KV heads are replicated when ranks exceed them.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        group: Group,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.heads = shard(num_heads, group)
-        self.kv_heads = kv_head_shard(num_kv_heads, group)
+    def __init__(self, setup: Setup) -> None:
+        config, group = setup.config, setup.parallel.tp
+        self.heads = shard(config.num_attention_heads, group)
+        self.kv_heads = kv_head_shard(config.num_key_value_heads, group)
         self.num_heads = self.heads.stop - self.heads.start
         self.num_kv_heads = self.kv_heads.stop - self.kv_heads.start
-        rows = (self.num_heads + 2 * self.num_kv_heads) * head_dim
-        self.weight = MatrixWeight(rows, hidden_size, dtype, device)
+        rows = (self.num_heads + 2 * self.num_kv_heads) * config.head_dim
+        self.weight = MatrixWeight(rows, config.hidden_size, setup.dtype, setup.device)
 
     def __call__(self, x: Tensor, attributes: TokenAttributes | None = None) -> Tensor:
         return self.weight.multiply(x)
@@ -81,18 +69,11 @@ class VocabParallelEmbedding:
     tied: the head's weight, where the embedding has the same values.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        hidden_size: int,
-        group: Group,
-        dtype: torch.dtype,
-        device: torch.device,
-        tied: MatrixWeight | None = None,
-    ) -> None:
-        self.group = group
-        self.vocab = shard(vocab_size, group)
-        self.weight = EmbeddingWeight(self.vocab.stop - self.vocab.start, hidden_size, dtype, device, tied)
+    def __init__(self, setup: Setup, tied: MatrixWeight | None) -> None:
+        self.group = setup.parallel.tp
+        self.vocab = shard(setup.config.vocab_size, self.group)
+        rows, width = self.vocab.stop - self.vocab.start, setup.config.hidden_size
+        self.weight = EmbeddingWeight(rows, width, setup.dtype, setup.device, tied)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         if self.group.size == 1:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from vibe_sgl_lite.qwen3.layers.linear import TokenAttributes
-from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState, shard
 from vibe_sgl_lite.qwen3.layers.part_timer import OTHER, PartTimer
+from vibe_sgl_lite.qwen3.layers.setup import Setup
 from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, MatrixWeight
-from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 DispatchKind = Literal["all_reduce", "all_to_all"]
 
@@ -23,10 +22,11 @@ DispatchKind = Literal["all_reduce", "all_to_all"]
 class Router:
     """Chooses experts: softmax over all of them in fp32, the K largest, renormalised if the config says so."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, setup: Setup) -> None:
+        config = setup.config
         self.top_k = config.num_experts_per_tok
         self.normalize = config.norm_topk_prob
-        self.weight = MatrixWeight(config.num_experts, config.hidden_size, dtype, device)
+        self.weight = MatrixWeight(config.num_experts, config.hidden_size, setup.dtype, setup.device)
 
     def __call__(self, x: Tensor, timer: PartTimer) -> tuple[Tensor, Tensor]:
         """[T, H] -> weights [T, K] in x's dtype, expert ids [T, K] int64."""
@@ -43,21 +43,15 @@ class Router:
 class Experts:
     """This rank's experts, SwiGLU each, over rows already sorted by expert."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        parallel: ParallelState,
-        operations: LayerOperations,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.operations = operations
-        self.ids = shard(config.num_experts, parallel.ep)
+    def __init__(self, setup: Setup) -> None:
+        config = setup.config
+        self.operations = setup.operations
+        self.ids = shard(config.num_experts, setup.parallel.ep)
         self.count = self.ids.stop - self.ids.start
-        part = shard(config.moe_intermediate_size, parallel.expert_tp)
+        part = shard(config.moe_intermediate_size, setup.parallel.expert_tp)
         width = part.stop - part.start
-        self.gate_up = ExpertWeight(self.count, 2 * width, config.hidden_size, dtype, device)
-        self.down = ExpertWeight(self.count, config.hidden_size, width, dtype, device)
+        self.gate_up = ExpertWeight(self.count, 2 * width, config.hidden_size, setup.dtype, setup.device)
+        self.down = ExpertWeight(self.count, config.hidden_size, width, setup.dtype, setup.device)
 
     def __call__(self, x: Tensor, counts: Tensor, timer: PartTimer) -> Tensor:
         """x: [P, H] sorted by local expert, counts: [local experts] int64 -> [P, H], partial over expert-TP."""
@@ -163,18 +157,11 @@ def _combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
 class MoEBlock:
     """[T, H] -> [T, H], the same on every rank. dispatch: every rank must choose the same."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        parallel: ParallelState,
-        operations: LayerOperations,
-        dispatch: DispatchKind,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.router = Router(config, dtype, device)
-        self.experts = Experts(config, parallel, operations, dtype, device)
-        self.dispatch: ExpertDispatch = (AllToAllDispatch if dispatch == "all_to_all" else AllReduceDispatch)(parallel)
+    def __init__(self, setup: Setup, dispatch: DispatchKind) -> None:
+        self.router = Router(setup)
+        self.experts = Experts(setup)
+        kind = AllToAllDispatch if dispatch == "all_to_all" else AllReduceDispatch
+        self.dispatch: ExpertDispatch = kind(setup.parallel)
 
     def __call__(self, x: Tensor, timer: PartTimer, attributes: TokenAttributes | None = None) -> Tensor:
         """attributes: experts do not depend on them."""
