@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vibe_sgl_lite.runtime.client.client import Client
 from vibe_sgl_lite.runtime.client.connection import Connection
-from vibe_sgl_lite.runtime.errors import ConfigError, ModelConfigError, RequestError
+from vibe_sgl_lite.runtime.errors import ConfigError, RequestError, StartupError, UserError
 from vibe_sgl_lite.runtime.launcher.pipeline import Pipeline
 from vibe_sgl_lite.runtime.settings.schema import is_list, shown
 from vibe_sgl_lite.runtime.settings.server_args import make_args
@@ -46,8 +46,10 @@ class LLM(Client):
                     field="node_rank",
                 )
             self._start(Pipeline(args), resume)
-        except (ConfigError, ModelConfigError) as error:
+        except UserError as error:
             raise type(error)(_in_python(str(error)), field=error.field) from None
+        except StartupError as error:
+            raise StartupError(_in_python(str(error)), user=error.user) from None
 
     def _start(self, pipeline: Pipeline, resume: bool) -> None:
         self._pipeline = pipeline

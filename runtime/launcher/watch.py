@@ -46,6 +46,7 @@ SETTLE_S = 0.05  # after the first sign of trouble: let its other signs come in,
 FAILED_EXIT_S = 1.0  # a child that said it failed may take this long to exit
 HEARTBEAT_LOST_S = 15.0
 OWN_PAUSE_S = 2.0  # between two checks; longer means that the launcher itself did not run (Ctrl-Z, a debugger)
+STILL_STARTING_S = 10.0  # between two words on who is awaited
 STARTUP_LIMIT_S = 3600.0  # large models on slow disks; beyond this something hangs
 DRAIN_S = 30.0  # what running requests get after a stop was asked for
 HURRY_S = 1.5  # what is left of that after a second signal: all is over within 5 s of it
@@ -192,7 +193,7 @@ class Watch:
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + STARTUP_LIMIT_S
-        shown = -1
+        shown, tell_at = -1, time.monotonic() + STILL_STARTING_S
         while True:
             ready = sum(child.facts is not None for child in self._children.values())
             if ready != shown:
@@ -202,9 +203,12 @@ class Watch:
                 return
             if self._stop_at is not None:
                 raise _Stopped
+            silent = ", ".join(name for name, child in self._children.items() if child.facts is None)
             if time.monotonic() > deadline:
-                silent = ", ".join(name for name, child in self._children.items() if child.facts is None)
                 raise _Failed(f"{silent} not ready after {STARTUP_LIMIT_S:.0f} s")
+            if time.monotonic() > tell_at:
+                tell_at += STILL_STARTING_S
+                log.info("still starting: %s", silent)
             self._turn(POLL_S)
             self._check_exits()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,19 @@ def test_settings_are_refused_in_pythons_words(settings: dict[str, Any], says: s
         LLM(**settings)
     assert "--" not in str(caught.value)
     assert caught.value.__suppress_context__, "one traceback, not one of each library on the way"
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors", "config.json"])
+def test_a_folder_that_lacks_a_file_is_refused_in_pythons_words(tmp_path: Path, file: str) -> None:
+    """Whether before the processes start or by one of them."""
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    (model / file).unlink()
+    with pytest.raises((vibe_sgl_lite.UserError, vibe_sgl_lite.StartupError)) as caught:
+        LLM(model, log_level="error")
+    assert str(model) in str(caught.value)
+    assert "--" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_hub_id_without_a_network_is_one_traceback_with_one_line(tmp_path: Path) -> None:

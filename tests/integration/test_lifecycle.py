@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -286,3 +287,24 @@ def test_ctrl_c_at_any_moment_of_the_start_leaves_no_traceback() -> None:
             assert daemon.wait_exit() in (0, 130, -signal.SIGINT), daemon.log()
             lines = [line for line in daemon.log().splitlines() if "vibe_sgl_lite" in line]
             assert lines == [], daemon.log()
+
+
+@pytest.mark.parametrize("what", ["all", "its own", "socket and lock"])
+def test_a_run_directory_that_is_removed_meanwhile(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As logind does at logout, and cleaners of /tmp: who is connected is served, and the end is clean."""
+    base = tempfile.mkdtemp(prefix="lc-", dir="/tmp")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", base)
+    with running() as daemon, daemon.client() as client:
+        folder = Path(daemon.address.removeprefix("ipc://")).parent
+        if what == "all":
+            shutil.rmtree(folder.parent)
+        elif what == "its own":
+            shutil.rmtree(folder)
+        else:
+            for name in ("api.sock", "lock"):
+                (folder / name).unlink()
+        assert client.generate("Once", max_new_tokens=3, ignore_eos=True).finish_reason == "length"
+        assert daemon.stop() == 0
+        assert "Traceback" not in daemon.log()
+        assert daemon.survivors() == []
+    shutil.rmtree(base, ignore_errors=True)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import gc
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -335,6 +336,30 @@ def test_stop_while_starting(model: Path, run_base: Path) -> None:
     assert engine.failure is None
     assert processes() == {}
     assert list(run_base.iterdir()) == []
+
+
+def test_who_is_awaited_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = pipeline(model, rank="never_ready")
+
+    class Ends(logging.Handler):
+        """Stops the engine at the first line."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+            engine.request_stop(0.0)
+
+    said: list[str] = []
+    logger, handler = logging.getLogger("vibe_sgl_lite.runtime.launcher.watch"), Ends()
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.watch.STILL_STARTING_S", 0.2)
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(StartupError, match="stopped while starting"):
+            engine.start()
+    finally:
+        logger.removeHandler(handler)
+    assert said[0].startswith("still starting: ")
+    assert "model_worker.0" in said[0]
 
 
 def test_it_outlives_the_thread_that_started_it(model: Path) -> None:

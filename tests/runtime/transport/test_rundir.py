@@ -79,6 +79,31 @@ def test_a_runtime_dir_of_another_user_is_not_used(base: Path, caplog: pytest.Lo
     assert "belongs to user 12345" in caplog.text
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("inside", ["", "deeper", "deeper/still"])
+@pytest.mark.parametrize("variable", ["XDG_RUNTIME_DIR", "TMPDIR"])
+def test_somebody_who_may_not_look_into_it_goes_elsewhere(base: Path, variable: str, inside: str) -> None:
+    """As su keeps root's environment: no bare PermissionError, for a client and for a daemon."""
+    base.chmod(0o700)
+    (base / "deeper").mkdir()
+    name = f"t{secrets.token_hex(6)}"
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setgid(65534)
+            os.setuid(65534)
+            for other in ("XDG_RUNTIME_DIR", "TMPDIR"):
+                os.environ.pop(other, None)
+            os.environ[variable] = str(base / inside)
+            with RunDir(name) as run:
+                Path(run.address.removeprefix("ipc://")).touch()  # as a daemon's socket would be
+                code = 0 if run.address == default_address(name) and str(base) not in run.address else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_a_client_finds_a_daemon_that_had_to_go_elsewhere(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"t{secrets.token_hex(6)}"
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/no-such-folder")
