@@ -166,7 +166,7 @@ def many_prompts(address: str) -> str:
     with bare(address) as client:
         for number in range(40):
             client.say(request(f"r{number}", prompt=f"{number} {text}", sampling=once))
-        refused = [end for end in client.wait(40, 15.0) if isinstance(end, Refused)]
+        refused = [end for end in client.wait(40, 8.0) if isinstance(end, Refused)]
         client.say(Goodbye())
         return "taken" if not refused else refused[0].error.message
 

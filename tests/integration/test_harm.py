@@ -42,8 +42,11 @@ def undisturbed(daemon: Daemon) -> list[int]:
         return client.generate(PROMPT, SamplingParams(max_new_tokens=1000, temperature=0, ignore_eos=True)).token_ids
 
 
+SLOW = ("slow_grammars", "many_prompts", "flood")  # ten seconds each
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in ANSWERS])
 def test_a_bystander_notices_nothing(daemon: Daemon, undisturbed: list[int], name: str) -> None:
     found = attack(daemon, name)
     assert found.answer == ANSWERS[name]
