@@ -143,19 +143,6 @@ class StepBuffers:
         alone = bucket is None and len(sampling_rows) == len(slots)
         if expand is not None and alone and (ends - starts == 1).all():
             return self._fill_decodes(expand, slots, ends, padding, longest)
-        return self._fill_all(slots, starts, ends, sampling_rows, back, padding, longest, bucket)
-
-    def _fill_all(
-        self,
-        slots: IntArray,
-        starts: IntArray,
-        ends: IntArray,
-        sampling_rows: LongArray,
-        back: LongArray,
-        padding: int,
-        longest: int,
-        bucket: ChunkBucket | None,
-    ) -> StepInput:
         rows, counts, width = len(slots), ends - starts, self.tokens.shape[1]
         real = int(counts.sum())
         padded_rows, num_tokens, sampled = rows + padding, real + padding, len(sampling_rows) + padding
@@ -232,7 +219,7 @@ class StepBuffers:
     def _fill_decodes(
         self, expand_rows: ExpandRows, slots: IntArray, ends: IntArray, padding: int, longest: int
     ) -> StepInput:
-        """As `_fill` for rows of one token that all sample, with most of the work left to the device."""
+        """As `fill` for rows of one token that all sample, with most of the work left to the device."""
         rows, padded = len(slots), len(slots) + padding
         host, lengths = self._rows.host, np.zeros(padded, dtype=np.int32)
         lengths[:rows] = ends
