@@ -77,12 +77,14 @@ class SlotStates:
 
         max_rows = max(max_slots, *self.row_buckets, *(rows for _, rows in self.chunk_buckets), 1)
         max_tokens = max(max_slots + context_length if max_tokens is None else max_tokens, max_rows)
+        max_tokens = max(max_tokens, *(tokens for tokens, _ in self.chunk_buckets), 1)
         self._buffers = StepBuffers(
             self.tokens, self.page_table, self.adapters, page_size, padding_page, device,
             max_rows=max_rows, max_places=max_rows * (1 + max_drafts),
-            max_tokens=max(max_tokens, *(tokens for tokens, _ in self.chunk_buckets), 1),
+            max_tokens=max_tokens,
             expand_rows=expand_rows,
         )  # fmt: skip
+        self.largest = (max_tokens, max_rows)  # that any step may be
 
     def apply(self, batch: ForwardBatch) -> None:
         """Take over everything that `batch` changes, in the order that the message promises."""

@@ -69,13 +69,14 @@ def kernel_compute(kernels: CpuKernels) -> Compute:
 @dataclass(frozen=True)
 class GpuSetup:
     """What GPU kernels are set up for. group: query heads a KV head. graph_rows, chunk_tokens: of the largest steps to
-    capture, rows of any and tokens of chunks."""
+    capture, rows of any and tokens of chunks. fp8: what a KV cache in 8 bits is kept in, and not int8."""
 
     group: int
     vocab_size: int
     max_slots: int
     graph_rows: int
     chunk_tokens: int = 0
+    fp8: bool = False
 
 
 def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
@@ -95,7 +96,7 @@ def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
     return Compute(
         f"Triton kernels, graphs of up to {rows} rows" if rows else "Triton kernels",
         GpuOperations(device),
-        lambda pool: GpuAttention(pool, on_device, setup.group, max_rows),
+        lambda pool: GpuAttention(pool, on_device, setup.group, max_rows, fp8=setup.fp8),
         device=on_device,
         kv_layout=KVLayout.LAYERS,
         graphs=graphs,

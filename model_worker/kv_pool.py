@@ -2,7 +2,7 @@
 
 The scheduler hands out pages 0 .. num_pages - 1 and never touches the tensor. Page `num_pages` is the padding page:
 whatever is written there is never read as anyone's context. Elements are of the model's dtype, or int8 with scales
-(kv_int8.py; on a GPU, the bytes of fp8, gpu/kernels/cache.py).
+(kv_int8.py), or on a GPU fp8 in the same bytes (gpu/kernels/cache.py).
 """
 
 import sys

@@ -153,11 +153,11 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """Run a short prefill and a decode, so that thread pools, scratch memory and kernels are ready for requests;
-        then capture what graphs there are to be.
+        then capture what graphs there are to be. On a GPU also the largest step, whose memory then stays with torch.
 
         Before the first step, on all ranks together. Writes only to the padding page and leaves no slot occupied.
         """
-        count = min(WARM_UP_TOKENS, self.slots.tokens.shape[1] - 2)
+        count = min(WARM_UP_TOKENS, self.slots.tokens.shape[1] - 2, self.slots.largest[0])
         prompt = np.zeros(count, dtype=np.int32).tobytes()
         sampling = resolve(
             SamplingParams(max_new_tokens=1, temperature=0.0, seed=0),
@@ -172,9 +172,12 @@ class ModelRunner:
         self.run(ForwardBatch(0, new=[new], row_slots=slot, row_tokens=pack_ids([count])))
         self.run(ForwardBatch(1, row_slots=slot, row_tokens=pack_ids([1])))
         self.run(ForwardBatch(2, released=slot, row_slots=b"", row_tokens=b""))
+        fused = self.sampler.fused is not None
+        if not self.device.synchronous and self.slots.largest not in self.slots.chunk_buckets:
+            with torch.inference_mode():
+                self._forward(self.slots.padding_chunks(self.slots.largest), fused=fused)
         if self.graphs is not None:
             with self.graphs.capturing(), torch.inference_mode():
-                fused = self.sampler.fused is not None
                 for bucket in reversed(self.slots.chunk_buckets):
                     self._forward(self.slots.padding_chunks(bucket), fused=fused)
                 for rows in sorted(self.graphs.row_buckets, reverse=True):

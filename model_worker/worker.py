@@ -77,7 +77,10 @@ def main(child: Child) -> None:
     if timer is not None:
         parallel = time_collectives(parallel, timer)
     runner = build_runner(spec, parallel, device, child.heartbeat, timer or NO_TIMER)
-    runner.warm_up()
+    try:
+        runner.warm_up()
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(too_little_left(args.mem_fraction_static), field="mem_fraction_static") from error
     if timer is not None:
         timer.mark(OTHER)
         timer.take()  # a profile begins with the first request
@@ -94,6 +97,14 @@ def main(child: Child) -> None:
         inbox.close()
     if outbox is not None:
         outbox.close()
+
+
+def too_little_left(fraction: float) -> str:
+    """What to tell of a card on which weights and KV cache left no room for the largest step and the graphs."""
+    return (
+        f"--mem-fraction-static {fraction:g} leaves too little of the GPU's memory for the largest step and graphs: "
+        "lower it, or lower --chunked-prefill-size or --max-running-requests"
+    )
 
 
 def _join(spec: PipelineSpec, rank: int, device: torch.device) -> tuple[ParallelState, BatchRelay | None]:
@@ -195,6 +206,7 @@ def _gpu_setup(spec: PipelineSpec, parallel: ParallelState) -> GpuSetup:
         max_slots=args.max_running_requests,
         graph_rows=0 if args.disable_cuda_graph or tp > 1 or spec.model.is_moe else graph_rows,
         chunk_tokens=spec.chunked_prefill_size,
+        fp8=args.kv_cache_dtype == "fp8",
     )
 
 

@@ -2,9 +2,9 @@ r"""How fast the attention kernels of a GPU are alone, at the 0.6B shape (16 hea
 
     python benchmarks/internal/gpu_kernels.py
 
-Decode rows of about 860 tokens, over a cache in bf16 and in fp8: microseconds a layer, and the rate at which keys and
-values are read. Chunks: TFLOP/s, causal pairs alone counted, with both ways to cut a launch. Each of 28 layers has a
-cache of its own, so that none is found in L2. Prints a line each.
+Decode rows of about 860 tokens, over a cache in bf16, fp8 and int8: microseconds a layer, and the rate at which keys
+and values are read. Chunks: TFLOP/s, causal pairs alone counted, with both ways to cut a launch. Each layer has a cache
+of its own, so that none is found in L2. Prints a line each.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def seconds(work: Callable[[int], None], layers: int = LAYERS) -> float:
     return best
 
 
-def caches(pages: int, layers: int, *, fp8: bool) -> list[LayerCache]:
+def caches(pages: int, layers: int, kind: str) -> list[LayerCache]:
     shape = (pages, PAGE, KV_HEADS, DIM)
     made = []
     for _ in range(layers):
-        if fp8:
+        if kind != "bf16":
             codes = torch.randint(0, 120, (2, *shape), dtype=torch.int8, device="cuda")
             scales = torch.rand((2, pages, KV_HEADS, PAGE), device="cuda") / 100
-            made.append(LayerCache.of_codes(codes[0], codes[1], scales[0], scales[1]))
+            made.append(LayerCache.of_codes(*codes, *scales, integers=kind == "int8"))
         else:
             values = torch.randn((2, *shape), device="cuda", dtype=torch.bfloat16)
             made.append(LayerCache(values[0], values[1]))
@@ -80,31 +80,29 @@ def tables(lengths: list[int]) -> tuple[Tensor, Tensor, int]:
     return table.cuda(), torch.tensor(lengths, dtype=torch.int32).cuda(), sum(counts)
 
 
-def decode(rows: int, *, fp8: bool) -> None:
+def decode(rows: int, kind: str) -> None:
     lengths = np.random.default_rng(0).integers(200, 1520, rows).tolist()
     table, on_device, pages = tables(lengths)
-    cache = caches(pages, LAYERS, fp8=fp8)
+    cache = caches(pages, LAYERS, kind)
     query = torch.randn((rows, HEADS * DIM), device="cuda", dtype=torch.bfloat16)
     output = torch.empty_like(query)
     scratch = DecodeScratch(KV_HEADS, HEADS // KV_HEADS, DIM, query.device)
     order = on_device.argsort(descending=True).to(torch.int32)
-    tiles = choose_tiles(rows, KV_HEADS, torch.int8 if fp8 else torch.bfloat16, max(lengths))
+    tiles = choose_tiles(rows, KV_HEADS, torch.bfloat16 if kind == "bf16" else torch.int8, max(lengths))
     took = seconds(
         lambda layer: decode_attention(
             query, cache[layer], table, on_device, order, scratch, output, tiles=tiles, pdl=True
         )
     )
-    read = sum(lengths) * 2 * KV_HEADS * ((DIM + 4) if fp8 else 2 * DIM)
-    print(
-        f"decode {rows} rows {'fp8' if fp8 else 'bf16'}: {took * 1e6:.1f} us, {read / took / 1e9:.0f} GB/s", flush=True
-    )
+    read = sum(lengths) * 2 * KV_HEADS * (2 * DIM if kind == "bf16" else DIM + 4)
+    print(f"decode {rows} rows {kind}: {took * 1e6:.1f} us, {read / took / 1e9:.0f} GB/s", flush=True)
 
 
-def chunks(count: int, new: int, before: int, *, fp8: bool) -> None:
+def chunks(count: int, new: int, before: int, kind: str) -> None:
     """`count` rows with `new` tokens each after `before` others."""
     table, on_device, pages = tables([before + new] * count)
     layers = 4
-    cache = caches(pages, layers, fp8=fp8)
+    cache = caches(pages, layers, kind)
     query = torch.randn((count * new, HEADS * DIM), device="cuda", dtype=torch.bfloat16)
     output = torch.empty_like(query)
     starts = np.arange(count + 1, dtype=np.int32) * new
@@ -119,18 +117,19 @@ def chunks(count: int, new: int, before: int, *, fp8: bool) -> None:
 
         took = seconds(work, layers)
         pairs = count * (new * before + new * (new + 1) // 2)
-        name = f"{count} x {new} after {before} {'fp8' if fp8 else 'bf16'}, tiles of {cut.rows}"
+        name = f"{count} x {new} after {before} {kind}, tiles of {cut.rows}"
         print(f"chunks {name}: {took * 1e6:.0f} us, {4 * HEADS * DIM * pairs / took / 1e12:.0f} TFLOP/s", flush=True)
 
 
 def main() -> None:
     print(torch.cuda.get_device_name(0), flush=True)
     for rows in (256, 64):
-        for fp8 in (False, True):
-            decode(rows, fp8=fp8)
+        for kind in ("bf16", "fp8", "int8"):
+            decode(rows, kind)
     for count, new, before in ((28, 640, 0), (1, 16_384, 0), (1, 2_048, 8_192)):
-        chunks(count, new, before, fp8=False)
-    chunks(1, 2_048, 8_192, fp8=True)
+        chunks(count, new, before, "bf16")
+    for kind in ("fp8", "int8"):
+        chunks(1, 2_048, 8_192, kind)
 
 
 if __name__ == "__main__":

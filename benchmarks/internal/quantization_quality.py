@@ -46,7 +46,10 @@ VARIANTS = {  # name -> dtype, --quantization, whether the KV cache is in 8 bits
     "int8, int8 KV": (torch.bfloat16, "int8", True),
     "fp8 KV": (torch.bfloat16, "none", True),
 }
-OF_DEVICE = {"cpu": ("bf16", "fp32", "int8", "int4", "int8 KV", "int8, int8 KV"), "cuda": ("bf16", "fp32", "fp8 KV")}
+OF_DEVICE = {
+    "cpu": ("bf16", "fp32", "int8", "int4", "int8 KV", "int8, int8 KV"),
+    "cuda": ("bf16", "fp32", "int8 KV", "fp8 KV"),
+}
 
 
 class Variant:
@@ -55,7 +58,9 @@ class Variant:
     def __init__(self, folder: Path, load_format: str, name: str, longest: int, device: torch.device) -> None:
         dtype, quantization, eight_bits = VARIANTS[name]
         config = ModelConfig.from_folder(folder)
-        setup = GpuSetup(config.num_attention_heads // config.num_key_value_heads, config.vocab_size, 1, 0)
+        setup = GpuSetup(
+            config.num_attention_heads // config.num_key_value_heads, config.vocab_size, 1, 0, fp8="fp8" in name
+        )
         compute = choose_compute(dtype, device, config.head_dim, setup)
         model = Qwen3(config, ParallelState(), dtype, device, compute.operations)
         choose_formats(model, quantization, compute.kernels)

@@ -66,15 +66,15 @@ class GpuMetadata:
 
 
 class GpuAttention:
-    """A `StepBackend` (model_worker/device_batch.py) for a pool of the model's dtype, or of bytes for fp8."""
+    """A `StepBackend` (model_worker/device_batch.py) for a pool of the model's dtype, or of bytes."""
 
-    def __init__(self, pool: KVPool, device: Device, group: int, max_rows: int) -> None:
-        """group: query heads a KV head. max_rows: of a step, padding rows included."""
+    def __init__(self, pool: KVPool, device: Device, group: int, max_rows: int, *, fp8: bool = False) -> None:
+        """group: query heads a KV head. max_rows: of a step, padding rows included. fp8: what bytes are, not int8."""
         self.pool = pool
         self.device = device
         self.group = group
         self.pdl = has_dependent_launch(device.torch_device)
-        self.caches = [_cache_of(pool, layer) for layer in range(pool.num_layers)]
+        self.caches = [_cache_of(pool, layer, fp8=fp8) for layer in range(pool.num_layers)]
         self.has_chain = False  # set by what plans the layers
         self.scratch = DecodeScratch(
             pool.kv_heads, group, pool.head_dim, device.torch_device, places=CHAIN_ROWS * CHAIN_SPLITS
@@ -213,9 +213,9 @@ class GpuAttention:
         return ChunkPlan(self._chunk_tiles.device["tiles"][: 2 * count].view(-1, 2), cut)
 
 
-def _cache_of(pool: KVPool, layer: int) -> LayerCache:
+def _cache_of(pool: KVPool, layer: int, *, fp8: bool) -> LayerCache:
     keys, values = pool.keys(layer), pool.values(layer)
     key_scales, value_scales = pool.key_scales(layer), pool.value_scales(layer)
     if key_scales is None or value_scales is None:
         return LayerCache(keys, values)
-    return LayerCache.of_codes(keys, values, key_scales, value_scales)
+    return LayerCache.of_codes(keys, values, key_scales, value_scales, integers=not fp8)

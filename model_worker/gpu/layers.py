@@ -75,7 +75,7 @@ class GpuLayers:
         inner = stream.new_empty((len(stream), first.down.matrix.shape[1]))
         for number, (layer, cache) in enumerate(zip(self.chain, self.attention.caches, strict=True)):
             _multiply(stream, layer.qkv, qkv, pdl=pdl, norm=layer.attention_norm)
-            if cache.fp8:  # for which there is no chain_attention
+            if cache.in_codes:  # for which there is no chain_attention
                 norms = layer.query_norm, layer.key_norm
                 attended = self.attention.forward(number, qkv, *norms, context.angles, metadata)
             else:

@@ -26,7 +26,6 @@ from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
 CHUNK_CPU = 512  # tokens
 CHUNK_CUDA = 8192
 PAGE_CPU = 16  # tokens
-KV_CACHE_DEVICES = {"int8": "cpu", "fp8": "cuda"}
 PAGE_CUDA = 64
 DUMMY_DTYPE = "float32"  # of weights that are made up where config.json names no dtype, as in transformers
 MOST_THREADS_A_CORE = 4  # beyond it is a mistake; some more than cores may be meant
@@ -114,12 +113,9 @@ def _check_kv_cache(args: ServerArgs, model: ModelConfig, device: str) -> None:
     if args.kv_cache_dtype == "auto":
         return
     flag = f"--kv-cache-dtype {args.kv_cache_dtype}"
-    its_device = KV_CACHE_DEVICES[args.kv_cache_dtype]
-    if device != its_device:
-        other = next(dtype for dtype, its in KV_CACHE_DEVICES.items() if its == device)
+    if args.kv_cache_dtype == "fp8" and device != "cuda":
         raise ConfigError(
-            f"{flag} runs on {its_device} only, not on {device}: use --kv-cache-dtype {other} or auto there",
-            field="kv_cache_dtype",
+            f"{flag} runs on a GPU only, not on {device}: use --kv-cache-dtype int8 or auto", field="kv_cache_dtype"
         )
     if model.head_dim % INT8_HEAD_DIM_MULTIPLE:
         raise ConfigError(

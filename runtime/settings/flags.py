@@ -55,9 +55,9 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         group=MODEL, choices=("none", "int8", "int4"),
     )] = "none"
     kv_cache_dtype: Annotated[str, Spec(
-        "number format of the KV cache; `auto` is the model's. `int8` on a CPU, `fp8` (e4m3) on a GPU, with a scale "
-        "a token and head: the same memory holds almost twice the tokens of bfloat16, and the answers are almost the "
-        "same",
+        "number format of the KV cache; `auto` is the model's. `int8`, with a scale a token and head: the same memory "
+        "holds almost twice the tokens of bfloat16, and the answers are almost the same. `fp8` (e4m3), on a GPU: as "
+        "large, and further from them",
         "Values are rounded once, as they are stored, and long contexts decode faster. A token takes 2 x layers x "
         "KV heads x (head_dim + 4) bytes: at head_dim 128, 51.6 % of bfloat16 (Qwen3-0.6B: 59,136 in place of "
         "114,688 bytes).",

@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.model_worker.fake_device import Clock, FakeDevice, FakeGraphs, NothingIsRead, fake_compute
 from tests.model_worker.test_model_runner import CONTEXT, PAGE, PAGES_A_SLOT, expected_tokens, new_slot, sampling
 from tests.qwen3.harness import DENSE, load_model, make_checkpoint, random_tokens
+from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
 from vibe_sgl_lite.model_worker.pending_step import PendingStep
@@ -81,11 +82,10 @@ def test_a_step_is_launched_before_the_one_before_it_is_collected(dense: tuple[A
     for batch in batches:
         pipeline.launch(batch)
     assert device.events == [
-        "launch 0", "launch 1",
-        "collect 0", "wait 0", "launch 2",
-        "collect 1", "wait 1", "launch 3",
-        "collect 2", "wait 2", "launch 4",
-        "collect 3", "wait 3", "launch 5",
+        "launch 0", "launch 1", "launch 2",
+        "collect 0", "wait 0", "launch 3",
+        "collect 1", "wait 1", "launch 4",
+        "collect 2", "wait 2", "launch 5",
     ]  # fmt: skip
     assert device.busy_until == LAUNCH_S + 6 * STEP_S  # it never stood still
     device.clock.now = device.busy_until
@@ -180,13 +180,21 @@ def test_rows_that_fail_are_told_at_the_end(dense: tuple[Any, Qwen3]) -> None:
     assert unpack_ids(result.token_ids)[0] == unpack_ids(result.token_ids)[2] == -1
 
 
-def test_captured_steps_give_the_same_tokens(dense: tuple[Any, Qwen3]) -> None:
+def test_captured_steps_give_the_same_tokens(dense: tuple[Any, Qwen3], monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches that grow and shrink, across both lengths of context; prefill beside them runs as it is."""
     reference, model = dense
     graphs = FakeGraphs((2, 4, 8))
     device = FakeDevice(Clock(), STEP_S)
     runner = runner_on(model, device, graphs)
+    sizes, prepare = list[int](), runner.backend.prepare
+
+    def prepare_and_tell(batch: DeviceBatch) -> Any:
+        sizes.append(batch.num_tokens)
+        return prepare(batch)
+
+    monkeypatch.setattr(runner.backend, "prepare", prepare_and_tell)
     runner.warm_up()
+    assert max(sizes) == SLOTS + CONTEXT, "what the largest step takes is known before requests come"
     assert {*graphs.captured} == {(rows, key) for rows in (2, 4, 8) for key in ("short", "long")}
     prompts = {slot: random_tokens(3 + 3 * slot, seed=slot) for slot in range(5)}
     drawn: dict[int, list[int]] = {slot: [] for slot in prompts}

@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vibe_sgl_lite.model_worker.gpu.kernels.cache import UNIT, LayerCache, even_dims, odd_dims
+from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache, even_dims, odd_dims
 
 LOG2_E = 1.4426950408889634
 MERGED = tl.constexpr(16)  # partial results that are added up at once
-WEIGHT_UNIT = tl.constexpr(16.0)  # keeps softmax weights times fp8 scales above the least fp16
+WEIGHT_UNIT = tl.constexpr(16.0)  # keeps softmax weights times scales of codes above the least fp16
 NO_ROW = -1  # in place of a row: nothing to do
 
 
@@ -49,9 +49,9 @@ MAX_SPLITS = 32
 
 
 def choose_tiles(rows: int, kv_heads: int, dtype: torch.dtype, max_context: int) -> DecodeTiles:
-    """The tiles for a launch of `rows` over a cache of this dtype, int8 for fp8.
+    """The tiles for a launch of `rows` over a cache of this dtype, int8 for 8 bits.
 
-    fp32 takes half the keys a block, for shared memory's sake; of fp8 more blocks fit.
+    fp32 takes half the keys a block, for shared memory's sake; of 8 bits more blocks fit.
     """
     tiles = next((tiles for most, tiles in TILES if rows <= most), MANY_ROWS)
     if max_context > LONG_CONTEXT:
@@ -114,11 +114,11 @@ def _decode_attention(
     key_scales, value_scales, query_stride, table_stride, page_stride, token_stride, head_stride, scale_stride, scale,
     SPLITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     KV_HEADS: tl.constexpr, D: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    FP8: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    UNIT: tl.constexpr, IN_CODES: tl.constexpr, INTEGERS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV_HEADS, R, SPLITS). scale: of the scores, times log2(e). GP: G rounded up to a matrix's least rows.
 
-    W: elements of a key, D, or in fp8 D / 2 words: q and total are then of even dims, q_odd and odd of the others.
+    W: elements of a key, D, or in 8 bits D / 2 words: q and total are then of even dims, q_odd and odd of the others.
     """
     head = tl.program_id(0)
     split = tl.program_id(2)
@@ -144,7 +144,7 @@ def _decode_attention(
         heads = (head * G + group)[:, None] * D + dims[None, :] * (D // W)
         line = query + row.to(tl.int64) * query_stride
         q = tl.load(line + heads, mask=in_group, other=0.0)
-        if FP8:
+        if IN_CODES:
             q = q.to(tl.float16)
             q_odd = tl.load(line + heads + 1, mask=in_group, other=0.0).to(tl.float16)
             odd = tl.zeros([GP, W], tl.float32)
@@ -163,11 +163,14 @@ def _decode_attention(
                 inside = token % PAGE
             place = page * page_stride + inside * token_stride + head * head_stride
             key = tl.load(keys + place[None, :] + dims[:, None], mask=here[None, :], other=0)
-            if FP8:
+            if IN_CODES:
                 scale_place = page * scale_stride + head * PAGE + inside
                 key_scale = tl.load(key_scales + scale_place, mask=here, other=0.0) * (scale * UNIT)
                 value_scale = tl.load(value_scales + scale_place, mask=here, other=0.0) * WEIGHT_UNIT
-                score = tl.dot(q_odd, odd_dims(key, ASM), tl.dot(q, even_dims(key, ASM))) * key_scale[None, :]
+                score = (
+                    tl.dot(q_odd, odd_dims(key, INTEGERS, ASM), tl.dot(q, even_dims(key, INTEGERS, ASM)))
+                    * key_scale[None, :]
+                )
             else:
                 score = tl.dot(q, key, input_precision=PRECISION) * scale
             score = tl.where(here[None, :], score, -float("inf"))
@@ -176,28 +179,28 @@ def _decode_attention(
             weight = tl.exp2(score - higher[:, None])
             value = tl.load(values + place[:, None] + dims[None, :], mask=here[:, None], other=0)
             norm = norm * shrink + tl.sum(weight, 1)
-            if FP8:
+            if IN_CODES:
                 half = (weight * value_scale[None, :]).to(tl.float16)
-                total = tl.dot(half, even_dims(value, ASM), total * shrink[:, None])
-                odd = tl.dot(half, odd_dims(value, ASM), odd * shrink[:, None])
+                total = tl.dot(half, even_dims(value, INTEGERS, ASM), total * shrink[:, None])
+                odd = tl.dot(half, odd_dims(value, INTEGERS, ASM), odd * shrink[:, None])
             else:
                 total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
             maximum = higher
-        if FP8:
+        if IN_CODES:
             total = total * (UNIT / WEIGHT_UNIT)
             odd = odd * (UNIT / WEIGHT_UNIT)
         output_row = row.to(tl.int64) * (KV_HEADS * G * D)
         if splits == 1:
             divisor = tl.where(norm == 0.0, 1.0, norm)[:, None]  # a row without context gets zeros
             tl.store(output + output_row + heads, (total / divisor).to(output.dtype.element_ty), mask=in_group)
-            if FP8:
+            if IN_CODES:
                 tl.store(output + output_row + heads + 1, (odd / divisor).to(output.dtype.element_ty), mask=in_group)
         else:
             first_place = (row * KV_HEADS + head) * SPLITS
             place = (first_place + split) * G + group
             part = sums + place[:, None] * D + dims[None, :] * (D // W)
             tl.store(part, total, mask=in_group)
-            if FP8:
+            if IN_CODES:
                 tl.store(part + 1, odd, mask=in_group)
             tl.store(maxima_and_norms + place * 2, maximum, mask=group < G)
             tl.store(maxima_and_norms + place * 2 + 1, norm, mask=group < G)
@@ -242,6 +245,7 @@ def decode_attention(
         query.stride(0), page_table.stride(0), *keys.stride()[:3], cache.scale_arguments[2], head_dim**-0.5 * LOG2_E,
         SPLITS=tiles.splits, PAGE=page_size, BLOCK=tiles.keys, G=group, GP=max(16, triton.next_power_of_2(group)),
         KV_HEADS=kv_heads, D=head_dim, W=elements, STAGES=tiles.stages,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", FP8=cache.fp8, ASM=query.is_cuda, PDL=pdl,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", UNIT=cache.unit, IN_CODES=cache.in_codes,
+        INTEGERS=cache.integers, ASM=query.is_cuda, PDL=pdl,
         num_warps=tiles.warps, num_stages=tiles.stages, **options,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vibe_sgl_lite.model_worker.gpu.kernels.cache import UNIT, LayerCache, even_dims, odd_dims
+from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache, even_dims, odd_dims
 from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import LOG2_E, WEIGHT_UNIT
 
 IntArray = npt.NDArray[np.int32]
@@ -59,7 +59,7 @@ def _attend_blocks(
     q, q_odd, maximum, norm, total, odd, start, end, last_seen, table, keys, values, key_scales, value_scales, head,
     page_stride, token_stride, head_stride, scale_stride, scale,
     PAGE: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, IN_CODES: tl.constexpr, INTEGERS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Take keys start .. end into the running softmax; end is their last multiple or, MASKED, what must not be read."""
     dims = tl.arange(0, W)
@@ -77,11 +77,14 @@ def _attend_blocks(
             key = tl.load(keys + place[None, :] + dims[:, None], mask=here[None, :], other=0)
         else:
             key = tl.load(keys + place[None, :] + dims[:, None])
-        if FP8:
+        if IN_CODES:
             scale_place = page * scale_stride + head * PAGE + inside
             key_scale = tl.load(key_scales + scale_place, mask=here, other=0.0)
             value_scale = tl.load(value_scales + scale_place, mask=here, other=0.0) * WEIGHT_UNIT
-            score = tl.dot(q_odd, odd_dims(key, ASM), tl.dot(q, even_dims(key, ASM))) * (key_scale * UNIT)[None, :]
+            score = (
+                tl.dot(q_odd, odd_dims(key, INTEGERS, ASM), tl.dot(q, even_dims(key, INTEGERS, ASM)))
+                * (key_scale * UNIT)[None, :]
+            )
         else:
             score = tl.dot(q, key, input_precision=PRECISION)
         if MASKED:
@@ -94,10 +97,10 @@ def _attend_blocks(
         else:
             value = tl.load(values + place[:, None] + dims[None, :])
         norm = norm * shrink + tl.sum(weight, 1)
-        if FP8:
+        if IN_CODES:
             half = (weight * value_scale[None, :]).to(tl.float16)
-            total = tl.dot(half, even_dims(value, ASM), total * shrink[:, None])
-            odd = tl.dot(half, odd_dims(value, ASM), odd * shrink[:, None])
+            total = tl.dot(half, even_dims(value, INTEGERS, ASM), total * shrink[:, None])
+            odd = tl.dot(half, odd_dims(value, INTEGERS, ASM), odd * shrink[:, None])
         else:
             total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
         maximum = higher
@@ -109,8 +112,8 @@ def _prefill_attention(
     query, keys, values, output, page_table, context_lengths, query_start, tiles, key_scales, value_scales,
     query_stride, table_stride, page_stride, token_stride, head_stride, scale_stride, scale,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G: tl.constexpr, KV_HEADS: tl.constexpr,
-    D: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    IN_CODES: tl.constexpr, INTEGERS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV_HEADS, tiles). W: as in `_decode_attention`."""
     head = tl.program_id(0)
@@ -133,7 +136,7 @@ def _prefill_attention(
     line = (row_start + token).to(tl.int64)[:, None]
     q = tl.load(query + line * query_stride + heads, mask=here, other=0.0)
     q_odd = q
-    if FP8:
+    if IN_CODES:
         q = q.to(tl.float16)
         q_odd = tl.load(query + line * query_stride + heads + 1, mask=here, other=0.0).to(tl.float16)
     maximum = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -147,15 +150,15 @@ def _prefill_attention(
     maximum, norm, total, odd = _attend_blocks(
         q, q_odd, maximum, norm, total, odd, 0, seen_by_all, last_seen, table, keys, values, key_scales, value_scales,
         head, page_stride, token_stride, head_stride, scale_stride, scale,
-        PAGE, BLOCK_N, W, False, STAGES, PRECISION, FP8, ASM,
+        PAGE, BLOCK_N, W, False, STAGES, PRECISION, UNIT, IN_CODES, INTEGERS, ASM,
     )  # fmt: skip
     maximum, norm, total, odd = _attend_blocks(
         q, q_odd, maximum, norm, total, odd, seen_by_all, end, last_seen, table, keys, values, key_scales, value_scales,
         head, page_stride, token_stride, head_stride, scale_stride, scale,
-        PAGE, BLOCK_N, W, True, STAGES, PRECISION, FP8, ASM,
+        PAGE, BLOCK_N, W, True, STAGES, PRECISION, UNIT, IN_CODES, INTEGERS, ASM,
     )  # fmt: skip
     place = output + line * (KV_HEADS * G * D) + heads
-    if FP8:
+    if IN_CODES:
         norm = norm * (WEIGHT_UNIT / UNIT)
         tl.store(place + 1, (odd / norm[:, None]).to(output.dtype.element_ty), mask=here)
     tl.store(place, (total / norm[:, None]).to(output.dtype.element_ty), mask=here)
@@ -188,7 +191,7 @@ def prefill_attention(
         query, keys, values, output, page_table, context_lengths, query_start, tiles, *cache.scale_arguments[:2],
         query.stride(0), page_table.stride(0), *keys.stride()[:3], cache.scale_arguments[2], head_dim**-0.5 * LOG2_E,
         PAGE=page_size, BLOCK_M=cut.rows, BLOCK_N=cut.keys, G=group, KV_HEADS=kv_heads, D=head_dim, W=elements,
-        STAGES=cut.stages, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", FP8=cache.fp8,
-        ASM=query.is_cuda, PDL=pdl,
+        STAGES=cut.stages, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", UNIT=cache.unit,
+        IN_CODES=cache.in_codes, INTEGERS=cache.integers, ASM=query.is_cuda, PDL=pdl,
         num_warps=cut.warps, num_stages=cut.stages, **options,
     )  # fmt: skip

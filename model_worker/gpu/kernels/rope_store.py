@@ -31,9 +31,9 @@ def _rope_store(
     qkv, query_norm, key_norm, cosines, sines, slots, query, keys, values, query_eps, key_eps, angle_stride,
     page_stride, token_stride, head_stride, key_scales, value_scales, scale_stride,
     PAGE: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, KV_HEADS: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
-    FP8: tl.constexpr, PDL: tl.constexpr,
+    IN_CODES: tl.constexpr, INTEGERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program a token. HP, KP: H and KV_HEADS rounded up to powers of two. FP8: keys and values are codes."""
+    """A program a token. HP, KP: H and KV_HEADS rounded up to powers of two. IN_CODES: keys and values are codes."""
     token = tl.program_id(0)
     dim = tl.arange(0, D)
     slot = tl.load(slots + token).to(tl.int64)
@@ -53,9 +53,9 @@ def _rope_store(
     head = tl.arange(0, KP)[:, None]
     value = tl.load(start + (H + KV_HEADS) * D + head * D + dim[None, :], mask=head < KV_HEADS, other=0.0)
     place = slot // PAGE * page_stride + slot % PAGE * token_stride + head * head_stride + dim[None, :]
-    if FP8:
-        key_codes, key_scale = encode(key.to(query.dtype.element_ty).to(tl.float32))
-        value_codes, value_scale = encode(value.to(tl.float32))
+    if IN_CODES:
+        key_codes, key_scale = encode(key.to(query.dtype.element_ty).to(tl.float32), INTEGERS)
+        value_codes, value_scale = encode(value.to(tl.float32), INTEGERS)
         tl.store(keys + place, key_codes, mask=head < KV_HEADS)
         tl.store(values + place, value_codes, mask=head < KV_HEADS)
         line = tl.arange(0, KP)
@@ -87,7 +87,7 @@ def rope_store(
     """
     page_size, kv_heads = cache.keys.shape[1:3]
     head_dim = cache.head_dim
-    keys, values = (x.view(torch.int8) if cache.fp8 else x for x in (cache.keys, cache.values))
+    keys, values = (x.view(torch.int8) if cache.in_codes else x for x in (cache.keys, cache.values))
     tokens, width = query.shape
     heads = width // head_dim
     assert qkv.is_contiguous()
@@ -100,6 +100,6 @@ def rope_store(
         qkv, query_norm, key_norm, cos, sin, slots, query, keys, values, *eps, cos.stride(0),
         *keys.stride()[:3], *cache.scale_arguments,
         PAGE=page_size, H=heads, HP=triton.next_power_of_2(heads), KV_HEADS=kv_heads,
-        KP=triton.next_power_of_2(kv_heads), D=head_dim, FP8=cache.fp8, PDL=pdl,
+        KP=triton.next_power_of_2(kv_heads), D=head_dim, IN_CODES=cache.in_codes, INTEGERS=cache.integers, PDL=pdl,
         num_warps=8 if heads * head_dim > 1024 else 4, **options,
     )  # fmt: skip

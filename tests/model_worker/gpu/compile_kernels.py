@@ -60,7 +60,8 @@ def caches() -> list[LayerCache]:
     pool = zeros(2, PAGES, PAGE, KV_HEADS, DIM)
     codes = zeros(2, PAGES, PAGE, KV_HEADS, DIM, dtype=torch.int8)
     scales = zeros(2, PAGES, KV_HEADS, PAGE, dtype=torch.float32)
-    return [LayerCache(pool[0], pool[1]), LayerCache.of_codes(codes[0], codes[1], scales[0], scales[1])]
+    in_codes = [LayerCache.of_codes(*codes, *scales, integers=integers) for integers in (False, True)]
+    return [LayerCache(pool[0], pool[1]), *in_codes]
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def main() -> None:
     angles, norm = zeros(ROWS, DIM // 2), zeros(DIM)
     scratch = DecodeScratch(KV_HEADS, GROUP, DIM, query.device, places=ROWS * 64)
     for cache in caches():
-        dtype = torch.int8 if cache.fp8 else torch.bfloat16
+        dtype = torch.int8 if cache.in_codes else torch.bfloat16
         for rows in (4, 256):
             tiles = choose_tiles(rows, KV_HEADS, dtype, 1)
             decode_attention(query, cache, table, ints, ints, scratch, output, tiles=tiles, pdl=True)
@@ -81,7 +82,7 @@ def main() -> None:
             cut = choose_prefill_tiles(tokens, GROUP, dtype)
             prefill_attention(query, cache, table, ints, ints, zeros(2, 2, dtype=torch.int32), cut, output, pdl=True)
         rope_store(qkv, norm, norm, (1e-6, 1e-6), angles, angles, longs, cache, query, pdl=True)
-        if not cache.fp8:
+        if not cache.in_codes:
             chain_attention(
                 qkv, norm, norm, (1e-6, 1e-6), angles, angles, longs, cache.keys, cache.values, table, ints, scratch,
                 output, tiles=choose_chain_tiles(1), pdl=True,

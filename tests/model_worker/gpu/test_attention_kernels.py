@@ -54,20 +54,21 @@ class Case:
         keys, values = pool[:, 0], pool[:, 1]
         return cls(keys, values, table.to(device), numbers, LayerCache(keys, values))
 
-    def in_fp8(self) -> "Case":
+    def in_codes(self, dtype: torch.dtype) -> "Case":
         """Codes, and behind a page's codes its scales; keys and values become what that says."""
         pages, page, kv_heads, dim = self.keys.shape
         codes = page * kv_heads * dim
         pool = torch.empty((pages, 2, codes + page * kv_heads * 4), dtype=torch.int8, device=self.keys.device)
         parts, said = [], []
         for kind, x in enumerate((self.keys.float(), self.values.float())):
-            scales = x.abs().amax(-1) / 448
-            rounded = (x / scales[..., None]).to(FP8)
+            scales = x.abs().amax(-1) / (448 if dtype == FP8 else 127)
+            rounded = x / scales[..., None]
+            rounded = rounded.to(FP8) if dtype == FP8 else rounded.nan_to_num(5.0).round().to(torch.int8)
             parts.append(pool[:, kind, :codes].view(pages, page, kv_heads, dim).copy_(rounded.view(torch.int8)))
             said.append(rounded.float() * scales[..., None])
             kept = pool[:, kind].view(torch.float32)[:, -page * kv_heads :].view(pages, kv_heads, page)
             parts.append(kept.copy_(scales.transpose(1, 2)))
-        cache = LayerCache.of_codes(parts[0], parts[2], parts[1], parts[3])
+        cache = LayerCache.of_codes(parts[0], parts[2], parts[1], parts[3], integers=dtype == torch.int8)
         return replace(self, keys=said[0], values=said[1], cache=cache)
 
     def expected(self, query: Tensor, row: int, context: int) -> Tensor:
@@ -87,8 +88,8 @@ def made(
     lengths: list[int], page: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Case, torch.dtype]:
     """And the dtype of the queries."""
-    if dtype == FP8:
-        return Case.make(lengths, page, kv_heads, dim, torch.float16, device).in_fp8(), torch.float16
+    if dtype in (FP8, torch.int8):
+        return Case.make(lengths, page, kv_heads, dim, torch.float16, device).in_codes(dtype), torch.float16
     return Case.make(lengths, page, kv_heads, dim, dtype, device), dtype
 
 
@@ -112,7 +113,7 @@ def run_decode(case: Case, query: Tensor, tiles: DecodeTiles) -> Tensor:
         (16, 1, 8, 64, torch.float16, DecodeTiles(32, 4, 2, 4)),
         (64, 2, 3, 64, torch.float16, DecodeTiles(64, 4, 2, 1)),
         (64, 2, 3, 64, FP8, DecodeTiles(64, 4, 3, 1)),
-        (16, 1, 2, 64, FP8, DecodeTiles(32, 4, 2, 4)),
+        (16, 1, 2, 64, torch.int8, DecodeTiles(32, 4, 2, 4)),
         (256, 1, 2, 128, torch.float16, DecodeTiles(64, 2, 2, 2)),
         (6, 1, 5, 32, torch.float32, DecodeTiles(16, 4, 2, 2)),
     ],
@@ -169,7 +170,8 @@ def test_scratch_has_room_for_every_launch(kv_heads: int, device: torch.device) 
         (64, 1, 3, 64, torch.float16, PrefillTiles(32, 64, 4, 2)),
         (128, 1, 8, 128, torch.float16, PrefillTiles(64, 64, 4, 2)),
         (6, 2, 1, 32, torch.float32, PrefillTiles(16, 16, 4, 2)),
-        (64, 1, 2, 64, FP8, PrefillTiles(64, 32, 4, 2)),
+        (64, 1, 2, 64, torch.int8, PrefillTiles(64, 32, 4, 2)),
+        (16, 1, 1, 32, FP8, PrefillTiles(32, 16, 4, 2)),
     ],
 )
 def test_prefill_equals_torch(

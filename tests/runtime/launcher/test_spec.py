@@ -85,17 +85,16 @@ def test_refusals(model: Path) -> None:
         make_spec(ServerArgs(model_path=str(model), tokenizer_path="/nowhere"), ENDPOINTS)
 
 
-def test_kv_cache_in_int8_is_for_cpus_and_whole_head_dims(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kv_cache_in_fp8_is_for_gpus_and_int8_for_whole_head_dims(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ServerArgs(model_path=str(model), kv_cache_dtype="int8")
     assert make_spec(args, ENDPOINTS).args.kv_cache_dtype == "int8"
-    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec._device", lambda asked: "cuda")
-    with pytest.raises(
-        ConfigError, match=r"--kv-cache-dtype int8 runs on cpu only, not on cuda: .* fp8 or auto"
-    ) as error:
-        make_spec(args, ENDPOINTS)
+    fp8 = ServerArgs(model_path=str(model), kv_cache_dtype="fp8")
+    with pytest.raises(ConfigError, match=r"--kv-cache-dtype fp8 runs on a GPU only, .* cpu: .* int8 or auto") as error:
+        make_spec(fp8, ENDPOINTS)
     assert error.value.field == "kv_cache_dtype"
-    make_spec(ServerArgs(model_path=str(model), kv_cache_dtype="fp8"), ENDPOINTS)
-    make_spec(ServerArgs(model_path=str(model)), ENDPOINTS)
+    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec._device", lambda asked: "cuda")
+    make_spec(args, ENDPOINTS)
+    make_spec(fp8, ENDPOINTS)
     monkeypatch.undo()
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"head_dim": 20}))
