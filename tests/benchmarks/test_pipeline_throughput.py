@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.internal.null_rank import NullSteps
 from tests.scheduler.harness import config, request
 from vibe_sgl_lite.runtime.messages import unpack_ids
@@ -28,7 +30,8 @@ def test_the_null_rank_yields_a_token_for_every_row_at_its_end() -> None:
     assert all(len(ids) == 5 and all(0 <= token < 50 for token in ids) for ids in tokens.values())
 
 
-def test_the_benchmark_reports_every_process() -> None:
+@pytest.mark.parametrize("way", ["--http", pytest.param("--stream", marks=pytest.mark.slow)])
+def test_the_benchmark_reports_every_process(way: str) -> None:
     command = [
         sys.executable,
         "benchmarks/internal/pipeline_throughput.py",
@@ -36,10 +39,11 @@ def test_the_benchmark_reports_every_process() -> None:
         "4",
         "--step-ms",
         "5",
-        "--stream",
+        way,
     ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=True)
     figures = json.loads(run.stdout.splitlines()[-1])
     assert 100 < figures["tokens_per_s"] <= 4 / 0.005 * 1.05
-    for process in ("client", "tokenizer_manager", "scheduler", "detokenizer", "null_rank"):
+    processes = ["client", "tokenizer_manager", "scheduler", "detokenizer", "null_rank"]
+    for process in processes + (["http_server"] if way == "--http" else []):
         assert figures[f"us_{process}"] > 0
