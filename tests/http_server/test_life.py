@@ -49,6 +49,24 @@ def test_from_loading_to_gone() -> None:
         assert not daemon.survivors(within=20)
 
 
+@pytest.mark.slow
+def test_an_engine_without_progress_is_not_healthy() -> None:
+    """Waits for half a step timeout: the rank is stopped while a request runs, and goes on afterwards."""
+    with Daemon("--port", "0", "--step-timeout", "20") as daemon:
+        server = Server(daemon, daemon.wait_ready()["http"])
+        running = _open_stream(server, 20_000)
+        running.read(10)
+        rank = daemon.children()["model_worker.0"]
+        rank.suspend()
+        try:
+            wait_until(lambda: server.get("/health").status == 503, 60, "the stillstand is told")
+            assert server.get("/health").json["error"]["code"] == "no_progress"
+        finally:
+            rank.resume()
+        wait_until(lambda: server.get("/health").status == 200, 60, "serving again")
+        running.close()
+
+
 def _first_answer(server: Server, path: str) -> Reply:
     deadline = time.monotonic() + 60
     while True:
