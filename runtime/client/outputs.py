@@ -50,6 +50,19 @@ class OutputChunk(_Plain, frozen=True, kw_only=True):
     tool_calls: list[ToolCall] = []
     error: VibeError | None = None
 
+    def __repr__(self) -> str:
+        """What it brings; `to_dict` has all of it."""
+        calls = [(call.name, call.arguments) for call in self.tool_calls]
+        values: dict[str, object] = {
+            "index": self.index or None,
+            "text": self.text,
+            "reasoning": self.reasoning or None,
+        }
+        values |= {"tool_calls": calls or None, "finish_reason": self.finish_reason, "matched": self.matched}
+        values |= {"error": self.error, "tokens": len(self.token_ids)}
+        shown = {name: value for name, value in values.items() if value is not None}
+        return f"OutputChunk({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
 
 class Output(_Plain, frozen=True, kw_only=True):
     """All that was generated for one prompt; with n > 1, by sample `index`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from vibe_sgl_lite.runtime.errors import UserError
 from vibe_sgl_lite.runtime.logs import one_line
 from vibe_sgl_lite.runtime.settings.schema import Unfit, shown, table
 
+_OTHERWISE = re.compile(r"[-+.\d]+(e[-+]?\d+)?|true|false|null|nan|[-+]?inf(inity)?|\s+", re.IGNORECASE)
 S = TypeVar("S", bound=msgspec.Struct)
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,9 @@ class JsonFile:
         return self.values.get(key)
 
     def error(self, key: str, value: object, problem: str) -> UserError:
-        return self._kind(f"{self.path}: {key}={shown(value)} {problem}", field=key)
+        """Texts that could be taken for something else are quoted: "2" is no whole number."""
+        quoted = isinstance(value, str) and (not value or _OTHERWISE.fullmatch(value))
+        return self._kind(f"{self.path}: {key}={json.dumps(value) if quoted else shown(value)} {problem}", field=key)
 
     def missing(self, key: str, why: str) -> UserError:
         return self._kind(f"{self.path}: {key} is missing; {why}", field=key)

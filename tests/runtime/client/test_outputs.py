@@ -57,6 +57,19 @@ def test_an_output_that_is_all_thinking_says_what_to_do() -> None:
 def test_chunks_too() -> None:
     entry = LogprobEntry(5, -1.0, "x", (LogprobEntry(5, -1.0, "x"),), 0)
     piece = OutputChunk(rid="r", index=0, text="x", token_ids=[5], logprobs=[entry])
+    assert repr(piece) == "OutputChunk(text='x', tokens=1)"
+    last = OutputChunk(
+        rid="r",
+        index=2,
+        text="",
+        token_ids=[],
+        finish_reason="stop",
+        matched=0,
+        tool_calls=[ToolCall("f", {"a": 1}, "")],
+    )
+    assert repr(last) == (
+        "OutputChunk(index=2, text='', tool_calls=[('f', {'a': 1})], finish_reason='stop', matched=0, tokens=0)"
+    )
     [read] = json.loads(piece.to_json())["logprobs"]
     assert read == {
         "token_id": 5,

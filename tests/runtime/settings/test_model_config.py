@@ -261,3 +261,10 @@ def test_possible_degrees(tmp_path: Path, tp: int, ep: int) -> None:
 def test_impossible_degrees(tmp_path: Path, config: dict[str, Any], tp: int, ep: int, message: str) -> None:
     with pytest.raises(ModelConfigError, match=message):
         check_parallel_degrees(read(tmp_path, config), tp, ep)
+
+
+@pytest.mark.parametrize("text", ["2", "1e-6", "-3.5", "true", "null", "NaN", "", " "])
+def test_texts_that_look_like_other_values_are_quoted(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ModelConfigError) as caught:
+        read(tmp_path, DENSE | {"num_hidden_layers": text})
+    assert f'num_hidden_layers="{text}" must be a whole number' in str(caught.value)
