@@ -63,7 +63,7 @@ def run(driver: Driver, prompts: list[list[int]], count: int, params: list[Any])
 
 
 def test_chunks_beside_decodes_give_transformers_tokens(tmp_path: Path, device: torch.device) -> None:
-    """Steps with chunks filled up and replayed."""
+    """Steps with chunks filled up and replayed, the first prompt alone."""
     reference = make_checkpoint(tmp_path, DENSE)
     prompts = [random_tokens(n, seed=n) for n in (3, 17, 9)]
     fake = FakeGraphs(())
@@ -91,24 +91,7 @@ def test_seeds_give_the_tokens_of_plain_torch(tmp_path: Path, device: torch.devi
     """Rows of the fused draw, and steps in which one row wants a filter or logprobs and takes all to the other one."""
     make_checkpoint(tmp_path, DENSE)
     prompts = [random_tokens(n, seed=n) for n in (3, 5)]
-    for extra in ({}, {"top_k": 5}, {"logprobs": True}):
+    for extra in ({}, {"top_k": 5, "logprobs": True}):
         params = [sampling(temperature=0.9, top_p=1.0, seed=2**63 + 5), sampling(temperature=1.3, seed=9, **extra)]
         got = run(Driver(runner_of(tmp_path, device, gpu(device))), prompts, 3, params)
         assert got == run(Driver(runner_of(tmp_path, torch.device("cpu"), torch_compute())), prompts, 3, params)
-
-
-def test_prompts_that_come_alone_are_filled_up_and_captured(tmp_path: Path, device: torch.device) -> None:
-    reference = make_checkpoint(tmp_path, DENSE)
-    fake = FakeGraphs((1, 2))
-    fake.chunk_buckets = ((8, 1), (16, 2))
-    runner = runner_of(tmp_path, device, gpu(device), fake=None if device.type == "cuda" else fake)
-    runner.warm_up()
-    driver = Driver(runner)
-    for slot, count in enumerate((5, 16, 8, 17)):  # the last one is too long
-        prompt = random_tokens(count, seed=count)
-        driver.run([(slot, count)], new=[new_slot(slot, prompt)], released=[slot - 1] if slot else [])
-        driver.run([(slot, 1)])
-        assert driver.tokens[slot] == expected_tokens(reference, prompt, 2)
-    if device.type == "cpu":
-        assert [key[0] for key in fake.replayed if isinstance(key, tuple)].count(8) == 2
-        assert [key[0] for key in fake.replayed if isinstance(key, tuple)].count(16) == 1
