@@ -55,7 +55,6 @@ def build_state(rank: int, tp_size: int, ep_size: int) -> ParallelState:
     split = tp_size // ep_size  # ranks that share an expert
     return ParallelState(
         rank=rank,
-        world_size=tp_size,
         tp=_group_of(rank, [list(range(tp_size))]),
         ep=_group_of(rank, [[e * split + part for e in range(ep_size)] for part in range(split)]),
         expert_tp=_group_of(rank, [[e * split + part for part in range(split)] for e in range(ep_size)]),

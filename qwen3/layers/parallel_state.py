@@ -72,7 +72,6 @@ class ParallelState:
     """All groups of one rank; the default is a single rank. `tp` holds every rank, `ep` x `expert_tp` the same ones."""
 
     rank: int = 0
-    world_size: int = 1
     tp: Group = field(default_factory=Group)
     ep: Group = field(default_factory=Group)
     expert_tp: Group = field(default_factory=Group)

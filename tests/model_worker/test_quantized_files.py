@@ -77,7 +77,7 @@ def test_ranks_read_their_own_slices(tmp_path: Path, form: str) -> None:
 
     def load(path: Path, rank: int, size: int) -> Qwen3:
         share: Any = Group(rank, size, group)  # type: ignore[arg-type]  # never used: nothing here communicates
-        state = ParallelState(rank=rank, world_size=size, tp=share, ep=Group(), expert_tp=share)
+        state = ParallelState(rank=rank, tp=share, ep=Group(), expert_tp=share)
         shape = config if path == folder else ModelConfig.from_folder(path)
         model = Qwen3(shape, state, torch.float16, torch.device("cpu"), TorchOperations())
         load_weights(model, path)

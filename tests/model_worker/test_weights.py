@@ -92,7 +92,6 @@ def test_slices_of_all_ranks_make_up_the_whole(tmp_path: Path, tp: int, ep: int,
         load(
             ParallelState(
                 rank=rank,
-                world_size=tp,
                 tp=Group(rank, tp, group),
                 ep=Group(rank // split, ep, group),
                 expert_tp=Group(rank % split, split, group),

@@ -23,7 +23,7 @@ def test_nothing_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks:
     x = torch.randn(tokens, MOE["hidden_size"])
 
     def of_rank(group: Group) -> Tensor:
-        parallel = ParallelState(rank=group.rank, world_size=group.size, tp=group, ep=group)
+        parallel = ParallelState(rank=group.rank, tp=group, ep=group)
         block = load_model(tmp_path, parallel=parallel).layers[0].feed_forward
         assert isinstance(block, MoEBlock)
         with torch.inference_mode(), NothingIsRead(allowed=("_local_scalar_dense",) if looking else ()):

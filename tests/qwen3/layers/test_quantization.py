@@ -102,7 +102,7 @@ def half(rank: int) -> ParallelState:
     """One of two ranks that never communicate."""
     group: Any = object()
     part = Group(rank, 2, group)
-    return ParallelState(rank=rank, world_size=2, tp=part, expert_tp=part)
+    return ParallelState(rank=rank, tp=part, expert_tp=part)
 
 
 def down(model: Qwen3) -> MatrixWeight:

@@ -65,7 +65,6 @@ def test_every_size_at_every_degree(tmp_path: Path, size: str) -> None:
         split = tp // ep
         parallel = ParallelState(
             rank=tp - 1,
-            world_size=tp,
             tp=Group(tp - 1, tp, group),
             ep=Group(ep - 1, ep, group),
             expert_tp=Group(split - 1, split, group),
