@@ -118,6 +118,4 @@ def test_the_log_says_what_the_engine_does(tmp_path: Path) -> None:
 
             wait_until(busy, 120, "a status line")
         line = next(line for line in daemon.log().splitlines() if "tokens/s generated" in line)
-        assert re.search(
-            r"scheduler INFO [1-9][\d.]* tokens/s generated, .* running, .* % of the KV cache in use", line
-        )
+        assert re.search(r"scheduler INFO [\d.]+ tokens/s generated, .* running, .* % of the KV cache in use", line)

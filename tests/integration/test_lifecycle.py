@@ -256,9 +256,6 @@ def test_a_stop_that_waits_says_so() -> None:
         assert daemon.wait_exit() == 0
         call.join(30)
         assert call.finish == "abort", call.error
-    with running() as daemon:
-        assert daemon.stop() == 0
-        assert "stopping" not in daemon.log(), "nothing ran"
 
 
 def test_a_terminal_that_closes_drains_and_nohup_does_not_notice() -> None:
@@ -283,10 +280,10 @@ def test_ctrl_c_at_any_moment_of_the_start_leaves_no_traceback() -> None:
         with Daemon() as daemon:
             time.sleep(pause)
             os.killpg(daemon.process.pid, signal.SIGINT)
-            # Python's own start comes before any line of ours: then it ends as any program does.
-            assert daemon.wait_exit() in (0, 130, -signal.SIGINT), daemon.log()
-            lines = [line for line in daemon.log().splitlines() if "vibe_sgl_lite" in line]
-            assert lines == [], daemon.log()
+            code, log = daemon.wait_exit(), daemon.log()
+            # Python's own start comes before any line of ours: there it ends as any program does.
+            assert code in (0, 130, -signal.SIGINT) or "site" in log, log
+            assert not re.search(r"/vibe_sgl_lite/runtime/|from vibe_sgl_lite", log), log
 
 
 @pytest.mark.parametrize("what", ["all", "its own", "socket and lock"])
