@@ -6,7 +6,11 @@ the attacks did before there were limits.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +61,26 @@ def test_a_bystander_notices_nothing(daemon: Daemon, undisturbed: list[int], nam
     assert found.longest_gap < GAP_S
     assert found.longest_wait < WAIT_S
     assert found.memory < MEMORY
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0 or sys.platform != "linux", reason="mounts a file system without room")
+def test_a_full_disk_ends_the_observers_alone(tmp_path: Path, undisturbed: list[int]) -> None:
+    """--trace and --profile on a disk of 64 KB: each says so once, and the stream goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)]).returncode != 0:
+        pytest.skip("cannot mount here")
+    try:
+        with Daemon(*FLAGS, "--trace", str(disk / "trace"), "--profile", str(disk)) as daemon:
+            daemon.wait_ready()
+            params = SamplingParams(max_new_tokens=len(undisturbed), temperature=0, ignore_eos=True)
+            with daemon.client() as client:
+                assert client.generate(PROMPT, params).token_ids == undisturbed
+                assert client.generate([PROMPT] * 8, params)[7].token_ids == undisturbed
+            said = [line for line in daemon.log().splitlines() if "No space left on device" in line]
+            assert 1 <= len(said) <= 5, daemon.log()  # one a file
+            assert "Traceback" not in daemon.log()
+            assert daemon.stop() == 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
