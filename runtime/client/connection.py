@@ -239,7 +239,8 @@ class Connection:
         elif self._in_session:
             self._keep_alive(now)
         elif line.refused:
-            self._lose(ConnectError(f"the engine at {self.address} asks for other keys: {KEYS_WORDS}"), final=True)
+            text = f"what listens at {self.address} is no engine, or asks for other keys: {KEYS_WORDS}"
+            self._lose(ConnectError(text), final=True)
         elif now > self._handshake_due(line):
             self._lose(self._nobody())
         self._flush()

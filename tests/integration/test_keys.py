@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,18 @@ def test_a_bad_key_file_is_one_line(tmp_path: Path) -> None:
         last = daemon.log().splitlines()[-1]
         assert last.startswith("error: tokenizer_manager: --client-keys")
         assert "Traceback" not in daemon.log()
+
+
+def test_what_is_no_engine_is_told_at_once() -> None:
+    """A web server, for one."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" + b" " * 100)
+                connection.recv(1000)
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(ConnectError, match="is no engine, or asks for other keys|no engine answers"):
+            Client(f"tcp://127.0.0.1:{listener.getsockname()[1]}")
