@@ -64,5 +64,5 @@ def test_what_is_no_engine_is_told_at_once() -> None:
                 connection.recv(1000)
 
         threading.Thread(target=answer, daemon=True).start()
-        with pytest.raises(ConnectError, match="is no engine, or asks for other keys|no engine answers"):
+        with pytest.raises(ConnectError, match=r"is no engine, or asks for other keys|no engine answers"):
             Client(f"tcp://127.0.0.1:{listener.getsockname()[1]}")
