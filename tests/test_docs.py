@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from docs import charts
 from docs.tables import fill
 from vibe_sgl_lite.runtime.settings.sampling_params import FIELDS
 from vibe_sgl_lite.runtime.settings.server_args import FLAGS, flag_name
@@ -55,3 +56,7 @@ def test_the_path_through_the_code_names_files_that_are_there() -> None:
     named = re.findall(r"`([\w/]+(?:\.py|/))`", (ROOT / "docs" / "reading.md").read_text())
     assert len(named) > 8
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_chart_shows_the_table() -> None:
+    assert charts.SPEED.read_text() == charts.speed(), "run `python docs/charts.py`"
