@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,17 @@ def test_the_examples_run(server: Server, example: str) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert '"error"' not in done.stdout
+
+
+def test_the_readme_asks_with_openais_client(server: Server) -> None:
+    [program] = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        if "openai" in block
+    ]
+    program = program.replace("http://127.0.0.1:30000", server.url)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("42", 0), done.stderr
 
 
 def test_there_are_examples() -> None:
