@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Iterable
 
 import msgspec
@@ -20,6 +21,9 @@ from vibe_sgl_lite.runtime.messages import unpack_ids
 from vibe_sgl_lite.runtime.transport.channels import bind_ipc, new_socket
 from vibe_sgl_lite.scheduler.radix_cache import RadixNode
 
+# What is kept for --kv-events-replay; fewer messages than a socket queues for one peer (HIGH_WATER_MARK).
+MOST_KEPT, MOST_KEPT_BYTES = 8192, 64 << 20
+END = (-1).to_bytes(8, "big", signed=True)  # the number behind the last message that is repeated
 MEDIUM = "GPU"  # vLLM's word for the memory that steps read
 
 
@@ -78,18 +82,59 @@ class KvEvents:
 
 
 class KvEventPublisher:
-    """Sends what `events` has gathered. A slow subscriber loses messages, and never holds the scheduler up."""
+    """Sends what `events` has gathered. A slow subscriber loses messages, and never holds the scheduler up.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, topic: str, events: KvEvents) -> None:
+    replay: a ROUTER where subscribers ask for what they missed, at the address of that name; to be polled.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        replay_address: str | None,
+        topic: str,
+        events: KvEvents,
+    ) -> None:
         self._socket = new_socket(context, zmq.PUB)
         bind_ipc(self._socket, address)
+        self.replay = None if replay_address is None else new_socket(context, zmq.ROUTER)
+        if self.replay is not None and replay_address is not None:
+            bind_ipc(self.replay, replay_address)
         self._topic = topic.encode()
         self._events = events
         self._sequence = 0
+        self._past: deque[tuple[int, bytes]] = deque()
+        self._past_bytes = 0
 
     def flush(self) -> None:
+        """Send what is new, and answer who missed something."""
         events = self._events.take()
         if events:
             payload = msgspec.msgpack.encode([time.time(), events, 0])
-            self._socket.send_multipart([self._topic, self._sequence.to_bytes(8, "big"), payload])
+            self._socket.send_multipart([self._topic, self._number(self._sequence), payload])
+            if self.replay is not None:
+                self._keep(payload)
             self._sequence += 1
+        if self.replay is not None and self.replay.poll(0):
+            self._repeat(self.replay)
+
+    def _keep(self, payload: bytes) -> None:
+        self._past.append((self._sequence, payload))
+        self._past_bytes += len(payload)
+        while len(self._past) > MOST_KEPT or self._past_bytes > MOST_KEPT_BYTES:
+            self._past_bytes -= len(self._past.popleft()[1])
+
+    def _repeat(self, replay: zmq.Socket[bytes]) -> None:
+        """One request: who, an empty frame, the first number. A ROUTER drops what its peer does not take."""
+        who, *frames = replay.recv_multipart(zmq.NOBLOCK)
+        if len(frames) != 2 or len(frames[1]) != len(END):
+            return
+        first = int.from_bytes(frames[1], "big")
+        for number, payload in self._past:
+            if number >= first:
+                replay.send_multipart([who, b"", self._topic, self._number(number), payload])
+        replay.send_multipart([who, b"", b"", END, b""])
+
+    @staticmethod
+    def _number(sequence: int) -> bytes:
+        return sequence.to_bytes(len(END), "big")

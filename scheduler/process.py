@@ -159,7 +159,8 @@ class SchedulerProcess:
 
     def serve(self, core: Scheduler) -> None:
         """Until the launcher says `Shutdown`."""
-        poller = self._poller(self.inputs.socket, self.results.socket)
+        replay = self.kv_events.replay if self.kv_events is not None else None
+        poller = self._poller(self.inputs.socket, self.results.socket, *([] if replay is None else [replay]))
         status = StatusLine(core.stats, log.info, time.monotonic())
         while not self._shutdown:
             until_deadline_ms = max(0.0, core.next_deadline - time.monotonic()) * 1e3
@@ -184,9 +185,10 @@ class SchedulerProcess:
         events = core.state.memory.cache.watcher = KvEvents(self.child.spec.page_size)
         topic = f"kv@{args.host}:{args.port}@{args.served_model_name or self.child.spec.model_name}"
         try:
-            self.kv_events = KvEventPublisher(self.child.context, address, topic, events)
+            self.kv_events = KvEventPublisher(self.child.context, address, args.kv_events_replay, topic, events)
         except zmq.ZMQError as error:
-            raise ConfigError(f"--kv-events {address}: {error.strerror}; choose another", field="kv_events") from error
+            where = address if args.kv_events_replay is None else f"{address} or {args.kv_events_replay}"
+            raise ConfigError(f"--kv-events {where}: {error.strerror}; choose another", field="kv_events") from error
 
     def _launcher(self, core: Scheduler | None) -> list[Outputs]:
         """A heartbeat to the launcher, and what it commands. core: None before the first ranks are ready."""

@@ -178,6 +178,10 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "The token ids of prompts are in it. See [routers](http.md#several-daemons-behind-a-router).",
         unset="nothing is told", group=HTTP, check=check_address,
     )] = None
+    kv_events_replay: Annotated[str | None, Spec(
+        "address of the same kind, where routers ask for what they have missed of `--kv-events`",
+        unset="nothing is repeated", group=HTTP, check=check_address,
+    )] = None
     log_requests: Annotated[str, Spec(
         "a line on stderr for each HTTP request when it ends: `none`, `text` or `json`",
         group=HTTP, choices=("none", "text", "json"),

@@ -18,6 +18,7 @@ import zmq
 from tests.http_server.server import Reply, Server
 from tests.integration.daemon import Daemon, wait_until
 
+KEY = {"authorization": "Bearer x"}  # that of the openai client: one client with it, for whom the queue is full
 BODY: dict[str, Any] = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True}
 
 
@@ -28,12 +29,14 @@ def free_port() -> int:
 
 
 def test_from_loading_to_gone() -> None:
-    port, kv_port = free_port(), free_port()
+    port, kv_port, replay_port = free_port(), free_port(), free_port()
     flags = ["--port", str(port), "--address", "tcp://127.0.0.1:0", "--max-running-requests", "1"]
     events: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
     events.subscribe(b"kv@")
     events.connect(f"tcp://127.0.0.1:{kv_port}")
-    with Daemon(*flags, "--max-queued-requests", "1", "--kv-events", f"tcp://127.0.0.1:{kv_port}") as daemon:
+    replay = f"tcp://127.0.0.1:{replay_port}"
+    flags += ["--max-queued-requests", "1", "--kv-events", f"tcp://127.0.0.1:{kv_port}", "--kv-events-replay", replay]
+    with Daemon(*flags) as daemon:
         server = Server(daemon, f"http://127.0.0.1:{port}")
         first = _first_answer(server, "/health")
         assert (first.status, first.json["error"]["code"]) == (503, "loading")
@@ -43,7 +46,7 @@ def test_from_loading_to_gone() -> None:
         assert server.get("/health").status == 200
         assert server.post("/v1/completions", BODY | {"max_tokens": 1}).status == 200
         _full(server)
-        _told(server, events)
+        _told(server, events, replay)
         _drained(daemon, server)
         assert daemon.wait_exit() == 0
         assert not daemon.survivors(within=20)
@@ -80,7 +83,7 @@ def _first_answer(server: Server, path: str) -> Reply:
 def _open_stream(server: Server, tokens: int) -> http.client.HTTPResponse:
     connection = http.client.HTTPConnection(*server.address, timeout=60)
     body = json.dumps(BODY | {"stream": True, "max_tokens": tokens})
-    connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+    connection.request("POST", "/v1/completions", body, KEY | {"content-type": "application/json"})
     response = connection.getresponse()
     assert response.status == 200
     return response
@@ -90,12 +93,12 @@ def _full(server: Server) -> None:
     """One runs, one waits, the next is told to come again; then the first ones leave."""
     running = _open_stream(server, 20_000)
     running.read(10)
-    waiting = threading.Thread(target=lambda: server.post("/v1/completions", BODY | {"max_tokens": 1}))
+    waiting = threading.Thread(target=lambda: server.post("/v1/completions", BODY | {"max_tokens": 1}, KEY))
     waiting.start()
     wait_until(lambda: _metric(server, "vllm:num_requests_waiting") == 1, 60, "one request waits")
-    refused = server.post("/v1/completions", BODY)
+    refused = server.post("/v1/completions", BODY, KEY)
     assert (refused.status, refused.json["error"]["code"], refused.headers["retry-after"]) == (429, "overloaded", "1")
-    streamed = server.post("/v1/completions", BODY | {"stream": True})
+    streamed = server.post("/v1/completions", BODY | {"stream": True}, KEY)
     assert streamed.status == 429
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
     with client, pytest.raises(openai.RateLimitError):
@@ -105,18 +108,20 @@ def _full(server: Server) -> None:
     assert not waiting.is_alive()
 
 
-def _told(server: Server, events: zmq.Socket[bytes]) -> None:
-    """What a router learns of a prompt that was just computed: its pages, chained, with their tokens."""
+def _told(server: Server, events: zmq.Socket[bytes], replay: str) -> None:
+    """What a router learns of a prompt that was just computed: its pages, chained, with their tokens. And once more."""
     ids = server.post("/tokenize", {"prompt": "A router wants to know where this prefix is. " * 8}).json["tokens"]
     server.post("/generate", {"input_ids": ids, "sampling_params": {"max_new_tokens": 1}})
     chain: list[int] = []
     parent = None
-    numbers = []
+    numbers: list[int] = []
+    heard = []
     while len(chain) < len(ids) // 16 * 16:
         assert events.poll(10_000), "no event came"
         topic, number, payload = events.recv_multipart()
         assert topic.decode() == f"kv@127.0.0.1:{server.address[1]}@tiny"
         numbers.append(int.from_bytes(number, "big"))
+        heard.append([b"", topic, number, payload])
         _, batch, rank = msgspec.msgpack.decode(payload)
         assert rank == 0
         for event in batch:
@@ -132,6 +137,14 @@ def _told(server: Server, events: zmq.Socket[bytes]) -> None:
     assert chain == ids[: len(chain)]
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     events.close()
+    asked: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    asked.connect(replay)
+    asked.send_multipart([b"no question"])
+    asked.send_multipart([b"", numbers[0].to_bytes(8, "big")])
+    for expected in [*heard, [b"", b"", (-1).to_bytes(8, "big", signed=True), b""]]:
+        assert asked.poll(30_000), "no answer came"
+        assert asked.recv_multipart() == expected
+    asked.close()
 
 
 def _drained(daemon: Daemon, server: Server) -> None:
