@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -114,8 +114,14 @@ def lab(*flags: str, patience_s: float = PATIENCE_S) -> Iterator[Lab]:
         answers = undisturbed(clients[0], asks)
         world = World(daemon, clients, asks, answers)
         flood(world, 0)  # memory that is taken once
+        wait_until(lambda: _only(clients[0].stats(), CLIENTS), 60, "the flood has come and gone")
         assert_idle(clients[0])
         yield Lab(world, holdings(daemon), patience_s)
+
+
+def _only(stats: Mapping[str, object], sessions: int) -> bool:
+    """Others were there and have left again."""
+    return stats["sessions"] == sessions and int(str(stats["sessions_total"])) > sessions
 
 
 def shrink(script: Sequence[Step], fails: Callable[[Sequence[Step]], bool]) -> list[Step]:

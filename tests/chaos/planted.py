@@ -29,7 +29,7 @@ NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".mypy_cache
 
 def killing(victim: int) -> list[str]:
     """Streams of every kind, and a process that dies under them."""
-    script = written([*EVERY_KIND, Step("kill", victim, 0.5), SETTLE])
+    script = written([*EVERY_KIND, Step("kill", victim, 0.15), *EVERY_KIND, Step("kill", victim, 0.3), SETTLE])
     return ["-m", "tests.chaos", "--patience", "60", "--script", script]
 
 
