@@ -46,6 +46,8 @@ class NoCard:
 
 def compile_only(kernel: JITFunction[Any], grid: tuple[int, ...]) -> Callable[..., None]:
     def call(*args: Any, **options: Any) -> None:
+        if "ASM" in options:
+            options["ASM"] = True  # as for tensors on a card
         compiled = kernel.run(*args, grid=grid, warmup=True, **options)
         sys.stdout.write(f"{kernel.fn.__name__} {compiled.metadata.shared} bytes of shared memory\n")
 
