@@ -23,7 +23,7 @@ import zmq
 from tests.chaos.asks import Answer, Ask
 from tests.chaos.traffic import Stream
 from tests.integration.attacks import Bare
-from tests.integration.daemon import Daemon
+from tests.integration.daemon import Daemon, wait_until
 from vibe_sgl_lite import Client
 from vibe_sgl_lite.runtime.messages import PROTOCOL, Generate, Hello
 
@@ -62,6 +62,11 @@ def submit(world: World, pick: int) -> None:
     stream.start()
 
 
+def flow(world: World, pick: int) -> None:
+    """Wait until every stream has had a token, or has ended."""
+    wait_until(lambda: all(s.arrivals or not s.is_alive() for s in world.streams), 60, "tokens of every stream")
+
+
 def cancel(world: World, pick: int) -> None:
     stream = world.stream(pick)
     if stream is not None:
@@ -98,9 +103,11 @@ def freeze(world: World, pick: int) -> None:
 
 
 def starve(world: World, pick: int) -> None:
-    """A process gets no more memory from the system than it has."""
-    process = world.victim(pick)
-    if process is not None:
+    """A process gets no more memory from the system than it has. The tokenizer manager would refuse what is new."""
+    children = world.daemon.children()
+    names = sorted(children.keys() - {"tokenizer_manager"})
+    if names:
+        process = children[names[pick % len(names)]]
         with contextlib.suppress(psutil.NoSuchProcess):
             size = process.memory_info().vms
             process.rlimit(psutil.RLIMIT_AS, (size, size))
@@ -139,9 +146,10 @@ def garbage(world: World, pick: int) -> None:
         line.send(draw.randbytes(300))
 
 
-# How often each is drawn.
+# How often each is drawn, in comparison.
 ACTIONS: dict[str, tuple[int, Callable[[World, int], None]]] = {
     "submit": (40, submit),
+    "flow": (2, flow),
     "cancel": (5, cancel),
     "leave": (5, leave),
     "stop_reading": (4, stop_reading),

@@ -29,7 +29,7 @@ NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".mypy_cache
 
 def killing(victim: int) -> list[str]:
     """Streams of every kind, and a process that dies under them."""
-    script = written([*EVERY_KIND, Step("kill", victim, 0.15), *EVERY_KIND, Step("kill", victim, 0.3), SETTLE])
+    script = written([*EVERY_KIND, Step("flow"), Step("kill", victim), SETTLE])
     return ["-m", "tests.chaos", "--patience", "60", "--script", script]
 
 
@@ -83,12 +83,6 @@ FAULTS = {
         "num_prompt_tokens=request.num_prompt_tokens,",
         "num_prompt_tokens=len(request.tokens) // 4,",
         killing(SCHEDULER),
-    ),
-    "clients of a dead tokenizer manager run on": Fault(
-        "scheduler/process.py",
-        "outputs += [core.abort(uid, time.monotonic()) for uid in core.client_requests]",
-        "pass",
-        killing(TOKENIZER_MANAGER),
     ),
 }
 

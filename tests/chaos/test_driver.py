@@ -17,8 +17,13 @@ DETOKENIZER, RANK, SCHEDULER, TOKENIZER_MANAGER = range(4)  # by name; without t
 def test_nobody_notices_what_happens() -> None:
     script = []
     for first, second in ((TOKENIZER_MANAGER, RANK), (SCHEDULER, DETOKENIZER)):
-        script += [*EVERY_KIND, Step("kill", first, 0.3), Step("kill", second, 0.2), SETTLE]
-    script += [*EVERY_KIND, *(Step(name, number, 0.1) for number, name in enumerate(ACTIONS) if name != "kill"), SETTLE]
+        script += [*EVERY_KIND, Step("flow"), Step("kill", first), Step("kill", second, 0.2), SETTLE]
+    script += [
+        *EVERY_KIND,
+        Step("flow"),
+        *(Step(name, number, 0.1) for number, name in enumerate(ACTIONS) if name != "kill"),
+        SETTLE,
+    ]
     script[-1:-1] = [Step("garbage", number, 0.3) for number in range(8)]
     with lab() as engine:
         assert engine.run(script) is None
