@@ -97,6 +97,8 @@ class Lab:
             assert not stream.is_alive(), f"a stream has not ended after {self._patience_s:.0f} s"
         wrong = [text for stream in streams for text in stream.wrong]
         assert not wrong, wrong[0]
+        mistakes = [line for line in world.daemon.log().splitlines() if "AssertionError" in line]
+        assert not mistakes, f"a mistake that was recovered from: {mistakes[0]}"
         names = self._before.descriptors.keys() - {"launcher"}
         wait_until(lambda: names <= world.daemon.children().keys(), 60, "all processes")
         assert_idle(world.clients[0])
