@@ -20,7 +20,6 @@ from msgspec import UNSET
 from vibe_sgl_lite.runtime.errors import (
     DrainingError,
     EngineDeadError,
-    EngineError,
     OverloadedError,
     ProtocolError,
     RequestError,
@@ -59,7 +58,8 @@ from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.runtime.text.grammar import FIELDS as GRAMMAR_FIELDS
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import GrammarCompiler
 from vibe_sgl_lite.tokenizer_manager.memory import MemoryWatch
-from vibe_sgl_lite.tokenizer_manager.queries import ANSWER_S, Pending, Queries
+from vibe_sgl_lite.tokenizer_manager.queries import Pending, Queries, Values, health_values, no_answer
+from vibe_sgl_lite.tokenizer_manager.refusals import failure, info_of, short, why_full
 from vibe_sgl_lite.tokenizer_manager.requests import OpenRequest, RequestTable
 from vibe_sgl_lite.tokenizer_manager.sessions import Session, Sessions
 from vibe_sgl_lite.tokenizer_manager.tokenizing import Run, TokenizingQueue
@@ -75,10 +75,7 @@ from vibe_sgl_lite.tokenizer_manager.validate import (
 
 DRAINING = ErrorInfo(DrainingError.code, "the engine is draining and takes no new requests; ask another one, or later")
 ABOUT_POOL = 0  # the number of our own question to the scheduler; clients' begin at 1
-MAX_MESSAGE_CHARS = 1000  # a longer one repeats a long value
 THREADS = max(2, min(4, os.cpu_count() or 1))  # one may be busy with a grammar
-SESSION_BYTES = 32 * 2**20  # of one session's requests that wait to be tokenized
-WAITING_BYTES = 128 * 2**20  # of all sessions'
 FLUSH_PATIENCE_S = 0.5  # a client that takes nothing for so long does not hold up the end of a drain
 
 log = logging.getLogger(__name__)
@@ -165,7 +162,7 @@ class TokenizerManager:
             case Unreadable(error=error, rid=rid):
                 self.counters.bad_frames += 1
                 if rid is not None:
-                    self._refuse(session, rid, _info(error))
+                    self._refuse(session, rid, info_of(error))
 
     def _on_hello(self, identity: bytes, session: Session | None, hello: Hello) -> None:
         if session is not None:
@@ -203,13 +200,16 @@ class TokenizerManager:
         if self.requests.find(session, message.rid) is not None:
             text = f"rid={message.rid!r:.80} is still in flight in this session; choose another"
             return self._refuse(session, message.rid, ErrorInfo(RequestError.code, text, "rid"))
-        full = self._full(message.payer or session.token, size)
+        own = self.requests.load_of(message.payer or session.token)
+        full = why_full(self.requests.load, own, size, self._most_samples)
+        if message.resume_ids is None:  # one that goes on after a loss is no new work
+            full = full or self._memory.low
         if full is not None:
             return self._refuse(session, message.rid, ErrorInfo(OverloadedError.code, f"{full}: ask later"))
         try:
             params = check(message, self._limits, self._tokenizer)
         except Exception as error:  # noqa: BLE001 - told and logged; it must not end everybody's process
-            return self._refuse(session, message.rid, _failure(message.rid, error))
+            return self._refuse(session, message.rid, failure(message.rid, error))
         if message.messages is not None and params.max_new_tokens is UNSET and self._chats_are_unbounded:
             params = msgspec.structs.replace(params, max_new_tokens=None)
         n = params.n if isinstance(params.n, int) else 1
@@ -220,20 +220,6 @@ class TokenizerManager:
             self._need_pool.append(partial(self._prepare, request, message, params))
         else:
             self._prepare(request, message, params)
-
-    def _full(self, payer: str, size: int) -> str | None:
-        """Why no request of `size` bytes is taken from this payer now. One that has none there finds some room where
-        others have filled all of theirs."""
-        if self._memory.low is not None:
-            return self._memory.low
-        everybody, own = self.requests.load, self.requests.load_of(payer)
-        most = self._most_samples if own.samples else self._most_samples + self._most_samples // 8 + 1
-        if everybody.samples >= most:
-            return f"{everybody.samples} requests run or wait, --max-queued-requests allows no more"
-        for load, cap, whose in ((own, SESSION_BYTES, "this client's"), (everybody, WAITING_BYTES, "the")):
-            if load.waiting_bytes and load.waiting_bytes + size > cap:
-                return f"{whose} prompts that wait to be tokenized have {load.waiting_bytes} bytes, {cap} at most may"
-        return None
 
     def _prepare(self, request: OpenRequest, message: Generate, params: SamplingParams) -> None:
         self._tokenizing.add(
@@ -251,7 +237,7 @@ class TokenizerManager:
         error = future.exception()
         if error is not None:
             self.requests.end(request)
-            return self._refuse(request.session, request.rid, _failure(request.rid, error))
+            return self._refuse(request.session, request.rid, failure(request.rid, error))
         prepared = future.result()
         uid = self.requests.number(request, prepared.num_tokens, message.resume_ids)
         self._send(request.session, Accepted(request.rid, prepared.num_tokens, prepared.sampling))
@@ -334,17 +320,14 @@ class TokenizerManager:
             elif session.outbox and session.behind(now):
                 self._drop_behind(session)
 
-    def _answer(self, pending: Pending, values: dict[str, int | float | str | bool], error: ErrorInfo | None) -> None:
+    def _answer(self, pending: Pending, values: Values, error: ErrorInfo | None) -> None:
         if pending.what == "health":
-            draining = self._closed is not None
-            serving = "ok" if values.get("ranks_ready", True) else "recovering"  # requests wait for the next ranks
-            values = values | {"status": "draining" if draining else serving, "draining": draining}
-            values |= self._memory.values()
+            values = health_values(values, self._closed is not None) | self._memory.values()
         elif pending.what == "stats" and error is None:
             values = values | self.stats()
         self._send(pending.session, QueryReply(pending.qid, values, error))
 
-    def stats(self) -> dict[str, int | float | str | bool]:
+    def stats(self) -> Values:
         """Our own part of `stats`."""
         return msgspec.structs.asdict(self.counters) | {
             "sessions": len(self._sessions),
@@ -366,13 +349,7 @@ class TokenizerManager:
         for session in self._sessions.behind(now):
             self._drop_behind(session)
         for pending in self._queries.overdue(now):
-            if pending.what == "health":
-                draining = self._closed is not None
-                reply = QueryReply(pending.qid, {"status": "scheduler not answering", "draining": draining})
-            else:
-                error = ErrorInfo(EngineError.code, f"the scheduler did not answer within {ANSWER_S:g} s")
-                reply = QueryReply(pending.qid, {}, error)
-            self._send(pending.session, reply)
+            self._send(pending.session, no_answer(pending, self._closed is not None))
 
     def drain(self) -> None:
         """Refuse new requests; `drained` becomes true with the last one's end."""
@@ -416,7 +393,7 @@ class TokenizerManager:
 
     def _refuse(self, session: Session, rid: str, error: ErrorInfo) -> None:
         self.counters.requests_refused_total += 1
-        self._send(session, Refused(_short(error), rid[:MAX_ECHO_CHARS]))
+        self._send(session, Refused(short(error), rid[:MAX_ECHO_CHARS]))
 
     def _end_request(self, request: OpenRequest, finish: Finish) -> None:
         """Give every open sample its terminal event ourselves; what the engine still sends for it is dropped."""
@@ -455,22 +432,3 @@ class TokenizerManager:
             if request.uid is not None:
                 self._to_scheduler(AbortRequest(request.uid))
             self._end_request(request, Finish("abort"))
-
-
-def _short(error: ErrorInfo) -> ErrorInfo:
-    """What a client sent may stand in an error: only its beginning goes back."""
-    field = None if error.field is None else error.field[:MAX_ECHO_CHARS]
-    if len(error.message) <= MAX_MESSAGE_CHARS:
-        return msgspec.structs.replace(error, field=field)
-    return ErrorInfo(error.code, f"{error.message[:MAX_ECHO_CHARS]} ...", field)
-
-
-def _failure(rid: str, error: BaseException) -> ErrorInfo:
-    if isinstance(error, RequestError):
-        return _info(error)
-    log.error("request %.80r failed before it ran", rid, exc_info=error)
-    return ErrorInfo(EngineError.code, f"the request failed before it ran: {type(error).__name__}: {error}")
-
-
-def _info(error: RequestError) -> ErrorInfo:
-    return ErrorInfo(error.code, str(error), error.field)

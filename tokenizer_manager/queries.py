@@ -6,11 +6,14 @@ from typing import Literal
 
 import msgspec
 
+from vibe_sgl_lite.runtime.errors import EngineError
+from vibe_sgl_lite.runtime.messages import ErrorInfo, QueryReply
 from vibe_sgl_lite.tokenizer_manager.sessions import Session
 
 ANSWER_S = 2.0
 MAX_PENDING = 1024
 
+Values = dict[str, int | float | str | bool]
 What = Literal["stats", "health", "flush_cache", "watch"]
 
 
@@ -48,3 +51,17 @@ class Queries:
         """Takes them out."""
         late = [number for number, pending in self._pending.items() if pending.due <= now]
         return [self._pending.pop(number) for number in late]
+
+
+def health_values(values: Values, draining: bool) -> Values:
+    """What the scheduler answered, as an answer to `health`: while it awaits ranks, requests wait too."""
+    serving = "ok" if values.get("ranks_ready", True) else "recovering"
+    return values | {"status": "draining" if draining else serving, "draining": draining}
+
+
+def no_answer(pending: Pending, draining: bool) -> QueryReply:
+    """To a question that the scheduler has not answered in time."""
+    if pending.what == "health":
+        return QueryReply(pending.qid, {"status": "scheduler not answering", "draining": draining})
+    error = ErrorInfo(EngineError.code, f"the scheduler did not answer within {ANSWER_S:g} s")
+    return QueryReply(pending.qid, {}, error)

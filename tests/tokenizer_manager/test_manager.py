@@ -47,8 +47,9 @@ from vibe_sgl_lite.runtime.settings.machine import Limit
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import CompilerArgs, GrammarCompiler
-from vibe_sgl_lite.tokenizer_manager.manager import SESSION_BYTES, THREADS, WAITING_BYTES, TokenizerManager
+from vibe_sgl_lite.tokenizer_manager.manager import THREADS, TokenizerManager
 from vibe_sgl_lite.tokenizer_manager.memory import ENOUGH_BYTES, LOW_BYTES, MemoryWatch
+from vibe_sgl_lite.tokenizer_manager.refusals import SESSION_BYTES, WAITING_BYTES
 from vibe_sgl_lite.tokenizer_manager.sessions import Sent, Sessions
 from vibe_sgl_lite.tokenizer_manager.validate import Prepared
 
@@ -298,6 +299,9 @@ def test_nothing_new_is_taken_while_memory_is_nearly_used_up(world: World, caplo
     [health] = world.got(b"a", QueryReply)
     assert health.values["memory_low"] is True
     assert health.values["memory_free"] == 0
+    raw = msgspec.Raw(msgspec.msgpack.encode({"max_new_tokens": 5, "seed": 1}))
+    world.say(b"a", Generate("resumed", "abc", None, None, raw, resume_ids=[b"\1\0\0\0"]))  # no new work
+    assert "resumed" not in overloaded(world, b"a")
     while world.work:  # what was taken before goes on
         world.tokenize()
     assert "before" in [added.rid for added in world.added()]
@@ -378,10 +382,11 @@ def test_a_frame_of_many_values_is_refused_undecoded(world: World) -> None:
 
 def test_odd_values_in_tools_are_no_error_of_ours(world: World) -> None:
     """Numbers beyond 64 bits, which clients may send; keys that are lists, which none of ours does."""
+    few = msgspec.Raw(msgspec.msgpack.encode({"max_new_tokens": 1}))
     for number, odd in enumerate(({"n": 10**40}, {(1, 2): "x"}, {"deep": [{(1, (2, "x")): 1}]})):
         kwargs = {"tools": [{"type": "function", "function": odd}]}
         messages = [{"role": "user", "content": "c"}]
-        message = Generate(f"r{number}", None, None, messages, msgspec.Raw(b"\x80"), template_kwargs=kwargs)
+        message = Generate(f"r{number}", None, None, messages, few, template_kwargs=kwargs)
         world.manager.on_frame(b"a", encode_request(message))
         while world.work:
             world.tokenize()
