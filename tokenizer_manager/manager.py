@@ -364,6 +364,7 @@ class TokenizerManager:
 
     def end_all(self, finish: Finish) -> None:
         """End every request now; new ones are still taken."""
+        self._need_pool.clear()  # whoever was asked may be gone: the next one asks anew
         for request in self.requests:
             if request.uid is not None:
                 self._to_scheduler(AbortRequest(request.uid))

@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks.peers import ROOT
 
 
+@pytest.mark.slow
 def test_offline_beside_transformers() -> None:
     flags = [
         "--num-requests",

@@ -25,7 +25,7 @@ TOKENS = 120
     ("flags", "victim", "sent"),
     [
         (("--step-timeout", "1.5"), "model_worker.0", signal.SIGSTOP),
-        (("--tp", "2"), "model_worker.1", signal.SIGSEGV),
+        pytest.param(("--tp", "2"), "model_worker.1", signal.SIGSEGV, marks=pytest.mark.slow),
     ],
     ids=["rank-hung", "rank-of-two"],
 )

@@ -12,7 +12,7 @@ from tests.distributed.spawn import run_ranks
 from tests.qwen3.harness import make_checkpoint, random_tokens, reference_logits
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_logits_equal_transformers(tmp_path: Path, world_size: int) -> None:
     references = {name: make_checkpoint(folder_of(tmp_path, name), shape) for name, shape in SHAPES.items()}
     listening = run_ranks("tests.distributed.cases:all_logits", world_size, tmp_path)

@@ -25,6 +25,7 @@ def test_mutations_are_read_right_or_refused_in_one_line() -> None:
     assert counts[False] > 20
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_mutations_start_or_are_refused_by_a_daemon() -> None:
     def launch(folder: Path, number: int) -> str | None:

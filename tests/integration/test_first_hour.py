@@ -105,6 +105,7 @@ def test_a_hub_id_without_a_network_is_one_traceback_with_one_line(tmp_path: Pat
     assert len(done.stderr.splitlines()) < 20
 
 
+@pytest.mark.slow
 def test_the_log_says_what_the_engine_does(tmp_path: Path) -> None:
     """How much fits, and a line while it works."""
     with Daemon("--log-level", "info", "--max-total-tokens", "4096") as daemon:

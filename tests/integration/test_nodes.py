@@ -96,7 +96,7 @@ def test_nodes_that_disagree_are_refused_on_both() -> None:
             assert daemon.log().splitlines()[-1].startswith(says)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_lost_rank_changes_no_token(victim: int) -> None:
     """Of node 0 or of the other one: all ranks meet again."""
     meeting = f"127.0.0.1:{free_port()}"
@@ -120,6 +120,7 @@ def test_a_lost_rank_changes_no_token(victim: int) -> None:
         assert second.wait_exit(10) == 0
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_come_back_ends_the_engine() -> None:
     meeting = f"127.0.0.1:{free_port()}"
     flags = ["--tp", "2", "--dtype", "float32", "--rejoin-timeout", "5", "--no-standby"]

@@ -53,6 +53,7 @@ from vibe_sgl_lite.runtime.settings.model_config import GenerationDefaults, Mode
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
+from vibe_sgl_lite.tokenizer_manager.manager import ABOUT_POOL
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 512
@@ -236,7 +237,10 @@ class FakeScheduler:
                 self._given.pop(uid, None)
             case SchedulerQuery() if not self.mute:
                 error = self.flush_error if message.what == "flush_cache" else None
-                manager.send(SchedulerReply(message.qid, {} if error else {"num_running": len(self._open)}, error))
+                values: dict[str, int | float | str | bool] = {"num_running": len(self._open)}
+                if message.qid == ABOUT_POOL:
+                    values["kv_pages_total"] = 1000
+                manager.send(SchedulerReply(message.qid, {} if error else values, error))
 
     def _next(self, uid: int) -> TokenOutput:
         ids, first = self._open[uid], self._given[uid]

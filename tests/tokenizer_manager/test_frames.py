@@ -34,7 +34,7 @@ def count(value: Any) -> int:
     return 1
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(VALUES)
 def test_counts_what_is_there(value: Any) -> None:
     frame = msgspec.msgpack.encode(value)

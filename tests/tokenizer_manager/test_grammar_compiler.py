@@ -80,7 +80,8 @@ def test_a_grammar_is_compiled_once(compiler: GrammarCompiler) -> None:
 
 
 def test_the_process_is_started_anew(compiler: GrammarCompiler) -> None:
-    (process,) = (child for child in psutil.Process().children() if "grammar_compiler" in " ".join(child.cmdline()))
+    assert compiler._process is not None
+    process = psutil.Process(compiler._process.pid)
     process.kill()
     for attempt in range(2):  # at most the request that meets the death fails
         try:

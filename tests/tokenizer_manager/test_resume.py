@@ -17,6 +17,8 @@ from vibe_sgl_lite.runtime.messages import (
     Abort,
     Accepted,
     Chunk,
+    ErrorInfo,
+    Finish,
     Generate,
     Hello,
     Refused,
@@ -151,3 +153,10 @@ def test_a_request_that_waits_for_the_pools_size_can_end(world: World) -> None:
     while world.work:
         world.tokenize()
     assert world.added() == []
+
+
+def test_the_pools_size_is_asked_for_again_when_the_scheduler_is_lost(world: World) -> None:
+    world.generate(b"a", "1", max_new_tokens=None)
+    world.manager.end_all(Finish("error", error=ErrorInfo("engine_lost", "the scheduler was killed")))
+    world.generate(b"a", "1", max_new_tokens=None)  # as its client sends it again
+    assert sum(isinstance(message, SchedulerQuery) for message in world.to_scheduler) == 2
