@@ -12,9 +12,13 @@ from vibe_sgl_lite import Client
 MODELS = model_flags()
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=str)
+SLOW = [pytest.param(name, marks=[] if name == "embedded" else pytest.mark.slow, id=name) for name in MODELS]
+
+
+@pytest.fixture(scope="module", params=SLOW)
 def model(request: pytest.FixtureRequest) -> list[str]:
-    """Flags that choose the model; tests that use it run on each one at hand."""
+    """Flags that choose the model. Large ones, where there are such, are for the slow tests; test_lifecycle.py and
+    test_equality.py start them in the others too."""
     name: str = request.param
     return MODELS[name]
 

@@ -116,6 +116,7 @@ def test_200_streaming_clients_a_fifth_vanishes() -> None:
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_pool_for_2_of_16_requests_changes_no_token() -> None:
     prompts = [f"Repeat: {word} {number}" for number, word in enumerate(["blue", "cat", "nine", "tree"] * 4)]
     params = SamplingParams(max_new_tokens=60, temperature=0, ignore_eos=True)

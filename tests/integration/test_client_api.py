@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import MODELS
 from tests.integration.daemon import Daemon, running, wait_until
 from vibe_sgl_lite import Client, Output, SamplingParams
 from vibe_sgl_lite.runtime.errors import EngineError, RequestError
@@ -24,15 +23,6 @@ from vibe_sgl_lite.runtime.messages import Usage
 TOKENS = 8  # of an answer: a step of the 0.6B shape in float32 takes a fifth of a second
 GREEDY = SamplingParams(max_new_tokens=TOKENS, temperature=0, ignore_eos=True)
 LONG = SamplingParams(max_new_tokens=2000, temperature=0, ignore_eos=True)
-
-
-SLOW = [pytest.param(name, marks=[] if name == "embedded" else pytest.mark.slow, id=name) for name in MODELS]
-
-
-@pytest.fixture(scope="module", params=SLOW)
-def model(request: pytest.FixtureRequest) -> list[str]:
-    """As in conftest.py; what the calls do hardly depends on the model, and a large one is slow in float32."""
-    return MODELS[request.param]
 
 
 @pytest.fixture(scope="module")

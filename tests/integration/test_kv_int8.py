@@ -54,6 +54,7 @@ def test_a_warm_cache_changes_nothing() -> None:
             assert out.usage.cached_tokens >= out.usage.prompt_tokens - 17, "all but the last page is cached"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

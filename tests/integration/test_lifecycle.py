@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.integration.conftest import MODELS
 from tests.integration.daemon import ROOT, Daemon, running, wait_until
 from vibe_sgl_lite import Client, OverloadedError, SamplingParams, VibeError
 from vibe_sgl_lite.runtime.settings.model_source import embedded_folder
@@ -67,9 +68,10 @@ def run_launch(*flags: str) -> tuple[int, str, str, float]:
     return done.returncode, done.stdout, done.stderr, took
 
 
-def test_ready_serve_stop(model: list[str]) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_ready_serve_stop(name: str) -> None:
     begun = time.monotonic()
-    with Daemon(*model) as daemon:
+    with Daemon(*MODELS[name]) as daemon:
         facts = daemon.wait_ready()
         assert 0.0 < float(facts["startup"]) <= time.monotonic() - begun + 0.1
         assert READY_LINE.fullmatch(daemon.ready_line)
@@ -245,6 +247,7 @@ def test_a_bad_flag_is_one_line(flags: list[str], says: str) -> None:
     assert took < 20
 
 
+@pytest.mark.slow
 def test_a_stop_that_waits_says_so() -> None:
     with running() as daemon, daemon.client() as client:
         call = Background(client, LONG)
@@ -258,6 +261,7 @@ def test_a_stop_that_waits_says_so() -> None:
         assert call.finish == "abort", call.error
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes_drains_and_nohup_does_not_notice() -> None:
     with running() as daemon, daemon.client() as client:
         call = Background(client, SamplingParams(max_new_tokens=400, temperature=0, ignore_eos=True))
@@ -275,6 +279,7 @@ def test_a_terminal_that_closes_drains_and_nohup_does_not_notice() -> None:
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_moment_of_the_start_leaves_no_traceback() -> None:
     for pause in (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8, 1.2):
         with Daemon() as daemon:
@@ -286,7 +291,9 @@ def test_ctrl_c_at_any_moment_of_the_start_leaves_no_traceback() -> None:
             assert not re.search(r"/vibe_sgl_lite/runtime/|from vibe_sgl_lite", log), log
 
 
-@pytest.mark.parametrize("what", ["all", "its own", "socket and lock"])
+@pytest.mark.parametrize(
+    "what", ["all", *(pytest.param(part, marks=pytest.mark.slow) for part in ("its own", "socket and lock"))]
+)
 def test_a_run_directory_that_is_removed_meanwhile(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As logind does at logout, and cleaners of /tmp: who is connected is served, and the end is clean."""
     base = tempfile.mkdtemp(prefix="lc-", dir="/tmp")

@@ -96,7 +96,8 @@ def test_nodes_that_disagree_are_refused_on_both() -> None:
             assert daemon.log().splitlines()[-1].startswith(says)
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_rank_changes_no_token(victim: int) -> None:
     """Of node 0 or of the other one: all ranks meet again."""
     meeting = f"127.0.0.1:{free_port()}"

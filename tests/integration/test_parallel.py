@@ -52,7 +52,7 @@ def alone() -> dict[str, Answers]:
     ("model", "settings"),
     [
         ("dense", {"tp": 2}),
-        ("moe", {"tp": 2, "ep": 2}),
+        pytest.param("moe", {"tp": 2, "ep": 2}, marks=pytest.mark.slow),
         ("moe", {"tp": 2, "ep": 2, "moe_dispatch": "all-to-all"}),
         pytest.param("dense", {"tp": 4}, marks=pytest.mark.slow),
         pytest.param("dense", {"tp": 8}, marks=pytest.mark.slow),  # more ranks than KV heads

@@ -18,7 +18,9 @@ STEP_TIMEOUT_S = 2
     [
         (0, signal.SIGKILL, 2.0, "model_worker.0 was killed by SIGKILL"),
         (1, signal.SIGKILL, 2.0, "model_worker.1 was killed by SIGKILL"),
-        (1, signal.SIGSTOP, STEP_TIMEOUT_S + 6.0, "model_worker.1 hung and was killed: "),
+        pytest.param(
+            1, signal.SIGSTOP, STEP_TIMEOUT_S + 6.0, "model_worker.1 hung and was killed: ", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_faulty_rank_is_named(victim: int, sent: signal.Signals, within: float, says: str) -> None:

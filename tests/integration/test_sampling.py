@@ -73,6 +73,7 @@ def test_seeds_alone_batched_and_retracted(client: Client, small: Client) -> Non
     assert client.generate(prompts[0], one).token_ids != client.generate(prompts[0], other).token_ids
 
 
+@pytest.mark.slow
 def test_seeds_on_two_ranks(client: Client) -> None:
     prompts, params = requests(3, 50)
     expected = [out.token_ids for out in client.generate(prompts, params)]

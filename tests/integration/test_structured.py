@@ -158,6 +158,7 @@ def test_five_hundred_draws(noise: Daemon) -> None:
     check_draws(noise, 100)
 
 
+@pytest.mark.slow
 def test_a_retracted_request_keeps_its_grammar() -> None:
     """State is replayed: the same seeds give the same documents as without retraction."""
     schema = {"type": "array", "items": {"enum": ["a", "bc", "d"]}, "minItems": 60, "maxItems": 60}

@@ -24,7 +24,7 @@ def joined(parts: list[Parsed]) -> Parsed:
     return Parsed("".join(part.text for part in parts), "".join(part.reasoning for part in parts), calls)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(FORMATS, TEXTS, st.data())
 def test_any_cut_gives_the_same(text_format: TextFormat, text: str, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))

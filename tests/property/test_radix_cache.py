@@ -19,7 +19,7 @@ from vibe_sgl_lite.scheduler.memory import PageAllocator
 from vibe_sgl_lite.scheduler.radix_cache import RadixCache, RadixNode
 
 NUM_PAGES = 24
-EXAMPLES = int(os.environ.get("SCHEDULER_EXAMPLES", "1000"))
+EXAMPLES = int(os.environ.get("SCHEDULER_EXAMPLES", "400"))
 RULES = int(os.environ.get("SCHEDULER_RULES", "50"))
 
 

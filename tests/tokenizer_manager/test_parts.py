@@ -123,6 +123,7 @@ def test_without_uvloop(monkeypatch: pytest.MonkeyPatch) -> None:
     loop.close()
 
 
+@pytest.mark.slow
 def test_a_stopped_manager_does_not_take_its_clients_for_dead() -> None:
     with text_side("tokenizer_manager") as side:
         side.scheduler.hold = True

@@ -40,7 +40,7 @@ def rank_main(rank: int, size: int, rendezvous: str, results: Any) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_draw_what_one_draws(size: int, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
