@@ -106,8 +106,8 @@ def test_every_request_leaves_a_line_and_workers_share_counts(locked: Server) ->
         pages = [locked.get("/metrics", {"x-api-key": KEY}).data.decode() for _ in range(4)]
         return {next(row for row in page.splitlines() if row.startswith(name)).split()[1] for page in pages}
 
-    wait_until(lambda: len(counts()) == 1, 30, "the counts of the other worker, which are a second old, have come")
-    assert float(counts().pop()) >= 20
+    # Each worker knows of the other what was so a second ago; which one answers is the kernel's choice.
+    wait_until(lambda: all(float(count) >= 20 for count in counts()), 60, "both workers count all requests")
 
 
 def test_an_abort_reaches_requests_of_every_worker(locked: Server) -> None:
