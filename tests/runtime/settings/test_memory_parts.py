@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from docs.tables import QWEN3
 from tests.qwen3.harness import DENSE, MOE, compute_of, load_model, make_checkpoint
 from vibe_sgl_lite.model_worker.kv_pool import bytes_per_token
 from vibe_sgl_lite.qwen3.checkpoint import load_items, weight_bytes
@@ -20,17 +21,7 @@ from vibe_sgl_lite.runtime.errors import ModelConfigError
 from vibe_sgl_lite.runtime.settings.memory_parts import rank_memory
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig, check_parallel_degrees
 
-# hidden, intermediate, layers, heads, KV heads, tied, experts; as the model cards have them.
-SIZES: dict[str, tuple[int, int, int, int, int, bool, int]] = {
-    "0.6B": (1024, 3072, 28, 16, 8, True, 0),
-    "1.7B": (2048, 6144, 28, 16, 8, True, 0),
-    "4B": (2560, 9728, 36, 32, 8, True, 0),
-    "8B": (4096, 12288, 36, 32, 8, False, 0),
-    "14B": (5120, 17408, 40, 40, 8, False, 0),
-    "32B": (5120, 25600, 64, 64, 8, False, 0),
-    "30B-A3B": (2048, 768, 48, 32, 4, False, 128),
-    "235B-A22B": (4096, 1536, 94, 64, 4, False, 128),
-}
+SIZES = {name.removeprefix("Qwen3-"): shape for name, shape in QWEN3.items()}
 DEGREES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 4), (8, 8), (16, 4)]
 
 
