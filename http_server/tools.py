@@ -1,7 +1,8 @@
 """Tools of a request, and a grammar that makes the model call one of them.
 
-The grammar is written in Lark's syntax as llguidance reads it: the tags and the JSON around a call are fixed texts, its
-arguments follow the tool's own schema.
+The grammar is written in Lark's syntax as llguidance reads it: the tags are the model's own tokens (it has never seen
+them spelled otherwise, and would call the wrong tool), the JSON around a call is a fixed text, its arguments follow the
+tool's own schema.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ def calls_grammar(schemas: Mapping[str, Schema | None], name: str | None, *, sev
         raise bad_request(f"tool_choice names {name!r}, which is not among tools", "tool_choice")
     chosen = {name: schemas[name]} if name is not None else schemas
     rules = ['start: call ("\\n" call)*' if several else "start: call"]
-    closing = _json("}\n" + TOOL_CLOSE)
+    closing = f'"}}\\n" {TOOL_CLOSE}'
     rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(chosen))))
     for i, (tool, schema) in enumerate(chosen.items()):
-        opening = f'{TOOL_OPEN}\n{{"name": {_json(tool)}, "arguments": '
-        rules.append(f"call_{i}: {_json(opening)} arguments_{i} {closing}")
+        opening = f'\n{{"name": {_json(tool)}, "arguments": '
+        rules.append(f"call_{i}: {TOOL_OPEN} {_json(opening)} arguments_{i} {closing}")
         rules.append(f"arguments_{i}: %json {_json(_object_schema(schema))}")
     return "\n".join(rules) + "\n"
 

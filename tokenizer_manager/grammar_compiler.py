@@ -23,7 +23,7 @@ from typing import IO, NoReturn
 import msgspec
 
 from vibe_sgl_lite.runtime.errors import RequestError
-from vibe_sgl_lite.runtime.text.grammar import GrammarSource, compile_grammar, make_tokenizer
+from vibe_sgl_lite.runtime.text.grammar import GrammarSource, added_tokens, compile_grammar, make_tokenizer
 
 CPU_S = 0.4  # for one grammar; a rank takes about as long for it, once
 WALL_S = 20.0  # a busy machine
@@ -122,6 +122,7 @@ def main() -> None:
     os.nice(NICENESS)
     text = Path(args.tokenizer_file).read_text(encoding="utf-8")
     tokenizer = make_tokenizer(text, args.vocab_size, args.end_token_ids)
+    added = added_tokens(text, args.end_token_ids)
     _write(replies, b"")
     while (frame := _read(frames, None)) is not None:
         source = msgspec.msgpack.decode(frame, type=GrammarSource)
@@ -131,7 +132,7 @@ def main() -> None:
             os.close(reader)
             _limit()
             try:
-                result = _Result(grammar=compile_grammar(source, tokenizer))
+                result = _Result(grammar=compile_grammar(source, tokenizer, added))
             except RequestError as error:
                 result = _Result(error=str(error))
             except MemoryError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -33,8 +33,8 @@ _LEXER_STATES = 50_000  # about 2 KB each
 _ADDED = "\U0010ffff"  # stands before an added token's id in its place; no character
 # One way to write each document: with free white space, nothing would bound its length.
 _JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-
-
+# In Lark's syntax: texts, comments and regular expressions, which are left as they are, and <names>.
+_LARK = re.compile(r'"(?:\\.|[^"\\])*+"|(?://|#)[^\n]*|/(?:\\.|[^/\\\n])++/|<([^\s<>\[\]"]+)>')
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # schemas by name
 
 
@@ -74,9 +74,10 @@ def grammar_source(
     return GrammarSource(field, text)
 
 
-def compile_grammar(source: GrammarSource, tokenizer: LLTokenizer) -> str:
+def compile_grammar(source: GrammarSource, tokenizer: LLTokenizer, added: Mapping[str, int]) -> str:
     """The grammar, tried out. Raises RequestError for what no output could follow.
 
+    added: ids of the added tokens that a grammar in Lark's syntax may name, as <tool_call>; other names are texts.
     May overflow the native stack, take long and take much memory: for a process that can be killed.
     """
     from llguidance import LLMatcher
@@ -84,7 +85,7 @@ def compile_grammar(source: GrammarSource, tokenizer: LLTokenizer) -> str:
     if source.field == "json_schema":
         grammar = _from_schema(str(source.value))
     elif source.field == "grammar":
-        grammar = str(LLMatcher.grammar_from_lark(str(source.value)))
+        grammar = str(LLMatcher.grammar_from_lark(_with_ids(str(source.value), added)))
     elif source.field == "regex":
         grammar = str(LLMatcher.grammar_from_regex(str(source.value)))
     else:
@@ -129,6 +130,12 @@ def make_tokenizer(tokenizer_json: str, vocab_size: int, end_token_ids: Sequence
     return LLTokenizer(json.dumps(view), n_vocab=vocab_size, eos_token=list(end_token_ids))
 
 
+def added_tokens(tokenizer_json: str, end_token_ids: Sequence[int]) -> dict[str, int]:
+    """Ids of a tokenizer's added tokens (tokenizer.json's text), without those that end an output."""
+    tokens = json.loads(tokenizer_json).get("added_tokens", ())
+    return {token["content"]: token["id"] for token in tokens if token["id"] not in end_token_ids}
+
+
 def first_line(error: str) -> str:
     """Of the library's message, without the source that it quotes."""
     return " ".join(error.strip().split("<non-verbose/>")[0].split())[:300] or "it is too complex"
@@ -150,6 +157,17 @@ def _from_schema(text: str) -> str:
         return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS))
     except (ValueError, RecursionError) as error:
         raise RequestError(f"json_schema cannot be followed: {first_line(str(error))}", field="json_schema") from error
+
+
+def _with_ids(lark: str, added: Mapping[str, int]) -> str:
+    """Names of tokens as the library reads them, by id: its view of the tokenizer has other names (make_tokenizer)."""
+
+    def replaced(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return match[0]
+        return f"<[{added[match[0]]}]>" if match[0] in added else json.dumps(match[0])
+
+    return _LARK.sub(replaced, lark)
 
 
 def _prepare(value: Any, apart: Disjointness, *, names: bool = False) -> None:

@@ -249,6 +249,27 @@ def test_a_forced_call(client: Any, choice: object, stream: bool) -> None:
     assert arguments["unit"] in ("C", "F")
 
 
+def test_a_forced_call_is_the_one_that_the_model_would_make(client: Any) -> None:
+    """The tags are the model's own tokens: spelled otherwise, it does not know them and calls whatever."""
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": {
+            "type": "object", "properties": {word: {"type": kind}}, "required": [word]}}}
+        for name, word, kind in (("get_weather", "city", "string"), ("set_timer", "minutes", "integer"))
+    ]  # fmt: skip
+    found = []
+    for choice in ("auto", "required"):
+        answer = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+            tools=tools, tool_choice=choice, temperature=0, max_tokens=100, reasoning_effort="none",
+            extra_body={"return_token_ids": True},
+        )  # fmt: skip
+        call = answer.choices[0].message.tool_calls[0].function
+        assert (call.name, call.arguments) == ("get_weather", '{"city":"Paris"}')
+        found.append(answer.choices[0].token_ids)
+    assert found[0] == found[1]
+
+
 def test_a_tool_history_goes_back_in(client: Any) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
     answer = client.chat.completions.create(

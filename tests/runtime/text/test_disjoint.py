@@ -145,7 +145,7 @@ def test_one_of_that_is_followed(branches: list[Any], fit: list[Any], unfit: lis
     schema = {"oneOf": branches, "$defs": DEFINITIONS}
     source = grammar_source(json.dumps(schema), None, None)
     assert source is not None
-    grammar = compile_grammar(source, BYTES)
+    grammar = compile_grammar(source, BYTES, {})
     for value, right in [*((value, True) for value in fit), *((value, False) for value in unfit)]:
         assert jsonschema.Draft202012Validator(schema).is_valid(value) == right
         data = list(json.dumps(value).encode())
@@ -167,4 +167,4 @@ def test_one_of_that_two_branches_may_fit_is_refused(branches: list[Any]) -> Non
     source = grammar_source(json.dumps({"oneOf": branches, "$defs": DEFINITIONS}), None, None)
     assert source is not None
     with pytest.raises(RequestError, match="json_schema cannot be followed"):
-        compile_grammar(source, BYTES)
+        compile_grammar(source, BYTES, {})

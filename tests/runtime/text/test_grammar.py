@@ -21,7 +21,13 @@ from llguidance import LLTokenizer
 import vibe_sgl_lite
 from tests.detokenizer.corpus import HAS_QWEN3, QWEN3, small_backend, small_tokenizer
 from vibe_sgl_lite.runtime.errors import RequestError
-from vibe_sgl_lite.runtime.text.grammar import compile_grammar, grammar_source, make_matcher, make_tokenizer
+from vibe_sgl_lite.runtime.text.grammar import (
+    added_tokens,
+    compile_grammar,
+    grammar_source,
+    make_matcher,
+    make_tokenizer,
+)
 from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
 
 BYTES = LLTokenizer("byte")
@@ -29,7 +35,7 @@ BYTES = LLTokenizer("byte")
 
 def make_grammar(json_schema: Any, regex: Any, choice: Any) -> str | None:
     source = grammar_source(json_schema, regex, choice)
-    return None if source is None else compile_grammar(source, BYTES)
+    return None if source is None else compile_grammar(source, BYTES, {})
 
 
 def matches(grammar: str | None, text: str) -> bool:
@@ -171,6 +177,30 @@ def test_what_a_grammar_forces_in_every_field() -> None:
             assert matcher.consume_tokens(forced)
             ids += forced
         assert tokenizer.decode(ids).startswith(wanted.removesuffix("}"))
+
+
+@pytest.mark.parametrize(
+    ("lark", "ids"),
+    [
+        ("start: <tool_call> </tool_call>", [2042, 2043]),
+        ('start: call // <think>\ncall: <tool_call>"a</tool_call>"i?</tool_call>', [2042, 2043]),
+        ('start: <tool_call> %json {"const": "<tool_call>"} </tool_call>', [2042, *b'"<tool_call>"', 2043]),
+        ("start: <tool_call> /<think>/ </tool_call>", [2042, *b"<think>", 2043]),
+        ("start: <[2042]> <unknown>", [2042, *b"<unknown>"]),
+        ("start: <|im_end|>", [*b"<|im_end|>"]),  # an end token cannot stand within an output
+    ],
+)
+def test_names_of_added_tokens_in_a_grammar(lark: str, ids: list[int]) -> None:
+    """ids: in which a byte stands for itself, as one of the tokens of this text."""
+    text = tiny().read_text()
+    tokenizer, view, end = views()[0]
+    source = grammar_source(None, None, None, lark)
+    assert source is not None
+    matcher = make_matcher(view, compile_grammar(source, view, added_tokens(text, [end])))
+    for number in ids:
+        token = [number] if number > 255 else tokenizer.encode(chr(number))
+        assert matcher.consume_tokens(token), (number, matcher.get_error())
+    assert matcher.is_accepting()
 
 
 KINDS = {

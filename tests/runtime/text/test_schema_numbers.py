@@ -23,7 +23,7 @@ NUMBERS = st.one_of(BIG, st.floats(allow_nan=False, allow_infinity=False))
 def make(schema: Any) -> str:
     source = grammar_source(json.dumps(schema), None, None)
     assert source is not None
-    return compile_grammar(source, BYTES)
+    return compile_grammar(source, BYTES, {})
 
 
 def forced(schema: Any) -> str:
