@@ -35,6 +35,8 @@ from vibe_sgl_lite.runtime.messages import (
     LauncherMessage,
     OpenText,
     Ping,
+    Query,
+    QueryReply,
     RequestRejected,
     SchedulerInput,
     SchedulerQuery,
@@ -341,6 +343,15 @@ class TextSide:
             client.close()
         self.scheduler.close()
         self.launcher.close()
+
+
+def stats(client: RawClient) -> dict[str, Any]:
+    client.send(Query(1, "stats"))
+    while True:
+        reply = client.receive()
+        if isinstance(reply, QueryReply):
+            assert reply.error is None
+            return reply.values
 
 
 @contextmanager

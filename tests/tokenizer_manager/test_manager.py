@@ -1,18 +1,15 @@
-"""The manager without processes: a socket, a clock, threads and a scheduler that the tests move by hand."""
+"""The manager's requests: accepted, aborted, answered, and each with exactly one end."""
 
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from tests.tokenizer_manager.harness import make_spec
+from tests.tokenizer_manager.world import World, end_of
 from vibe_sgl_lite.runtime.errors import RequestError
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.messages import (
@@ -23,10 +20,8 @@ from vibe_sgl_lite.runtime.messages import (
     AddRequest,
     Chunk,
     ChunkBatch,
-    Chunks,
     ErrorInfo,
     Finish,
-    Generate,
     Goodbye,
     Hello,
     Ping,
@@ -35,112 +30,14 @@ from vibe_sgl_lite.runtime.messages import (
     Refused,
     RequestRejected,
     RoutedChunk,
-    SchedulerInput,
     SchedulerQuery,
     SchedulerReply,
-    ServerMessage,
     Usage,
-    encode_request,
     pack_ids,
 )
-from vibe_sgl_lite.runtime.settings.machine import Limit
-from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
-from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
-from vibe_sgl_lite.tokenizer_manager.grammar_compiler import CompilerArgs, GrammarCompiler
-from vibe_sgl_lite.tokenizer_manager.manager import THREADS, TokenizerManager
-from vibe_sgl_lite.tokenizer_manager.memory import ENOUGH_BYTES, LOW_BYTES, MemoryWatch
-from vibe_sgl_lite.tokenizer_manager.refusals import SESSION_BYTES, WAITING_BYTES
-from vibe_sgl_lite.tokenizer_manager.sessions import Sent, Sessions
+from vibe_sgl_lite.tokenizer_manager.manager import THREADS
+from vibe_sgl_lite.tokenizer_manager.sessions import Sent
 from vibe_sgl_lite.tokenizer_manager.validate import Prepared
-
-
-class FakeSocket:
-    """`state`: what a send to that identity comes to. `sent`: what each got."""
-
-    def __init__(self) -> None:
-        self.state: dict[bytes, Sent] = {}
-        self.frames = 0
-        self.sent: dict[bytes, list[ServerMessage]] = {}
-        self._decoder: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
-
-    def send(self, identity: bytes, frame: bytes) -> Sent:
-        state = self.state.get(identity, Sent.YES)
-        if state is Sent.YES:
-            message = self._decoder.decode(frame)
-            self.sent.setdefault(identity, []).extend(message.chunks if isinstance(message, Chunks) else [message])
-            self.frames += 1
-        return state
-
-
-class World:
-    def __init__(self, spec: PipelineSpec) -> None:
-        self.time = 100.0
-        self.free = 2.0**40  # bytes of memory
-        self.socket = FakeSocket()
-        self.to_scheduler: list[SchedulerInput] = []
-        self.work: list[tuple[Callable[[], Prepared], Callable[[Future[Prepared]], None]]] = []
-        self.sessions = Sessions(self.socket, self.time)  # type: ignore[arg-type]
-        self.manager = TokenizerManager(
-            spec,
-            ChatTokenizer.from_folder(spec.tokenizer_folder),
-            GrammarCompiler(CompilerArgs("", 0, ())),  # not asked
-            self.sessions,
-            lambda work, done: self.work.append((work, done)),
-            self.to_scheduler.append,
-            lambda: self.time,
-            MemoryWatch(lambda: Limit(self.free, "a test")),
-        )
-
-    def say(self, identity: bytes, message: msgspec.Struct) -> None:
-        self.manager.on_frame(identity, msgspec.msgpack.encode(message))
-
-    def hello(self, identity: bytes) -> None:
-        self.say(identity, Hello(PROTOCOL))
-
-    def generate(self, identity: bytes, rid: str, prompt: str = "abc", payer: str = "", **sampling: Any) -> None:
-        raw = msgspec.Raw(msgspec.msgpack.encode(sampling))
-        self.say(identity, Generate(rid, prompt, None, None, raw, payer=payer))
-
-    def tokenize(self, number: int = 0) -> None:
-        work, done = self.work.pop(number)
-        future: Future[Prepared] = Future()
-        try:
-            future.set_result(work())
-        except Exception as error:  # noqa: BLE001 - as an executor does
-            future.set_exception(error)
-        done(future)
-
-    def added(self) -> list[AddRequest]:
-        return [message for message in self.to_scheduler if isinstance(message, AddRequest)]
-
-    def aborted(self) -> list[int]:
-        return [message.uid for message in self.to_scheduler if isinstance(message, AbortRequest)]
-
-    def chunk(self, added: AddRequest, first: int, text: str = "x", finish: Finish | None = None) -> None:
-        """One token of the only sample."""
-        usage = None if finish is None else Usage(3, first + 1)
-        chunk = Chunk(added.rid, 0, first, pack_ids([7]), text, finish, usage)
-        payload = msgspec.msgpack.encode(chunk)
-        self.manager.on_engine(ChunkBatch([RoutedChunk(added.uid, finish is not None, payload, first + 1)]))
-
-    def tick(self, seconds: float = 0.25) -> None:
-        self.time += seconds
-        self.manager.tick(self.time)
-
-    def got(self, identity: bytes, kind: type[Any]) -> list[Any]:
-        return [message for message in self.socket.sent.get(identity, []) if isinstance(message, kind)]
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> PipelineSpec:
-    return make_spec(Path(tmp_path_factory.mktemp("spec")))
-
-
-@pytest.fixture
-def world(spec: PipelineSpec) -> World:
-    world = World(spec)
-    world.hello(b"a")
-    return world
 
 
 def test_a_step_goes_to_each_client_in_one_message(world: World) -> None:
@@ -250,170 +147,12 @@ def test_what_a_client_left_behind_is_not_tokenized(world: World) -> None:
     assert len(world.got(b"b", Accepted)) == 1
 
 
-def overloaded(world: World, identity: bytes) -> list[str]:
-    assert {refused.error.code for refused in world.got(identity, Refused)} <= {"overloaded"}
-    return [refused.rid for refused in world.got(identity, Refused)]
-
-
-def test_prompts_that_wait_are_bounded_in_bytes(world: World) -> None:
-    """Of each session and of all; what is tokenized or has ended makes room."""
-    prompt = "x" * 60_000
-    fit = SESSION_BYTES // len(prompt)
-    for number in range(fit + 5):
-        world.generate(b"a", f"r{number}", prompt)
-    assert 5 <= len(overloaded(world, b"a")) <= 6
-    assert world.manager.requests.load.waiting_bytes <= SESSION_BYTES
-    for other in (b"b", b"c", b"d"):
-        world.hello(other)
-        for number in range(fit - 1):
-            world.generate(other, f"r{number}", prompt)
-        assert overloaded(world, other) == []
-    assert world.manager.requests.load.waiting_bytes <= WAITING_BYTES
-    world.hello(b"e")
-    for number in range(10):
-        world.generate(b"e", f"r{number}", prompt)
-    assert len(overloaded(world, b"e")) >= 5
-    world.say(b"b", Goodbye())
-    world.tokenize()
-    world.generate(b"e", "again", prompt)
-    assert "again" not in overloaded(world, b"e")
-    for identity in (b"a", b"c", b"d", b"e"):
-        world.say(identity, Goodbye())
-    assert (world.manager.requests.load.waiting_bytes, world.manager.requests.load.samples) == (0, 0)
-
-
-def test_nothing_new_is_taken_while_memory_is_nearly_used_up(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    world.generate(b"a", "before")
-    for free, taken in ((LOW_BYTES - 1, False), (LOW_BYTES + 1, False), (ENOUGH_BYTES, True), (LOW_BYTES, True)):
-        world.free = free
-        world.tick(1.0)
-        world.generate(b"a", f"r{free}")
-        assert (f"r{free}" not in overloaded(world, b"a")) == taken
-    assert f"{LOW_BYTES >> 20} MiB of memory are free (a test)" in world.got(b"a", Refused)[-1].error.message
-    assert len(caplog.records) == 2  # once when it begins, once when it ends
-    world.free = 0
-    world.tick(1.0)
-    world.say(b"a", Query(1, "health"))
-    [asked] = [message for message in world.to_scheduler if isinstance(message, SchedulerQuery) and message.qid]
-    world.manager.on_engine(SchedulerReply(asked.qid, {"num_running": 1}))
-    [health] = world.got(b"a", QueryReply)
-    assert health.values["memory_low"] is True
-    assert health.values["memory_free"] == 0
-    raw = msgspec.Raw(msgspec.msgpack.encode({"max_new_tokens": 5, "seed": 1}))
-    world.say(b"a", Generate("resumed", "abc", None, None, raw, resume_ids=[b"\1\0\0\0"]))  # no new work
-    assert "resumed" not in overloaded(world, b"a")
-    while world.work:  # what was taken before goes on
-        world.tokenize()
-    assert "before" in [added.rid for added in world.added()]
-
-
-def test_who_comes_last_finds_room_where_one_client_has_filled_all(spec: PipelineSpec) -> None:
-    small = msgspec.structs.replace(spec, args=ServerArgs(max_running_requests=4, max_queued_requests=12))
-    world = World(small)
-    for identity in (b"a", b"b", b"c", b"d"):
-        world.hello(identity)
-    for number in range(5):
-        world.generate(b"a", f"r{number}", n=4)  # samples count
-    assert overloaded(world, b"a") == ["r4"]
-    for identity in (b"b", b"c", b"d"):
-        world.generate(identity, "r0")
-        world.generate(identity, "r1")
-    assert [overloaded(world, identity) for identity in (b"b", b"c", b"d")] == [["r1"], ["r1"], ["r1"]]
-    world.hello(b"e")
-    world.generate(b"e", "r0")
-    assert overloaded(world, b"e") == ["r0"]  # but no crowd does
-
-
-def test_those_whom_a_client_serves_have_room_each(spec: PipelineSpec) -> None:
-    world = World(msgspec.structs.replace(spec, args=ServerArgs(max_running_requests=4, max_queued_requests=12)))
-    for identity in (b"w1", b"w2"):  # of one HTTP server
-        world.hello(identity)
-    for number in range(5):
-        world.generate(b"w1", f"r{number}", payer="greedy", n=4)
-    world.generate(b"w2", "more", payer="greedy")
-    world.generate(b"w1", "one", payer="modest")
-    assert (overloaded(world, b"w1"), overloaded(world, b"w2")) == (["r4"], ["more"])
-    for identity in (b"w1", b"w2"):
-        world.say(identity, Goodbye())
-    assert world.manager.requests.load_of("greedy").samples == world.manager.requests.load.samples == 0
-
-
 def test_health_tells_that_ranks_are_awaited(world: World) -> None:
     for ready, status in ((False, "recovering"), (True, "ok")):
         world.say(b"a", Query(1, "health"))
         asked = [message for message in world.to_scheduler if isinstance(message, SchedulerQuery) and message.qid][-1]
         world.manager.on_engine(SchedulerReply(asked.qid, {"ranks_ready": ready}))
         assert world.got(b"a", QueryReply)[-1].values["status"] == status
-
-
-@pytest.mark.parametrize("opened", [True, False])
-def test_nothing_long_is_echoed(world: World, opened: bool) -> None:
-    long = "x" * 1_000_000
-    identity = b"a" if opened else b"stranger"
-    raw = msgspec.Raw(msgspec.msgpack.encode({long: 1}))
-    for message in (
-        Generate(long, "p", None, None, msgspec.Raw(b"\x80")),
-        Generate("r", "p", None, None, raw),
-        Generate("r", None, None, [{"role": long, "content": "c"}], msgspec.Raw(b"\x80")),
-        Generate("r", None, None, [{"role": "user", "content": "c"}], msgspec.Raw(b"\x80"), template_kwargs={long: 1}),
-        ["Generate", long, 5],
-        ["Query", 1, long],
-        [long],
-        Hello(PROTOCOL, long),
-        Abort(long),
-    ):
-        world.manager.on_frame(identity, msgspec.msgpack.encode(message))
-    sent = sum(len(msgspec.msgpack.encode(message)) for message in world.socket.sent.get(identity, []))
-    assert sent < 10_000
-    assert all(len(session.client) <= 256 for session in world.sessions)
-
-
-def test_a_frame_of_many_values_is_refused_undecoded(world: World) -> None:
-    message = {"role": "user", "content": "c", "more": [[]] * 1_000_000}
-    frame = msgspec.msgpack.encode(Generate("r", None, None, [message], msgspec.Raw(b"\x80")))
-    start = time.process_time()
-    for _ in range(16):
-        world.manager.on_frame(b"a", frame)
-    assert time.process_time() - start < 2
-    refused = world.got(b"a", Refused)
-    assert [(reply.rid, reply.error.code) for reply in refused] == [("r", "invalid_request")] * 16
-    assert "values" in refused[0].error.message
-
-
-def test_odd_values_in_tools_are_no_error_of_ours(world: World) -> None:
-    """Numbers beyond 64 bits, which clients may send; keys that are lists, which none of ours does."""
-    few = msgspec.Raw(msgspec.msgpack.encode({"max_new_tokens": 1}))
-    for number, odd in enumerate(({"n": 10**40}, {(1, 2): "x"}, {"deep": [{(1, (2, "x")): 1}]})):
-        kwargs = {"tools": [{"type": "function", "function": odd}]}
-        messages = [{"role": "user", "content": "c"}]
-        message = Generate(f"r{number}", None, None, messages, few, template_kwargs=kwargs)
-        world.manager.on_frame(b"a", encode_request(message))
-        while world.work:
-            world.tokenize()
-    assert [accepted.rid for accepted in world.got(b"a", Accepted)] == ["r0"]
-    assert [(refused.rid, refused.error.field) for refused in world.got(b"a", Refused)] == [
-        ("r1", "template_kwargs"), ("r2", "template_kwargs")
-    ]  # fmt: skip
-
-
-def test_client_found_gone_when_it_is_accepted(world: World) -> None:
-    world.generate(b"a", "r")
-    world.socket.state[b"a"] = Sent.GONE
-    world.tokenize()
-    assert world.added() == []
-    assert (len(world.manager.requests), len(world.sessions)) == (0, 0)
-
-
-def test_hello_again_begins_anew(world: World) -> None:
-    world.generate(b"a", "r")
-    world.tokenize()
-    world.hello(b"a")
-    assert world.aborted() == [world.added()[0].uid]
-    world.generate(b"a", "r")
-    world.tokenize()
-    assert world.added()[1].uid > world.added()[0].uid
-    world.chunk(world.added()[0], 0, "old")
-    assert world.got(b"a", Chunk) == []
 
 
 def test_tokenizing_fails_unexpectedly(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -443,89 +182,6 @@ def test_checking_fails_unexpectedly(
     assert len(world.work) == 1
 
 
-def test_silence(world: World) -> None:
-    world.hello(b"b")
-    world.generate(b"a", "r")
-    world.tokenize()
-    for _ in range(9):
-        world.tick()
-        world.say(b"b", Ping())
-    assert len(world.sessions) == 2
-    world.tick(0.3)
-    assert len(world.sessions) == 1
-    assert world.aborted() == [world.added()[0].uid]
-    world.say(b"a", Ping())
-    assert isinstance(world.socket.sent[b"a"][-1], Refused)
-
-
-def test_our_own_pause_is_no_silence(world: World) -> None:
-    world.tick(0.25)
-    world.tick(60.0)
-    assert len(world.sessions) == 1
-    for _ in range(20):  # nor is what waits unread while others are read
-        world.time += 0.25
-        world.manager.tick(world.time - 0.25 * 20)
-    assert len(world.sessions) == 1
-
-
-def test_lagging_client_gets_merged_chunks(world: World) -> None:
-    world.generate(b"a", "r")
-    world.tokenize()
-    added = world.added()[0]
-    world.socket.state[b"a"] = Sent.FULL
-    for place in range(50):
-        world.chunk(added, place, str(place % 10), Finish("length") if place == 49 else None)
-    world.say(b"a", Ping(5))
-    world.tick()
-    assert world.got(b"a", Chunk) == []
-    world.socket.state[b"a"] = Sent.YES
-    world.tick()
-    [chunk] = world.got(b"a", Chunk)
-    assert (chunk.first, chunk.text, chunk.finish) == (0, "0123456789" * 5, Finish("length"))
-    assert (chunk.token_ids, chunk.usage) == (pack_ids([7] * 50), Usage(3, 50))
-    assert world.aborted() == []
-
-
-@pytest.mark.parametrize("why", ["bytes", "time"])
-def test_client_that_falls_behind(world: World, why: str) -> None:
-    world.hello(b"b")
-    for identity in (b"a", b"b"):
-        world.generate(identity, "r")
-        world.tokenize()
-    slow, good = world.added()
-    world.socket.state[b"a"] = Sent.FULL
-    text = "x" * (30_000 if why == "bytes" else 10)
-    place = 0
-    while not world.aborted():
-        world.chunk(slow, place, text)
-        world.chunk(good, place, text)
-        place += 1
-        for identity in (b"a", b"b"):
-            world.say(identity, Ping())
-        world.tick()
-    assert world.aborted() == [slow.uid]
-    seconds, size = place * 0.25, place * len(text)
-    assert seconds == pytest.approx(10.25) if why == "time" else 1024 * 1024 - 30_000 < size < 1024 * 1024 + 30_000
-    assert len(world.got(b"b", Chunk)) == place
-    world.chunk(slow, place, "late", Finish("abort"))  # the scheduler's answer to the abort
-    world.socket.state[b"a"] = Sent.YES
-    world.tick()
-    [chunk] = world.got(b"a", Chunk)
-    assert (chunk.text, chunk.finish, chunk.usage) == (text * place, Finish("abort"), Usage(3, place))
-    world.generate(b"a", "again")  # the session goes on
-    world.tokenize()
-    assert len(world.got(b"a", Accepted)) == 2
-
-
-def test_client_that_takes_nothing_and_asks_on(world: World) -> None:
-    world.socket.state[b"a"] = Sent.FULL
-    for _ in range(100_000):
-        world.generate(b"a", "r" * 250, top_k=-7)
-        if not len(world.sessions):
-            break
-    assert len(world.sessions) == 0
-
-
 def test_several_samples(world: World) -> None:
     session = world.sessions.find(b"a")
     assert session is not None
@@ -544,16 +200,6 @@ def test_several_samples(world: World) -> None:
     assert len(table) == 0
     assert world.manager.take_drained()
     assert not world.manager.take_drained()
-
-
-def test_drain_waits_for_outboxes_but_not_for_the_dead(world: World) -> None:
-    world.generate(b"a", "r")
-    world.tokenize()
-    world.socket.state[b"a"] = Sent.FULL
-    world.manager.abort_all(None)
-    assert not world.manager.take_drained()
-    world.tick(0.6)
-    assert world.manager.take_drained()
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -625,13 +271,6 @@ def test_exactly_one_terminal_event(spec: PipelineSpec, seed: int) -> None:
             if chunk.rid == rid:
                 assert chunk.first == firsts
                 firsts += len(chunk.token_ids) // 4
-
-
-def end_of(world: World, uid: int) -> bytes:
-    request = world.manager.requests.by_uid(uid)
-    assert request is not None
-    tokens = request.tokens[0]
-    return msgspec.msgpack.encode(Chunk(request.rid, 0, tokens, b"", "", Finish("length"), Usage(3, tokens)))
 
 
 def test_requests_error_keeps_its_field(world: World) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from tests.tokenizer_manager.harness import make_spec
-from tests.tokenizer_manager.test_manager import World
+from tests.tokenizer_manager.world import World
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.messages import (
     PROTOCOL,
@@ -28,18 +26,6 @@ from vibe_sgl_lite.runtime.messages import (
     pack_ids,
 )
 from vibe_sgl_lite.tokenizer_manager.sessions import Sent
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> PipelineSpec:
-    return make_spec(Path(tmp_path_factory.mktemp("spec")))
-
-
-@pytest.fixture
-def world(spec: PipelineSpec) -> World:
-    world = World(spec)
-    world.hello(b"a")
-    return world
 
 
 def again(world: World, resume_ids: list[bytes | None] | None, **sampling: Any) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
 
-from tests.runtime.client.fake_engine import MODEL, FakeEngine, accepted, answer, chunk, failing, fake_engine, silent
+from tests.runtime.client.fake_engine import MODEL, FakeEngine, accepted, answer, chunk, failing, silent
 from vibe_sgl_lite import AsyncClient, SamplingParams
 from vibe_sgl_lite.runtime.errors import (
     ClosedError,
@@ -34,12 +34,6 @@ def run(request: pytest.FixtureRequest) -> Run:
             loop.run(asyncio.wait_for(work, 30))
 
     return runner
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[FakeEngine]:
-    with fake_engine(tmp_path) as fake:
-        yield fake
 
 
 def test_every_call(run: Run, engine: FakeEngine) -> None:

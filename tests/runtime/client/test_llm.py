@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.runtime.launcher.test_pipeline import CONFIG
+from tests.runtime.launcher.toy import CONFIG
 from vibe_sgl_lite import LLM, AsyncClient, Client
 from vibe_sgl_lite.runtime.errors import ClosedError, ConfigError, EngineDeadError, ModelConfigError, StartupError
 from vibe_sgl_lite.runtime.launcher.spawn import ChildSpec

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from msgspec.structs import replace
 
-from tests.runtime.client.fake_engine import STOP, FakeEngine, accepted, answer, chunk, fake_engine
+from tests.runtime.client.fake_engine import STOP, FakeEngine, accepted, answer, chunk
 from vibe_sgl_lite import AsyncClient, Client, SamplingParams
 from vibe_sgl_lite.runtime.client.connection import Connection
 from vibe_sgl_lite.runtime.client.core import Call
@@ -52,12 +50,6 @@ class Counting:
 def samples(request: Generate) -> int:
     params = msgspec.msgpack.decode(request.sampling, type=SamplingParams)
     return params.n if isinstance(params.n, int) else 1
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[FakeEngine]:
-    with fake_engine(tmp_path) as fake:
-        yield fake
 
 
 @pytest.mark.parametrize(

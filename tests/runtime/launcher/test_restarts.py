@@ -1,0 +1,139 @@
+"""Children that die are started again, alone or with their group."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.runtime.launcher.toy import NAMES, children, processes, restarting, told, wait_for
+from vibe_sgl_lite.runtime.launcher import standby
+from vibe_sgl_lite.runtime.launcher.pipeline import Pipeline
+from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
+
+
+@pytest.mark.parametrize(
+    ("victim", "together", "told_manager"),
+    [
+        ("model_worker.0", {"model_worker.0"}, False),
+        ("scheduler", {"model_worker.0", "scheduler"}, True),
+        ("detokenizer", {"detokenizer"}, True),
+    ],
+)
+def test_a_killed_child_starts_again_alone_or_with_its_group(
+    model: Path, victim: str, together: set[str], told_manager: bool
+) -> None:
+    with restarting(model) as engine:
+        before = processes()
+        before[victim].kill()
+        wait_for(lambda: processes().get(victim, before[victim]) != before[victim])
+        wait_for(lambda: len(processes()) == 4)
+        after = processes()
+        assert {name for name in NAMES if after[name].pid != before[name].pid} == together
+        if told_manager:
+            wait_for(lambda: any("EngineLost" in line and victim in line for line in told(model)))
+        assert engine.failure is None
+        assert not any("AbortAll" in line for line in told(model))
+
+
+def test_the_scheduler_hears_of_lost_ranks_and_lost_clients(model: Path) -> None:
+    args = ServerArgs(model_path=str(model), log_level="error", restart="on-failure")
+    with Pipeline(args, children=children(scheduler="note ready")):
+        processes()["model_worker.0"].kill()
+        wait_for(lambda: [line for line in told(model) if "RanksLost(epoch=1)" in line])
+        processes()["tokenizer_manager"].kill()
+        wait_for(lambda: [line for line in told(model) if "ClientsLost" in line])
+        wait_for(lambda: "model_worker.0" in processes())
+        processes()["model_worker.0"].kill()
+        wait_for(lambda: [line for line in told(model) if "RanksLost(epoch=2)" in line])
+
+
+def test_a_restarted_rank_has_sockets_and_a_pool_of_its_own(model: Path, run_base: Path) -> None:
+    def spec() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(next((run_base / "default").glob("*/spec.json")).read_text())
+        return found
+
+    with restarting(model):
+        first = spec()
+        assert (first["endpoints"]["epoch"], first["args"]["max_total_tokens"]) == (0, None)
+        processes()["model_worker.0"].kill()
+        wait_for(lambda: spec()["endpoints"]["epoch"] == 1)
+        assert spec()["args"]["max_total_tokens"] == 7 * 16
+        assert spec()["epoch"] != first["epoch"]
+
+
+def test_it_gives_up_after_the_restarts_it_may_try(model: Path) -> None:
+    engine, seen = restarting(model, max_restarts=1), []
+    engine.start()
+    for _ in range(2):
+        wait_for(lambda: "detokenizer" in processes())
+        seen.append(processes()["detokenizer"])
+        seen[-1].kill()
+        wait_for(lambda: processes().get("detokenizer") != seen[-1])
+    assert engine.wait(30)
+    assert engine.failure is not None
+    assert engine.failure.startswith("detokenizer was killed by SIGKILL")  # "while starting" where it was quick
+    assert engine.failure.endswith("given up after 1 restarts in 60 s")
+    assert [line for line in told(model) if "AbortAll" in line and "engine_dead" in line]
+    assert processes() == {}
+
+
+def test_a_spare_process_takes_the_place_of_a_dead_rank(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spares() -> list[int]:
+        """Those that began as one."""
+        found = []
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += [child.pid] if "--standby" in child.cmdline() else []
+        return found
+
+    monkeypatch.setattr(standby, "FIRST_S", 0.0)
+    with restarting(model, rank="note ready") as engine:
+        wait_for(spares)
+        (spare,) = spares()
+        rank = next(c for c in psutil.Process().children() if c.pid != spare and "model_worker.0" in c.cmdline())
+        rank.kill()
+        wait_for(lambda: len(spares()) == 2)  # one runs as the rank, and there is another for the next time
+        assert spare in spares()
+        assert engine.failure is None
+        engine.stop()
+    assert told(model).count("Shutdown()") == 2  # of the tokenizer manager and of the rank
+    assert processes() == {}
+
+
+def test_a_full_disk_is_waited_out(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a child that starts again reads cannot be written twice, then it can."""
+    write_spec, calls = Pipeline._write_spec, []
+
+    def full(pipeline: Pipeline, epoch: int) -> Path:
+        calls.append(epoch)
+        if len(calls) in (2, 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_spec(pipeline, epoch)
+
+    monkeypatch.setattr(Pipeline, "_write_spec", full)
+    with restarting(model) as engine:
+        processes()["detokenizer"].kill()
+        wait_for(lambda: len(calls) == 4 and "detokenizer" in processes())
+        assert engine.failure is None
+
+
+def test_a_hung_child_starts_again(model: Path) -> None:
+    with restarting(model, scheduler="accuse=model_worker.0 ready") as engine:
+        first = processes()["model_worker.0"]
+        wait_for(lambda: processes().get("model_worker.0", first) != first)
+        assert engine.failure is None
+
+
+def test_a_stop_while_a_child_starts_again_is_clean(model: Path) -> None:
+    engine = restarting(model)
+    engine.start()
+    processes()["detokenizer"].kill()
+    engine.stop()
+    assert engine.wait(0)
+    assert processes() == {}
