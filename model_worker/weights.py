@@ -24,6 +24,7 @@ from vibe_sgl_lite.runtime.settings.safetensors_files import StoredTensor
 
 # Dummy weights repeat a block of this many random numbers. A prime, so that no two rows of a matrix are the same.
 DUMMY_BLOCK = 1_048_573
+CPU = torch.device("cpu")
 
 Progress = Callable[[int, int], None]  # weights done, weights in all
 
@@ -34,28 +35,31 @@ def load_weights(model: Qwen3, folder: str | Path, progress: Progress | None = N
     Raises WeightsError naming file and tensor (runtime/settings/checkpoint.py).
     """
     tensors = find_tensors(model.config, folder)
-    _fill(model, _Checkpoint(tensors, model.config.quantized).read, progress)
+    _fill(model, _Checkpoint(tensors, model.config.quantized).read, CPU, progress)
 
 
 def load_dummy_weights(model: Qwen3, seed: int, progress: Progress | None = None) -> None:
     """Fill `model` with random weights of the config's scale; norms are 1.
 
-    A value depends on the seed, the tensor's name and its place in the whole tensor, so a model is the same at every
-    tensor and expert parallel degree.
+    They are made on the model's device, in seconds also for tens of gigabytes. A value depends on the seed, the
+    tensor's name and its place in the whole tensor, so a model is the same at every tensor and expert parallel degree.
     """
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(DUMMY_BLOCK, generator=generator) * model.config.initializer_range
-    source = _DummySource(block.to(model.dtype))
-    _fill(model, source.read, progress)
+    source = _DummySource(block.to(model.dtype).to(model.device))
+    _fill(model, source.read, model.device, progress)
 
 
-def _fill(model: Qwen3, read: Callable[[LoadItem, Tensor], None], progress: Progress | None) -> None:
+def _fill(
+    model: Qwen3, read: Callable[[LoadItem, Tensor], None], where: torch.device, progress: Progress | None
+) -> None:
+    """where: the device of the buffers that `read` fills."""
     items = list(load_items(model))
     for done, item in enumerate(items):
         if progress is not None:
             progress(done, len(items))
         weight = item.weights[0]
-        buffer = torch.empty(weight.shape, dtype=weight.dtype)
+        buffer = torch.empty(weight.shape, dtype=weight.dtype, device=where)
         read(item, buffer)
         buffer = buffer.to(weight.device)
         for sharer in item.weights:
