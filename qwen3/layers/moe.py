@@ -81,6 +81,10 @@ class AllReduceDispatch:
         self.group = parallel.tp
 
     def __call__(self, x: Tensor, router: Router, experts: Experts, timer: PartTimer) -> Tensor:
+        return self.group.all_reduce(self.partial(x, router, experts, timer))
+
+    def partial(self, x: Tensor, router: Router, experts: Experts, timer: PartTimer) -> Tensor:
+        """This rank's part of the sum, [T, H]."""
         weights, expert_ids = router(x, timer)
         local = expert_ids.flatten() - experts.ids.start
         local = torch.where((local >= 0) & (local < experts.count), local, experts.count)
@@ -92,7 +96,7 @@ class AllReduceDispatch:
         else:  # they stay, and count for nothing: only the device knows how many they are
             elsewhere = (local[order] == experts.count)[:, None]
             rows = experts(x[order // router.top_k], counts, timer).masked_fill_(elsewhere, 0)
-        return self.group.all_reduce(_combine(rows, order, weights))
+        return _combine(rows, order, weights)
 
 
 class AllToAllDispatch:

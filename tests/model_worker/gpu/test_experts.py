@@ -1,0 +1,88 @@
+"""Routing and grouped products of the GPU kernels against the plain dispatch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.qwen3.harness import MOE, load_model, make_checkpoint
+from vibe_sgl_lite.model_worker.gpu.experts import GroupedDispatch
+from vibe_sgl_lite.model_worker.gpu.kernels import experts as kernels
+from vibe_sgl_lite.qwen3.layers import weight
+from vibe_sgl_lite.qwen3.layers.moe import MoEBlock
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
+from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER
+
+
+class NoProcessGroup(Group):
+    """One of several ranks, for what needs none of the others."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("moe")
+    make_checkpoint(folder, MOE)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ranks", "split", "tokens"), [(1, "ep", 1), (2, "ep", 1), (1, "ep", 5), (2, "expert_tp", 5), (2, "ep", 37)]
+)
+def test_each_ranks_part_is_that_of_the_plain_dispatch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, split: str, tokens: int
+) -> None:
+    monkeypatch.setattr(weight, "can_pack", lambda *_: False)
+    x = torch.randn((tokens, MOE["hidden_size"]), generator=torch.Generator().manual_seed(tokens))
+    for rank in range(ranks):
+        group = NoProcessGroup(rank, ranks)
+        parallel = replace(ParallelState(), **{"rank": rank, "tp": group, split: group})
+        block = load_model(folder, parallel=parallel).layers[0].feed_forward
+        assert isinstance(block, MoEBlock)
+        arguments = x, block.router, block.experts, NO_TIMER
+        with torch.inference_mode():
+            expected = block.dispatch.partial(*arguments)  # type: ignore[attr-defined]
+            got = GroupedDispatch(parallel, pdl=False).partial(*arguments)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+        assert got.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_route(normalize: bool, device: torch.device) -> None:
+    scores = torch.randn((9, 12), device=device)
+    scores[3, 5:8] = 7.0  # equals: the lowest two
+    scores[4, 2] = float("nan")
+    weights, experts = kernels.route(scores, 2, normalize=normalize, pdl=False)
+    assert experts[3].tolist() == [5, 6]
+    assert len(set(experts[4].tolist())) == 2
+    assert weights[4].isnan().all()
+    keep = [0, 1, 2, 5, 6, 7, 8]
+    expected, chosen = torch.softmax(scores, 1).topk(2)
+    if normalize:
+        expected = expected / expected.sum(1, keepdim=True)
+    assert experts[keep].tolist() == chosen[keep].tolist()
+    torch.testing.assert_close(weights[keep], expected[keep])
+    torch.testing.assert_close(weights[3], expected[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16])
+def test_many_rows_of_few_experts(dtype: torch.dtype, device: torch.device) -> None:
+    """Several tiles of one expert, none of most; widths that no tile divides."""
+    generator = torch.Generator().manual_seed(1)
+    tokens, hidden, inner, count = 45, 40, 24, 9
+    x = (torch.randn((tokens, hidden), generator=generator) * 0.5).to(device, dtype)
+    gate_up = (torch.randn((count, 2 * inner, hidden), generator=generator) * 0.2).to(device, dtype)
+    down = (torch.randn((count, hidden, inner), generator=generator) * 0.2).to(device, dtype)
+    experts = torch.tensor([[7, 2 + 3 * (token == 13)] for token in range(tokens)], dtype=torch.int32, device=device)
+    weights = torch.rand((tokens, 2), generator=generator).to(device, dtype)
+    tiles = kernels.ExpertTiles(16, (16, 16, 4, 2), (16, 16, 4, 2))
+    got = kernels.run_experts(x, weights, experts, gate_up, down, 0, tiles, pdl=False)
+    expected = torch.zeros((tokens, hidden), device=device)
+    for token in range(tokens):
+        for share, expert in zip(weights[token].float(), experts[token].tolist(), strict=True):
+            gate, up = (gate_up[expert].float() @ x[token].float()).chunk(2)
+            expected[token] += share * (down[expert].float() @ (torch.nn.functional.silu(gate) * up))
+    torch.testing.assert_close(got.float(), expected, atol=5e-3, rtol=5e-3)
