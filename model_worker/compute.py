@@ -18,6 +18,7 @@ from vibe_sgl_lite.model_worker.kv_pool import KVLayout, KVPool
 from vibe_sgl_lite.model_worker.sampling.sampler import FusedDraw
 from vibe_sgl_lite.model_worker.step_input import ExpandRows
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations, TorchOperations
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group
 from vibe_sgl_lite.qwen3.model import Qwen3
 
 CPU = torch.device("cpu")
@@ -69,7 +70,8 @@ def kernel_compute(kernels: CpuKernels) -> Compute:
 @dataclass(frozen=True)
 class GpuSetup:
     """What GPU kernels are set up for. group: query heads a KV head. graph_rows, chunk_tokens: of the largest steps to
-    capture, rows of any and tokens of chunks. fp8: what a KV cache in 8 bits is kept in, and not int8."""
+    capture, rows of any and tokens of chunks. fp8: what a KV cache in 8 bits is kept in, and not int8. tp: the ranks
+    that share the vocabulary."""
 
     group: int
     vocab_size: int
@@ -77,6 +79,7 @@ class GpuSetup:
     graph_rows: int
     chunk_tokens: int = 0
     fp8: bool = False
+    tp: Group = field(default_factory=Group)
 
 
 def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
@@ -100,7 +103,7 @@ def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
         device=on_device,
         kv_layout=KVLayout.LAYERS,
         graphs=graphs,
-        fused_draw=GpuDraw(on_device, setup.max_slots + 1, max_rows, setup.vocab_size),
+        fused_draw=GpuDraw(on_device, setup.max_slots + 1, max_rows, setup.vocab_size, setup.tp),
         expand_rows=expand_rows,
         plan_layers=plan_layers,
         knows_fp8=True,

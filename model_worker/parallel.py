@@ -6,7 +6,9 @@ loopback interface, so nothing listens beyond it. Over several: nodes.py.
 
 import os
 import sys
+from dataclasses import replace
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -33,6 +35,16 @@ def init_parallel(rank: int, tp_size: int, ep_size: int, device: torch.device, s
     return build_state(rank, tp_size, ep_size)
 
 
+def join_peers(parallel: ParallelState, device: torch.device) -> ParallelState:
+    """The same, with sums over all ranks that GPUs of one machine do themselves, where they can; all ranks together."""
+    group = parallel.tp
+    if device.type != "cuda" or group.size == 1 or find_spec("triton") is None:
+        return parallel
+    from vibe_sgl_lite.model_worker.gpu.collectives import connect_peers
+
+    return replace(parallel, tp=replace(group, peers=connect_peers(group.rank, group.size, device)))
+
+
 def use_interface(name: str) -> None:
     """Hold Gloo and NCCL to one network interface; before any group is made."""
     os.environ["GLOO_SOCKET_IFNAME"] = name
@@ -40,6 +52,8 @@ def use_interface(name: str) -> None:
 
 
 def init_group(store: Store, rank: int, tp_size: int, device: torch.device) -> None:
+    # A look at every buffer of every captured collective: seconds at the start, for sums that are small.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         store=store,

@@ -115,6 +115,7 @@ def time_collectives(parallel: ParallelState, timer: StepTimer) -> ParallelState
     """The same groups, timed; those of one rank do nothing and stay as they are."""
 
     def timed(group: Group) -> Group:
-        return TimedGroup(group.rank, group.size, group.process_group, timer=timer) if group.size > 1 else group
+        place = group.rank, group.size, group.process_group, group.peers
+        return TimedGroup(*place, timer=timer) if group.size > 1 else group
 
     return replace(parallel, tp=timed(parallel.tp), ep=timed(parallel.ep), expert_tp=timed(parallel.expert_tp))

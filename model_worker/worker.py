@@ -23,7 +23,7 @@ from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.memory_plan import plan_memory
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
 from vibe_sgl_lite.model_worker.nodes import init_parallel_nodes, relay_group
-from vibe_sgl_lite.model_worker.parallel import init_parallel
+from vibe_sgl_lite.model_worker.parallel import init_parallel, join_peers
 from vibe_sgl_lite.model_worker.pending_step import PendingStep
 from vibe_sgl_lite.model_worker.rank_digest import RankDigest
 from vibe_sgl_lite.model_worker.relay import BatchRelay
@@ -111,7 +111,8 @@ def _join(spec: PipelineSpec, rank: int, device: torch.device) -> tuple[Parallel
     """This rank's groups; and, on rank 0 and on other nodes, the way of batches from the one to the others."""
     args = spec.args
     if args.dist_init_addr is None:
-        return init_parallel(rank, args.tp, args.ep, device, Path(spec.endpoints.rendezvous)), None
+        parallel = init_parallel(rank, args.tp, args.ep, device, Path(spec.endpoints.rendezvous))
+        return parallel if args.disable_custom_all_reduce else join_peers(parallel, device), None
     meeting = split_host_port(args.dist_init_addr)
     patience_s = args.rejoin_timeout if spec.endpoints.epoch else 0.0
     parallel = init_parallel_nodes(rank, args.tp, args.ep, device, meeting, _shared_settings(spec), patience_s)
@@ -197,16 +198,18 @@ def build_runner(
 
 
 def _gpu_setup(spec: PipelineSpec, parallel: ParallelState) -> GpuSetup:
-    """Graphs are captured on one rank alone: collectives between ranks are not."""
+    """No graphs of experts that are sent to: the host has to know how many rows go where."""
     args, tp = spec.args, parallel.tp.size
     graph_rows = args.cuda_graph_max_bs or args.max_running_requests
+    sends_to_experts = spec.model.is_moe and args.moe_dispatch == "all-to-all"
     return GpuSetup(
         group=spec.model.num_attention_heads // tp // spec.model.local_kv_heads(tp),
         vocab_size=spec.model.vocab_size,
         max_slots=args.max_running_requests,
-        graph_rows=0 if args.disable_cuda_graph or tp > 1 or spec.model.is_moe else graph_rows,
+        graph_rows=0 if args.disable_cuda_graph or sends_to_experts else graph_rows,
         chunk_tokens=spec.chunked_prefill_size,
         fp8=args.kv_cache_dtype == "fp8",
+        tp=parallel.tp,
     )
 
 

@@ -58,7 +58,8 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # NCCL's own thread looks at events of earlier collectives meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = work()
         self._graphs[key] = graph, lend(result)
         return self._graphs[key][1]  # type: ignore[no-any-return]

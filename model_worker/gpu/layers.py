@@ -11,8 +11,10 @@ import triton
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention, GpuMetadata
+from vibe_sgl_lite.model_worker.gpu.experts import plan_experts
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import chain_attention
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
+from vibe_sgl_lite.model_worker.gpu.parallel_layers import ParallelLayers
 from vibe_sgl_lite.qwen3.attention_backend import ForwardContext
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight, PlainMatrix
@@ -104,7 +106,10 @@ class GpuLayers:
 
 def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
     """Give `model`, whose weights are loaded, the chain, if there is one for it: dense, on one rank."""
+    plan_experts(model, pdl=attention.pdl)
     if model.parallel.tp.size > 1:
+        if model.parallel.tp.peers is not None:
+            model.all_layers = ParallelLayers(model.layers, model.parallel.tp, model.operations)
         return
     chain = [_chain_layer(layer) for layer in model.layers]
     if None not in chain:

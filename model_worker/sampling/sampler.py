@@ -91,8 +91,8 @@ class Sampler:
     vocab_size: of the whole vocabulary, 262,144 at most. group: the ranks that share it in equal ranges.
     tokens: [max_slots, context_len] int32, the sequences of the slots; read, never written. When `sample` runs,
         tokens[slot, :position] must hold all tokens before the one to draw (only penalties read it).
-    argmax: a faster one where the logits' device has it. fused: a draw of plain rows in one go, if the device has it;
-        kept for one rank alone.
+    argmax: a faster one where the logits' device has it. fused: a draw of plain rows in one go over the same group, if
+        the device has it.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Sampler:
         self.vocab = shard(vocab_size, group)
         self.group = group
         self.slots = SlotSampling(tokens.shape[0], vocab_size, self.vocab, self.device)
-        self.fused = fused if group.size == 1 else None
+        self.fused = fused
         self._argmax = argmax or argmax_column
         self._adjuster = LogitAdjuster(tokens, self.vocab)
         self._ids = torch.arange(self.vocab.start, self.vocab.stop, device=tokens.device)

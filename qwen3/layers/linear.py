@@ -41,7 +41,11 @@ class RowParallelLinear:
         self.weight = MatrixWeight(out_features, part.stop - part.start, setup.dtype, setup.device)
 
     def __call__(self, x: Tensor, attributes: TokenAttributes | None = None) -> Tensor:
-        return self.group.all_reduce(self.weight.multiply(x))
+        return self.group.all_reduce(self.partial(x, attributes))
+
+    def partial(self, x: Tensor, attributes: TokenAttributes | None = None) -> Tensor:
+        """[T, in / group] -> [T, out], this rank's part of the sum."""
+        return self.weight.multiply(x)
 
 
 class QKVLinear:

@@ -9,6 +9,7 @@ Knows nothing of rendezvous and backends: `model_worker` constructs these.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,13 +18,37 @@ from torch import Tensor
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+class PeerCollectives(Protocol):
+    """Sums over a group that its devices do themselves. All ranks call the same ones, in the same order."""
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it can sum such a tensor."""
+        ...
+
+    def all_reduce(self, x: Tensor) -> None:
+        """x becomes the sum over the ranks."""
+        ...
+
+    def all_reduce_add(self, x: Tensor, residual: Tensor) -> None:
+        """residual += the sum over the ranks of `x`, which is spent. Both [T, N]."""
+        ...
+
+    def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+        """The same; then x = residual / rms(residual) * weight, [N]."""
+        ...
+
+
 @dataclass(frozen=True)
 class Group:
-    """This rank's place in one process group. Size 1 needs no torch.distributed: every collective is then a no-op."""
+    """This rank's place in one process group. Size 1 needs no torch.distributed: every collective is then a no-op.
+
+    peers: a faster way for the sums that it takes, if there is one.
+    """
 
     rank: int = 0
     size: int = 1
     process_group: dist.ProcessGroup | None = None
+    peers: PeerCollectives | None = None
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.size
@@ -31,7 +56,9 @@ class Group:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the group, in place; returns `x`, which must be contiguous."""
-        if self.size > 1:
+        if self.peers is not None and self.peers.takes(x):
+            self.peers.all_reduce(x)
+        elif self.size > 1:
             dist.all_reduce(x, group=self.process_group)
         return x
 

@@ -257,6 +257,10 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "the largest number of generating requests for which steps are captured as graphs",
         unit="requests", unset="as many as --max-running-requests", group=MEMORY, low=1, high=4096,
     )] = None
+    disable_custom_all_reduce: Annotated[bool, Spec(
+        "on several GPUs of one machine, leave all sums over ranks to NCCL, also those of few rows",
+        group=PARALLELISM,
+    )] = False
     num_threads: Annotated[int | None, Spec(
         "threads of each rank",
         unit="threads", unset="cores / ranks on this machine", group=PARALLELISM, low=1, high=4096,

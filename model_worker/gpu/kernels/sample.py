@@ -12,6 +12,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group
+
+ONE_RANK = Group()
 CHUNK = 2048  # logits a program
 # Above what a score in fp32 may be off: at noise of up to 37, and in proportion to the score.
 BOUND = tl.constexpr(1e-3)
@@ -64,9 +67,10 @@ def _gumbel_fp32(bits):
 
 @triton.jit
 def _chunk_maxima(
-    logits, maxima, slots, positions, inverse_temperatures, seeds, columns, CHUNK: tl.constexpr, PDL: tl.constexpr
-):
-    """Grid (rows, chunks): the highest fp32 score of each chunk."""
+    logits, maxima, slots, positions, inverse_temperatures, seeds, columns, first, CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows, chunks): the highest fp32 score of each chunk. first: the token of the first column."""
     row = tl.program_id(0)
     token = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     inside = token < columns
@@ -78,17 +82,18 @@ def _chunk_maxima(
     score = tl.load(logits + row.to(tl.int64) * columns + token, mask=inside, other=-float("inf")).to(tl.float32)
     if inverse != 0.0:
         key = _row_key(tl.load(seeds + slot), tl.load(positions + row))
-        score = score * inverse.to(tl.float32) + _gumbel_fp32(_uniform_bits(key, token))
+        score = score * inverse.to(tl.float32) + _gumbel_fp32(_uniform_bits(key, first + token))
         score = tl.where(inside, score, -float("inf"))
     tl.store(maxima + row * tl.num_programs(1) + tl.program_id(1), tl.max(score, 0))
 
 
 @triton.jit
 def _draw(
-    logits, maxima, slots, positions, inverse_temperatures, seeds, token_ids, tokens, places, lengths, columns, chunks,
-    ADVANCE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
+    logits, maxima, slots, positions, inverse_temperatures, seeds, winners, token_ids, tokens, places, lengths, columns,
+    chunks, first, PART: tl.constexpr, ADVANCE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program a row: exact scores of the chunks that may hold the highest."""
+    """A program a row: exact scores of the chunks that may hold the highest. PART: that goes to `winners`, no token."""
     row = tl.program_id(0)
     chunk = tl.arange(0, CHUNKS)
     slot = tl.load(slots + row)
@@ -111,18 +116,44 @@ def _draw(
         inside = token < columns
         score = tl.load(logits + row.to(tl.int64) * columns + token, mask=inside, other=-float("inf")).to(tl.float64)
         if inverse != 0.0:
-            score = score * inverse + _gumbel(_uniform_bits(key, token))
+            score = score * inverse + _gumbel(_uniform_bits(key, first + token))
             score = tl.where(inside, score, -float("inf"))
         higher = tl.max(score, 0)
         if higher > best:
             best = higher
             best_token = tl.min(tl.where(score == higher, token, 2147483647), 0)
         at = tl.min(tl.where(candidate & (chunk > at), chunk, CHUNKS), 0)
-    tl.store(token_ids + row, best_token)
-    tl.store(tokens + tl.load(places + row), tl.maximum(best_token, 0))
+    if PART:
+        tl.store(winners + row * 2, best)
+        tl.store(winners + row * 2 + 1, tl.where(best_token == NONE, NONE, first + best_token).to(tl.float64))
+    else:
+        _put(best_token, row, token_ids, tokens, places, lengths, ADVANCE)
+
+
+@triton.jit
+def _put(token, row, token_ids, tokens, places, lengths, ADVANCE: tl.constexpr):
+    tl.store(token_ids + row, token)
+    tl.store(tokens + tl.load(places + row), tl.maximum(token, 0))
     if ADVANCE:
         length = tl.load(lengths + row)
         tl.store(lengths + row, tl.where(length > 0, length + 1, 0))
+
+
+@triton.jit
+def _choose(
+    winners, token_ids, tokens, places, lengths, rows, ADVANCE: tl.constexpr, RANKS: tl.constexpr,
+    RANKS_P: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program a row: the token with the highest score of all ranks, none if one of them has none."""
+    row = tl.program_id(0)
+    rank = tl.minimum(tl.arange(0, RANKS_P), RANKS - 1)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    score = tl.load(winners + (rank * rows + row) * 2)
+    token = tl.load(winners + (rank * rows + row) * 2 + 1).to(tl.int32)
+    best = tl.min(tl.where(score == tl.max(score, 0), token, 2147483647), 0)
+    _put(tl.where(tl.min(token, 0) == NONE, NONE, best), row, token_ids, tokens, places, lengths, ADVANCE)
 
 
 def num_chunks(columns: int) -> int:
@@ -143,13 +174,15 @@ def sample(
     lengths: Tensor | None = None,
     *,
     pdl: bool,
+    group: Group = ONE_RANK,
 ) -> None:
     """Fill token_ids, [R] int32, from logits, [R, vocabulary] in fp32 or bf16; -1 where these are NaN or infinite.
 
     slots: [R] int32; positions: [R] ints, of the token to draw. Of each slot: inverse_temperatures [slots] fp64, 0 for
     the greedy; seeds [slots] int64, 64 bits in two's complement. scratch: R x `num_chunks` fp32 or more.
     The token also goes to tokens, of any shape, at its place: places [R] int64; as 0 where it is none. lengths: [R]
-    int32, to be one longer where they are not 0.
+    int32, to be one longer where they are not 0. group: ranks that have equal parts of the vocabulary, in order; one
+    collective of their best ones.
     """
     rows, columns = logits.shape
     chunks = num_chunks(columns)
@@ -158,9 +191,19 @@ def sample(
     assert scratch.dtype == torch.float32
     options = {"launch_pdl": True} if pdl else {}
     parameters = (slots, positions, inverse_temperatures, seeds)
-    _chunk_maxima[(rows, chunks)](logits, scratch, *parameters, columns, CHUNK=CHUNK, PDL=pdl, num_warps=8, **options)
+    first = group.rank * columns
+    _chunk_maxima[(rows, chunks)](
+        logits, scratch, *parameters, columns, first, CHUNK=CHUNK, PDL=pdl, num_warps=8, **options
+    )
+    part = group.size > 1
+    winners = torch.empty((rows, 2), dtype=torch.float64, device=logits.device) if part else scratch
+    put = token_ids, tokens, places, positions if lengths is None else lengths
     _draw[(rows,)](
-        logits, scratch, *parameters, token_ids, tokens, places, positions if lengths is None else lengths,
-        columns, chunks, ADVANCE=lengths is not None, CHUNK=CHUNK,
-        CHUNKS=triton.next_power_of_2(chunks), PDL=pdl, num_warps=8, **options,
+        logits, scratch, *parameters, winners, *put, columns, chunks, first, PART=part, ADVANCE=lengths is not None,
+        CHUNK=CHUNK, CHUNKS=triton.next_power_of_2(chunks), PDL=pdl, num_warps=8, **options,
     )  # fmt: skip
+    if part:
+        _choose[(rows,)](
+            group.all_gather(winners), *put, rows, ADVANCE=lengths is not None, RANKS=group.size,
+            RANKS_P=triton.next_power_of_2(group.size), PDL=pdl, num_warps=1, **options,
+        )  # fmt: skip

@@ -13,11 +13,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, all_reduce
 from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import chain_attention, choose_chain_tiles
 from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import DecodeScratch, choose_tiles, decode_attention
 from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm, embed, silu_multiply
 from vibe_sgl_lite.model_worker.gpu.kernels.expand_rows import expand_rows
+from vibe_sgl_lite.model_worker.gpu.kernels.experts import choose_expert_tiles, route, run_experts
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
 from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import (
     FEW_TOKENS,
@@ -95,6 +97,14 @@ def main() -> None:
     add_rms_norm(stream, stream, gain, 1e-6, stream, pdl=True)
     silu_multiply(zeros(2, 2 * INNER), zeros(2, INNER), pdl=True)
     embed(ints[:2], zeros(16, HIDDEN), stream, pdl=True)
+    regions = longs[:2], ints[:2], Layout(1 << 16), 1
+    all_reduce(stream, *regions, pdl=True)
+    all_reduce(stream, *regions, pdl=True, two_shot=True, residual=stream, weight=gain, eps=1e-6)
+    experts = zeros(16, 2 * INNER, HIDDEN), zeros(16, HIDDEN, INNER), 0
+    for tokens in (1, 32, 64, 128):
+        weights, chosen = route(zeros(tokens, 16), 8, normalize=True, pdl=True)
+        expert_tiles = choose_expert_tiles(tokens, 8, 16, stream.dtype)
+        run_experts(zeros(tokens, HIDDEN), weights, chosen, *experts, expert_tiles, pdl=True)
     slots, tokens_of = ints[:2], zeros(ROWS, 100, dtype=torch.int32)
     expand_rows(longs[:2], slots, tokens_of, table, slots, slots, longs, table, longs, longs, PAGE, PAGES)
     logits, temperatures = zeros(2, VOCAB), zeros(ROWS, dtype=torch.float64)

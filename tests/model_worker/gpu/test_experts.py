@@ -1,6 +1,5 @@
 """Routing and grouped products of the GPU kernels against the plain dispatch."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,9 @@ def test_each_ranks_part_is_that_of_the_plain_dispatch(
     x = torch.randn((tokens, MOE["hidden_size"]), generator=torch.Generator().manual_seed(tokens))
     for rank in range(ranks):
         group = NoProcessGroup(rank, ranks)
-        parallel = replace(ParallelState(), **{"rank": rank, "tp": group, split: group})
+        parallel = ParallelState(rank, tp=group, ep=group)
+        if split == "expert_tp":
+            parallel = ParallelState(rank, tp=group, expert_tp=group)
         block = load_model(folder, parallel=parallel).layers[0].feed_forward
         assert isinstance(block, MoEBlock)
         arguments = x, block.router, block.experts, NO_TIMER

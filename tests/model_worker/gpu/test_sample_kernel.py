@@ -6,10 +6,27 @@ from torch import Tensor
 
 from vibe_sgl_lite.model_worker.gpu.kernels import sample as kernels
 from vibe_sgl_lite.model_worker.sampling.noise import counters, gumbel, row_keys
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group
 
 
-def draw(logits: Tensor, inverse_temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+class InTurn(Group):
+    """One of several ranks that run one after another, twice: what they gather is there from the first time."""
+
+    def __init__(self, rank: int, gathered: list[Tensor], size: int) -> None:
+        for name, value in (("rank", rank), ("size", size), ("gathered", gathered)):
+            object.__setattr__(self, name, value)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        gathered: list[Tensor] = self.__dict__["gathered"]
+        gathered.append(x)
+        return torch.cat((gathered * self.size)[: self.size])
+
+
+def draw(
+    logits: Tensor, inverse_temperatures: Tensor, seeds: Tensor, positions: Tensor, group: Group | None = None
+) -> Tensor:
     """One row a slot, in falling order of slots."""
+    group = group or Group()
     rows = len(logits)
     slots = torch.arange(rows - 1, -1, -1, dtype=torch.int32, device=logits.device)
     scratch = torch.empty(rows * kernels.num_chunks(logits.shape[1]), device=logits.device)
@@ -18,7 +35,9 @@ def draw(logits: Tensor, inverse_temperatures: Tensor, seeds: Tensor, positions:
     places = torch.arange(2 * rows - 1, -1, -2, device=logits.device)
     flipped = inverse_temperatures.flip(0), seeds.flip(0)
     lengths = torch.arange(rows, dtype=torch.int32, device=logits.device)
-    kernels.sample(logits, slots, positions, *flipped, scratch, token_ids, tokens, places, lengths, pdl=False)
+    kernels.sample(
+        logits, slots, positions, *flipped, scratch, token_ids, tokens, places, lengths, pdl=False, group=group
+    )
     assert lengths.tolist() == [0, *range(2, rows + 1)]
     assert torch.equal(tokens.view(-1)[places], token_ids.clamp(min=0))
     assert int((tokens == -7).sum()) == rows
@@ -57,3 +76,25 @@ def test_a_row_of_no_numbers_is_told(bad: float, device: torch.device) -> None:
     drawn = draw(logits, torch.ones(3, dtype=torch.float64, device=device), zeros, zeros)
     assert drawn[1] == -1
     assert (drawn[[0, 2]] >= 0).all()
+
+
+def test_ranks_draw_the_token_of_one(device: torch.device) -> None:
+    rows, vocab, ranks = 6, 2 * (kernels.CHUNK + 100), 2
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn((rows, vocab), generator=generator).to(device)
+    logits[4] = float("nan")
+    logits[5, vocab // 2 :] = logits[5, : vocab // 2] = torch.linspace(0, 1, vocab // 2)  # equals on two ranks
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator).to(device)
+    positions = torch.arange(rows, device=device)
+    inverse = torch.tensor([0.0, 0.7, 1.0, 3.0, 1.0, 0.0], dtype=torch.float64, device=device)
+    expected = draw(logits, inverse, seeds, positions).tolist()
+    assert expected[4:] == [-1, vocab // 2 - 1]
+    assert {token < vocab // 2 for token in expected[:4]} == {True, False}
+    gathered: list[Tensor] = []
+    parts = [part.contiguous() for part in logits.chunk(ranks, dim=1)]
+    for _ in range(2):
+        drawn = [
+            draw(part, inverse, seeds, positions, InTurn(rank, gathered, ranks)).tolist()
+            for rank, part in enumerate(parts)
+        ]
+    assert drawn == [expected] * ranks

@@ -1,0 +1,90 @@
+"""Sums over the ranks of one machine without NCCL: through memory of each card that the others can read.
+
+A sum of few rows takes NCCL 12 microseconds or more, most of it spent meeting; these take half, and what follows a sum
+in a layer is in the same kernel (kernels/all_reduce.py). NVLink's multicast is not used. What is too large, of another
+kind or between machines stays with NCCL.
+"""
+
+import logging
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import MAX_COLUMNS, MAX_RANKS, Layout, all_reduce
+from vibe_sgl_lite.model_worker.gpu.operations import has_dependent_launch
+
+HALF_BYTES = 32 << 20  # of the largest sum; above it NCCL is as fast
+TWO_SHOT_BYTES = 256 << 10  # over three ranks or more, from here on each sums a share; over two both read as much
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+log = logging.getLogger(__name__)
+
+
+class PeerMemory:
+    """A `PeerCollectives` (qwen3/layers/parallel_state.py): this rank's region, and where the others' are.
+
+    Every call is the next one on all ranks, in the same order, whether by itself or from a graph.
+    """
+
+    def __init__(self, addresses: list[int], rank: int, layout: Layout, device: torch.device, keep: Any) -> None:
+        """addresses: of the regions, zeroed, of `layout`, as this rank sees them; keep: what they live as long as."""
+        self._regions = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self._calls = torch.zeros(2, dtype=torch.int32, device=device)
+        self._rank = rank
+        self._layout = layout
+        self._keep = keep
+        self._pdl = has_dependent_launch(device)
+
+    def takes(self, x: Tensor) -> bool:
+        line = x.shape[-1] * x.element_size()
+        fits = 0 < x.nbytes <= self._layout.half and line % 16 == 0 and x.shape[-1] <= MAX_COLUMNS
+        return fits and x.dtype in FLOATS and x.is_contiguous()
+
+    def all_reduce(self, x: Tensor) -> None:
+        self._reduce(x)
+
+    def all_reduce_add(self, x: Tensor, residual: Tensor) -> None:
+        self._reduce(x, residual=residual)
+
+    def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+        self._reduce(x, residual=residual, weight=weight, eps=eps)
+
+    def _reduce(self, x: Tensor, **rest: Any) -> None:
+        two_shot = len(self._regions) > 2 and x.nbytes >= TWO_SHOT_BYTES
+        lines = x.view(-1, x.shape[-1])
+        all_reduce(
+            lines, self._regions, self._calls, self._layout, self._rank, pdl=self._pdl, two_shot=two_shot, **rest
+        )
+
+
+def connect_peers(rank: int, size: int, device: torch.device) -> PeerMemory | None:
+    """The ranks of this machine, which are all of the default group, with each other; all of them call it together.
+
+    None, on all of them, where the cards cannot read each other's memory. Uses torch's symmetric memory.
+    """
+    cards = range(torch.cuda.device_count())
+    if size > min(len(cards), MAX_RANKS):
+        return None
+    if not all(torch.cuda.can_device_access_peer(device, card) for card in range(size) if card != device.index):
+        reached = torch.zeros(1, dtype=torch.int32, device=device)
+    else:
+        reached = torch.ones(1, dtype=torch.int32, device=device)
+    dist.all_reduce(reached, op=dist.ReduceOp.MIN)
+    if not int(reached):
+        log.warning("the GPUs cannot read each other's memory: all sums over ranks go through NCCL")
+        return None
+    import torch.distributed._symmetric_memory as symmetric
+
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    layout = Layout(HALF_BYTES)
+    region = symmetric.empty(layout.nbytes, dtype=torch.uint8, device=device)
+    region.zero_()
+    world = dist.group.WORLD
+    assert world is not None
+    handle = symmetric.rendezvous(region, world.group_name)
+    torch.cuda.synchronize(device)
+    dist.barrier()  # no rank writes to a region that is not zeroed yet
+    return PeerMemory(list(handle.buffer_ptrs), rank, layout, device, (region, handle))

@@ -1,0 +1,181 @@
+"""Sums over the ranks of one machine through memory that all of them can read, and what follows such a sum in a layer.
+
+Every rank has a region of the same layout (`Layout`). A program copies its rows to its own rank's region, tells the
+programs of the same number on all ranks that they are there, waits for theirs, and reads the rows of all. With more
+than two ranks and many rows, each rank first sums its share of the rows only, and all then read the sums. The sums are
+in the order of the ranks, in fp32, and so the same bits on all of them.
+
+Two halves of a region are used in turn: who has heard of all ranks in a call knows that they are through with the one
+before, and may write to what that one used in the call after this. Rows, and the numbers of programs, may differ from
+call to call, but not from rank to rank. Nothing here gives up waiting: a rank that is gone stops the others for good.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+MAX_PROGRAMS = 512
+FLAGS_BYTES = 1 << 17  # of a region, at its beginning: [2, MAX_PROGRAMS, ranks] int32, the number of the last call
+MAX_RANKS = FLAGS_BYTES // (2 * MAX_PROGRAMS * 4)
+MAX_COLUMNS = 16384
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A region: the flags, then two halves of inputs and two of sums, of `half` bytes each."""
+
+    half: int
+
+    @property
+    def nbytes(self) -> int:
+        return FLAGS_BYTES + 4 * self.half
+
+
+@triton.jit
+def _tell_all(regions, place, call, RANKS: tl.constexpr, RANKS_P: tl.constexpr, ASM: tl.constexpr):
+    """Set the int32 at offset `place` of all regions to `call`, behind everything that this program has written."""
+    rank = tl.minimum(tl.arange(0, RANKS_P), RANKS - 1)
+    flag = tl.load(regions + rank) + place
+    if ASM:
+        tl.inline_asm_elementwise(
+            "fence.acq_rel.sys; st.relaxed.sys.global.u32 [$1], $2; mov.u32 $0, 0;",
+            "=r,l,r,~{memory}", [flag, call + tl.zeros_like(rank)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.atomic_xchg(flag.to(tl.pointer_type(tl.int32)), call + tl.zeros_like(rank), sem="release", scope="sys")
+
+
+@triton.jit
+def _wait_for_all(region, place, call, RANKS: tl.constexpr, RANKS_P: tl.constexpr, ASM: tl.constexpr):
+    """Until the int32s at offset `place` and behind it, one a rank, have come to `call`; they may be beyond it."""
+    rank = tl.minimum(tl.arange(0, RANKS_P), RANKS - 1)
+    flag = region + place + rank * 4
+    if ASM:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred early; .reg .s32 seen; AGAIN: ld.acquire.sys.global.s32 seen, [$1]; sub.s32 seen, seen, $2; "
+            "setp.lt.s32 early, seen, 0; @early bra AGAIN; mov.u32 $0, 0; }",
+            "=r,l,r,~{memory}", [flag, call + tl.zeros_like(rank)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        pointer = flag.to(tl.pointer_type(tl.int32))
+        missing = tl.min(tl.atomic_add(pointer, 0, sem="acquire", scope="sys") - call, 0)
+        while missing < 0:
+            missing = tl.min(tl.atomic_add(pointer, 0, sem="acquire", scope="sys") - call, 0)
+
+
+@triton.jit
+def _meet(
+    regions, calls, phase, call, RANK: tl.constexpr, RANKS: tl.constexpr, RANKS_P: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """With the programs of this number on all ranks; what they wrote before can be read after it."""
+    place = (phase * MAX_PROGRAMS + tl.program_id(0)).to(tl.int64) * RANKS * 4
+    tl.debug_barrier()
+    _tell_all(regions, place + RANK * 4, call, RANKS, RANKS_P, ASM)
+    if phase == 0:  # while the others' word is on its way; the last program counts the call
+        arrived = tl.atomic_add(calls + 1, 1, sem="acq_rel", scope="gpu")
+        if arrived == tl.num_programs(0) - 1:
+            tl.store(calls + 1, 0)
+            tl.store(calls, call)
+    _wait_for_all(tl.load(regions + RANK), place, call, RANKS, RANKS_P, ASM)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _sum(regions, start, inside, like, RANKS: tl.constexpr, NP: tl.constexpr):
+    """fp32 [NP], what all regions have at their byte `start` and behind, in `like`'s dtype."""
+    column = tl.arange(0, NP)
+    total = tl.zeros([NP], tl.float32)
+    for rank in tl.static_range(RANKS):
+        line = tl.multiple_of((tl.load(regions + rank) + start).to(like.dtype), 16)
+        total += tl.load(line + column, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    return total
+
+
+@triton.jit
+def _all_reduce(
+    x, residual, weight, output, regions, calls, rows, half, flags_bytes, eps, N: tl.constexpr, NP: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, RANKS_P: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
+    TWO_SHOT: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program every num_programs-th row. regions: [RANKS] int64 addresses. calls: how many calls there were, and how
+    many programs of this one have read that. NP: N rounded up to a power of two."""
+    column = tl.arange(0, NP)
+    inside = column < N
+    first, step = tl.program_id(0), tl.num_programs(0)
+    if NORM:
+        gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    call = tl.load(calls) + 1
+    inputs = flags_bytes + (call & 1).to(tl.int64) * half
+    sums = inputs + 2 * half
+    width: tl.constexpr = N * (x.dtype.element_ty.primitive_bitwidth // 8)
+    mine = tl.load(regions + RANK)
+    for row in range(first, rows, step):
+        line = tl.multiple_of((mine + inputs + row * width).to(x.dtype), 16)
+        tl.store(line + column, tl.load(x + row * N + column, mask=inside), mask=inside)
+    _meet(regions, calls, 0, call, RANK, RANKS, RANKS_P, MAX_PROGRAMS, ASM)
+    if TWO_SHOT:
+        for row in range(first + RANK * step, rows, RANKS * step):
+            total = _sum(regions, inputs + row * width, inside, x, RANKS, NP)
+            line = tl.multiple_of((mine + sums + row * width).to(x.dtype), 16)
+            tl.store(line + column, total.to(x.dtype.element_ty), mask=inside)
+        _meet(regions, calls, 1, call, RANK, RANKS, RANKS_P, MAX_PROGRAMS, ASM)
+    for row in range(first, rows, step):
+        at = row * N + column
+        if TWO_SHOT:
+            owner = tl.load(regions + row // step % RANKS)
+            line = tl.multiple_of((owner + sums + row * width).to(x.dtype), 16)
+            value = tl.load(line + column, mask=inside, other=0.0, cache_modifier=".cg")
+        else:
+            total = _sum(regions, inputs + row * width, inside, x, RANKS, NP)
+            value = total.to(x.dtype.element_ty)
+        if ADD:
+            wide = value.to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+            value = wide.to(x.dtype.element_ty)
+            tl.store(residual + at, value, mask=inside)
+        if NORM:
+            wide = value.to(tl.float32)
+            value = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / N + eps) * gain).to(x.dtype.element_ty)
+        if NORM or not ADD:
+            tl.store(output + at, value, mask=inside)
+
+
+def all_reduce(
+    x: Tensor,
+    regions: Tensor,
+    calls: Tensor,
+    layout: Layout,
+    rank: int,
+    *,
+    pdl: bool,
+    two_shot: bool = False,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """x, [T, N] of any float: the sum over the ranks, in place. All ranks call it with the same shapes, in order.
+
+    residual: [T, N], to which the sum is added instead, in place; x is then spent. weight: [N], with residual: x
+    becomes residual / rms(residual) * weight. regions: [ranks] int64, the addresses of all ranks' regions as this one
+    sees them; calls: [2] int32, zeros at first, as are the flags. x takes at most a half of `layout`.
+    """
+    rows, columns = x.shape
+    assert x.is_contiguous()
+    assert x.nbytes <= layout.half
+    assert columns * x.element_size() % 16 == 0
+    assert columns <= MAX_COLUMNS
+    assert weight is None or residual is not None
+    options = {"launch_pdl": True} if pdl else {}
+    _all_reduce[(min(rows, MAX_PROGRAMS),)](
+        x, x if residual is None else residual, x if weight is None else weight, x, regions, calls, rows, layout.half,
+        FLAGS_BYTES, eps, N=columns, NP=triton.next_power_of_2(columns), RANK=rank, RANKS=len(regions),
+        RANKS_P=triton.next_power_of_2(len(regions)), MAX_PROGRAMS=MAX_PROGRAMS, TWO_SHOT=two_shot,
+        ADD=residual is not None, NORM=weight is not None, ASM=x.is_cuda, PDL=pdl,
+        num_warps=4 if columns <= 4096 else 8, **options,
+    )  # fmt: skip

@@ -1,0 +1,61 @@
+"""One of several ranks whose regions are files that all of them map: what a card's peers are, on a machine without one.
+
+    python -m tests.model_worker.gpu.peer_ranks RANK RANKS FOLDER
+
+Does the sums of CALLS, one after another, and leaves what came of them in FOLDER/RANK.npz.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, all_reduce
+
+LAYOUT = Layout(1 << 15)
+EPS = 1e-6
+# Rows, columns, what is done and whether in two steps; many programs and few in turn.
+CALLS = [
+    (1, 48, "sum", False),
+    (5, 48, "norm", False),
+    (1, 48, "norm", False),
+    (7, 96, "add", True),
+    (9, 48, "norm", True),
+    (2, 96, "sum", True),
+    (6, 96, "sum", False),
+]
+
+
+def inputs(rank: int, number: int) -> torch.Tensor:
+    rows, columns, _, _ = CALLS[number]
+    return torch.randn((rows, columns), generator=torch.Generator().manual_seed(100 * number + rank))
+
+
+def residual_of(number: int) -> torch.Tensor:
+    return inputs(99, number)
+
+
+def weight_of(number: int) -> torch.Tensor:
+    return inputs(98, number)[0].abs() + 0.5
+
+
+def main(rank: int, ranks: int, folder: Path) -> None:
+    regions = [torch.from_file(str(folder / f"region-{peer}"), shared=True, size=LAYOUT.nbytes, dtype=torch.uint8)
+               for peer in range(ranks)]  # fmt: skip
+    addresses = torch.tensor([region.data_ptr() for region in regions])
+    calls = torch.zeros(2, dtype=torch.int32)
+    results: dict[str, Any] = {}
+    for number, (_, _, kind, two_shot) in enumerate(CALLS):
+        x, residual = inputs(rank, number), residual_of(number)
+        all_reduce(
+            x, addresses, calls, LAYOUT, rank, pdl=False, two_shot=two_shot,
+            residual=None if kind == "sum" else residual, weight=weight_of(number) if kind == "norm" else None, eps=EPS,
+        )  # fmt: skip
+        results |= {f"x{number}": x.numpy(), f"residual{number}": residual.numpy()}
+    np.savez(folder / f"{rank}.npz", **results)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

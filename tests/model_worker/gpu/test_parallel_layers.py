@@ -1,0 +1,67 @@
+"""Layers whose sums over ranks come with residual and norm give the logits of those in which they are apart."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.distributed.cases import steps_logits
+from tests.model_worker.sampling.reference import on_ranks
+from tests.qwen3.harness import DENSE, MOE, PagedRun, load_model, make_checkpoint
+from vibe_sgl_lite.model_worker.gpu.parallel_layers import ParallelLayers
+from vibe_sgl_lite.qwen3.layers.moe import DispatchKind
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
+
+LARGEST: int = 20 * DENSE["hidden_size"]  # elements that the peers take: decode rows, not the prompts of `steps_logits`
+
+
+class ThreadPeers:
+    """`PeerCollectives` of a group whose ranks are threads. called: what was, and how often."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.called: Counter[str] = Counter()
+
+    def takes(self, x: Tensor) -> bool:
+        return x.numel() <= LARGEST
+
+    def all_reduce(self, x: Tensor) -> None:
+        raise AssertionError("`ThreadGroup.all_reduce` has a way of its own")
+
+    def all_reduce_add(self, x: Tensor, residual: Tensor) -> None:
+        self.called["add"] += 1
+        residual.add_(self.group.all_reduce(x))
+
+    def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+        self.called["add_norm"] += 1
+        residual.add_(self.group.all_reduce(x))
+        x.copy_(F.rms_norm(residual, weight.shape, weight, eps))
+
+
+@pytest.mark.parametrize(("shape", "dispatch"), [(DENSE, "all_reduce"), (MOE, "all_reduce"), (MOE, "all_to_all")])
+def test_logits_are_those_of_layers_one_by_one(tmp_path: Path, shape: dict[str, Any], dispatch: DispatchKind) -> None:
+    make_checkpoint(tmp_path, shape)
+    ranks = 1 if dispatch == "all_to_all" else 2  # `ThreadGroup` sends nothing
+
+    def logits(group: Group, *, fused: bool) -> Tensor:
+        parallel = ParallelState(rank=group.rank, tp=group, ep=group)
+        model = load_model(tmp_path, parallel=parallel, dispatch=dispatch)
+        peers = ThreadPeers(group)
+        if fused:
+            object.__setattr__(group, "peers", peers)
+            model.all_layers = ParallelLayers(model.layers, group, model.operations)
+        with torch.inference_mode():
+            result = steps_logits(PagedRun(model))
+        layers = len(model.layers)
+        sums = layers if dispatch == "all_to_all" else 2 * layers - 1  # the last one has no norm in the layers
+        assert peers.called["add_norm"] == (2 * sums if fused else 0)  # two steps of three are small enough
+        return result
+
+    one_by_one = on_ranks(ranks, lambda group: logits(group, fused=False))
+    fused = on_ranks(ranks, lambda group: logits(group, fused=True))
+    for expected, got in zip(one_by_one, fused, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
