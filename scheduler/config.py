@@ -19,7 +19,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
         few tokens is dear, and where a device is fast, so is a chunk.
     max_step_stretch: while requests decode, a step with chunks takes at most so many times what decoding alone would.
     conservativeness: factor on the share of the remaining output that admission keeps room for.
-    draft_tokens: what a decode row may run beyond its one known token; the ranks propose and check them.
+    draft_tokens: what a decode row may run beyond its one known token at most; the ranks propose and check them.
+    draft_budget: of all rows of a step; what is sampled for them takes memory on the ranks.
     epoch: the number of the first rank group.
     base_tokens: a guess, until steps are measured, at how many tokens' work an empty step costs.
     """
@@ -40,4 +41,5 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     conservativeness: float = 1.0
     base_tokens: float = 16.0
     draft_tokens: int = 0
+    draft_budget: int = 64
     epoch: int = 0

@@ -4,7 +4,8 @@ It has no sockets, no clock, no torch and no globals; time comes in as arguments
 same object is driven by the process (scheduler/process.py), by tests, by the simulator and by a recorded trace.
 
     core.py       the interface: add, abort, schedule, complete, lose_ranks ...; observer.py: who watches it
-    planner.py    what runs next: policies.py, fairness.py (who), admission.py (how much room), cost.py (how long)
+    planner.py    what runs next: policies.py, fairness.py (who), admission.py (how much room), cost.py (how long),
+                  speculation.py (how many drafts)
     results.py    what a result means
     state.py      where every request is (request.py), and the queue; sharing.py: who waits for whose prefix
     memory.py     pages, and the prefixes that they cache: radix_cache.py
@@ -29,7 +30,15 @@ from functools import update_wrapper
 from typing import Concatenate, ParamSpec, TypeVar, cast
 
 from vibe_sgl_lite.runtime.errors import DeadlineError, KVExhaustedError, OverloadedError, PoisonError
-from vibe_sgl_lite.runtime.messages import AddRequest, ErrorInfo, Finish, ForwardBatch, RequestRejected, StepResult
+from vibe_sgl_lite.runtime.messages import (
+    AddRequest,
+    ErrorInfo,
+    Finish,
+    ForwardBatch,
+    RequestRejected,
+    StepResult,
+    unpack_ids,
+)
 from vibe_sgl_lite.scheduler.admission import NewTokenRatio
 from vibe_sgl_lite.scheduler.batch import Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
@@ -41,6 +50,7 @@ from vibe_sgl_lite.scheduler.policies import make_policy
 from vibe_sgl_lite.scheduler.request import TOKEN_BYTES, samples_of
 from vibe_sgl_lite.scheduler.results import Outputs, ResultApplier
 from vibe_sgl_lite.scheduler.snapshot import Snapshot, take
+from vibe_sgl_lite.scheduler.speculation import Speculation
 from vibe_sgl_lite.scheduler.state import SchedulerState
 
 P = ParamSpec("P")
@@ -70,8 +80,9 @@ class Scheduler:
         self.state = SchedulerState(config)
         self.cost = CostModel(config.base_tokens)
         self._ratio = NewTokenRatio(config.conservativeness)
-        self._planner = StepPlanner(self.state, make_policy(config.policy), self._ratio, self.cost)
-        self._results = ResultApplier(self.state)
+        self.speculation = Speculation(config, self.cost)
+        self._planner = StepPlanner(self.state, make_policy(config.policy), self._ratio, self.cost, self.speculation)
+        self._results = ResultApplier(self.state, self.speculation)
         self._max_in_flight = 2 if config.overlap else 1
         self._arrivals = 0
         self._step_tokens = Histogram()
@@ -190,8 +201,9 @@ class Scheduler:
             return Outputs()
         step = self.state.in_flight.popleft()
         assert result.step == step.number, f"result of step {result.step}, {step.number} was due"
-        self.cost.observe(step.work, result.total_s)
-        self._step_tokens.observe(step.work.tokens)
+        work = step.work_with(unpack_ids(result.drafted))
+        self.cost.observe(work, result.total_s)
+        self._step_tokens.observe(work.tokens)
         self._step_s += result.total_s
         return self._results.apply(step, result)
 
@@ -274,6 +286,9 @@ class Scheduler:
             "cached_tokens_total": state.num_cached_tokens,
             "prompt_tokens_total": state.num_prompt_tokens,
             "completion_tokens_total": self._results.num_completion_tokens,
+            "drafts_total": self.speculation.drafts,
+            "draft_tokens_total": self.speculation.draft_tokens,
+            "accepted_tokens_total": self.speculation.accepted_tokens,
             "requests_total": self._arrivals,
             "requests_resumed_total": state.num_resumed,
             "queue_ms_total": state.queue_ms.total,

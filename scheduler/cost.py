@@ -85,6 +85,11 @@ class CostModel:
         """What a step's estimate grows by with this work."""
         return self.seconds(work) - self._solution()[0]
 
+    def one_more(self, context: int) -> float:
+        """What a step's estimate grows by when a row with `context` computed tokens has a token more."""
+        _, per_token, per_context, per_read = self._solution()
+        return per_token + per_read + per_context * context
+
     def tokens_within(self, budget: float, context: int) -> int:
         """How many tokens of one sequence with `context` computed tokens cost at most `budget` on top of a step."""
         _, per_token, per_context, per_read = self._solution()

@@ -20,6 +20,7 @@ from vibe_sgl_lite.scheduler.batch import PrefillChunk, Step
 from vibe_sgl_lite.scheduler.cost import CostModel, Work, chunk_work, decode_work
 from vibe_sgl_lite.scheduler.policies import SchedulePolicy
 from vibe_sgl_lite.scheduler.request import NO_SLOT, Request
+from vibe_sgl_lite.scheduler.speculation import Speculation
 from vibe_sgl_lite.scheduler.state import SchedulerState
 
 RETRY_STEPS = 8  # admission that found no memory is tried again when something has changed, or after so many steps
@@ -28,13 +29,20 @@ RETRY_STEPS = 8  # admission that found no memory is tried again when something 
 class StepPlanner:
     """Plans one step at a time. `plan` may be called while a step is in flight."""
 
-    def __init__(self, state: SchedulerState, policy: SchedulePolicy, ratio: NewTokenRatio, cost: CostModel) -> None:
+    def __init__(
+        self,
+        state: SchedulerState,
+        policy: SchedulePolicy,
+        ratio: NewTokenRatio,
+        cost: CostModel,
+        speculation: Speculation,
+    ) -> None:
         self._state = state
         self._policy = policy
         self._ratio = ratio
         self._cost = cost
         self._page_size = state.config.page_size
-        self._draft_tokens = state.config.draft_tokens
+        self._speculation = speculation
         self._blocked: tuple[int, int, int] | None = None  # how things were when memory was last found short
         # of the step being planned
         self._tokens_left = 0
@@ -46,7 +54,9 @@ class StepPlanner:
         """The next step, already entered into the state; None when nothing can run before a result comes or at all."""
         state = self._state
         self._retracted = False
-        tokens = self._secure_draft_pages() if self._draft_tokens else None
+        rooms = self._speculation.rooms(state.decoding.values())
+        tokens = None if rooms is None else self._secure_draft_pages(rooms)
+        starts = None if tokens is None else array("i", [r.num_computed_tokens for r in state.decoding.values()])
         stalled = self._secure_decode_pages() if tokens is None else set()
         decode, work = self._decode_rows(stalled, tokens)
         self._chunks = []
@@ -67,7 +77,7 @@ class StepPlanner:
         for chunk in self._chunks:
             work += chunk_work(chunk.end - chunk.count, chunk.count)
         estimate = self._cost.seconds(work) if self._cost.measured else 0.0
-        step = Step(state.next_step, decode, self._chunks, now, work, estimate, tokens)
+        step = Step(state.next_step, decode, self._chunks, now, work, estimate, tokens, starts)
         state.next_step += 1
         state.in_flight.append(step)
         if decode:
@@ -76,15 +86,15 @@ class StepPlanner:
 
     # ------------------------------------------------------------------------------------------------------ decoding
 
-    def _secure_draft_pages(self) -> array[int] | None:
+    def _secure_draft_pages(self, rooms: Iterable[int]) -> array[int] | None:
         """Give every decode row the pages that it needs if all its drafts hold; None, and no page, if they are short.
 
         Returns the rows' tokens: no more than their requests may still get.
         """
         state, memory = self._state, self._state.memory
-        most, tokens, needs = 1 + self._draft_tokens, array("i"), []
-        for request in state.decoding.values():
-            count = min(most, request.kv_limit - request.num_computed_tokens)
+        tokens, needs = array("i"), []
+        for request, room in zip(state.decoding.values(), rooms, strict=True):
+            count = min(1 + room, request.kv_limit - request.num_computed_tokens)
             tokens.append(count)
             needs.append(memory.pages_for(request.num_computed_tokens + count) - len(request.pages))
         if sum(needs) > memory.spare:

@@ -71,6 +71,13 @@ class Request:
     finished: bool = False
     failed: bool = False  # a row of it had NaN or inf: nothing more of it may enter the cache
 
+    # How its drafts fared, for scheduler/speculation.py: those that held and the firsts that did not, old ones fading;
+    # one more than the steps without drafts that are left, 0 for one that never rested; how many the next rest has.
+    draft_hits: float = 1.0
+    draft_misses: float = 1.0
+    draft_rest: int = 0
+    draft_pause: int = 8
+
     @property
     def num_tokens(self) -> int:
         """Known tokens: prompt and generated."""

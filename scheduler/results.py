@@ -23,6 +23,7 @@ from vibe_sgl_lite.runtime.messages import (
 )
 from vibe_sgl_lite.scheduler.batch import PrefillChunk, Step
 from vibe_sgl_lite.scheduler.request import TOKEN_BYTES, Request
+from vibe_sgl_lite.scheduler.speculation import Speculation
 from vibe_sgl_lite.scheduler.state import SchedulerState
 
 NO_TOKEN = b"\xff" * TOKEN_BYTES  # -1
@@ -41,8 +42,9 @@ class Outputs(msgspec.Struct):
 class ResultApplier:
     """Turns results into outputs and state changes."""
 
-    def __init__(self, state: SchedulerState) -> None:
+    def __init__(self, state: SchedulerState, speculation: Speculation) -> None:
         self._state = state
+        self._speculation = speculation
         self.num_completion_tokens = 0
 
     def apply(self, step: Step, result: StepResult) -> Outputs:
@@ -53,6 +55,8 @@ class ResultApplier:
         logprobs = {row.row: row for row in result.logprobs}
         plain = not (result.counts or failed or logprobs or step.tokens)
         rows = [] if plain and not step.chunks else tokens_by_row(result, step.num_rows)
+        if step.tokens is not None:
+            self._observe_drafts(step, result, rows)
         if plain:
             self._decode_rows(step, result.token_ids, outputs)
         else:
@@ -74,6 +78,12 @@ class ResultApplier:
             TokenOutput(request.uid, request.num_generated, b"", finish=finish, usage=request.usage())
         )
         self._state.finish(request)
+
+    def _observe_drafts(self, step: Step, result: StepResult, rows: list[bytes]) -> None:
+        drafted = unpack_ids(result.drafted) or [0] * step.num_rows
+        for request, count, tokens in zip(step.decode, drafted, rows, strict=False):
+            if tokens:  # else it failed, or its mask was late
+                self._speculation.observe(request, count, len(tokens) // TOKEN_BYTES - 1)
 
     def _decode_rows(self, step: Step, packed: bytes, outputs: Outputs) -> None:
         """The hot loop: rows that sampled one token each, with nothing else to tell."""

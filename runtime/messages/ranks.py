@@ -120,6 +120,7 @@ class StepResult(Message, frozen=True):
     yielded more than one. A failed row yields none; so does one whose grammar's mask was late, which then runs its last
     token again.
     forward_s, total_s: seconds of the forward and of the whole step on rank 0. times: only with --profile.
+    drafted: int32 bytes, how many drafts each row ran; left out when none had any.
     """
 
     step: int
@@ -131,6 +132,7 @@ class StepResult(Message, frozen=True):
     times: StepTimes | None = None
     counts: bytes = b""
     epoch: int = 0
+    drafted: bytes = b""
 
 
 class RankReady(Message, frozen=True):

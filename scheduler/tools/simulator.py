@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from vibe_sgl_lite.runtime.messages import StepResult
+from vibe_sgl_lite.runtime.messages import StepResult, pack_ids
 from vibe_sgl_lite.scheduler.batch import Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.core import Scheduler
@@ -176,7 +176,11 @@ class Simulation:
                 ids = array("i", [token for token in ids if token != -1])
             seconds = self._cost.seconds(step.work)
             self._rank_free_at = max(self.now, self._rank_free_at) + seconds
-            result = StepResult(step.number, ids.tobytes(), forward_s=seconds, total_s=seconds, counts=counts.tobytes())
+            drafted = [] if step.tokens is None else [count - 1 for count in step.tokens] + [0] * len(step.chunks)
+            result = StepResult(
+                step.number, ids.tobytes(), forward_s=seconds, total_s=seconds, counts=counts.tobytes(),
+                drafted=pack_ids(drafted),
+            )  # fmt: skip
             self._results.append((self._rank_free_at, result))
 
     def _yield_drafts(self, step: Step, counts: array[int]) -> array[int]:

@@ -364,9 +364,9 @@ def suspect_too_many(state: SchedulerState, epoch: int) -> list[Request]:
     return LOSE_RANKS(state, epoch)
 
 
-def promise_pages(planner: StepPlanner) -> array[int]:
-    requests, most = planner._state.decoding.values(), 1 + planner._draft_tokens
-    return array("i", [min(most, r.kv_limit - r.num_computed_tokens) for r in requests])
+def promise_pages(planner: StepPlanner, rooms: Iterable[int]) -> array[int]:
+    rows = zip(planner._state.decoding.values(), rooms, strict=True)
+    return array("i", [min(1 + room, r.kv_limit - r.num_computed_tokens) for r, room in rows])
 
 
 def take_any_result(scheduler: Scheduler, result: StepResult, now: float) -> Outputs:

@@ -108,8 +108,8 @@ class FakeRank:
 
     late: how often, at random, a row that samples yields nothing, as when a grammar's mask is late.
 
-    Of the drafts that a row may have, it proposes some that hold, then one that does not, at random (`rng`). All of
-    them leave their KV in the pages, as on a real rank.
+    Of the drafts that a row may have, it often proposes fewer, of which some hold and the rest do not, at random
+    (`rng`). All of them leave their KV in the pages, as on a real rank.
     """
 
     def __init__(
@@ -169,25 +169,32 @@ class FakeRank:
         check(len(slots) == len(set(slots)) > 0, "a slot twice in one step, or an empty step")
         self.used[batch.step] = set()
         self.row_uids[batch.step] = [self.slots[slot].uid for slot in slots]
-        self._some_late = False
+        self._some_late, self._drafted = False, list[int]()
         rows = [
             self._row(self.slots[slot], count, self.used[batch.step]) for slot, count in zip(slots, counts, strict=True)
         ]
         failed = [FailedRow(row) for row, tokens in enumerate(rows) if tokens is None]
+        drafted = pack_ids(self._drafted) if any(self._drafted) else b""
         yielded = [tokens or [] for tokens in rows]
         if self._some_late or max(len(tokens) for tokens in yielded) > 1 or self.rng.random() < 0.1:
             packed, amounts = [token for tokens in yielded for token in tokens], [len(tokens) for tokens in yielded]
-            return StepResult(batch.step, pack_ids(packed), failed, counts=pack_ids(amounts), epoch=self.epoch)
-        return StepResult(batch.step, pack_ids([*tokens, -1][0] for tokens in yielded), failed, epoch=self.epoch)
+            return StepResult(
+                batch.step, pack_ids(packed), failed, counts=pack_ids(amounts), epoch=self.epoch, drafted=drafted
+            )
+        first = pack_ids([*tokens, -1][0] for tokens in yielded)
+        return StepResult(batch.step, first, failed, epoch=self.epoch, drafted=drafted)
 
     def _row(self, slot: _Slot, count: int, used: set[int]) -> list[int] | None:
         """The tokens that a row yields; None when it fails."""
         known, end = len(slot.tokens), slot.computed + count
         check(count > 0, "a row without a token")
         check(end <= known or slot.computed == known - 1, "drafts in the middle of a prompt")
+        check(end <= len(slot.pages) * self.page_size, "a token without a page")
+        if end > known and self.rng.random() < 0.3:
+            end = self.rng.randint(known, end)
+        self._drafted.append(max(0, end - known))
         held = self.rng.randint(0, max(0, end - known))
         self._draft(slot, end, held)
-        check(end <= len(slot.pages) * self.page_size, "a token without a page")
         table = slot.pages[: -(-end // self.page_size)]
         check(len(set(table)) == len(table), "a page twice in one table")
         used.update(table)
@@ -205,10 +212,10 @@ class FakeRank:
             bad = bad or (self.poison is not None and slot.tokens[position] == self.poison)
             content = NAN if bad else slot.hashes[position]
             self.pages[table[position // self.page_size]][position % self.page_size] = content
-        computed = min(end, known + held)
+        slot_computed, computed = slot.computed, min(end, known + held)
         del slot.tokens[known + held :], slot.hashes[computed:]
         slot.computed = computed
-        self.tokens_run += count
+        self.tokens_run += end - slot_computed
         slot.failed = bad
         if bad:
             self.failed.add(slot.uid)

@@ -151,7 +151,7 @@ def answer(scheduler: Scheduler, step: int, rows: list[list[int]], **fields: obj
 
 
 def test_rows_are_planned_for_the_most_and_pages_come_back() -> None:
-    scheduler = Scheduler(config(page_size=2, draft_tokens=5, num_pages=40))
+    scheduler = Scheduler(config(page_size=2, draft_tokens=5, num_pages=40, base_tokens=1000))
     scheduler.add(request(1, [1, 2, 3], max_new_tokens=30), 0.0)
     held, rows = [], []
     for expected in (3, 6):
