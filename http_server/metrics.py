@@ -30,6 +30,9 @@ COUNTERS = {
     "completion_tokens_total": ("generation_tokens", "Generated tokens."),
     "num_retractions": ("num_preemptions", "Requests taken back to the queue for want of pages."),
     "cached_tokens_total": ("prefix_cache_hits", "Prompt tokens that came from the cache."),
+    "drafts_total": ("spec_decode_num_drafts", "Rows that guessed tokens ahead."),
+    "draft_tokens_total": ("spec_decode_num_draft_tokens", "Tokens that were guessed."),
+    "accepted_tokens_total": ("spec_decode_num_accepted_tokens", "Tokens that were guessed right."),
 }
 OWN_PREFIX = "vibe:"
 OWN_COUNTERS = {

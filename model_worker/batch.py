@@ -29,8 +29,13 @@ class Drafter(Protocol):
 
     most: int
 
-    def propose(self, slot: int, position: int, most: int) -> Sequence[int]:
-        """At most `most` tokens of that slot, from `position` on; all before it are known."""
+    def propose(self, slot: int, tokens: IntArray, most: int) -> Sequence[int]:
+        """At most `most` tokens to follow `tokens`, int32, all that are known of that slot: they only become more until
+        its release. Not to be kept or changed."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """The slot is free, or somebody else's; releasing a free one is no error."""
         ...
 
 
@@ -176,7 +181,7 @@ class SlotStates:
         for row in np.flatnonzero(room > 0).tolist():
             slot, most = int(self._row_slots[row]), int(room[row])
             first = int(self.num_tokens[slot])
-            tokens = [*drafter.propose(slot, first, most)][:most]
+            tokens = [*drafter.propose(slot, self.tokens[slot, :first].cpu().numpy(), most)][:most]
             if tokens:
                 drafts[row] = tokens
                 places += [slot * self.tokens.shape[1] + first + i for i in range(len(tokens))]

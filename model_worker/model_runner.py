@@ -126,16 +126,16 @@ class ModelRunner:
         self.timer.mark("sampling")
         pending.constrained = self.constraints.of(step.sampling_slots)
         if not self._in_flight:
-            pending.mask = self.constraints.begin(pending.constrained)
+            pending.mask = self.constraints.begin(pending.constrained, step.drafts_by_place)
         output = self._forward(step, fused=self._fuses(pending))
         pending.forward_s = time.perf_counter() - started
         self.timer.mark("sampling")
         pending.prompts = self.prompt_logprobs.of_step(output.hidden, step)
         if pending.constrained and self._in_flight:
             self._land_until(self._in_flight[-1])
-            pending.mask = self.constraints.begin(pending.constrained)
-        if pending.mask is not None and not step.drafts:
-            alone = len(pending.mask.rows) == len(step.slots)
+            pending.mask = self.constraints.begin(pending.constrained, step.drafts_by_place)
+        if pending.mask is not None:
+            alone = len({*step.sampling_rows[pending.mask.rows].tolist()}) == len(step.slots)
             pending.mask.settle(self.model.parallel.tp, pending.forward_s, alone=alone)
             self.slots.take_back(step, pending.late)
         pending.read_back = self.device.read_back(self._sample(pending, output))
@@ -192,10 +192,16 @@ class ModelRunner:
             self.sampler.release(slot)
             self.prompt_logprobs.release(slot)
             self.constraints.release(slot)
+            self._forget_drafts(slot)
         for new in batch.new:
+            self._forget_drafts(new.slot)
             self.sampler.admit(new.slot, new.sampling, new.num_prompt_tokens)
             self.prompt_logprobs.admit(new.slot, new.sampling, new.num_prompt_tokens)
             self.constraints.admit(new.slot, new.sampling, unpack(new.token_ids)[new.num_prompt_tokens :].tolist())
+
+    def _forget_drafts(self, slot: int) -> None:
+        if self.drafter is not None:
+            self.drafter.release(slot)
 
     def _fuses(self, pending: PendingStep) -> bool:
         """Whether all rows are such that the fused draw takes."""
@@ -303,9 +309,9 @@ class ModelRunner:
             now = time.perf_counter()
             step.total_s = now - max(step.started, self._last_done)
             self._last_done = now
-            for row, constraint in step.constrained:
-                if step.mask is None or row not in step.mask.late:
-                    constraint.accept(int(step.results[0][row]))
+            for place, constraint in step.constrained:
+                for token in step.tokens(int(step.step.sampling_rows[place])):
+                    constraint.accept(token)
             for row in step.step.drafts:
                 self.slots.settle(step.step, row, len(step.tokens(row)))
 

@@ -37,35 +37,39 @@ class PendingStep:
 
     @property
     def late(self) -> list[int]:
-        """Rows whose masks came too late: they yield nothing."""
+        """Rows without drafts whose masks came too late: they yield nothing."""
         late = [] if self.mask is None else self.mask.late
-        return self.step.sampling_rows[late].tolist() if late else []
+        return [row for row in self.step.sampling_rows[late].tolist() if row not in self.step.drafts] if late else []
 
     def done(self) -> bool:
         """Whether `collect` would return at once."""
         return self.read_back is None or self.read_back.done()
 
     def tokens(self, row: int) -> list[int]:
-        """A row's sampled tokens that count: up to the first that is not the draft in its place."""
+        """A row's sampled tokens that count: up to the first that is not the draft in its place, and before the first
+        whose mask was late."""
         assert self.results is not None
-        sampled: list[int] = self.results[0][self.step.entries(row)].tolist()
+        places = self.step.entries(row)
+        if self.mask is not None and self.mask.late:
+            places = slice(
+                places.start, min([place for place in self.mask.late if place >= places.start] + [places.stop])
+            )
+        sampled: list[int] = self.results[0][places].tolist()
         drafts = self.step.drafts.get(row, [])
         pairs = zip(sampled, drafts, strict=False)
         return sampled[: next((i + 1 for i, (token, draft) in enumerate(pairs) if token != draft), len(sampled))]
 
     def result(self) -> StepResult:
         """What the scheduler learns of it; once `results` are here, if any are to come."""
-        token_ids, failed, counts = np.full(len(self.step.slots), -1, dtype=np.int32), set[int](), b""
+        num_rows = len(self.step.slots)
+        token_ids, failed, counts = np.full(num_rows, -1, dtype=np.int32), set[int](), b""
         stuck: list[int] = []
         if self.results is not None:
             failed = self._bad_rows()
             token_ids[self.step.sampling_rows] = self.results[0][: len(self.step.sampling_rows)]
-            token_ids[[*failed, *self.late]] = -1
-            if self.late:
-                yields = token_ids >= 0
-                token_ids, counts = token_ids[yields], yields.astype(np.int32).tobytes()
-            if self.step.drafts:
-                yielded = [[] if row in failed else self.tokens(row) for row in range(len(token_ids))]
+            token_ids[[*failed]] = -1
+            if self.step.drafts or self.late:
+                yielded = [[] if row in failed else self.tokens(row) for row in range(num_rows)]
                 token_ids = np.array([token for tokens in yielded for token in tokens], dtype=np.int32)
                 counts = pack_ids(map(len, yielded))
             if self.mask is not None:
@@ -79,6 +83,9 @@ class PendingStep:
             total_s=self.total_s,
             counts=counts,
             epoch=self.epoch,
+            drafted=pack_ids(len(self.step.drafts.get(row, ())) for row in range(num_rows))
+            if self.step.drafts
+            else b"",
         )
 
     def _bad_rows(self) -> set[int]:
@@ -100,8 +107,7 @@ class PendingStep:
         if self.logprobs is not None:
             for place, entry in self.logprobs.entries(next(packed)):
                 sampled.setdefault(int(self.step.sampling_rows[place]), []).append(entry)
-        sampled = {row: entries for row, entries in sampled.items() if row not in self.late}
-        if self.step.drafts:
+        if self.step.drafts or self.late:
             sampled = {row: entries[: len(self.tokens(row))] for row, entries in sampled.items()}
         prompts = {
             prompt.row: (prompt.first, tuple(e for part in prompt.parts for _, e in part.entries(next(packed))))

@@ -50,6 +50,11 @@ class StepInput:
     attributes: TokenAttributes | None = None
     expand: Callable[[], None] | None = None
 
+    @property
+    def drafts_by_place(self) -> dict[int, list[int]]:
+        """`drafts` by their row's first place."""
+        return {self.entries(row).start: tokens for row, tokens in self.drafts.items()}
+
     def entries(self, row: int) -> slice:
         """Where among the Q places a row's are."""
         first, end = np.searchsorted(self.sampling_rows, (row, row + 1)).tolist()

@@ -22,6 +22,7 @@ from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.memory_plan import plan_memory
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
+from vibe_sgl_lite.model_worker.ngram import NgramDrafter
 from vibe_sgl_lite.model_worker.nodes import init_parallel_nodes, relay_group
 from vibe_sgl_lite.model_worker.parallel import init_parallel, join_peers
 from vibe_sgl_lite.model_worker.pending_step import PendingStep
@@ -157,6 +158,11 @@ def build_runner(
         raise ConfigError(
             f"--kv-cache-dtype fp8 needs Triton's kernels: this is {compute.name}", field="kv_cache_dtype"
         )
+    if args.draft_tokens and device.type != "cpu":
+        raise ConfigError(
+            f"--speculative-algorithm {args.speculative_algorithm} runs on CPU only: leave it out on a GPU",
+            field="speculative_algorithm",
+        )
     plan = plan_memory(
         spec.model,
         parallel.tp,
@@ -189,9 +195,10 @@ def build_runner(
         compute,
         max_slots=args.max_running_requests,
         context_length=spec.context_length,
-        max_tokens=spec.chunked_prefill_size + args.max_running_requests,
+        max_tokens=spec.chunked_prefill_size + args.max_running_requests * (1 + args.draft_tokens),
         tokenizer_file=_tokenizer_file(spec),
         timer=timer,
+        drafter=NgramDrafter(args.draft_tokens) if args.draft_tokens else None,
     )
     compute.plan_layers(model, runner.backend)
     return runner

@@ -83,6 +83,7 @@ def make_config(spec: PipelineSpec, ready: RankReady) -> SchedulerConfig:
         fairness=args.fairness == "sessions",
         epoch=ready.epoch,
         base_tokens=BASE_TOKENS[device],
+        draft_tokens=args.draft_tokens,
     )
 
 

@@ -7,10 +7,14 @@ from its row's admission on. Rows without constraints, and steps without such ro
 
 A mask that takes longer than the forward, and as long again, is late: rank 0 says so to the others, the row yields no
 token in this step, and its mask goes on being made for the next one. So no grammar holds up other rows for long.
+
+A row with drafts has a mask for each of its places, made one after the other of a copy of its state that follows the
+drafts; the state itself moves on only by the tokens that count. What follows a draft that is not allowed cannot hold:
+those places have no mask and are treated as late, as are those of a row that still waits for its first one.
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -32,12 +36,12 @@ STACK_BYTES = 64 * 1024**2  # address space; grammars were tried out with the us
 
 @dataclass
 class StepMask:
-    """Of one step: `rows` of its sampling rows are masked. late: those of them that yield nothing, after `settle`.
+    """Of one step: `rows` of its sampled places are masked. late: those of them that yield nothing, after `settle`.
     failed: those whose constraint has an error, after `apply`."""
 
     rows: list[int]
     vocab: slice
-    forbidden: "list[Future[BoolArray]]"  # [vocabulary] of each row
+    forbidden: "list[Future[BoolArray | None]]"  # [vocabulary] of each row; None where there is no mask
     constraints: list[SlotConstraint]
     device: Device
     late: list[int] = field(default_factory=list)
@@ -53,7 +57,7 @@ class StepMask:
             done = wait(self.forbidden, max(PATIENCE_S, patience_s)).done
             if alone and not done:
                 done = wait(self.forbidden, ALONE_S, FIRST_COMPLETED).done
-            late[:] = [future not in done for future in self.forbidden]
+            late[:] = [future not in done or future.result() is None for future in self.forbidden]
         if group.size > 1:
             late = group.all_reduce_max(self.device.tensor(late)).cpu().numpy()
         self.late = [row for row, is_late in zip(self.rows, late.tolist(), strict=True) if is_late]
@@ -63,7 +67,9 @@ class StepMask:
         kept = [place for place, row in enumerate(self.rows) if row not in self.late]
         if not kept:
             return
-        forbidden = self.device.tensor(np.stack([self.forbidden[place].result()[self.vocab] for place in kept]))
+        masks = [mask[self.vocab] for place in kept if (mask := self.forbidden[place].result()) is not None]
+        assert len(masks) == len(kept)
+        forbidden = self.device.tensor(np.stack(masks))
         if len(kept) == len(logits):
             logits.masked_fill_(forbidden, float("-inf"))
         else:
@@ -72,7 +78,7 @@ class StepMask:
         self.failed = [self.rows[place] for place in kept if self.constraints[place].error is not None]
 
 
-Constrained = list[tuple[int, SlotConstraint]]  # (sampling row, its constraint)
+Constrained = list[tuple[int, SlotConstraint]]  # (the first place that a row samples, its constraint)
 
 
 class Constraints:
@@ -108,27 +114,77 @@ class Constraints:
         self._slots.pop(slot, None)
 
     def of(self, slots: npt.NDArray[np.int64]) -> Constrained:
-        """The constraints of a step that samples these slots, in order. Whoever has them tells them what was drawn."""
+        """The constraints of a step that samples these slots, in order, one as often as its row has places. Whoever has
+        them tells them what was drawn."""
         if not self._slots:
             return []
-        found = [(row, self._slots.get(slot)) for row, slot in enumerate(slots.tolist())]
-        return [(row, constraint) for row, constraint in found if constraint is not None]
+        firsts = np.flatnonzero(np.diff(slots, prepend=-1)).tolist()
+        found = [(place, self._slots.get(slot)) for place, slot in zip(firsts, slots[firsts].tolist(), strict=True)]
+        return [(place, constraint) for place, constraint in found if constraint is not None]
 
-    def begin(self, constrained: Constrained) -> StepMask | None:
-        """Start to compute the mask of a step, when these know all tokens before it; None if all may draw freely."""
-        masked = [(row, constraint) for row, constraint in constrained if not constraint.is_free]
-        if not masked:
-            return None
-        constraints = [constraint for _, constraint in masked]
-        forbidden = []
-        for constraint in constraints:
-            if constraint.forbidden is None and constraint.is_quick:
-                constraint.forbidden = Future()
-                constraint.forbidden.set_result(self._forbidden(constraint))
-            elif constraint.forbidden is None:
-                constraint.forbidden = self._pool().submit(self._forbidden, constraint)
-            forbidden.append(constraint.forbidden)
-        return StepMask([row for row, _ in masked], self._vocab, forbidden, constraints, self._device)
+    def begin(self, constrained: Constrained, drafts: Mapping[int, Sequence[int]] = {}) -> StepMask | None:
+        """Start to compute the masks of a step, when these know all tokens before it; None if all may draw freely.
+
+        drafts: of the rows that have some, by their first place.
+        """
+        mask = StepMask([], self._vocab, [], [], self._device)
+        for first, constraint in constrained:
+            masks = self._masks(constraint, drafts.get(first, ()))
+            for place, forbidden in enumerate(masks, first):
+                if forbidden is not None:
+                    mask.rows.append(place)
+                    mask.forbidden.append(forbidden)
+                    mask.constraints.append(constraint)
+        return mask if mask.rows else None
+
+    def _masks(self, constraint: SlotConstraint, drafts: Sequence[int]) -> "list[Future[BoolArray | None] | None]":
+        """Of each place of a row; None where any token may come."""
+        ahead: list[Future[BoolArray | None] | None]
+        if constraint.grammar is None and drafts:
+            ahead, walk = [], constraint.copy()
+            for token in drafts:
+                walk.accept(token)
+                ahead.append(None if walk.is_free else _done(self._forbidden(walk)))
+        else:
+            ahead = [Future() for _ in drafts]
+        waiting = [future for future in ahead if future is not None] if constraint.grammar is not None else []
+        if constraint.is_free:
+            for future in waiting:
+                future.set_result(None)
+            return [None, *ahead]
+        if constraint.forbidden is not None:
+            for future in waiting:
+                future.set_result(None)
+        elif constraint.is_quick and not waiting:
+            constraint.forbidden = _done(self._forbidden(constraint))
+        else:
+            constraint.forbidden = Future()
+            self._pool().submit(self._walk, constraint, drafts, [constraint.forbidden, *waiting])
+        return [constraint.forbidden, *ahead]
+
+    def _walk(
+        self, constraint: SlotConstraint, drafts: Sequence[int], masks: "Sequence[Future[BoolArray | None]]"
+    ) -> None:
+        """In a thread: the mask of the next token, and of those behind the drafts as far as they can hold."""
+        drawn = constraint.drawn
+        try:
+            last = self._forbidden(constraint)
+            walk = constraint.copy()  # before the first mask is there, with which the state itself may move on
+            masks[0].set_result(last)
+            for token, mask in zip(drafts, masks[1:], strict=False):
+                if last[token] or walk.error is not None or constraint.drawn != drawn:
+                    break
+                walk.accept(token)
+                last = self._forbidden(walk)
+                mask.set_result(last if walk.error is None else None)
+        except BaseException as error:
+            if masks[0].done():
+                raise
+            masks[0].set_exception(error)
+        finally:
+            for mask in masks:
+                if not mask.done():
+                    mask.set_result(None)
 
     def _pool(self) -> ThreadPoolExecutor:
         if self._threads is None:
@@ -144,3 +200,9 @@ class Constraints:
         allowed = np.zeros(self._vocab_size, dtype=np.bool_)
         constraint.fill(allowed)
         return np.logical_not(allowed, out=allowed)
+
+
+def _done(forbidden: BoolArray) -> "Future[BoolArray | None]":
+    future: Future[BoolArray | None] = Future()
+    future.set_result(forbidden)
+    return future

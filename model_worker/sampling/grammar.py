@@ -5,6 +5,7 @@ tokenizer (1 s and 80 MB with Qwen3's vocabulary) are made when the first gramma
 bounded by counting (runtime/text/grammar.py), so that all ranks give up at the same token.
 """
 
+import copy
 import logging
 import threading
 from collections import OrderedDict
@@ -69,6 +70,13 @@ class Grammar:
         self._text = text
         self._matcher: LLMatcher | None = None
         self._tokens: list[int] = []  # drawn, but not told to the matcher yet
+
+    def copy(self) -> "Grammar":
+        """One that goes its own way from here."""
+        other = copy.copy(self)
+        other._matcher = None if self._matcher is None else self._matcher.deep_copy()
+        other._tokens = self._tokens.copy()
+        return other
 
     def follow(self, token: int) -> None:
         """`token`, no end token, was drawn."""

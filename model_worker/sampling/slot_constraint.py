@@ -1,5 +1,6 @@
 """One slot's grammar and thinking budget at work: what its tokens so far allow as its next one."""
 
+import copy
 import logging
 from collections import deque
 from concurrent.futures import Future
@@ -25,12 +26,13 @@ class _Phase(Enum):
 
 class SlotConstraint:
     """One slot's state. grammar: None for a thinking budget alone. error: why it can go no further, once it cannot.
-    forbidden: [vocabulary], for the next token, where it is done or under way."""
+    forbidden: [vocabulary], for the next token, where it is done or under way. drawn: tokens accepted so far."""
 
     def __init__(self, sampling: ResolvedSampling, grammar: Grammar | None) -> None:
         self.grammar = grammar
-        self.forbidden: Future[BoolArray] | None = None
+        self.forbidden: Future[BoolArray | None] | None = None
         self.error: str | None = None
+        self.drawn = 0
         self._ends = {*sampling.end_token_ids, *sampling.stop_token_ids}
         self._thinking = sampling.thinking
         self._forced: deque[int] = deque()
@@ -55,9 +57,18 @@ class SlotConstraint:
         """The grammar is not asked."""
         return bool(self._forced) or self._phase is _Phase.THINKING
 
+    def copy(self) -> "SlotConstraint":
+        """One that goes its own way from here."""
+        other = copy.copy(self)
+        other.forbidden = None
+        other._forced = self._forced.copy()
+        other.grammar = None if self.grammar is None else self.grammar.copy()
+        return other
+
     def accept(self, token: int) -> None:
         """`token` was drawn."""
         thinking, self.forbidden = self._thinking, None
+        self.drawn += 1
         if self._phase is _Phase.ENDED:
             return
         if self._forced:

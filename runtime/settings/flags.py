@@ -249,6 +249,18 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "plan a step only when the result of the one before it is back: slower, and simpler to debug",
         group=MEMORY, aliases=("disable_overlap_schedule",),
     )] = False
+    speculative_algorithm: Annotated[str, Spec(
+        "guess several tokens of a request at once and keep those that come true: `ngram` looks for its last tokens in "
+        "what it has and guesses what followed there, `none` does not. The output is the same",
+        "Faster where the output repeats what was there before: code, quotes, summaries, JSON. How many tokens are "
+        "guessed follows from how many came true, and none are where a step has so many rows that they would cost "
+        "more than they bring. On a CPU. See [scheduling](scheduling.md#speculative-decoding).",
+        group=MEMORY, choices=("none", "ngram"), like=("speculative_config", "speculative_model", "spec_type"),
+    )] = "none"
+    speculative_num_draft_tokens: Annotated[int, Spec(
+        "with `--speculative-algorithm`, tokens that are guessed at once, at most",
+        unit="tokens", group=MEMORY, low=1, high=64, aliases=("num_speculative_tokens",), like=("draft_max",),
+    )] = 12
     disable_cuda_graph: Annotated[bool, Spec(
         "on a GPU, do not capture steps of generating requests as graphs: slower, starts sooner",
         group=MEMORY, like=("enforce_eager",),

@@ -43,6 +43,11 @@ class ServerArgs(Flags, kw_only=True, frozen=True, forbid_unknown_fields=True):
             raise _bad("quantization", self.quantization, "runs on CPU only: give --device cpu, or leave it out")
 
     @property
+    def draft_tokens(self) -> int:
+        """Drafts of a row at most."""
+        return 0 if self.speculative_algorithm == "none" else self.speculative_num_draft_tokens
+
+    @property
     def local_ranks(self) -> range:
         """The ranks of this node: an equal, contiguous part of all `tp` of them."""
         count = self.tp // self.nnodes

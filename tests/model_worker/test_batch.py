@@ -11,6 +11,7 @@ import torch
 
 from vibe_sgl_lite.model_worker.batch import SlotStates
 from vibe_sgl_lite.model_worker.device import CpuDevice
+from vibe_sgl_lite.model_worker.device_batch import IntArray
 from vibe_sgl_lite.model_worker.step_input import StepInput
 from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, RowAttributes, pack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, resolve
@@ -104,9 +105,11 @@ class Drafts:
         self.tokens = tokens
         self.asked: list[tuple[int, int, int]] = []
 
-    def propose(self, slot: int, position: int, most: int) -> Sequence[int]:
-        self.asked.append((slot, position, most))
+    def propose(self, slot: int, tokens: IntArray, most: int) -> Sequence[int]:
+        self.asked.append((slot, len(tokens), most))
         return self.tokens
+
+    def release(self, slot: int) -> None: ...
 
 
 def test_drafts_are_run_and_settled() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.model_worker.fake_device import Clock, FakeDevice, FakeGraphs, NothingIsRead, fake_compute
 from tests.model_worker.test_model_runner import CONTEXT, PAGE, PAGES_A_SLOT, expected_tokens, new_slot, sampling
 from tests.qwen3.harness import DENSE, load_model, make_checkpoint, random_tokens
-from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
+from vibe_sgl_lite.model_worker.device_batch import DeviceBatch, IntArray
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
 from vibe_sgl_lite.model_worker.pending_step import PendingStep
@@ -233,12 +233,14 @@ class Guesses:
         self._wrong = wrong
         self._sequences = sequences
 
-    def propose(self, slot: int, position: int, most: int) -> list[int]:
-        known = self._sequences[slot]
+    def propose(self, slot: int, tokens: IntArray, most: int) -> list[int]:
+        known, position = self._sequences[slot], len(tokens)
         return [
             (known[at] + 1) % 256 if at % self._wrong == 0 else known[at]
             for at in range(position, min(position + most, len(known)))
         ]
+
+    def release(self, slot: int) -> None: ...
 
 
 @pytest.mark.parametrize("wrong", [1, 2, 3, 1000])

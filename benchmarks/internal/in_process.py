@@ -1,0 +1,115 @@
+"""The scheduler's core and one rank on a CPU in one process, without sockets and text: every decision of an engine, and
+time to itself. For tests and measurements of what lies between the two."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import vibe_sgl_lite.model_worker  # noqa: F401  before torch: settles how its threads wait
+
+import torch  # isort: skip
+
+from vibe_sgl_lite.model_worker.batch import Drafter
+from vibe_sgl_lite.model_worker.compute import choose_compute
+from vibe_sgl_lite.model_worker.cpu.program import plan_programs
+from vibe_sgl_lite.model_worker.kv_pool import KVPool
+from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
+from vibe_sgl_lite.model_worker.model_runner import ModelRunner
+from vibe_sgl_lite.model_worker.weights import load_dummy_weights, load_weights
+from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
+from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.messages import AddRequest, Finish, ForwardBatch, TokenLogprob, pack_ids, unpack_ids
+from vibe_sgl_lite.runtime.settings.checkpoint import settle
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
+from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
+from vibe_sgl_lite.scheduler.config import SchedulerConfig
+from vibe_sgl_lite.scheduler.core import Scheduler
+
+
+@dataclass
+class Sample:
+    """What came of one."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: Finish | None = None
+
+
+class InProcess:
+    """Serves lists of requests to their end. seconds, steps: of the last list."""
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        *,
+        dummy: bool = False,
+        quantization: str = "none",
+        pages: int = 512,
+        page_size: int = 16,
+        context: int = 2048,
+    ) -> None:
+        """pages: of the pool. context: tokens of a request at most."""
+        config, device = settle(ModelConfig.from_folder(folder), folder), torch.device("cpu")
+        self._compute = choose_compute(dtype, device, config.head_dim)
+        self.model = Qwen3(config, ParallelState(), dtype, device, self._compute.operations)
+        choose_formats(self.model, quantization, self._compute.kernels)
+        if dummy:
+            load_dummy_weights(self.model, 0)
+        else:
+            load_weights(self.model, folder)
+        self._pool = KVPool(config, 1, pages, page_size, dtype, device)
+        self._context, self._tokenizer_file = context, folder / "tokenizer.json"
+        self.seconds, self.steps = 0.0, 0
+        self.core: Scheduler
+
+    def serve(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[ResolvedSampling],
+        drafter: Drafter | None = None,
+        *,
+        timed: bool = True,
+        **settings: Any,
+    ) -> list[Sample]:
+        """Each prompt with its parameters, all there from the beginning. settings: of `SchedulerConfig`.
+
+        timed: else the scheduler learns nothing of what steps cost, and decides the same every time.
+        """
+        config = SchedulerConfig(
+            num_pages=self._pool.num_pages, page_size=self._pool.page_size,
+            draft_tokens=0 if drafter is None else drafter.most, **{"max_running_requests": 32} | settings,
+        )  # fmt: skip
+        self.core = core = Scheduler(config)
+        tokenizer_file = self._tokenizer_file if self._tokenizer_file.exists() else None
+        runner = ModelRunner(
+            self.model, self._pool, self._compute, max_slots=config.max_running_requests, context_length=self._context,
+            tokenizer_file=tokenizer_file, drafter=drafter,
+        )  # fmt: skip
+        plan_programs(self.model, runner.backend)
+        runner.warm_up()
+        samples = [Sample() for _ in prompts]
+        began = time.perf_counter()
+        for uid, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+            assert core.add(AddRequest(uid, str(uid), pack_ids(prompt), params), began) is None
+        batches: deque[ForwardBatch] = deque()
+        while not core.idle:
+            while (batch := core.schedule(time.perf_counter())) is not None:
+                batches.append(batch)
+            result = runner.run(batches.popleft())
+            if not timed:
+                result = msgspec.structs.replace(result, total_s=0.0)
+            for output in core.complete(result, time.perf_counter()).tokens:
+                sample = samples[output.uid]
+                sample.tokens += unpack_ids(output.token_ids)
+                sample.logprobs += output.logprobs or ()
+                sample.finish = output.finish
+        self.seconds, self.steps = time.perf_counter() - began, int(core.stats()["steps_total"])
+        return samples

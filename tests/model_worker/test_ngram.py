@@ -1,0 +1,50 @@
+"""Prompt lookup against a search through all of a slot's tokens."""
+
+import numpy as np
+import pytest
+
+from vibe_sgl_lite.model_worker.ngram import CANDIDATES, LONGEST_MATCH, NgramDrafter
+
+
+def search(tokens: list[int], most: int) -> list[int]:
+    """By trying every earlier place: the longest agreement, the latest of equals."""
+    end, best, at = len(tokens), 1, None
+    places = [p for p in range(2, end) if tokens[p - 2 : p] == tokens[end - 2 :]]
+    for place in places[::-1][:CANDIDATES]:
+        length = 0
+        while length < min(place, LONGEST_MATCH) and tokens[place - 1 - length] == tokens[end - 1 - length]:
+            length += 1
+        if length > best:
+            best, at = length, place
+    if at is None:
+        return []
+    repeated = list(tokens)
+    while len(repeated) < at + most:
+        repeated.append(repeated[len(repeated) - end + at])
+    return repeated[at : at + most]
+
+
+@pytest.mark.parametrize("vocab", [2, 4, 30])
+def test_it_finds_what_a_search_finds(vocab: int) -> None:
+    rng = np.random.default_rng(vocab)
+    drafter, found = NgramDrafter(9), 0
+    for slot in range(6):
+        tokens = rng.integers(0, vocab, 150).astype(np.int32)
+        known = 1
+        while known < len(tokens):
+            most = int(rng.integers(1, 10))
+            expected = search(tokens[:known].tolist(), most)
+            assert list(drafter.propose(slot, tokens[:known], most)) == expected
+            found += bool(expected)
+            known += int(rng.integers(1, 6))
+    assert found > 10
+
+
+def test_a_slot_begins_anew() -> None:
+    drafter = NgramDrafter(4)
+    again = np.array([5, 6, 7, 8, 5, 6], np.int32)
+    assert list(drafter.propose(3, again, 3)) == [7, 8, 5]
+    drafter.release(3)
+    drafter.release(9)
+    assert list(drafter.propose(3, again[:4], 3)) == []
+    assert list(drafter.propose(4, again, 1)) == [7]
