@@ -189,6 +189,7 @@ class Detokenizer:
             None if output.prompt_logprobs is None else self._prompt_entries(output.prompt_logprobs),
             parsed.reasoning,
             parsed.tool_calls,
+            output.pooled,
         )
 
     def _entries(self, logprobs: Sequence[TokenLogprob], offsets: Sequence[int]) -> tuple[LogprobEntry, ...]:

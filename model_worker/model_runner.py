@@ -24,6 +24,7 @@ from vibe_sgl_lite.model_worker.compute import Compute
 from vibe_sgl_lite.model_worker.device_batch import Result
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.pending_step import PendingStep
+from vibe_sgl_lite.model_worker.pooling import Pooler
 from vibe_sgl_lite.model_worker.sampling.constraints import Constraints
 from vibe_sgl_lite.model_worker.sampling.grammar import GrammarLibrary
 from vibe_sgl_lite.model_worker.sampling.prompt_logprobs import PromptLogprobs
@@ -98,6 +99,7 @@ class ModelRunner:
             library = GrammarLibrary(tokenizer_file, model.config.vocab_size, model.config.eos_token_ids)
         self.constraints = Constraints(model.config.vocab_size, self.sampler.vocab, library, self.device)
         self.prompt_logprobs = PromptLogprobs(self._logits, self.sampler, self.slots.tokens)
+        self.pooler = Pooler(self._logits, self.sampler, self.device)
         self._in_flight: deque[PendingStep] = deque()
         self._last_done = 0.0
 
@@ -131,6 +133,7 @@ class ModelRunner:
         pending.forward_s = time.perf_counter() - started
         self.timer.mark("sampling")
         pending.prompts = self.prompt_logprobs.of_step(output.hidden, step)
+        pending.pooled = self.pooler.of_step(output.hidden, step)
         if pending.constrained and self._in_flight:
             self._land_until(self._in_flight[-1])
             pending.mask = self.constraints.begin(pending.constrained, step.drafts_by_place)
@@ -191,12 +194,14 @@ class ModelRunner:
         for slot in unpack(batch.released).tolist():
             self.sampler.release(slot)
             self.prompt_logprobs.release(slot)
+            self.pooler.release(slot)
             self.constraints.release(slot)
             self._forget_drafts(slot)
         for new in batch.new:
             self._forget_drafts(new.slot)
             self.sampler.admit(new.slot, new.sampling, new.num_prompt_tokens)
             self.prompt_logprobs.admit(new.slot, new.sampling, new.num_prompt_tokens)
+            self.pooler.admit(new.slot, new.sampling.pooling, new.num_prompt_tokens)
             self.constraints.admit(new.slot, new.sampling, unpack(new.token_ids)[new.num_prompt_tokens :].tolist())
 
     def _forget_drafts(self, slot: int) -> None:
@@ -298,7 +303,8 @@ class ModelRunner:
         results = [torch.cat(ids) if len(ids) > 1 else ids[0] if ids else step.batch.token_ids[:0]]
         if pending.logprobs is not None:
             results.append(pending.logprobs.packed())
-        return results + [part.packed() for prompt in pending.prompts for part in prompt.parts]
+        results += [part.packed() for prompt in pending.prompts for part in prompt.parts]
+        return results + [pooled.values for pooled in pending.pooled]
 
     def _land_until(self, pending: PendingStep) -> None:
         """Wait for the results of this step and of those before it, and tell them to whom they concern."""

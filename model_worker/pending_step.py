@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vibe_sgl_lite.model_worker.device import Array, ReadBack
+from vibe_sgl_lite.model_worker.pooling import PooledRows
 from vibe_sgl_lite.model_worker.sampling.constraints import Constrained, StepMask
 from vibe_sgl_lite.model_worker.sampling.logprobs import Logprobs
 from vibe_sgl_lite.model_worker.sampling.prompt_logprobs import PromptScores
 from vibe_sgl_lite.model_worker.step_input import StepInput
 from vibe_sgl_lite.runtime.errors import EngineError
-from vibe_sgl_lite.runtime.messages import FailedRow, RowLogprobs, StepResult, TokenLogprob, pack_ids
+from vibe_sgl_lite.runtime.messages import FailedRow, RowLogprobs, RowPooled, StepResult, TokenLogprob, pack_ids
 
 
 @dataclass
@@ -19,7 +20,7 @@ class PendingStep:
 
     First the sampled ids, Q and padding rows: negative where none could be drawn; then, if any row may be bad, flags of
     rows with bad hidden states, R and padding rows, and of those with bad logits, as the ids: all in one. Then, packed,
-    logprobs of the sampled tokens and of each part of `prompts`.
+    logprobs of the sampled tokens and of each part of `prompts`; then the values of `pooled`.
     """
 
     number: int
@@ -32,6 +33,7 @@ class PendingStep:
     mask: StepMask | None = None
     logprobs: Logprobs | None = None
     prompts: list[PromptScores] = field(default_factory=list)
+    pooled: list[PooledRows] = field(default_factory=list)
     results: list[Array] | None = None
     total_s: float = 0.0
 
@@ -86,6 +88,7 @@ class PendingStep:
             drafted=pack_ids(len(self.step.drafts.get(row, ())) for row in range(num_rows))
             if self.step.drafts
             else b"",
+            pooled=self._pooled(failed),
         )
 
     def _bad_rows(self) -> set[int]:
@@ -98,6 +101,16 @@ class PendingStep:
             bad += np.flatnonzero(flags[:rows]).tolist()
             bad += self.step.sampling_rows[flags[self.step.batch.num_rows :][:own]].tolist()
         return {*bad}
+
+    def _pooled(self, failed: set[int]) -> list[RowPooled]:
+        pooled = []
+        for part, values in zip(self.pooled, (self.results or [])[-len(self.pooled) :], strict=False):
+            pooled += [
+                RowPooled(row, values[i, :size].tobytes())
+                for i, (row, size) in enumerate(zip(part.rows, part.sizes, strict=True))
+                if row not in failed
+            ]
+        return pooled
 
     def _logprobs(self, failed: set[int]) -> list[RowLogprobs]:
         """What each row that did not fail asked for, by row."""

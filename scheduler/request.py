@@ -87,6 +87,11 @@ class Request:
     def num_generated(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
 
+    @property
+    def pools(self) -> bool:
+        """It ends with its prompt, and gets a vector in place of tokens."""
+        return self.sampling.pooling is not None
+
     def usage(self) -> Usage:
         return Usage(self.num_prompt_tokens, self.num_generated, max(0, self.cached_tokens))
 

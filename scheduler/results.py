@@ -53,6 +53,7 @@ class ResultApplier:
         outputs = Outputs()
         failed = {row.row: row.code for row in result.failed}
         logprobs = {row.row: row for row in result.logprobs}
+        pooled = {row.row: row.values for row in result.pooled}
         plain = not (result.counts or failed or logprobs or step.tokens)
         rows = [] if plain and not step.chunks else tokens_by_row(result, step.num_rows)
         if step.tokens is not None:
@@ -68,14 +69,16 @@ class ResultApplier:
                     self._sampled(request, rows[row], planned, logprobs.get(row), outputs)
         for row, chunk in enumerate(step.chunks, len(step.decode)):
             self._chunk(chunk, rows[row], failed.get(row), logprobs.get(row), outputs)
+            if chunk.samples and chunk.request.pools and not chunk.request.finished:
+                self.end(chunk.request, Finish("stop"), outputs, pooled[row])
         self._state.step_done(step)
         return outputs
 
-    def end(self, request: Request, finish: Finish, outputs: Outputs) -> None:
-        """End a sample from outside a step, with a terminal output without tokens."""
+    def end(self, request: Request, finish: Finish, outputs: Outputs, pooled: bytes | None = None) -> None:
+        """End a sample with a terminal output without tokens. pooled: what it gets in place of them."""
         self._open(request, outputs)
         outputs.tokens.append(
-            TokenOutput(request.uid, request.num_generated, b"", finish=finish, usage=request.usage())
+            TokenOutput(request.uid, request.num_generated, b"", finish=finish, usage=request.usage(), pooled=pooled)
         )
         self._state.finish(request)
 
@@ -119,14 +122,14 @@ class ResultApplier:
                 request.prompt_logprobs[position] = entry
         if not request.finished and request.uid not in state.leaving:
             in_flight = request.last_step > state.completed_step
-            again = chunk.samples and not tokens  # its last token is computed once more
+            again = chunk.samples and not tokens and not request.pools  # its last token is computed once more
             changes = state.memory.store(request, chunk.end - again, in_flight=in_flight)
             state.builder.replace_pages(request, changes)
             if chunk.samples:
                 state.leaders.end(request)
             else:
                 state.leaders.begin(request)
-        if chunk.samples:
+        if chunk.samples and not request.pools:
             self._sampled(request, tokens, 1, logprobs, outputs)
 
     def _sampled(

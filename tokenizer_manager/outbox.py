@@ -96,5 +96,6 @@ def merge_chunks(payloads: list[bytes]) -> bytes:
             prompt_logprobs=tuple(entry for part in prompt_logprobs for entry in part) if prompt_logprobs else None,
             reasoning="".join(chunk.reasoning for chunk in chunks),
             tool_calls=tuple(raw for chunk in chunks for raw in chunk.tool_calls),
+            pooled=chunks[-1].pooled,
         )
     )

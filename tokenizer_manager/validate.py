@@ -23,6 +23,7 @@ from vibe_sgl_lite.runtime.text.grammar import grammar_source
 from vibe_sgl_lite.tokenizer_manager.chat import text_format, thinking_rules
 from vibe_sgl_lite.tokenizer_manager.frames import MAX_VALUES, has_few_values, short_rid
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import GrammarCompiler
+from vibe_sgl_lite.tokenizer_manager.pooling import check_pooling, is_pooled, resolve_pooling
 
 BYTES_PER_TOKEN = 16  # text beyond this many bytes for each token of the context is not even tokenized
 MIN_TEXT_BYTES = 64 * 1024
@@ -104,7 +105,8 @@ def check(message: Generate, limits: Limits, tokenizer: ChatTokenizer) -> Sampli
                 raise RequestError(f"{field} goes with messages only; leave it out", field=field)
     if message.template_kwargs:
         _check_template_kwargs(message.template_kwargs, tokenizer)
-    return _read_sampling(message.sampling)
+    params = _read_sampling(message.sampling)
+    return check_pooling(message, params) if is_pooled(message) else params
 
 
 def prepare(
@@ -134,11 +136,15 @@ def prepare(
             ids = tokenizer.encode_chat(rendered)
         else:
             assert request.prompt is not None
-            ids = tokenizer.encode(request.prompt)
+            ids = tokenizer.encode(request.prompt, add_special_tokens=request.labels is None)
         assert max(ids, default=0) < spec.model.vocab_size, "the tokenizer has gaps, and ids beyond the model's"
         packed, num_tokens = array("i", ids).tobytes(), len(ids)
     if num_tokens == 0:
         raise RequestError("the prompt is empty: it must have at least one token", field="prompt")
+    if is_pooled(request):
+        return Prepared(packed, num_tokens, resolve_pooling(request, params, num_tokens, tokenizer, spec))
+    if not spec.model.has_head:
+        raise RequestError(f"{spec.model_name} has no lm_head: it makes embeddings and no text", field="prompt")
     sampling = resolve(
         params,
         model_defaults=spec.model.generation_defaults.as_dict(),

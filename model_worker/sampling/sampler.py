@@ -119,7 +119,8 @@ class Sampler:
         """A row comes to `slot`, for the first time or again after a retraction. sampling.seed is the sample's own."""
         self.slots.admit(slot, sampling, num_prompt_tokens)
         if self.fused is not None:
-            plain = self.slots.is_plain(slot) and not sampling.prompt_logprobs
+            reads_hidden = sampling.prompt_logprobs or sampling.pooling is not None  # which the draw's graph spoils
+            plain = self.slots.is_plain(slot) and not reads_hidden
             self.fused.admit(slot, sampling, plain=plain)
 
     def release(self, slot: int) -> None:

@@ -88,6 +88,7 @@ from vibe_sgl_lite.runtime.messages.ranks import (
     RankReady as RankReady,
     RowAttributes as RowAttributes,
     RowLogprobs as RowLogprobs,
+    RowPooled as RowPooled,
     StepResult as StepResult,
     StepTimes as StepTimes,
     StopRank as StopRank,

@@ -12,11 +12,13 @@ from vibe_sgl_lite.runtime.messages.parts import ErrorInfo, Finish, Usage
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 from vibe_sgl_lite.runtime.settings.schema import Spec
 
-PROTOCOL = 2
+PROTOCOL = 3
 # The tokenizer manager names its own limit, from the context length, up to this size; a larger frame would cost the
 # client's connection, so clients refuse to send one.
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 MAX_PRIORITY = 2**31 - 1
+MAX_DIMENSIONS = 2**20
+MAX_LABELS = 16
 
 
 class ModelInfo(msgspec.Struct, array_like=True, frozen=True):
@@ -70,6 +72,7 @@ class Generate(Message, frozen=True):
     resume_ids: of a request that is sent again, the tokens that the client has of each sample (int32 bytes), None for a
     sample that has ended; they count as generated, and what comes is what follows them. `sampling` then has the seed.
     payer: of a client that serves others, for whom it asks: these take turns, not the client's sessions.
+    dimensions, labels: what is asked for is no text but a `Pooling` of a prompt or of input_ids; 0 dimensions are all.
     """
 
     rid: Annotated[str, Spec("names the request in its session", chars=256)]
@@ -108,6 +111,12 @@ class Generate(Message, frozen=True):
     )
     resume_ids: list[bytes | None] | None = None
     payer: str = ""
+    dimensions: Annotated[
+        int | None, Spec("values of an embedding", unset="none is asked for", low=0, high=MAX_DIMENSIONS)
+    ] = None
+    labels: Annotated[
+        Sequence[str] | None, Spec("tokens whose probabilities are asked for", unset="none", items=MAX_LABELS, chars=64)
+    ] = None
 
 
 class Abort(Message, frozen=True):
@@ -176,7 +185,8 @@ class Chunk(Message, frozen=True):
 
     first: index of the chunk's first token among the sample's generated tokens; receivers drop what they already have.
     token_ids: int32 bytes. reasoning: new text of the thinking block, in chats. tool_calls: the raw JSON of those that
-    are complete now, in chats with tools; all of them can be parsed.
+    are complete now, in chats with tools; all of them can be parsed. pooled: float32 bytes, what a `Pooling` gives; it
+    comes with the end.
     """
 
     rid: str
@@ -190,6 +200,7 @@ class Chunk(Message, frozen=True):
     prompt_logprobs: tuple[LogprobEntry | None, ...] | None = None
     reasoning: str = ""
     tool_calls: tuple[str, ...] = ()
+    pooled: bytes | None = None
 
 
 class Chunks(Message, frozen=True):

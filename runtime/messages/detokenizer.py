@@ -30,7 +30,9 @@ class OpenText(Message, frozen=True):
 
 
 class TokenOutput(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """New tokens of one sample in a step. `first`: index of the first of them among its generated tokens."""
+    """New tokens of one sample in a step. `first`: index of the first of them among its generated tokens.
+
+    pooled: float32 bytes, in place of tokens, of a sample with a `Pooling`."""
 
     uid: int
     first: int
@@ -39,6 +41,7 @@ class TokenOutput(msgspec.Struct, array_like=True, frozen=True, gc=False):
     usage: Usage | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    pooled: bytes | None = None
 
 
 class StepOutput(Message, frozen=True):

@@ -58,7 +58,8 @@ class ForwardBatch(Message, frozen=True):
         the row *samples*: it yields the drafts that hold and one token more, so 1 to row_tokens[i], and these are
         appended to the slot's tokens by the ranks themselves, so that step N+1 may be sent before the result of step N
         is back. The KV of a rejected draft does not count as computed: the slot's next row begins there.
-    The page table always reaches as far as if every draft had held.
+    The page table always reaches as far as if every draft had held. A slot with a `Pooling` never samples: its last row
+    is a chunk's.
     want_logprobs etc. are read from each slot's sampling parameters.
     """
 
@@ -99,6 +100,13 @@ class RowLogprobs(msgspec.Struct, array_like=True, frozen=True):
     prompt: tuple[TokenLogprob, ...] = ()
 
 
+class RowPooled(msgspec.Struct, array_like=True, frozen=True):
+    """What the last row of a request with a `Pooling` gives: float32 bytes."""
+
+    row: int
+    values: bytes
+
+
 class StepTimes(msgspec.Struct, array_like=True, frozen=True):
     """Where rank 0's time went, by part (model_worker/step_timer.py), in seconds.
 
@@ -133,6 +141,7 @@ class StepResult(Message, frozen=True):
     counts: bytes = b""
     epoch: int = 0
     drafted: bytes = b""
+    pooled: list[RowPooled] = msgspec.field(default_factory=list)
 
 
 class RankReady(Message, frozen=True):

@@ -104,12 +104,17 @@ def find_tensors(config: ModelConfig, folder: str | Path) -> dict[str, StoredTen
 
 
 def settle(config: ModelConfig, folder: str | Path) -> ModelConfig:
-    """`config` with what only the files tell: the dtype, where config.json names none, and whether the head is tied.
+    """`config` with what only the files tell: the dtype, where config.json names none, and which head there is.
 
-    As transformers 5 has it, a head of its own counts, whatever config.json says; then there is a warning.
+    As transformers 5 has it, a head of its own counts, whatever config.json says; then there is a warning. A model that
+    was saved from below its head, with names that lack "model.", has none unless it is tied: Qwen3-Embedding-8B.
     Raises WeightsError as `find_tensors` does.
     """
     folder = Path(folder)
+    if not config.tie_word_embeddings:
+        names = stored_tensors(folder).keys()
+        if EMBEDDING.removeprefix(PREFIX) in names and HEAD not in names:
+            config = msgspec.structs.replace(config, tie_word_embeddings=True, has_head=False)  # so it takes no memory
     tensors = find_tensors(config, folder)
     others = unread_files(folder)
     if others:

@@ -87,7 +87,8 @@ class Yarn(msgspec.Struct, frozen=True, kw_only=True):
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One model's shape. `num_experts` is 0 for a dense model.
 
-    dtype: that of the checkpoint; None where config.json names none (runtime/settings/checkpoint.py finds it).
+    dtype: that of the checkpoint; None where config.json names none. has_head: whether it makes logits, as all but some
+    embedding models do. runtime/settings/checkpoint.py finds both.
     """
 
     architecture: str
@@ -106,6 +107,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     yarn: Yarn | None = None
     quantized: QuantizedForm | None = None
     tie_word_embeddings: Annotated[bool, Spec("whether the head is the embedding")] = False
+    has_head: bool = True
     dtype: Annotated[
         str | None,
         Spec("of the checkpoint", unset="the tensors' own", choices=SUPPORTED_DTYPES, aliases=("torch_dtype",)),

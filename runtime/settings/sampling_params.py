@@ -69,12 +69,23 @@ class ThinkingRules(msgspec.Struct, array_like=True, frozen=True):
     tail: tuple[int, ...]
 
 
+class Pooling(msgspec.Struct, array_like=True, frozen=True):
+    """What a request wants of its last token in place of new ones, computed by the ranks (model_worker/pooling.py).
+
+    dimensions: the first so many values of the final hidden state, as a vector of length 1. labels: instead of it, the
+    probabilities that these tokens come next, against each other alone.
+    """
+
+    dimensions: int
+    labels: tuple[int, ...] = ()
+
+
 class ResolvedSampling(msgspec.Struct, array_like=True, frozen=True):
     """What one request runs with: every field concrete. `seed` is always set; `max_new_tokens` is a number.
 
     end_token_ids: the model's end tokens, empty with ignore_eos. thinking: None where nothing depends on the thinking
-    block. grammar: what the output must match (runtime/text/grammar.py). Wire rule: new fields at the end, with
-    a default.
+    block. grammar: what the output must match (runtime/text/grammar.py). pooling: of a request that ends with its
+    prompt; then nothing is sampled. Wire rule: new fields at the end, with a default.
     """
 
     max_new_tokens: int
@@ -102,6 +113,7 @@ class ResolvedSampling(msgspec.Struct, array_like=True, frozen=True):
     grammar: str | None = None
     timeout_s: float | None = None
     allow_special_tokens: bool = False
+    pooling: Pooling | None = None
 
     @property
     def greedy(self) -> bool:

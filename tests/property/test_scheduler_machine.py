@@ -30,6 +30,7 @@ from hypothesis.stateful import (
 
 from tests.scheduler.harness import VOCAB, Harness, config, reference, request
 from vibe_sgl_lite.runtime.messages import AddRequest, StepResult, TokenOutput, pack_ids, unpack_ids
+from vibe_sgl_lite.runtime.settings.sampling_params import Pooling
 from vibe_sgl_lite.scheduler.batch import BatchBuilder
 from vibe_sgl_lite.scheduler.core import Scheduler
 from vibe_sgl_lite.scheduler.memory import KVMemory, PageAllocator
@@ -110,6 +111,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         session=st.sampled_from(["", "", "a", "b"]),
         timeout_s=st.sampled_from([None] * 6 + [1.0, 60.0]),
         resumed=st.sampled_from([None] * 4 + [0, 1, 5]),
+        pooled=st.sampled_from([False] * 3 + [True]),
     )
     def add(
         self,
@@ -124,11 +126,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         session: str,
         timeout_s: float | None,
         resumed: int | None,
+        pooled: bool,
     ) -> None:
         prompt = [token for piece in pieces for token in PIECES[piece]] + (PIECES[-1] if poisoned else [])
+        pooling = Pooling(8) if pooled else None
+        if pooled:
+            new, n, prompt_logprobs, resumed = 1, 1, False, None
         message = request(
             self.uid, prompt, salt=salt, priority=priority, max_new_tokens=new, n=n, seed=self.uid % 3,
-            end_token_ids=tuple(end), prompt_logprobs=prompt_logprobs,
+            end_token_ids=tuple(end), prompt_logprobs=prompt_logprobs, pooling=pooling,
         )  # fmt: skip
         message = msgspec.structs.replace(message, session=session, timeout_s=timeout_s)
         if resumed is not None and not poisoned:

@@ -22,6 +22,7 @@ from vibe_sgl_lite.runtime.messages import (
     Finish,
     ForwardBatch,
     RequestRejected,
+    RowPooled,
     StepResult,
     TokenOutput,
     pack_ids,
@@ -40,6 +41,8 @@ NAN = -1  # the "KV" that a poisoned token leaves behind
 def sampling(**fields: object) -> ResolvedSampling:
     """Greedy defaults; `end` is short for end_token_ids."""
     values: dict[str, Any] = {**DEFAULTS, "seed": 0, "end_token_ids": (), "temperature": 0.0, **fields}
+    if values.get("pooling") is not None:
+        values["max_new_tokens"] = 1
     return ResolvedSampling(**values)
 
 
@@ -74,10 +77,12 @@ def next_token(state: int, seed: int) -> int:
 
 
 def reference(tokens: Sequence[int], params: ResolvedSampling, salt: object = "", seed_offset: int = 0) -> list[int]:
-    """What a sample generates, computed alone."""
+    """What a sample generates, computed alone; of one that is pooled, its last state."""
     state = start(salt)
     for token in tokens:
         state = extend(state, token)
+    if params.pooling is not None:
+        return [state]
     generated: list[int] = []
     ends = set(params.end_token_ids) | set(params.stop_token_ids)
     while len(generated) < params.max_new_tokens:
@@ -99,6 +104,7 @@ class _Slot:
     computed: int
     pages: list[int]
     seed: int
+    pools: bool = False
     hashes: list[int] = field(default_factory=list)  # of the first len(hashes) tokens
     failed: bool = False
 
@@ -153,7 +159,10 @@ class FakeRank:
             check(0 <= new.slot < self.num_slots and new.slot not in self.slots, f"slot {new.slot} is taken")
             tokens = unpack_ids(new.token_ids)
             check(0 <= new.num_computed < len(tokens), "nothing left to compute")
-            self.slots[new.slot] = _Slot(new.uid, tokens, new.num_computed, unpack_ids(new.pages), new.sampling.seed)
+            self.slots[new.slot] = _Slot(
+                new.uid, tokens, new.num_computed, unpack_ids(new.pages), new.sampling.seed,
+                new.sampling.pooling is not None,
+            )  # fmt: skip
         updates = zip(
             unpack_ids(batch.page_slots), unpack_ids(batch.page_index), unpack_ids(batch.page_ids), strict=True
         )
@@ -175,19 +184,26 @@ class FakeRank:
         ]
         failed = [FailedRow(row) for row, tokens in enumerate(rows) if tokens is None]
         drafted = pack_ids(self._drafted) if any(self._drafted) else b""
+        pooled = [
+            RowPooled(row, pack_ids(slot.hashes[-1:]))
+            for row, slot in enumerate(map(self.slots.__getitem__, slots))
+            if slot.pools and rows[row] is not None and slot.computed == len(slot.tokens)
+        ]
         yielded = [tokens or [] for tokens in rows]
         if self._some_late or max(len(tokens) for tokens in yielded) > 1 or self.rng.random() < 0.1:
             packed, amounts = [token for tokens in yielded for token in tokens], [len(tokens) for tokens in yielded]
             return StepResult(
-                batch.step, pack_ids(packed), failed, counts=pack_ids(amounts), epoch=self.epoch, drafted=drafted
-            )
+                batch.step, pack_ids(packed), failed, counts=pack_ids(amounts), epoch=self.epoch, drafted=drafted,
+                pooled=pooled,
+            )  # fmt: skip
         first = pack_ids([*tokens, -1][0] for tokens in yielded)
-        return StepResult(batch.step, first, failed, epoch=self.epoch, drafted=drafted)
+        return StepResult(batch.step, first, failed, epoch=self.epoch, drafted=drafted, pooled=pooled)
 
     def _row(self, slot: _Slot, count: int, used: set[int]) -> list[int] | None:
         """The tokens that a row yields; None when it fails."""
         known, end = len(slot.tokens), slot.computed + count
         check(count > 0, "a row without a token")
+        check(not (slot.pools and end > known), "a row after a prompt that is only pooled")
         check(end <= known or slot.computed == known - 1, "drafts in the middle of a prompt")
         check(end <= len(slot.pages) * self.page_size, "a token without a page")
         if end > known and self.rng.random() < 0.3:
@@ -219,16 +235,16 @@ class FakeRank:
         slot.failed = bad
         if bad:
             self.failed.add(slot.uid)
-            if computed == len(slot.tokens):
+            if computed == len(slot.tokens) and not slot.pools:
                 slot.tokens.append(0)
             return None
         self.computed[slot.uid] = max(computed, self.computed.get(slot.uid, 0))
-        if self.late and computed == end == known and self.rng.random() < self.late:
+        if self.late and not slot.pools and computed == end == known and self.rng.random() < self.late:
             self._some_late = True
             slot.computed = computed = computed - 1
             del slot.hashes[computed:]
         self.counted[slot.uid] = max(computed, self.counted.get(slot.uid, 0))
-        if computed < len(slot.tokens):
+        if computed < len(slot.tokens) or slot.pools:
             return []
         slot.tokens.append(next_token(slot.hashes[-1], slot.seed))
         return slot.tokens[known:]
@@ -330,6 +346,7 @@ class Sample:
     losses: int = 0  # rank groups in a row that died while they ran it and before it gained a token
     tokens_at_loss: int = 0
     cached_tokens: int = 0
+    pooled: list[int] | None = None
 
 
 class Harness:
@@ -506,6 +523,10 @@ class Harness:
         salt = self._cache_salt(sample.message.uid + sample.index)
         expected = reference(unpack_ids(sample.message.token_ids), params, salt, sample.index)
         reason = sample.finish.reason if sample.finish is not None else None
+        if params.pooling is not None:
+            assert (reason, sample.tokens) == ("stop", []) or (reason != "stop" and sample.pooled is None)
+            assert reason != "stop" or sample.pooled == expected
+            return
         if reason in ("stop", "length"):
             assert sample.tokens == expected
             ends = set(params.end_token_ids + params.stop_token_ids)
@@ -530,6 +551,7 @@ class Harness:
         assert not sample.silent, "an output after the detokenizer ended it"
         assert output.first == len(sample.tokens), "a token lost or repeated"
         sample.tokens += unpack_ids(output.token_ids)
+        sample.pooled = None if output.pooled is None else unpack_ids(output.pooled)
         if output.finish is not None:
             sample.finish = output.finish
             assert output.usage is not None

@@ -9,6 +9,7 @@ import pytest
 
 from tests.scheduler.harness import VOCAB, Harness, check_pages, config, random_prompt, reference, request
 from vibe_sgl_lite.runtime.messages import RowAttributes, pack_ids, unpack_ids
+from vibe_sgl_lite.runtime.settings.sampling_params import Pooling
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -119,3 +120,37 @@ def test_attributes_reach_the_ranks_and_part_the_cache() -> None:
         h.results.append(h.rank.run(batch))
         h.run()
     assert seen == [(None, 0), (RowAttributes(adapter=3), 0), (RowAttributes(adapter=4), 0), (None, 8)]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_pooled_request_ends_with_its_prompt(overlap: bool) -> None:
+    """In chunks, beside one that generates; it takes pages for its prompt alone, and finds a cached prefix."""
+    h = Harness(config(overlap=overlap))
+    prompt = [n % VOCAB for n in range(41)]
+    h.add(request(1, [7, 8], max_new_tokens=12))
+    h.add(request(2, prompt, pooling=Pooling(8)))
+    h.run()
+    assert h.rank.tokens_run <= 2 + 11 + 41 + 2 * overlap
+    h.add(request(3, prompt, pooling=Pooling(8)))
+    h.run()
+    assert h.samples[3].pooled == h.samples[2].pooled
+    assert [h.samples[uid].cached_tokens for uid in (2, 3)] == [0, 40]
+    assert h.scheduler.stats()["kv_pages_cached"] == 10 + (2 + 11) // 4
+    assert h.scheduler.stats()["completion_tokens_total"] == 12
+
+
+def test_pooled_requests_are_aborted_and_survive_their_ranks() -> None:
+    h = Harness(config(chunked_prefill_size=4))
+    for uid in range(1, 4):
+        h.add(request(uid, [uid] * 20, pooling=Pooling(8)))
+    for _ in range(3):
+        h.step()
+    h.abort(2)
+    h.lose_ranks()
+    h.run()
+    finish = [h.samples[uid].finish for uid in (1, 2, 3)]
+    assert [one.reason for one in finish if one is not None] == ["stop", "abort", "stop"]
+    with_all_pages = Harness(config(num_pages=5))
+    assert with_all_pages.add(request(1, [1] * 20, pooling=Pooling(8)))
+    assert not with_all_pages.add(request(2, [1] * 21, pooling=Pooling(8)))
+    with_all_pages.run()

@@ -127,6 +127,29 @@ def test_a_heads_own_values_count_beside_tie_word_embeddings(tmp_path: Path, cap
     runs_as_transformers(tmp_path)
 
 
+@pytest.mark.parametrize("shape", [DENSE, TIED], ids=["a head of its own", "tied"])
+def test_a_model_saved_from_below_its_head_has_none_unless_it_is_tied(tmp_path: Path, shape: dict[str, Any]) -> None:
+    """As Qwen3-Embedding-8B and -0.6B are published."""
+    make_checkpoint(tmp_path, shape)
+
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [*tensors]:
+            tensor = tensors.pop(name)
+            if name != "lm_head.weight":
+                tensors[name.removeprefix("model.")] = tensor
+
+    change(tmp_path, cut)
+    config = settle(ModelConfig.from_folder(tmp_path), tmp_path)
+    assert (config.has_head, config.tie_word_embeddings) == (shape is TIED, True)
+    load_model(tmp_path)
+
+
+def test_a_lost_head_is_missed(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, DENSE)
+    change(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    assert "no file has the tensor lm_head.weight" in fails(tmp_path)
+
+
 def test_a_tied_copy_that_is_the_embedding_is_needless(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_checkpoint(tmp_path, TIED)
     change(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
