@@ -12,6 +12,7 @@ from vibe_sgl_lite.http_server.exchange import DisconnectedError, Exchange, Rece
 from vibe_sgl_lite.http_server.live import watch
 from vibe_sgl_lite.http_server.openai_chat import chat_completions
 from vibe_sgl_lite.http_server.openai_completions import completions
+from vibe_sgl_lite.http_server.openai_embeddings import embeddings, rerank, score
 from vibe_sgl_lite.http_server.openai_responses import responses
 from vibe_sgl_lite.http_server.openapi import openapi
 from vibe_sgl_lite.http_server.pages import page
@@ -26,6 +27,9 @@ ROUTES: dict[tuple[str, str], Handler] = {
     ("POST", "/v1/chat/completions"): chat_completions,
     ("POST", "/v1/completions"): completions,
     ("POST", "/v1/responses"): responses,
+    ("POST", "/v1/embeddings"): embeddings,
+    ("POST", "/v1/rerank"): rerank,
+    ("POST", "/v1/score"): score,
     ("POST", "/v1/messages"): messages,
     ("POST", "/v1/messages/count_tokens"): count_tokens,
     ("POST", "/generate"): native.generate,

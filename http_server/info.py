@@ -108,7 +108,7 @@ async def model_info(service: Service, exchange: Exchange) -> None:
         {
             "model_path": spec.model_name,
             "tokenizer_path": spec.tokenizer_folder,
-            "is_generation": True,
+            "is_generation": spec.model.has_head,
             "context_length": spec.context_length,
             "vocab_size": spec.model.vocab_size,
             "served_model_name": service.model,

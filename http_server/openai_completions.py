@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from vibe_sgl_lite.http_server import sse
 from vibe_sgl_lite.http_server.engine import Call
-from vibe_sgl_lite.http_server.errors import bad_request
 from vibe_sgl_lite.http_server.exchange import Exchange
 from vibe_sgl_lite.http_server.logprobs import CompletionLogprobs, join
 from vibe_sgl_lite.http_server.openai_answer import OpenAIAnswer, usage_of, usage_of_samples
@@ -18,6 +15,7 @@ from vibe_sgl_lite.http_server.requests import (
     engine_options,
     make_sampling,
     sampling_values,
+    several_prompts,
 )
 from vibe_sgl_lite.http_server.service import Service
 from vibe_sgl_lite.http_server.streaming import Collected, deliver
@@ -31,7 +29,7 @@ MAX_PROMPTS = 1024
 async def completions(service: Service, exchange: Exchange) -> None:
     body = service.bodies.read(await exchange.body(), CompletionBody, REFUSED, IGNORED)
     check_model(body.model, service.model)
-    prompts = _prompts(body)
+    prompts = several_prompts(body.prompt, "prompt", MAX_PROMPTS)
     echo = [await _Echo.of(service, prompt) for prompt in prompts] if body.echo or body.return_token_ids else None
     values = sampling_values(body)
     values["max_new_tokens"] = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
@@ -43,25 +41,6 @@ async def completions(service: Service, exchange: Exchange) -> None:
     call = service.submit(exchange, plan.requests)
     answer = _Answer(service.model, body, call, echo)
     await deliver(exchange, call, answer, streamed=body.stream)
-
-
-def _prompts(body: CompletionBody) -> list[Any]:
-    """Always several: texts, or lists of ids. Raises ApiError."""
-    prompt = body.prompt
-    if not prompt:
-        raise bad_request("prompt is empty: give a text, token ids, or a list of these", "prompt")
-    if isinstance(prompt, str):
-        return [prompt]
-    kinds = {type(item) for item in prompt}
-    if len(kinds) > 1:
-        raise bad_request("prompt mixes texts, token ids and lists of these: give one kind", "prompt")
-    if kinds == {int}:
-        return [prompt]
-    if len(prompt) > MAX_PROMPTS:
-        raise bad_request(f"prompt has {len(prompt)} entries: at most {MAX_PROMPTS}", "prompt")
-    if not all(prompt):
-        raise bad_request("prompt holds an empty one: every prompt must have at least one token", "prompt")
-    return list(prompt)
 
 
 class _Echo(msgspec.Struct, frozen=True):

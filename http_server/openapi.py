@@ -10,6 +10,7 @@ from vibe_sgl_lite.http_server.anthropic_messages import CountBody, MessagesBody
 from vibe_sgl_lite.http_server.exchange import Exchange
 from vibe_sgl_lite.http_server.info import package_version
 from vibe_sgl_lite.http_server.native import AbortBody, DetokenizeBody, GenerateBody, TokenizeBody
+from vibe_sgl_lite.http_server.openai_embeddings import EmbeddingsBody, RerankBody, ScoreBody
 from vibe_sgl_lite.http_server.openai_responses import ResponsesBody
 from vibe_sgl_lite.http_server.openai_types import ChatBody, CompletionBody
 from vibe_sgl_lite.http_server.service import Service
@@ -18,6 +19,9 @@ BODIES: dict[str, type[msgspec.Struct]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
     "/v1/responses": ResponsesBody,
+    "/v1/embeddings": EmbeddingsBody,
+    "/v1/rerank": RerankBody,
+    "/v1/score": ScoreBody,
     "/v1/messages": MessagesBody,
     "/v1/messages/count_tokens": CountBody,
     "/generate": GenerateBody,

@@ -48,6 +48,24 @@ def check_model(asked: str | None, served: str) -> None:
         )
 
 
+def several_prompts(prompt: str | list[Any], field: str, most: int) -> list[Any]:
+    """Texts, or lists of ids, where one of either may come alone. Raises ApiError."""
+    if not prompt:
+        raise bad_request(f"{field} is empty: give a text, token ids, or a list of these", field)
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = {type(item) for item in prompt}
+    if len(kinds) > 1:
+        raise bad_request(f"{field} mixes texts, token ids and lists of these: give one kind", field)
+    if kinds == {int}:
+        return [prompt]
+    if len(prompt) > most:
+        raise bad_request(f"{field} has {len(prompt)} entries: at most {most}", field)
+    if not all(prompt):
+        raise bad_request(f"{field} holds an empty one: each must have at least one token", field)
+    return list(prompt)
+
+
 def sampling_values(body: CommonBody) -> dict[str, Any]:
     """Keywords of `SamplingParams` for what is set, `max_new_tokens` and logprobs aside."""
     values = {ours: value for theirs, ours in SAMPLING.items() if (value := getattr(body, theirs)) not in (None, [])}

@@ -81,6 +81,7 @@ class Collected:
         self.token_ids: list[int] = []
         self.logprobs: list[LogprobEntry] = []
         self.prompt_logprobs: Sequence[LogprobEntry | None] = ()
+        self.pooled = b""
         self.finish = Finish("error")
         self.usage = Usage(0, 0)
 
@@ -92,6 +93,7 @@ class Collected:
         self.tool_calls += chunk.tool_calls
         self.logprobs += chunk.logprobs or ()
         self.prompt_logprobs = chunk.prompt_logprobs or self.prompt_logprobs
+        self.pooled = chunk.pooled or self.pooled
         self.finish = chunk.finish or self.finish
         self.usage = chunk.usage or self.usage
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vibe_sgl_lite.runtime.client.async_client import AsyncClient, AsyncStream
     from vibe_sgl_lite.runtime.client.client import Client, Stream
     from vibe_sgl_lite.runtime.client.llm import LLM
-    from vibe_sgl_lite.runtime.client.outputs import Output, OutputChunk
+    from vibe_sgl_lite.runtime.client.outputs import Embedding, Output, OutputChunk
     from vibe_sgl_lite.runtime.errors import (
         ClosedError,
         ConfigError,
@@ -46,6 +46,7 @@ _HOMES = {
     "AsyncStream": "client.async_client",
     "Client": "client.client",
     "Stream": "client.client",
+    "Embedding": "client.outputs",
     "Output": "client.outputs",
     "OutputChunk": "client.outputs",
     "SamplingParams": "settings.sampling_params",
@@ -62,6 +63,7 @@ __all__ = [
     "ContextLengthError",
     "DeadlineError",
     "DrainingError",
+    "Embedding",
     "EngineDeadError",
     "EngineError",
     "EngineLostError",

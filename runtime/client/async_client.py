@@ -15,7 +15,7 @@ import msgspec
 from vibe_sgl_lite.runtime.client.connection import Connection
 from vibe_sgl_lite.runtime.client.core import Call, Requests, StreamState, Values, check_rid, connect, values_of
 from vibe_sgl_lite.runtime.client.in_flight import Event
-from vibe_sgl_lite.runtime.client.outputs import Output, OutputChunk
+from vibe_sgl_lite.runtime.client.outputs import Embedding, Output, OutputChunk
 from vibe_sgl_lite.runtime.client.requests import ClientRequest, Plan
 from vibe_sgl_lite.runtime.errors import VibeError
 from vibe_sgl_lite.runtime.messages import ModelInfo, Welcome
@@ -23,7 +23,17 @@ from vibe_sgl_lite.runtime.messages import ModelInfo, Welcome
 T = TypeVar("T")
 
 
-class AsyncClient(Requests[Coroutine[Any, Any, Output], Coroutine[Any, Any, list[Output]], "AsyncStream"]):
+class AsyncClient(
+    Requests[
+        Coroutine[Any, Any, Output],
+        Coroutine[Any, Any, list[Output]],
+        "AsyncStream",
+        Coroutine[Any, Any, Embedding],
+        Coroutine[Any, Any, list[Embedding]],
+        Coroutine[Any, Any, float],
+        Coroutine[Any, Any, list[float]],
+    ]
+):
     """`Client` for asyncio: the same calls and errors, awaited; streams are iterated with `async for`.
 
     Nothing is sent before the first call or `async with`, whichever comes first, so it can be made outside of a loop.

@@ -14,7 +14,7 @@ import msgspec
 from vibe_sgl_lite.runtime.client.connection import Connection
 from vibe_sgl_lite.runtime.client.core import Call, Requests, StreamState, Values, check_rid, connect, values_of
 from vibe_sgl_lite.runtime.client.in_flight import Event
-from vibe_sgl_lite.runtime.client.outputs import Output, OutputChunk
+from vibe_sgl_lite.runtime.client.outputs import Embedding, Output, OutputChunk
 from vibe_sgl_lite.runtime.client.requests import ClientRequest, Plan
 from vibe_sgl_lite.runtime.errors import VibeError
 from vibe_sgl_lite.runtime.messages import ModelInfo, Welcome
@@ -22,7 +22,7 @@ from vibe_sgl_lite.runtime.messages import ModelInfo, Welcome
 T = TypeVar("T")
 
 
-class Client(Requests[Output, list[Output], "Stream"]):
+class Client(Requests[Output, list[Output], "Stream", Embedding, list[Embedding], float, list[float]]):
     """A session with a running engine; a context manager.
 
     address: ipc:// or tcp://; by default that of the daemon called `name`. Raises ConfigError for an address that makes

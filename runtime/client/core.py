@@ -13,11 +13,13 @@ from typing import Any, Generic, TypeVar, overload
 from vibe_sgl_lite.runtime.client.connection import Connection
 from vibe_sgl_lite.runtime.client.in_flight import Event
 from vibe_sgl_lite.runtime.client.outputs import Collector, OutputChunk, chunk_from_message
+from vibe_sgl_lite.runtime.client.pooling import Progress, plan_embed, plan_score
 from vibe_sgl_lite.runtime.client.requests import (
     ClientRequest,
     Messages,
     Params,
     Plan,
+    Rid,
     plan_chat,
     plan_generate,
     single,
@@ -30,15 +32,18 @@ from vibe_sgl_lite.runtime.transport.curve import client_keys
 from vibe_sgl_lite.runtime.transport.rundir import default_address
 
 One = SamplingParams | Mapping[str, Any] | None
-Rid = str | Sequence[str] | None
 Values = dict[str, int | float | str | bool]
 
 OutT = TypeVar("OutT")  # an Output, or an awaitable of one
 ListT = TypeVar("ListT")
 StreamT = TypeVar("StreamT")
+EmbeddingT = TypeVar("EmbeddingT")  # an Embedding, or an awaitable of one
+EmbeddingsT = TypeVar("EmbeddingsT")
+ScoreT = TypeVar("ScoreT")  # a number, or an awaitable of one
+ScoresT = TypeVar("ScoresT")
 
 
-class Requests(ABC, Generic[OutT, ListT, StreamT]):
+class Requests(ABC, Generic[OutT, ListT, StreamT, EmbeddingT, EmbeddingsT, ScoreT, ScoresT]):
     """The calls that make requests; who implements it runs their plans.
 
     sampling_params: a `SamplingParams`, a dict of its fields, or, with a list of prompts, a list of these; fields may
@@ -158,6 +163,99 @@ class Requests(ABC, Generic[OutT, ListT, StreamT]):
         """`chat` for one conversation, chunk by chunk."""
         return self._stream(single(plan_chat(messages, sampling_params, rid=rid, options=options)))
 
+    @overload
+    def embed(
+        self,
+        inputs: str | list[int],
+        *,
+        instruction: str | None = None,
+        dimensions: int | None = None,
+        progress: Progress = None,
+        rid: str | None = None,
+        **options: Any,
+    ) -> EmbeddingT: ...
+
+    @overload
+    def embed(
+        self,
+        inputs: Sequence[str] | Sequence[list[int]],
+        *,
+        instruction: str | None = None,
+        dimensions: int | None = None,
+        progress: Progress = None,
+        rid: Rid = None,
+        **options: Any,
+    ) -> EmbeddingsT: ...
+
+    def embed(
+        self,
+        inputs: Any,
+        *,
+        instruction: str | None = None,
+        dimensions: int | None = None,
+        progress: Progress = None,
+        rid: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Texts, or lists of token ids, as vectors of length 1, with any model; Qwen3-Embedding is made for it.
+
+        A vector is the beginning of the last token's final hidden state. One text gives one Embedding, a list a list in
+        the same order, in which what failed on the way has `error`.
+        instruction: for queries, what to look for; documents go without. dimensions: values of a vector, by default as
+        many as the model has. progress: True for a line on stderr, or a function of how many are done and of how many.
+        Other keywords: priority, cache_salt, timeout_s.
+        """
+        return self._run(
+            partial(
+                plan_embed, inputs, instruction=instruction, dimensions=dimensions, progress=progress, rid=rid,
+                options=options,
+            )
+        )  # fmt: skip
+
+    @overload
+    def score(
+        self,
+        query: str,
+        documents: str,
+        *,
+        instruction: str | None = None,
+        progress: Progress = None,
+        rid: str | None = None,
+        **options: Any,
+    ) -> ScoreT: ...
+
+    @overload
+    def score(
+        self,
+        query: str,
+        documents: list[str],
+        *,
+        instruction: str | None = None,
+        progress: Progress = None,
+        rid: Rid = None,
+        **options: Any,
+    ) -> ScoresT: ...
+
+    def score(
+        self,
+        query: str,
+        documents: Any,
+        *,
+        instruction: str | None = None,
+        progress: Progress = None,
+        rid: Any = None,
+        **options: Any,
+    ) -> Any:
+        """How relevant documents are to a query, from 0 to 1: one document gives a number, a list a list of them.
+
+        It is the probability of "yes" against "no" after Qwen3-Reranker's prompt, and means something with that model.
+        instruction: what makes a document relevant, by default the model card's. Raises the error of the first that
+        failed. Other keywords: as in `embed`.
+        """
+        return self._run(
+            partial(plan_score, query, documents, instruction=instruction, progress=progress, rid=rid, options=options)
+        )
+
     @property
     def address(self) -> str:
         return self._connection.address
@@ -217,6 +315,8 @@ class Call:
     def finish(self, position: int) -> None:
         """Note the end of a request. Raises RequestError when it was invalid."""
         self._open.remove(position)
+        if self._plan.progress is not None:
+            self._plan.progress(len(self._collectors) - len(self._open), len(self._collectors))
         error = self._collectors[position].error
         if isinstance(error, UserError):
             raise error
@@ -227,7 +327,8 @@ class Call:
             self._connection.drop(self._plan.requests[position].rid)
 
     def result(self) -> Any:
-        """An Output, or a list of them in order; a request with n > 1 gives a list of its samples in place of one.
+        """The outcome, as a rule an Output, or a list of them in order; a request with n > 1 gives a list of its
+        samples in place of one.
 
         Raises the error of a single request, and EngineDeadError when every request of a list ended with it.
         """
@@ -236,7 +337,7 @@ class Call:
             for collector in self._collectors:
                 if collector.error is not None:
                     raise collector.failure()
-        outputs = [collector.result() for collector in self._collectors]
+        outputs = [self._plan.outcome(collector) for collector in self._collectors]
         return outputs if self._plan.many else outputs[0]
 
     def _deliver(self, position: int, collector: Collector, event: Event) -> None:

@@ -6,6 +6,7 @@ Knows nothing of sockets and threads.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,6 +120,25 @@ class Output(_Plain, frozen=True, kw_only=True):
         return f"Output({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
+class Embedding(_Plain, frozen=True, kw_only=True):
+    """What one text or prompt was embedded as.
+
+    vector: float32, of length 1; numpy and torch read it without a copy (`numpy.asarray`, `torch.frombuffer`). Empty
+    unless finish_reason is "stop": "abort", or "error" (`error` says why). usage: its prompt's tokens.
+    """
+
+    rid: str
+    vector: array[float]
+    finish_reason: str
+    usage: Usage | None = None
+    error: VibeError | None = None
+
+    def __repr__(self) -> str:
+        """What it is; `to_dict` has all of it."""
+        failed = "" if self.error is None else f", error={self.error!r}"
+        return f"Embedding(dimensions={len(self.vector)}, finish_reason={self.finish_reason!r}{failed})"
+
+
 def chunk_from_message(chunk: Chunk) -> OutputChunk:
     finish = chunk.finish
     return OutputChunk(
@@ -169,6 +189,12 @@ class Collector:
         outputs = [sample.output(index, self) for index, sample in enumerate(self._samples)]
         return outputs if len(outputs) > 1 else outputs[0]
 
+    def pooled(self) -> Embedding:
+        """The same of a request for what a prompt gives without new tokens; an embedding, or probabilities."""
+        out = self._samples[0].output(0, self)
+        vector = array("f", self._samples[0].pooled)
+        return Embedding(rid=out.rid, vector=vector, finish_reason=out.finish_reason, usage=out.usage, error=out.error)
+
     def failure(self) -> VibeError:
         """The error to raise; an engine's error carries what was generated before it as `output`."""
         assert self.error is not None
@@ -182,6 +208,7 @@ class _Sample:
 
     def __init__(self) -> None:
         self.error: VibeError | None = None
+        self.pooled = b""
         self._texts: list[str] = []
         self._reasoning: list[str] = []
         self._tool_calls: list[ToolCall] = []
@@ -203,6 +230,7 @@ class _Sample:
             self._prompt_logprobs = list(chunk.prompt_logprobs)
         if chunk.finish is not None:
             self._finish, self._usage = chunk.finish, chunk.usage
+            self.pooled = chunk.pooled or b""
             self.error = _error(chunk.finish)
 
     def output(self, index: int, request: Collector) -> Output:
@@ -245,4 +273,4 @@ def _plain(value: Any) -> Any:
         return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple | array) else value

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 import msgspec
 
+from vibe_sgl_lite.runtime.client.outputs import Collector
 from vibe_sgl_lite.runtime.errors import RequestError
 from vibe_sgl_lite.runtime.messages import MAX_FRAME_BYTES, Generate, check_fields, encode_request, pack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import FIELDS, SamplingParams
@@ -20,6 +21,7 @@ from vibe_sgl_lite.runtime.settings.schema import hint, is_list, plain, shown
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
+Rid = str | Sequence[str] | None
 Params = SamplingParams | Mapping[str, Any] | Sequence[SamplingParams | Mapping[str, Any]] | None
 
 GENERATE_OPTIONS = ("priority", "cache_salt", "json_schema", "regex", "choice", "grammar")
@@ -39,10 +41,16 @@ class ClientRequest(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What one call asks for. many: a list was passed, so a list is returned."""
+    """What one call asks for. many: a list was passed, so a list is returned.
+
+    outcome: what the caller gets of a request that has ended; it may raise. progress: told, in the caller's thread, how
+    many requests have ended and of how many.
+    """
 
     requests: list[ClientRequest]
     many: bool
+    outcome: Callable[[Collector], Any] = Collector.result
+    progress: Callable[[int, int], None] | None = None
 
 
 def plan_generate(
@@ -54,25 +62,15 @@ def plan_generate(
     options: Mapping[str, Any],
 ) -> Plan:
     """Requests of one `generate` call; options: see `Requests.generate`. Raises RequestError naming the argument."""
-    shared, sampling = _split(options, GENERATE_OPTIONS)
+    shared, sampling = split(options, GENERATE_OPTIONS)
     if (prompt is None) == (input_ids is None):
         raise RequestError("give exactly one of prompt and input_ids", field="prompt")
     field = "prompt" if input_ids is None else "input_ids"
-    given = plain(prompt if input_ids is None else input_ids)
-    if not is_list(given) and not (field == "prompt" and isinstance(given, str)):
-        kinds = "a list of token ids, or a list of these"
-        raise RequestError(
-            f"{field} is a {type(given).__name__}: must be {'a text, ' if field == 'prompt' else ''}{kinds}",
-            field=field,
-        )
-    if field == "input_ids" and len(given) == 0:
-        raise RequestError("input_ids must hold at least one token id", field=field)
-    many = not isinstance(given, str) and not _is_ids(given)
+    given, many = several(prompt if input_ids is None else input_ids, field, texts=input_ids is None)
     requests = []
-    for item, name, params in _each(given if many else [given], many, sampling_params, sampling, rid):
-        text = str.__str__(item) if field == "prompt" and isinstance(item, str) else None
-        ids = _pack(plain(item), field) if text is None else None
-        requests.append(_request(field, params, rid=name, prompt=text, input_ids=ids, messages=None, **shared))
+    for item, name, params in each(given, many, sampling_params, sampling, rid):
+        text, ids = text_or_ids(item, field, texts=input_ids is None)
+        requests.append(make_request(field, params, rid=name, prompt=text, input_ids=ids, **shared))
     return Plan(requests, many)
 
 
@@ -84,16 +82,16 @@ def plan_chat(
     options: Mapping[str, Any],
 ) -> Plan:
     """Requests of one `chat` call; options: see `Requests.chat`. Raises RequestError naming the argument."""
-    shared, sampling = _split(options, CHAT_OPTIONS)
+    shared, sampling = split(options, CHAT_OPTIONS)
     if not is_list(messages) or len(messages) == 0:
         raise RequestError("messages must be a list of one or more messages, or a list of such lists", field="messages")
     many = not isinstance(messages[0], Mapping)
     requests = []
-    for chat, name, params in _each(messages if many else [messages], many, sampling_params, sampling, rid):
+    for chat, name, params in each(messages if many else [messages], many, sampling_params, sampling, rid):
         if not is_list(chat) or not all(isinstance(m, Mapping) for m in chat):
             raise RequestError("messages: every message must be a dict with role and content", field="messages")
         turns = [dict(m) for m in chat]
-        requests.append(_request("messages", params, rid=name, prompt=None, input_ids=None, messages=turns, **shared))
+        requests.append(make_request("messages", params, rid=name, messages=turns, **shared))
     return Plan(requests, many)
 
 
@@ -110,7 +108,26 @@ def with_payer(request: ClientRequest, payer: str) -> ClientRequest:
     return msgspec.structs.replace(request, message=message, frame=encode_request(message))
 
 
-def _split(options: Mapping[str, Any], known: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def several(value: Any, field: str, *, texts: bool = True) -> tuple[Sequence[Any], bool]:
+    """Prompts as a list of them, and whether they came as one. Raises RequestError."""
+    given = plain(value)
+    if not is_list(given) and not (texts and isinstance(given, str)):
+        kinds = "a list of token ids, or a list of these"
+        raise RequestError(f"{field} is a {type(given).__name__}: must be {'a text, ' * texts}{kinds}", field=field)
+    if not texts and len(given) == 0:
+        raise RequestError(f"{field} must hold at least one token id", field=field)
+    many = not isinstance(given, str) and not _is_ids(given)
+    return given if many else [given], many
+
+
+def text_or_ids(item: Any, field: str, *, texts: bool = True) -> tuple[str | None, bytes | None]:
+    """A prompt as `Generate` has it: one of `prompt` and `input_ids`. Raises RequestError."""
+    if texts and isinstance(item, str):
+        return str.__str__(item), None
+    return None, _pack(plain(item), field, texts=texts)
+
+
+def split(options: Mapping[str, Any], known: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of `Generate` that all prompts of a call share, and sampling parameters that were passed by name."""
     sampling = {name: value for name, value in options.items() if name not in known}
     shared = {name: value for name, value in options.items() if name in known}
@@ -155,7 +172,7 @@ def _template_kwargs(shared: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _each(
+def each(
     prompts: Sequence[Any],
     many: bool,
     sampling_params: Params,
@@ -199,11 +216,10 @@ def _is_ids(value: Sequence[object]) -> bool:
     return is_list(value) and len(value) > 0 and isinstance(plain(value[0]), Integral)
 
 
-def _pack(ids: Any, field: str) -> bytes:
+def _pack(ids: Any, field: str, *, texts: bool) -> bytes:
     if not is_list(ids):
         raise RequestError(
-            f"{field} holds a {type(ids).__name__}: every prompt must be a {'text or a ' if field == 'prompt' else ''}"
-            "list of token ids",
+            f"{field} holds a {type(ids).__name__}: every prompt must be a {'text or a ' * texts}list of token ids",
             field=field,
         )
     try:
@@ -215,9 +231,10 @@ def _pack(ids: Any, field: str) -> bytes:
     return packed
 
 
-def _request(field: str, sampling: SamplingParams, **values: Any) -> ClientRequest:
-    """field: what is sent, for errors."""
-    message = Generate(sampling=msgspec.Raw(msgspec.msgpack.encode(sampling)), **values)
+def make_request(field: str, sampling: SamplingParams, **values: Any) -> ClientRequest:
+    """field: what is sent, for errors. values: of `Generate`. Raises RequestError."""
+    prompt = dict.fromkeys(("prompt", "input_ids", "messages"))
+    message = Generate(sampling=msgspec.Raw(msgspec.msgpack.encode(sampling)), **{**prompt, **values})
     check_fields(message)
     try:
         frame = encode_request(message)
