@@ -6,21 +6,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.integration.daemon import Daemon, running
+from tests.http_server.server import Server
+from tests.integration.daemon import running
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-
-
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Daemon]:
-    with running() as daemon:
-        yield daemon
 
 
 def run(name: str, *arguments: str, text: str = "") -> str:
@@ -71,22 +65,22 @@ def test_structured_without_its_library(tmp_path: Path) -> None:
     assert done.stderr == "the grammar library is missing: pip install 'vibe-sgl-lite[grammar]'\n"
 
 
-def test_client(daemon: Daemon) -> None:
-    out = run("client.py", "--address", daemon.address)
+def test_client(server: Server) -> None:
+    out = run("client.py", "--address", server.daemon.address)
     assert out.startswith("connected to tiny on cpu\n")
     assert "the same again: True" in out
     assert "refused, field max_new_tokens: max_new_tokens=1000000000" in out
     assert re.search(r"KV pages: \d+, free: \d+, cached: \d+", out)
 
 
-def test_async_client(daemon: Daemon) -> None:
-    lines = run("async_client.py", "--address", daemon.address).splitlines()
+def test_async_client(server: Server) -> None:
+    lines = run("async_client.py", "--address", server.daemon.address).splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["Anna", "Ben", "Carl", "Dora"]
     assert re.fullmatch(r"left after \d+ tokens", lines[-1])
 
 
-def test_streaming(daemon: Daemon) -> None:
-    out = run("streaming.py", "--address", daemon.address, "The little dog")
+def test_streaming(server: Server) -> None:
+    out = run("streaming.py", "--address", server.daemon.address, "The little dog")
     assert out.startswith("The little dog")
     assert re.search(r"\[(length|stop): \d+ tokens in [\d.]+ s, the first after \d+ ms\]", out)
 
