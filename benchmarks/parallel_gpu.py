@@ -1,19 +1,25 @@
-"""Tensor and expert parallelism on two GPUs of one machine: same tokens as one GPU, and throughput beside it.
+"""Tensor and expert parallelism on the GPUs of one machine: the same tokens as one GPU, and what more GPUs bring.
 
-    python benchmarks/parallel_gpu.py                 all of it, about 6 minutes
-    python benchmarks/parallel_gpu.py --steps tokens  only the comparison of tokens
+    python benchmarks/parallel_gpu.py                              all of it on two GPUs, about 12 minutes
+    python benchmarks/parallel_gpu.py --ranks 4 --steps tokens,decode --shapes 8B,32B
 
-Tokens: the two tiny checkpoints in float32, greedy and seeded, at tp 1, tp 2 and tp 2 ep 2 over NCCL must agree.
-Throughput: dummy weights of the 0.6B and of a 4B-like shape in bfloat16 at tp 1 and 2, plain torch attention.
-Every engine runs in a process of its own with a time limit, so one that fails costs only its own figures. Prints a
-table and, last, one JSON line; exits with 1 if anything failed or differed.
+tokens: the two tiny checkpoints in float32, greedy and drawn, at tp 1, tp N and tp N ep N must agree.
+decode: dummy weights of published shapes in bfloat16, at tp 1 and N: milliseconds of a decode step by number of rows
+(64 tokens in; steps 49 to 96 after the prompt), and prefill; for experts, beside the floor by bytes of those touched.
+kernels: collectives and one layer of experts apart (benchmarks/internal/gpu_parallel.py).
+recovery: one rank killed under a stream: seconds until its next token.
+
+Every engine runs in a process of its own with a time limit, so one that fails costs only its own figures. Prints tables
+and, last, one JSON line; exits with 1 if anything failed or differed.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -27,9 +33,10 @@ sys.path.insert(0, str(ROOT))  # so that `python benchmarks/parallel_gpu.py` fin
 
 DENSE = ROOT / "vibe_sgl_lite" / "models" / "tiny"
 MOE = ROOT / "examples" / "tiny_model" / "moe"
-STEP_LIMIT_S = 120.0
+KERNELS = ROOT / "benchmarks" / "internal" / "gpu_parallel.py"
+STEP_LIMIT_S = 150.0
 LOG_LINES = 60  # of a step that failed
-SHAPE = {
+COMMON = {
     "architectures": ["Qwen3ForCausalLM"],
     "vocab_size": 151_936,
     "num_key_value_heads": 8,
@@ -37,84 +44,174 @@ SHAPE = {
     "max_position_embeddings": 40_960,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1_000_000.0,
-    "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
     "eos_token_id": 151_645,
 }
-SHAPES: dict[str, dict[str, Any]] = {
-    "0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "4B": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
-}
+
+
+def _shape(hidden: int, inner: int, layers: int, heads: int, *, tied: bool) -> dict[str, Any]:
+    return COMMON | {
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "tie_word_embeddings": tied,
+    }  # fmt: skip
+
+
+SHAPES: dict[str, dict[str, Any]] = {  # as Qwen has published them
+    "0.6B": _shape(1024, 3072, 28, 16, tied=True),
+    "4B": _shape(2560, 9728, 36, 32, tied=True),
+    "8B": _shape(4096, 12_288, 36, 32, tied=False),
+    "32B": _shape(5120, 25_600, 64, 64, tied=False),
+    "30B-A3B": _shape(2048, 6144, 48, 32, tied=False)
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"], "num_key_value_heads": 4, "num_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True, "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+}  # fmt: skip
 PROMPTS = [
     "Once upon a time there was a small cat",
     "One day, Tom and his friend went to the river. " * 12,
     "12 + 30 =",
     "Sort these numbers: 9 4 71 22 3",
 ]
+BATCHES = (1, 16, 64, 256)
+INPUT, STEPS, PREFILL = 64, 48, (8, 1024)
+ROUNDS = 2
+SETTINGS: dict[str, Any] = {
+    "device": "cuda", "load_format": "dummy", "tokenizer_path": str(DENSE), "context_length": 2048,
+    "chunked_prefill_size": 4096, "disable_radix_cache": True, "mem_fraction_static": 0.92,
+}  # fmt: skip
+NCCL = {"disable_custom_all_reduce": True}
 ALL_TO_ALL = {"moe_dispatch": "all-to-all"}
-TOKEN_STEPS: list[tuple[str, Path, dict[str, Any]]] = [  # the first of a model and dtype is what the others must equal
-    ("dense tp 1", DENSE, {"dtype": "float32"}),
-    ("dense tp 2", DENSE, {"dtype": "float32", "tp": 2}),
-    ("moe tp 1", MOE, {"dtype": "float32"}),
-    ("moe tp 2", MOE, {"dtype": "float32", "tp": 2}),
-    ("moe tp 2 ep 2", MOE, {"dtype": "float32", "tp": 2, "ep": 2}),
-    ("moe tp 2 ep 2 all-to-all", MOE, {"dtype": "float32", "tp": 2, "ep": 2, **ALL_TO_ALL}),
-    ("moe bf16 tp 2 ep 2", MOE, {"dtype": "bfloat16", "tp": 2, "ep": 2}),
-]
-THROUGHPUT_STEPS = [(shape, tp) for shape in SHAPES for tp in (1, 2)]
+
+
+def token_steps(ranks: int) -> list[tuple[str, Path, dict[str, Any]]]:
+    """The first one of a model is what the others must equal; in bfloat16 an engine only has to run."""
+    tp = {"tp": ranks}
+    return [
+        ("dense tp 1", DENSE, {}),
+        (f"dense tp {ranks}", DENSE, tp),
+        (f"dense tp {ranks} nccl", DENSE, tp | NCCL),
+        (f"dense tp {ranks} no graphs", DENSE, tp | {"disable_cuda_graph": True}),
+        ("moe tp 1", MOE, {}),
+        (f"moe tp {ranks}", MOE, tp),
+        (f"moe tp {ranks} ep {ranks}", MOE, tp | {"ep": ranks}),
+        (f"moe tp {ranks} ep {ranks} all-to-all", MOE, tp | {"ep": ranks} | ALL_TO_ALL),
+        (f"moe bf16 tp {ranks} ep {ranks}", MOE, tp | {"ep": ranks, "dtype": "bfloat16"}),
+    ]
+
+
+def decode_steps(shapes: list[str], ranks: int) -> list[tuple[str, str, dict[str, Any]]]:
+    steps: list[tuple[str, str, dict[str, Any]]] = []
+    for shape in shapes:
+        many = {"tp": ranks}
+        steps += [(f"{shape} tp 1", shape, {}), (f"{shape} tp {ranks}", shape, many)]
+        if "num_experts" in SHAPES[shape]:
+            steps.append((f"{shape} tp {ranks} ep {ranks}", shape, many | {"ep": ranks}))
+            steps.append((f"{shape} tp {ranks} ep {ranks} all-to-all", shape, many | {"ep": ranks} | ALL_TO_ALL))
+        else:
+            steps.append((f"{shape} tp {ranks} nccl", shape, many | NCCL))
+    return steps
 
 
 def tokens(model: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Greedy and seeded tokens of one engine."""
+    """Greedy and drawn tokens of one engine."""
     from vibe_sgl_lite import LLM, SamplingParams
 
-    with LLM(model_path=str(model), device="cuda", log_level="info", debug_rank_digest=True, **settings) as llm:
-        greedy = llm.generate(PROMPTS, SamplingParams(max_new_tokens=48, temperature=0, ignore_eos=True))
-        seeded = llm.generate(
-            PROMPTS, SamplingParams(max_new_tokens=48, temperature=1.0, top_p=0.95, seed=7, ignore_eos=True)
-        )
+    plain = {"max_new_tokens": 48, "ignore_eos": True}
+    params = [
+        SamplingParams(**plain, temperature=0),
+        SamplingParams(**plain, temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, seed=5),
+        SamplingParams(**plain, temperature=1.0, top_p=0.95, seed=7),
+    ]
+    fixed = {"max_running_requests": 16, "chunked_prefill_size": 128, "max_total_tokens": 16_384}
+    with LLM(model_path=str(model), device="cuda", log_level="info", **{"dtype": "float32"} | fixed | settings) as llm:
+        answers = [llm.generate(PROMPTS, each) for each in params]
         startup = llm.facts["startup"]
-    return {"tokens": [output.token_ids for output in greedy + seeded], "startup_s": startup, "text": greedy[0].text}
+    found = [answer.token_ids for part in answers for answer in part]
+    return {"tokens": found, "startup_s": startup, "text": answers[0][0].text}
 
 
-def throughput(shape: str, tp: int) -> dict[str, Any]:
-    """32 requests of 128 in, 128 out, then one alone, on dummy weights."""
-    from benchmarks.engine_run import run_engine
-    from benchmarks.workloads import build
+def decode(shape: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds a decode step by rows, and prompt tokens a second, on dummy weights."""
+    from vibe_sgl_lite import LLM, SamplingParams
+
+    choose = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
+        begin = time.perf_counter()
+        with LLM(model_path=folder, **SETTINGS | settings) as llm:
+            result: dict[str, Any] = {"startup_s": time.perf_counter() - begin}
+
+            def seconds(rows: int, length: int, count: int) -> float:
+                prompts = [[choose.randrange(10_000) for _ in range(length)] for _ in range(rows)]
+                params = SamplingParams(
+                    max_new_tokens=count, temperature=0.6, top_p=1.0, top_k=-1, min_p=0.0, seed=1, ignore_eos=True
+                )
+                started = time.perf_counter()
+                answers = llm.generate(prompts, params)
+                assert all(len(answer.token_ids) == count for answer in answers)
+                return time.perf_counter() - started
+
+            seconds(4, INPUT, 8)
+            for rows in BATCHES:
+                # Two runs that differ in so many steps of all rows: prompts and the rows' ends are in both.
+                pairs = [(seconds(rows, INPUT, 1 + STEPS), seconds(rows, INPUT, 1 + 2 * STEPS)) for _ in range(ROUNDS)]
+                step = (min(long for _, long in pairs) - min(short for short, _ in pairs)) / STEPS
+                result[f"step_ms_{rows}"] = step * 1e3
+                result[f"tok_s_{rows}"] = rows / step
+                print(f"{shape} {settings} {rows}: {step * 1e3:.3f} ms", file=sys.stderr, flush=True)
+            rows, length = PREFILL
+            result["prefill_tok_s"] = rows * length / min(seconds(rows, length, 1) for _ in range(3))
+    return result
+
+
+def recovery(shape: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds from the kill of the last rank to a stream's next token, once without spare processes and once with."""
+    import psutil
+
+    from benchmarks.processes import module_name
+    from vibe_sgl_lite import LLM, AsyncClient, SamplingParams
+
+    def kill_last_rank() -> None:
+        ranks = []
+        for process in psutil.Process().children(recursive=True):
+            command = process.cmdline()
+            if module_name(command) == "vibe_sgl_lite.model_worker.worker" and command[-1] == str(settings["tp"] - 1):
+                ranks.append((process.cpu_times().user, process.pid))
+        os.kill(max(ranks)[1], signal.SIGKILL)  # a spare has done less
+
+    async def stream(address: str) -> list[float]:
+        gaps = []
+        async with AsyncClient(address=address) as client:
+            for wait in (0.5, 12.0):
+                await asyncio.sleep(wait)
+                killed, params = 0.0, SamplingParams(max_new_tokens=1500, temperature=0, ignore_eos=True)
+                seen = 0
+                async for chunk in client.stream(input_ids=[1, 2, 3], sampling_params=params):
+                    if killed and chunk.token_ids:
+                        gaps.append(time.perf_counter() - killed)
+                        break
+                    seen += len(chunk.token_ids)
+                    if seen > 100 and not killed:
+                        kill_last_rank()
+                        await asyncio.sleep(0.3)  # what was on its way arrives
+                        killed = time.perf_counter() - 0.3
+        return gaps
 
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPE | SHAPES[shape]))
-        flags: dict[str, Any] = {
-            "model_path": folder, "tokenizer_path": str(DENSE), "load_format": "dummy", "device": "cuda", "tp": tp,
-            "context_length": 4096,
-        }  # fmt: skip
-        vocab_size: int = SHAPE["vocab_size"]  # type: ignore[assignment]
-        begin = time.perf_counter()
-
-        def progress(what: str) -> None:
-            print(f"[{time.perf_counter() - begin:6.1f} s] {what}", file=sys.stderr, flush=True)
-
-        many = build("custom", vocab_size=vocab_size, num_requests=32, input_len=128, output_len=128)
-        result = run_engine(many, vocab_size, flags, progress)
-        one = build("custom", vocab_size=vocab_size, num_requests=1, input_len=128, output_len=64)
-        alone = run_engine(one, vocab_size, flags, progress)
-    return {
-        "output_tokens_per_second": result["output_tokens_per_second"],
-        "decode_tokens_per_second": result["decode_tokens_per_second"],
-        "prefill_tokens_per_second": result["prefill_tokens_per_second"],
-        "one_request_tokens_per_second": alone["decode_tokens_per_second"],
-        "startup_s": result["startup_s"],
-    }
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
+        with LLM(model_path=folder, **SETTINGS | settings) as llm:
+            return {"gaps_s": asyncio.run(stream(llm.address))}
 
 
-def run_step(step: str, limit_s: float) -> dict[str, Any]:
+def run_step(name: str, command: list[str], limit_s: float) -> dict[str, Any]:
     """One step in a process of its own: its result, or {"error": ...}, with the end of its log on stderr."""
     started = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(
-            [sys.executable, __file__, "--one", step], cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True,
-            start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+        )
         try:
             output, _ = process.communicate(timeout=limit_s)
             error = f"exited with code {process.returncode}" if process.returncode else ""
@@ -124,64 +221,128 @@ def run_step(step: str, limit_s: float) -> dict[str, Any]:
             error = f"not done after {limit_s:.0f} s"
         log.seek(0)
         lines = log.read().splitlines()
+    took = time.monotonic() - started
     if error:
-        print(f"--- {step}: {error}; the end of its log:", *lines[-LOG_LINES:], sep="\n", file=sys.stderr, flush=True)
+        print(
+            f"--- {name}: {error}; the end of its log:", *lines[-LOG_LINES:], output[-2000:], sep="\n", file=sys.stderr
+        )
         return {"error": error}
-    result: dict[str, Any] = json.loads(output.splitlines()[-1])
-    print(f"{step}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    return result
+    result: Any = json.loads(output.splitlines()[-1])
+    print(f"{name}: {took:.0f} s", file=sys.stderr, flush=True)
+    return result if isinstance(result, dict) else {"table": result}
 
 
-def run_one(step: str) -> dict[str, Any]:
+def run_one(step: str, ranks: int) -> dict[str, Any]:
     kind, _, name = step.partition(": ")
     if kind == "tokens":
-        _, model, settings = next(entry for entry in TOKEN_STEPS if entry[0] == name)
-        return tokens(model, settings)
-    shape, _, tp = name.partition(" tp ")
-    return throughput(shape, int(tp))
+        return next(tokens(model, settings) for each, model, settings in token_steps(ranks) if each == name)
+    if kind == "recovery":
+        return recovery(name, {"tp": ranks})
+    return next(decode(shape, settings) for each, shape, settings in decode_steps([*SHAPES], ranks) if each == name)
 
 
-def compare_tokens(results: dict[str, dict[str, Any]]) -> list[str]:
+def compare_tokens(results: dict[str, dict[str, Any]], ranks: int) -> list[str]:
     """Lines of the table: which engine gave the tokens of the first one of its model."""
     lines = []
-    for name, model, settings in TOKEN_STEPS:
-        base, mine = results[next(first for first, path, _ in TOKEN_STEPS if path == model)], results[name]
+    for name, model, settings in token_steps(ranks):
+        base, mine = results[next(first for first, path, _ in token_steps(ranks) if path == model)], results[name]
         if "error" in mine or "error" in base:
-            lines.append(f"{name:28} {mine.get('error', 'nothing to compare with')}")
+            lines.append(f"{name:32} {mine.get('error', 'nothing to compare with')}")
             continue
         same = sum(a == b for a, b in zip(mine["tokens"], base["tokens"], strict=True))
-        mine["same"] = same == len(base["tokens"]) or settings["dtype"] != "float32"  # bf16 only has to run
-        lines.append(f"{name:28} {same} of {len(base['tokens'])} outputs as on one GPU in float32")
+        mine["same"] = same == len(base["tokens"]) or "dtype" in settings
+        lines.append(f"{name:32} {same} of {len(base['tokens'])} outputs as on one GPU in float32")
+    return lines
+
+
+def floor_ms(shape: dict[str, Any], rows: int, read_gb_s: float) -> float:
+    """Reading what a decode step of one GPU has to: all weights but the experts, and of these those that are touched
+    when tokens choose at random."""
+    hidden, layers, dim = shape["hidden_size"], shape["num_hidden_layers"], shape["head_dim"]
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    weights = shape["vocab_size"] * hidden + layers * hidden * dim * (2 * heads + 2 * kv_heads)
+    if "num_experts" in shape:
+        count, chosen = shape["num_experts"], shape["num_experts_per_tok"]
+        touched = count * (1 - (1 - chosen / count) ** rows)
+        weights += layers * (hidden * count + touched * 3 * hidden * shape["moe_intermediate_size"])
+    else:
+        weights += layers * 3 * hidden * shape["intermediate_size"]
+    return 2 * weights / read_gb_s / 1e6
+
+
+def decode_lines(results: dict[str, dict[str, Any]], read_gb_s: float) -> list[str]:
+    lines = [
+        f"{'':36}" + "".join(f"{f'ms at {rows}':>22}" for rows in BATCHES) + f"{'prefill tok/s':>15}{'start s':>9}"
+    ]
+    for name, result in results.items():
+        if "error" in result:
+            lines.append(f"{name:36}{result['error']}")
+            continue
+        shape = name.split()[0]
+        base = results.get(f"{shape} tp 1", {})
+        cells = []
+        for rows in BATCHES:
+            step = result[f"step_ms_{rows}"]
+            if name.endswith("tp 1"):
+                beside = f"{floor_ms(SHAPES[shape], rows, read_gb_s) / step:.0%} of floor"
+            else:
+                beside = f"{base[f'step_ms_{rows}'] / step:.2f} x" if "step_ms_1" in base else ""
+            cells.append(f"{step:.3f} {beside:>12}")
+        ends = f"{result['prefill_tok_s']:15,.0f}{result['startup_s']:9.1f}"
+        lines.append(f"{name:36}" + "".join(f"{cell:>22}" for cell in cells) + ends)
     return lines
 
 
 def main() -> None:
+    kinds = ("tokens", "decode", "kernels", "recovery")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", choices=("all", "tokens", "throughput"), default="all")
-    parser.add_argument("--limit", type=float, default=540.0, help="seconds for all of it (540)")
+    parser.add_argument("--steps", default=",".join(kinds), help="which of them, with commas between (all)")
+    parser.add_argument("--ranks", type=int, default=2, help="GPUs (2)")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="of decode, with commas between (all)")
+    parser.add_argument(
+        "--only", default="", help="words with commas between: steps that have one of them in their name"
+    )
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds for all of it (900)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    ranks = options.ranks
     if options.one is not None:
-        print(json.dumps(run_one(options.one)))
+        print(json.dumps(run_one(options.one, ranks)))
         return
-    deadline = time.monotonic() + options.limit
-    report: dict[str, dict[str, Any]] = {"tokens": {}, "throughput": {}}
-    steps = [("tokens", name) for name, _, _ in TOKEN_STEPS] if options.steps != "throughput" else []
-    if options.steps != "tokens":
-        steps += [("throughput", f"{shape} tp {tp}") for shape, tp in THROUGHPUT_STEPS]
-    for kind, name in steps:
-        left = deadline - time.monotonic()
-        step = f"{kind}: {name}"
-        report[kind][name] = run_step(step, min(STEP_LIMIT_S, left)) if left > 10 else {"error": "no time left"}
-    if report["tokens"]:
-        print(*compare_tokens(report["tokens"]), sep="\n")
-    for name, figures in report["throughput"].items():
-        print(f"{name:28} " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+    from benchmarks.gpu_offline import measure_card
+
+    deadline, card = time.monotonic() + options.limit, measure_card()
+    print(card, file=sys.stderr)
+    names = {
+        "tokens": [name for name, _, _ in token_steps(ranks)],
+        "decode": [name for name, _, _ in decode_steps(options.shapes.split(","), ranks)],
+        "kernels": [f"collectives {ranks}", "experts"],
+        "recovery": ["0.6B"],
+    }
+    report: dict[str, dict[str, dict[str, Any]]] = {}
+    for kind in options.steps.split(","):
+        report[kind] = {}
+        for name in names[kind]:
+            if not any(word in name for word in options.only.split(",")):
+                continue
+            left, step = deadline - time.monotonic(), f"{kind}: {name}"
+            command = [__file__, "--ranks", str(ranks), "--one", step]
+            if kind == "kernels":
+                command = [str(KERNELS), name.split()[0], "--ranks", str(ranks)]
+            none = {"error": "no time left"}
+            report[kind][name] = run_step(step, command, min(STEP_LIMIT_S, left)) if left > 10 else none
+    if report.get("tokens") and not options.only:
+        print(*compare_tokens(report["tokens"], ranks), sep="\n")
+    if report.get("decode"):
+        print(*decode_lines(report["decode"], card["read_gb_s"]), sep="\n")
+    for kind in ("kernels", "recovery"):
+        for name, result in report.get(kind, {}).items():
+            print(name, *result.get("table", [result]), sep="\n  ")
     failed = [name for part in report.values() for name, result in part.items() if not result.get("same", True)]
     failed += [name for part in report.values() for name, result in part.items() if "error" in result]
-    for result in report["tokens"].values():
+    for result in report.get("tokens", {}).values():
         result.pop("tokens", None)
-    print(json.dumps(report | {"failed": failed}))
+    print(json.dumps({"card": card, "ranks": ranks, **report, "failed": failed}))
     sys.exit(1 if failed else 0)
 
 

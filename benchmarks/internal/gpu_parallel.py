@@ -1,0 +1,226 @@
+"""Kernels of several GPUs and of experts, in graphs, checked before they are timed; one JSON line last.
+
+    python benchmarks/internal/gpu_parallel.py collectives --ranks 2
+    python benchmarks/internal/gpu_parallel.py experts
+
+collectives: a sum over the ranks in bf16 by NCCL, through symmetric memory, and that with residual and norm behind it.
+experts: one layer of the 30B-A3B shape on one GPU, by number of tokens, with the tiles that the engine chooses and some
+others; the floor is the bytes of the experts that were touched, or their products, at the card's measured rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/gpu_parallel.py` finds the package
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+WIDTHS, ROWS = (1024, 2560, 4096, 5120), (1, 16, 64, 256, 2048)
+IN_A_GRAPH, ROUNDS = 20, 15
+HIDDEN, INNER, EXPERTS, TOP_K = 2048, 768, 128, 8
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+
+
+def in_graph_us(work: Callable[[], Any], count: int = IN_A_GRAPH) -> float:
+    """Median microseconds of one `work` of `count` in a graph."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(count):
+            work()
+    graph.replay()
+    times = []
+    for _ in range(ROUNDS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / count)
+    return statistics.median(times)
+
+
+def difference(got: Tensor, expected: Tensor) -> float:
+    return float((got.float() - expected.float()).norm() / expected.float().norm())
+
+
+def collectives(rank: int, ranks: int, store: Path) -> list[dict[str, Any]]:
+    """One rank of them."""
+    import torch.distributed as dist
+
+    from vibe_sgl_lite.model_worker.parallel import init_parallel, join_peers
+
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    alone = init_parallel(rank, ranks, 1, device, store).tp
+    group = join_peers(init_state(alone), device).tp
+    peers, results = group.peers, list[dict[str, Any]]()
+    for width in WIDTHS:
+        for rows in ROWS:
+            generator = torch.Generator(device).manual_seed(rank)
+            given = (torch.randn((rows, width), device=device, generator=generator) * 0.1).bfloat16()
+            total = given.float()
+            dist.all_reduce(total)
+            x, residual, weight = given.clone(), torch.zeros_like(given), torch.ones(width, device=device).bfloat16()
+            result: dict[str, Any] = {"rows": rows, "width": width}
+            result["nccl_us"] = in_graph_us(lambda x=x: alone.all_reduce(x))
+            if peers is not None:
+                assert peers.takes(x)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    peers.all_reduce(x)
+                for _ in range(3):  # of replays, each over what it is given anew
+                    x.copy_(given)
+                    graph.replay()
+                    result["error"] = max(result.get("error", 0.0), difference(x, total))
+                result["symmetric_us"] = in_graph_us(lambda x=x: peers.all_reduce(x))
+                x.copy_(given)
+                residual.fill_(0.5)
+                peers.all_reduce_add_norm(x, residual, weight, 1e-6)
+                expected = F.rms_norm((total + 0.5).bfloat16().float(), (width,))
+                result["norm_error"] = difference(x, expected)
+                result["symmetric_norm_us"] = in_graph_us(
+                    lambda x=x, r=residual, w=weight: peers.all_reduce_add_norm(x, r, w, 1e-6)
+                )
+                same = [torch.empty_like(x) for _ in range(ranks)]
+                dist.all_gather(same, x)
+                assert all(torch.equal(other, x) for other in same)
+            results.append(result)
+            if rank == 0:
+                print({key: round(v, 4) if isinstance(v, float) else v for key, v in result.items()}, flush=True)
+    torch.cuda.synchronize()
+    dist.barrier()
+    return results
+
+
+def init_state(group: Any) -> Any:
+    from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
+
+    return ParallelState(group.rank, tp=group, expert_tp=group)
+
+
+def run_ranks(ranks: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "collectives", "--ranks", str(ranks), "--store", f"{folder}/store"]
+        others = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(1, ranks)]
+        try:
+            return collectives(0, ranks, Path(folder) / "store")
+        finally:
+            for other in others:
+                other.kill()
+
+
+def plain_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """As torch has it: a sort, two grouped products and what lies between."""
+    flat = experts.flatten().long()
+    order = torch.argsort(flat, stable=True)
+    ends = torch.zeros(EXPERTS, dtype=torch.int64, device=x.device).scatter_add_(0, flat, torch.ones_like(flat))
+    ends = ends.cumsum(0).to(torch.int32)
+    gate, up = torch._grouped_mm(x[order // TOP_K], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=1)
+    rows = torch._grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+    scaled = rows * weights.flatten()[order, None]
+    return torch.zeros_like(x).index_add_(0, order // TOP_K, scaled)
+
+
+def candidates(tokens: int) -> list[Any]:
+    from vibe_sgl_lite.model_worker.gpu.kernels.experts import ExpertTiles, choose_expert_tiles
+
+    chosen = choose_expert_tiles(tokens, TOP_K, EXPERTS, torch.bfloat16)
+    few = [
+        ExpertTiles(16, (16, 256, 4, 3), (32, 256, 4, 3)),
+        ExpertTiles(16, (64, 128, 4, 3), (64, 256, 4, 2)),
+        ExpertTiles(16, (32, 256, 8, 3), (64, 128, 4, 4)),
+    ]
+    some = [
+        ExpertTiles(32, (64, 128, 4, 3), (128, 128, 4, 3)),
+        ExpertTiles(32, (64, 64, 4, 4), (64, 64, 4, 5)),
+        ExpertTiles(64, (32, 128, 4, 3), (64, 128, 4, 3)),
+    ]
+    many = [
+        ExpertTiles(64, (64, 64, 4, 4), (64, 128, 4, 3)),
+        ExpertTiles(64, (128, 64, 8, 3), (128, 64, 4, 4)),
+        ExpertTiles(128, (128, 64, 8, 3), (128, 64, 8, 3)),
+        ExpertTiles(128, (64, 64, 4, 4), (256, 64, 8, 3)),
+    ]
+    mean = tokens * TOP_K / EXPERTS
+    others = few if mean <= 4 else some if mean <= 20 else many
+    return [chosen, *(tiles for tiles in others if tiles != chosen)]
+
+
+def experts() -> list[dict[str, Any]]:
+    from benchmarks.gpu_offline import measure_card
+    from vibe_sgl_lite.model_worker.gpu.kernels.experts import route, run_experts
+
+    card = measure_card()
+    print(card, flush=True)
+    gate_up = (torch.randn(EXPERTS, 2 * INNER, HIDDEN, device="cuda") * 0.02).bfloat16()
+    down = (torch.randn(EXPERTS, HIDDEN, INNER, device="cuda") * 0.02).bfloat16()
+    flush = torch.empty(96 << 20, dtype=torch.uint8, device="cuda")  # else the experts of few tokens stay in the L2
+    empty_us = in_graph_us(flush.zero_, 8)
+    results = []
+    for tokens in TOKENS:
+        x = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
+        scores = torch.randn(tokens, EXPERTS, device="cuda").bfloat16()
+        weights, chosen = route(scores, TOP_K, normalize=True, pdl=True)
+        expected = plain_experts(x, weights, chosen, gate_up, down)
+        touched = len(chosen.unique())
+        read = touched * 3 * HIDDEN * INNER * 2 / card["read_gb_s"] / 1e3
+        products = tokens * TOP_K * 6 * HIDDEN * INNER / card["gemm_tflop_s"] / 1e6
+        result: dict[str, Any] = {"tokens": tokens, "touched": touched, "floor_us": max(read, products), "tiles": {}}
+        for tiles in candidates(tokens):
+
+            def layer(tiles: Any = tiles, x: Tensor = x, scores: Tensor = scores) -> Tensor:
+                flush.zero_()
+                weights, chosen = route(scores, TOP_K, normalize=True, pdl=True)
+                return run_experts(x, weights, chosen, gate_up, down, 0, tiles, pdl=True)
+
+            try:
+                error = difference(layer(), expected)
+                us = in_graph_us(layer, 8) - empty_us
+            except Exception as problem:  # noqa: BLE001 - tiles that the card has no room for
+                print(tokens, tiles, repr(problem)[:200], flush=True)
+                continue
+            assert error < 2e-2, (tokens, tiles, error)
+            result["tiles"][str(tiles)] = us
+            result.setdefault("us", us)
+            result.setdefault("error", error)
+
+        def plain(x: Tensor = x, w: Tensor = weights, c: Tensor = chosen) -> Tensor:
+            flush.zero_()
+            return plain_experts(x, w, c, gate_up, down)
+
+        result["torch_us"] = in_graph_us(plain, 8) - empty_us
+        results.append(result)
+        print(json.dumps(result), flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("collectives", "experts"))
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank is not None:
+        collectives(options.rank, options.ranks, options.store)
+        return
+    results = experts() if options.what == "experts" else run_ranks(options.ranks)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
