@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def in_graph_us(work: Callable[[], Any], count: int = IN_A_GRAPH) -> float:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e3 / count)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def difference(got: Tensor, expected: Tensor) -> float:
@@ -76,7 +77,7 @@ def collectives(rank: int, ranks: int, store: Path) -> list[dict[str, Any]]:
             dist.all_reduce(total)
             x, residual, weight = given.clone(), torch.zeros_like(given), torch.ones(width, device=device).bfloat16()
             result: dict[str, Any] = {"rows": rows, "width": width}
-            result["nccl_us"] = in_graph_us(lambda x=x: alone.all_reduce(x))
+            result["nccl_us"] = in_graph_us(partial(alone.all_reduce, x))
             if peers is not None:
                 assert peers.takes(x)
                 graph = torch.cuda.CUDAGraph()
@@ -86,15 +87,13 @@ def collectives(rank: int, ranks: int, store: Path) -> list[dict[str, Any]]:
                     x.copy_(given)
                     graph.replay()
                     result["error"] = max(result.get("error", 0.0), difference(x, total))
-                result["symmetric_us"] = in_graph_us(lambda x=x: peers.all_reduce(x))
+                result["symmetric_us"] = in_graph_us(partial(peers.all_reduce, x))
                 x.copy_(given)
                 residual.fill_(0.5)
                 peers.all_reduce_add_norm(x, residual, weight, 1e-6)
                 expected = F.rms_norm((total + 0.5).bfloat16().float(), (width,))
                 result["norm_error"] = difference(x, expected)
-                result["symmetric_norm_us"] = in_graph_us(
-                    lambda x=x, r=residual, w=weight: peers.all_reduce_add_norm(x, r, w, 1e-6)
-                )
+                result["symmetric_norm_us"] = in_graph_us(partial(peers.all_reduce_add_norm, x, residual, weight, 1e-6))
                 same = [torch.empty_like(x) for _ in range(ranks)]
                 dist.all_gather(same, x)
                 assert all(torch.equal(other, x) for other in same)
@@ -176,7 +175,7 @@ def experts() -> list[dict[str, Any]]:
         scores = torch.randn(tokens, EXPERTS, device="cuda").bfloat16()
         weights, chosen = route(scores, TOP_K, normalize=True, pdl=True)
         expected = plain_experts(x, weights, chosen, gate_up, down)
-        touched = len(chosen.unique())
+        touched = len(torch.unique(chosen))
         read = touched * 3 * HIDDEN * INNER * 2 / card["read_gb_s"] / 1e3
         products = tokens * TOP_K * 6 * HIDDEN * INNER / card["gemm_tflop_s"] / 1e6
         result: dict[str, Any] = {"tokens": tokens, "touched": touched, "floor_us": max(read, products), "tiles": {}}

@@ -7,6 +7,7 @@ them, and attention does all between two of them (kernels/gemv.py, kernels/chain
 
 from dataclasses import dataclass
 
+import torch
 import triton
 from torch import Tensor
 
@@ -54,15 +55,25 @@ class ChainLayer:
 class GpuLayers:
     """A `vibe_sgl_lite.qwen3.model.AllLayers` whose metadata is `GpuMetadata`."""
 
-    def __init__(self, layers: list[DecoderLayer], chain: list[ChainLayer], attention: GpuAttention) -> None:
+    def __init__(
+        self,
+        layers: list[DecoderLayer],
+        chain: list[ChainLayer],
+        attention: GpuAttention,
+        parallel: ParallelLayers | None,
+    ) -> None:
+        """parallel: for the other steps of one of several ranks."""
         self.layers = layers
         self.chain = chain
         self.attention = attention
+        self.parallel = parallel
 
     def __call__(self, update: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
         metadata: GpuMetadata = context.metadata
         if metadata.chain_tiles is not None:
             return self._run_chain(update, context)
+        if self.parallel is not None:
+            return self.parallel(update, residual, context)
         for layer in self.layers:
             update = layer(update, residual, context)
         return update
@@ -98,22 +109,37 @@ class GpuLayers:
                     tiles=metadata.chain_tiles,
                     pdl=pdl,
                 )
-            _multiply(attended, layer.output, stream, pdl=pdl, addend=stream)
+            self._add_product(attended, layer.output, stream)
             _multiply(stream, layer.gate_up, inner, pdl=pdl, norm=layer.feed_forward_norm, silu=True)
-            _multiply(inner, layer.down, stream, pdl=pdl, addend=stream)
+            self._add_product(inner, layer.down, stream)
         return stream
+
+    def _add_product(self, x: Tensor, product: Product, stream: Tensor) -> None:
+        """stream += x times the matrix, of which each rank has a part."""
+        if self.parallel is None:
+            _multiply(x, product, stream, pdl=self.attention.pdl, addend=stream)
+            return
+        part = torch.empty_like(stream)
+        _multiply(x, product, part, pdl=self.attention.pdl)
+        self.parallel.peers.all_reduce_add(part, stream)
 
 
 def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
-    """Give `model`, whose weights are loaded, the chain, if there is one for it: dense, on one rank."""
+    """Give `model`, whose weights are loaded, the chain, if there is one for it: dense, with sums over ranks of which
+    its kernels can do without NCCL."""
     plan_experts(model, pdl=attention.pdl)
-    if model.parallel.tp.size > 1:
-        if model.parallel.tp.peers is not None:
-            model.all_layers = ParallelLayers(model.layers, model.parallel.tp, model.operations)
-        return
+    group, parallel = model.parallel.tp, None
+    if group.size > 1:
+        if group.peers is None or not group.peers.takes(
+            torch.empty((1, model.config.hidden_size), dtype=model.dtype, device=model.device)
+        ):
+            return
+        parallel = ParallelLayers(model.layers, group, group.peers, model.operations)
+        model.all_layers = parallel
     chain = [_chain_layer(layer) for layer in model.layers]
     if None not in chain:
-        model.all_layers = GpuLayers(model.layers, [layer for layer in chain if layer is not None], attention)
+        layers = [layer for layer in chain if layer is not None]
+        model.all_layers = GpuLayers(model.layers, layers, attention, parallel)
         attention.has_chain = True
 
 

@@ -6,18 +6,21 @@ from vibe_sgl_lite.qwen3.attention_backend import ForwardContext
 from vibe_sgl_lite.qwen3.layers.moe import AllReduceDispatch, MoEBlock
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
-from vibe_sgl_lite.qwen3.layers.parallel_state import Group
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group, PeerCollectives
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import DecoderLayer
 from vibe_sgl_lite.qwen3.steps import run_block
 
 
 class ParallelLayers:
-    """A `vibe_sgl_lite.qwen3.model.AllLayers` over a group that has `peers`."""
+    """A `vibe_sgl_lite.qwen3.model.AllLayers`. What the peers do not take goes through the group."""
 
-    def __init__(self, layers: list[DecoderLayer], group: Group, operations: LayerOperations) -> None:
+    def __init__(
+        self, layers: list[DecoderLayer], group: Group, peers: PeerCollectives, operations: LayerOperations
+    ) -> None:
         self.layers = layers
         self.group = group
+        self.peers = peers
         self.operations = operations
 
     def __call__(self, update: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
@@ -32,9 +35,8 @@ class ParallelLayers:
 
     def _add_norm(self, update: Tensor, residual: Tensor, norm: RMSNorm, *, partial: bool) -> Tensor:
         """residual += update, in place, summed over the ranks if it is one's part; returns the norm of the sum."""
-        peers = self.group.peers
-        if partial and peers is not None and peers.takes(update):
-            peers.all_reduce_add_norm(update, residual, norm.weight.tensor, norm.eps)
+        if partial and self.peers.takes(update):
+            self.peers.all_reduce_add_norm(update, residual, norm.weight.tensor, norm.eps)
             return update
         total = self.group.all_reduce(update) if partial else update
         return self.operations.add_rms_norm(total, residual, norm.weight.tensor, norm.eps)

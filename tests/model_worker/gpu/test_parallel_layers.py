@@ -52,8 +52,7 @@ def test_logits_are_those_of_layers_one_by_one(tmp_path: Path, shape: dict[str, 
         model = load_model(tmp_path, parallel=parallel, dispatch=dispatch)
         peers = ThreadPeers(group)
         if fused:
-            object.__setattr__(group, "peers", peers)
-            model.all_layers = ParallelLayers(model.layers, group, model.operations)
+            model.all_layers = ParallelLayers(model.layers, group, peers, model.operations)
         with torch.inference_mode():
             result = steps_logits(PagedRun(model))
         layers = len(model.layers)
