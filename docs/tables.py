@@ -2,7 +2,7 @@
 
 A table stands between `<!-- fields: NAME -->` and `<!-- end -->`; NAME is a group of server settings,
 `sampling`, a file's name, `not used of` one, `class` and a public class (`own of`: without what it
-inherits), or `errors`.
+inherits), `errors`, or `absent` (names of other engines).
 tests/test_docs.py checks that the pages are up to date.
 """
 
@@ -17,6 +17,7 @@ import msgspec
 
 from docs.reference import class_reference, error_reference
 from vibe_sgl_lite.runtime.settings import model_config, quantized_form, tokenizer_config
+from vibe_sgl_lite.runtime.settings.elsewhere import ABSENT
 from vibe_sgl_lite.runtime.settings.memory_parts import rank_memory
 from vibe_sgl_lite.runtime.settings.model_config import GenerationDefaults, ModelConfig, Yarn
 from vibe_sgl_lite.runtime.settings.sampling_params import FIELDS
@@ -79,6 +80,13 @@ def _table(name: str) -> Iterator[str]:
         yield "| key | meaning |\n|---|---|"
         for key, meaning in tokenizer_config.USED.items():
             yield f"| `{key}` | {meaning[0].upper()}{meaning[1:]}. |"
+        return
+    if name == "absent":
+        names: dict[str, list[str]] = {}
+        for theirs, said in ABSENT.items():
+            names.setdefault(said, []).append(f"`{theirs}`")
+        yield "| theirs | here |\n|---|---|"
+        yield from (f"| {', '.join(theirs)} | {said} |" for said, theirs in names.items())
         return
     if name == "sampling":
         yield "| field | default | allowed | meaning |\n|---|---|---|---|"

@@ -69,8 +69,6 @@ def several_prompts(prompt: str | list[Any], field: str, most: int) -> list[Any]
 def sampling_values(body: CommonBody) -> dict[str, Any]:
     """Keywords of `SamplingParams` for what is set, `max_new_tokens` and logprobs aside."""
     values = {ours: value for theirs, ours in SAMPLING.items() if (value := getattr(body, theirs)) not in (None, [])}
-    if values.get("top_k") == 0:
-        values["top_k"] = -1  # both mean that it is off
     if body.logit_bias:
         values["logit_bias"] = _logit_bias(body.logit_bias)
     return values

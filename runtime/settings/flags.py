@@ -1,6 +1,6 @@
 """The table of the engine's settings: what each means, its default, and which values it takes.
 
-Grouped as `--help` and docs/configuration.md show them. `ServerArgs` (server_args.py) is this table, checked.
+Grouped as `--help` and docs/flags.md show them. `ServerArgs` (server_args.py) is this table, checked.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     dtype: Annotated[str, Spec(
         "number format of weights and activations: `auto` is the checkpoint's own, else `float32`, `bfloat16` or "
         "`float16`",
-        group=MODEL, choices=("auto", "float32", "bfloat16", "float16"),
+        group=MODEL, choices=("auto", "float32", "bfloat16", "float16"), aliases=("torch_dtype",),
     )] = "auto"
     quantization: Annotated[str, Spec(
         "on a CPU, keep matrices in fewer bits than `none`, made while loading: `int8` (with activations in 8 bits "
@@ -61,11 +61,11 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "Values are rounded once, as they are stored, and long contexts decode faster. A token takes 2 x layers x "
         "KV heads x (head_dim + 4) bytes: at head_dim 128, 51.6 % of bfloat16 (Qwen3-0.6B: 59,136 in place of "
         "114,688 bytes).",
-        group=MODEL, choices=("auto", "int8", "fp8"),
+        group=MODEL, choices=("auto", "int8", "fp8"), like=("cache_type_k", "cache_type_v"),
     )] = "auto"
     device: Annotated[str, Spec(
         "where the model runs: `auto` is `cuda` where a GPU and a torch built for it are found, else `cpu`",
-        group=MODEL, choices=("auto", "cpu", "cuda"),
+        group=MODEL, choices=("auto", "cpu", "cuda"), like=("n_gpu_layers", "gpu_layers", "num_gpu", "device_map"),
     )] = "auto"
     tp: Annotated[int, Spec(
         "tensor parallelism: over how many ranks each layer is split",
@@ -79,6 +79,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "It divides `--tp`. `--tp 4 --ep 4`: whole experts, a quarter of them a rank; `--tp 4 --ep 2`: half of the "
         "experts, halved.",
         group=PARALLELISM, unit="ranks", low=1, high=MAX_RANKS, aliases=("ep_size", "expert_parallel_size"),
+        like=("enable_expert_parallel",),
     )] = 1
     moe_dispatch: Annotated[str, Spec(
         "how tokens meet their experts: `all-reduce` adds up what each rank's experts make of all tokens, "
@@ -99,6 +100,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     dist_init_addr: Annotated[str | None, Spec(
         "`HOST:PORT` of node 0 where the ranks of all nodes meet, the same on every node",
         unset="none is needed on one machine", group=PARALLELISM, check=split_host_port,
+        aliases=("nccl_init_addr",),
     )] = None
     rejoin_timeout: Annotated[float, Spec(
         "how long the nodes wait for one that was lost, or for the network; then the engine ends",
@@ -141,7 +143,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     )] = 30000
     http_workers: Annotated[int, Spec(
         "processes that share the HTTP port",
-        group=HTTP, unit="processes", low=1, high=64,
+        group=HTTP, unit="processes", low=1, high=64, like=("api_server_count",),
     )] = 1
     api_key: Annotated[str | None, Spec(
         "secret that every HTTP request must bring, as `Authorization: Bearer KEY` or `x-api-key: KEY`",
@@ -154,19 +156,19 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     )] = False
     ssl_certfile: Annotated[str | None, Spec(
         "PEM file of the certificate chain; then HTTPS is served in place of HTTP",
-        group=HTTP, unset="HTTP", path=True,
+        group=HTTP, unset="HTTP", path=True, aliases=("ssl_cert_file",),
     )] = None
     ssl_keyfile: Annotated[str | None, Spec(
         "PEM file of the certificate's key",
-        group=HTTP, unset="it is in `--ssl-certfile`", path=True,
+        group=HTTP, unset="it is in `--ssl-certfile`", path=True, aliases=("ssl_key_file",),
     )] = None
     cors_origin: Annotated[str | None, Spec(
         "web origin whose pages may call the HTTP server, such as `https://chat.example.org`",
-        group=HTTP, unset="its own page alone",
+        group=HTTP, unset="its own page alone", like=("allowed_origins", "cors_origins"),
     )] = None
     served_model_name: Annotated[str | None, Spec(
         "the model's name for HTTP clients",
-        group=HTTP, unset="the model's own",
+        group=HTTP, unset="the model's own", like=("alias",),
     )] = None
     metrics_prefix: Annotated[str, Spec(
         "what the names on `/metrics` begin with, where they are those of vLLM",
@@ -176,7 +178,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "address, `tcp://127.0.0.1:PORT` or `ipc://PATH`, where routers subscribe to what enters and leaves the "
         "prefix cache",
         "The token ids of prompts are in it. See [routers](http.md#several-daemons-behind-a-router).",
-        unset="nothing is told", group=HTTP, check=check_address,
+        unset="nothing is told", group=HTTP, check=check_address, like=("kv_events_config",),
     )] = None
     kv_events_replay: Annotated[str | None, Spec(
         "address of the same kind, where routers ask for what they have missed of `--kv-events`",
@@ -184,7 +186,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     )] = None
     log_requests: Annotated[str, Spec(
         "a line on stderr for each HTTP request when it ends: `none`, `text` or `json`",
-        group=HTTP, choices=("none", "text", "json"),
+        group=HTTP, choices=("none", "text", "json"), like=("enable_log_requests", "disable_log_requests"),
     )] = "none"
     context_length: Annotated[int | None, Spec(
         "longest prompt plus output of one request",
@@ -209,7 +211,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     max_running_requests: Annotated[int, Spec(
         "requests that generate at the same time; more wait",
         unit="requests", group=MEMORY, low=1, high=65_536, aliases=("max_num_seqs",),
-        like=("parallel", "num_parallel"),
+        like=("parallel",),
     )] = 256
     max_queued_requests: Annotated[int, Spec(
         "requests that may wait; one more is refused as `overloaded`",
@@ -219,7 +221,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "prompt tokens that one step computes at most; longer prompts are cut into chunks",
         "So running streams do not stall.",
         unit="tokens", unset="512 on CPU, 8192 on GPU", group=MEMORY, low=1, high=2**20,
-        like=("max_num_batched_tokens", "batch_size", "ubatch_size"),
+        like=("max_num_batched_tokens", "max_prefill_tokens", "batch_size", "ubatch_size", "num_batch"),
     )] = None
     max_step_stretch: Annotated[float, Spec(
         "while requests generate, a step that also computes prompts takes at most so many times as long as one that "
@@ -232,7 +234,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     schedule_policy: Annotated[str, Spec(
         "who runs first: `fcfs` (arrival), `lpm` (longest cached prefix), `dfs-weight` (largest shared prefix, its "
         "requests together), `priority` (highest priority)",
-        group=MEMORY, choices=("fcfs", "lpm", "dfs-weight", "priority"),
+        group=MEMORY, choices=("fcfs", "lpm", "dfs-weight", "priority"), aliases=("scheduling_policy",),
     )] = "fcfs"
     fairness: Annotated[str, Spec(
         "whose request is next, in the policy's order: `sessions` (a client's connections take turns, by tokens, "
@@ -276,12 +278,12 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     num_threads: Annotated[int | None, Spec(
         "threads of each rank",
         unit="threads", unset="cores / ranks on this machine", group=PARALLELISM, low=1, high=4096,
-        like=("threads", "num_thread"),
+        like=("threads", "threads_batch", "num_thread"),
     )] = None
     seed: Annotated[int, Spec(
         "seed of the weights of `--load-format dummy`",
         "Requests have seeds of their own.",
-        group=MODEL, low=0, high=2**63 - 1,
+        group=MODEL, low=0, high=2**63 - 1, like=("random_seed",),
     )] = 0
     step_timeout: Annotated[float, Spec(
         "a rank that does not answer a step for this long is taken for hung, dumped and killed",

@@ -53,7 +53,7 @@ GENERATION_UNUSED = {
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True):
-    """The model's own sampling values, from generation_config.json; None where it names none. top_k -1 is off."""
+    """The model's own sampling values, from generation_config.json; None where it names none."""
 
     temperature: Annotated[float | None, Spec("as in a request", low=0, high=1e6)] = None
     top_k: Annotated[int | None, Spec("as in a request; 0 is off", low=-1, high=MAX_TOKENS)] = None
@@ -359,8 +359,6 @@ def _generation_defaults(generation: JsonFile) -> GenerationDefaults:
         # The model asks for greedy decoding; transformers then ignores what only sampling has.
         values = {name: values[name] for name in ("repetition_penalty", "max_new_tokens") if name in values}
         values["temperature"] = 0.0
-    if values.get("top_k") == 0:
-        values["top_k"] = -1  # transformers' 0 is our -1
     generation.warn_of_others(GENERATION_READ | GENERATION_UNUSED | table(GenerationDefaults).keys())
     return GenerationDefaults(**values)
 

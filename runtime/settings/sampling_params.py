@@ -168,6 +168,7 @@ def resolve(
         for token_id in values[name]:
             if not 0 <= token_id < vocab_size:
                 raise RequestError(f"{name}: id {token_id} is outside the vocabulary, 0..{vocab_size - 1}", field=name)
+    values["top_k"] = values["top_k"] or -1  # both are off
     if values["top_logprobs"] > 0:
         values["logprobs"] = True
     seed = values["seed"]

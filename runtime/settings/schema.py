@@ -24,6 +24,8 @@ from typing import Annotated, Any, NoReturn, Union, get_args, get_origin
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from vibe_sgl_lite.runtime.settings.elsewhere import ABSENT
+
 SHOWN_CHARS = 80  # of a wrong value, in its error
 
 
@@ -93,12 +95,18 @@ class Field(msgspec.Struct, frozen=True):
         elif kind is str:
             taken = self._text(value)
         elif kind is bool:
-            taken = value if isinstance(value, bool) else _refuse(value, "must be true or false")
+            more = f"; {self.range_words}" if spec.allowed else ""
+            taken = value if isinstance(value, bool) else _refuse(value, f"must be true or false{more}")
         else:
             taken = self._in_range(_whole(value) if kind is int else _number(value))
         if spec.check is not None:
             spec.check(taken)
         return taken
+
+    @property
+    def unset_by_none(self) -> bool:
+        """Whether None is as if the field were left out: it may be, and None has no meaning of its own."""
+        return self.spec.default is not UNSET and not self.optional
 
     @property
     def range_words(self) -> str:
@@ -147,7 +155,9 @@ class Field(msgspec.Struct, frozen=True):
         if most is not None and len(value) > most:
             _refuse(f"{len(value)} entries", f"may have at most {most}")
         try:
-            ids = [_whole(key) for key in value]
+            ids = [
+                int(key) if isinstance(key, str) and key.isdecimal() else _whole(key) for key in value
+            ]  # JSON's keys
         except Unfit as error:
             _refuse(error.value, "must be a token id: keys are whole numbers")
         for key in ids:
@@ -184,7 +194,7 @@ def settle(struct: msgspec.Struct, refuse: Callable[[str, Unfit], Exception]) ->
         if value is UNSET:
             continue
         try:
-            taken = field.take(value)
+            taken = UNSET if value is None and field.unset_by_none else field.take(value)
         except Unfit as problem:
             raise refuse(name, problem) from None
         if taken is not value:
@@ -214,10 +224,12 @@ def our_names(
 
 
 def hint(name: str, fields: Mapping[str, Field], spell: Callable[[str], str] = str) -> str | None:
-    """What to say of an unknown name, if any field's is near. spell: how a name is shown."""
+    """What to say of an unknown name, if anything. spell: how a name is shown."""
     close = next((ours for ours, field in fields.items() if name in field.spec.like), None)
     if close is not None:
         return f"{spell(close)} is the nearest to it, but not the same"
+    if name in ABSENT:
+        return ABSENT[name]
     known = [*fields, *(alias for field in fields.values() for alias in field.spec.aliases)]
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {spell(near[0])}?" if near else None

@@ -220,7 +220,7 @@ def test_exactly_one_terminal_event(spec: PipelineSpec, seed: int) -> None:
             case 0 | 1 | 2:
                 asked.append((identity, f"r{number}"))
                 world.generate(
-                    identity, f"r{number}", chance.choice(["abc", "", "xyz"]), top_k=chance.choice([0, 3, 3, 3])
+                    identity, f"r{number}", chance.choice(["abc", "", "xyz"]), top_k=chance.choice([-7, 3, 3, 3])
                 )
             case 3 | 4 if world.work:
                 world.tokenize(chance.randrange(len(world.work)))

@@ -94,10 +94,10 @@ def test_greedy_generation_config_ignores_its_sampling_values(tmp_path: Path) ->
     assert config.generation_defaults == GenerationDefaults(temperature=0.0, repetition_penalty=1.1)
 
 
-def test_unset_defaults_are_left_out_and_top_k_zero_is_off(tmp_path: Path) -> None:
+def test_unset_defaults_are_left_out_and_a_top_k_of_zero_stays(tmp_path: Path) -> None:
     assert read(tmp_path, DENSE).generation_defaults.as_dict() == {}
     assert read(tmp_path, DENSE, {"top_k": 0, "min_p": 0.1}).generation_defaults.as_dict() == {
-        "top_k": -1,
+        "top_k": 0,
         "min_p": 0.1,
     }
 

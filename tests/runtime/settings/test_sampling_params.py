@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from vibe_sgl_lite.runtime.errors import RequestError
-from vibe_sgl_lite.runtime.settings.sampling_params import DEFAULTS, ResolvedSampling, SamplingParams, resolve
+from vibe_sgl_lite.runtime.settings.sampling_params import DEFAULTS, FIELDS, ResolvedSampling, SamplingParams, resolve
 
 
 def resolved(params: SamplingParams, **changes: Any) -> ResolvedSampling:
@@ -29,7 +29,6 @@ def resolved(params: SamplingParams, **changes: Any) -> ResolvedSampling:
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", "hot"),
-        ("top_k", 0),
         ("top_k", -2),
         ("top_p", 0.0),
         ("top_p", 1.01),
@@ -69,6 +68,34 @@ def test_an_unknown_field_is_refused_by_name() -> None:
         SamplingParams(5)  # type: ignore[call-arg]
     with pytest.raises(msgspec.ValidationError, match="temperatur"):
         msgspec.msgpack.decode(msgspec.msgpack.encode({"temperatur": 1.0}), type=SamplingParams)
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if not field.optional])
+def test_none_is_as_if_left_out(name: str) -> None:
+    """vLLM's and OpenAI's defaults are None; where None means something here, it stays."""
+    assert SamplingParams(**dict[str, Any]({name: None})) == SamplingParams()
+    assert SamplingParams(**dict[str, Any]({name: None})).to_dict() == {}
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.optional])
+def test_none_with_a_meaning_stays(name: str) -> None:
+    assert SamplingParams(**dict[str, Any]({name: None})).to_dict() == {name: None}
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_top_k_that_is_off(top_k: int) -> None:
+    """0 in transformers, llama.cpp and newer vLLM, -1 in SGLang and older vLLM; it wins over the model's own."""
+    assert resolved(SamplingParams(top_k=top_k), model_defaults={"top_k": 20}).top_k == -1
+
+
+def test_keys_of_logit_bias_may_be_json_s() -> None:
+    assert SamplingParams(logit_bias={"5": 1, 6: 2}).logit_bias == {5: 1.0, 6: 2.0}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_a_number_of_logprobs_is_told_where_it_goes(name: str) -> None:
+    with pytest.raises(RequestError, match=f"^{name}=5: must be true or false; top_logprobs is the number of alt"):
+        SamplingParams(**dict[str, Any]({name: 5}))
 
 
 def test_only_set_fields_travel_and_survive() -> None:
