@@ -6,26 +6,21 @@ Knows nothing of what is in the files (runtime/settings/model_config.py reads th
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import re
-import sys
 from pathlib import Path
 
 import msgspec
 
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.logs import one_line
-from vibe_sgl_lite.runtime.settings.folders import cache_folders
+from vibe_sgl_lite.runtime.settings.hub import download
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = ("models", "tiny")  # in the package vibe_sgl_lite
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TEXT_FILES = ("*.json", "*.jinja", "*.txt")  # configs, tokenizer, chat templates
 WEIGHT_FILES = ("*.safetensors",)
-HUB_TIMEOUT_S = 5.0  # for the first answer of the hub; a missing network must be told within 10 s
-
-log = logging.getLogger(__name__)
 
 
 class ModelSource(msgspec.Struct, frozen=True):
@@ -66,7 +61,7 @@ def find_model(
         _check_links(folder)
         return ModelSource(folder, folder.name)
     if is_id:
-        folder = _download(model_path, revision, weights, flag)
+        folder = download(model_path, revision, (*TEXT_FILES, *(WEIGHT_FILES if weights else ())), flag)
         _check_links(folder)
         return ModelSource(folder, model_path)
     problem = "is a file, not a folder" if found else "does not exist"
@@ -101,28 +96,3 @@ def embedded_folder() -> Path:
         "the embedded model is missing from this installation: install the package anew, or pass --model-path",
         field="model_path",
     )
-
-
-def _download(hub_id: str, revision: str | None, weights: bool, flag: str) -> Path:
-    from huggingface_hub import constants, snapshot_download  # slow to import, rarely needed
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    cache = Path(constants.HF_HUB_CACHE)
-    if not cache.is_absolute():  # a relative HF_HOME, or no home at all: it would land in the current folder
-        cache = next(cache_folders()) / "hub"
-        log.warning("the hub's cache %r is no absolute path; models are kept in %s", constants.HF_HUB_CACHE, cache)
-    patterns = [*TEXT_FILES, *(WEIGHT_FILES if weights else ())]
-    try:
-        return Path(
-            snapshot_download(
-                hub_id, revision=revision, cache_dir=cache, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_S
-            )
-        )
-    except (OSError, ValueError) as error:  # every error of the hub library is one of the two
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise ConfigError(
-            f"{flag} {hub_id}: there is no such folder here, and the hub gave no model{offline}: {one_line(error)}",
-            field=flag.removeprefix("--").replace("-", "_"),
-        ) from error
