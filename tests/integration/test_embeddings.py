@@ -243,7 +243,7 @@ def test_they_survive_every_process(folder: Path, cards: Cards, process: str) ->
 @pytest.mark.slow
 def test_two_ranks_small_chunks_and_little_memory(folder: Path, cards: Cards) -> None:
     flags = ["--tp", "2", "--page-size", "4", "--chunked-prefill-size", "16", "--max-total-tokens", "400"]
-    texts = [text(n, 150) for n in range(40)]
+    texts = [text(n, 60) for n in range(40)]
     flags += ["--model-path", str(folder), "--dtype", "float32", "--debug-rank-digest"]
     with running(*flags) as daemon, daemon.client() as client:
         check_close(client.embed(texts, dimensions=20), cards.embed(texts, 20))
