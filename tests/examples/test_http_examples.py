@@ -17,7 +17,8 @@ import pytest
 from examples.batch import read_requests
 from tests.browser.chromium import PATH, Browser
 from tests.examples.test_examples import ROOT, environment
-from tests.http_server.server import Server
+from tests.http_server.server import Server, serving
+from tests.integration.test_embeddings import make_folder
 
 EXAMPLES = ROOT / "examples"
 PATIENCE_S = 60.0
@@ -178,6 +179,35 @@ def test_batch_takes_no_bad_file(tmp_path: Path, content: str, problem: str) -> 
     file.write_text(content)
     with pytest.raises(ValueError, match=re.escape(problem)):
         read_requests(file)
+
+
+@pytest.mark.parametrize(
+    ("question", "lines"),
+    [
+        ("What is boat?", ["from: The lists of the harbour. boat: 15, net: 8, anchor: 6.", "15"]),
+        ("What is spoon?", ["from: The lists of the kitchen. cup: 4, plate: 12, spoon: 9.", "9"]),
+    ],
+)
+def test_rag(server: Server, question: str, lines: list[str]) -> None:
+    assert run(server, "rag.py", question) == lines
+
+
+@pytest.mark.slow
+def test_rag_with_a_reranker(server: Server, tmp_path: Path) -> None:
+    """Of random weights: its order is its scores' own, whatever they are."""
+    documents = tmp_path / "documents"
+    documents.write_text("\n".join(f"thing{i}: {i}." for i in range(30)))
+    with serving("--model-path", str(make_folder(tmp_path))) as reranker:
+        lines = run(
+            server, "rag.py", "--rerank-url", f"{reranker.url}/v1", "--documents", str(documents), "--candidates", "8",
+            "What is thing3?",
+        )  # fmt: skip
+    ranked = [line.split("  ") for line in lines[:8]]
+    scores = [float(score) for score, _ in ranked]
+    assert scores == sorted(scores, reverse=True)
+    assert all(0 <= score <= 1 for score in scores)
+    assert [text for _, text in ranked if text == "thing3: 3."] == ["thing3: 3."]
+    assert lines[8] == f"from: {ranked[0][1]}"
 
 
 @pytest.mark.skipif(PATH is None, reason="there is no Chromium (apt install chromium)")
