@@ -245,8 +245,10 @@ def run_one(step: str, ranks: int) -> dict[str, Any]:
 def compare_tokens(results: dict[str, dict[str, Any]], ranks: int) -> list[str]:
     """Lines of the table: which engine gave the tokens of the first one of its model."""
     lines = []
+    none = {"error": "not run"}
     for name, model, settings in token_steps(ranks):
-        base, mine = results[next(first for first, path, _ in token_steps(ranks) if path == model)], results[name]
+        first = next(first for first, path, _ in token_steps(ranks) if path == model)
+        base, mine = results.get(first, none), results.get(name, none)
         if "error" in mine or "error" in base:
             lines.append(f"{name:32} {mine.get('error', 'nothing to compare with')}")
             continue
@@ -332,7 +334,7 @@ def main() -> None:
                 command = [str(KERNELS), name.split()[0], "--ranks", str(ranks)]
             none = {"error": "no time left"}
             report[kind][name] = run_step(step, command, min(STEP_LIMIT_S, left)) if left > 10 else none
-    if report.get("tokens") and not options.only:
+    if report.get("tokens"):
         print(*compare_tokens(report["tokens"], ranks), sep="\n")
     if report.get("decode"):
         print(*decode_lines(report["decode"], card["read_gb_s"]), sep="\n")

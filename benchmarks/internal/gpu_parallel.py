@@ -11,6 +11,7 @@ others; the floor is the bytes of the experts that were touched, or their produc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -159,12 +160,33 @@ def candidates(tokens: int) -> list[Any]:
     return [chosen, *(tiles for tiles in others if tiles != chosen)]
 
 
+def compile_all() -> None:
+    """A process for each number of tokens, all at once: compiling is what takes long."""
+    command = [sys.executable, __file__, "experts", "--only-compile"]
+    started = [subprocess.Popen([*command, str(tokens)]) for tokens in TOKENS]
+    for process in started:
+        process.wait()
+
+
+def compile_experts(tokens: int) -> None:
+    from vibe_sgl_lite.model_worker.gpu.kernels.experts import route, run_experts
+
+    gate_up = torch.zeros(EXPERTS, 2 * INNER, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    down = torch.zeros(EXPERTS, HIDDEN, INNER, device="cuda", dtype=torch.bfloat16)
+    x = torch.zeros(tokens, HIDDEN, device="cuda").bfloat16()
+    for tiles in candidates(tokens):
+        weights, chosen = route(torch.randn(tokens, EXPERTS, device="cuda").bfloat16(), TOP_K, normalize=True, pdl=True)
+        with contextlib.suppress(Exception):  # told when they are timed
+            run_experts(x, weights, chosen, gate_up, down, 0, tiles, pdl=True)
+
+
 def experts() -> list[dict[str, Any]]:
     from benchmarks.gpu_offline import measure_card
     from vibe_sgl_lite.model_worker.gpu.kernels.experts import route, run_experts
 
     card = measure_card()
     print(card, flush=True)
+    compile_all()
     gate_up = (torch.randn(EXPERTS, 2 * INNER, HIDDEN, device="cuda") * 0.02).bfloat16()
     down = (torch.randn(EXPERTS, HIDDEN, INNER, device="cuda") * 0.02).bfloat16()
     flush = torch.empty(96 << 20, dtype=torch.uint8, device="cuda")  # else the experts of few tokens stay in the L2
@@ -212,10 +234,14 @@ def main() -> None:
     parser.add_argument("what", choices=("collectives", "experts"))
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--only-compile", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank is not None:
         collectives(options.rank, options.ranks, options.store)
+        return
+    if options.only_compile is not None:
+        compile_experts(options.only_compile)
         return
     results = experts() if options.what == "experts" else run_ranks(options.ranks)
     print(json.dumps(results))

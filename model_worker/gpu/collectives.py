@@ -65,26 +65,35 @@ def connect_peers(rank: int, size: int, device: torch.device) -> PeerMemory | No
 
     None, on all of them, where the cards cannot read each other's memory. Uses torch's symmetric memory.
     """
-    cards = range(torch.cuda.device_count())
-    if size > min(len(cards), MAX_RANKS):
-        return None
-    if not all(torch.cuda.can_device_access_peer(device, card) for card in range(size) if card != device.index):
-        reached = torch.zeros(1, dtype=torch.int32, device=device)
-    else:
-        reached = torch.ones(1, dtype=torch.int32, device=device)
-    dist.all_reduce(reached, op=dist.ReduceOp.MIN)
-    if not int(reached):
-        log.warning("the GPUs cannot read each other's memory: all sums over ranks go through NCCL")
-        return None
+    others = [card for card in range(torch.cuda.device_count()) if card != device.index]
+    reached = size <= MAX_RANKS and len(others) >= size - 1
+    reached = reached and all(torch.cuda.can_device_access_peer(device, card) for card in others[: size - 1])
+    peers = None
+    if _all_agree(reached, device):
+        try:
+            peers = _connect(rank, device)
+        except RuntimeError as error:
+            log.warning("no symmetric memory: %s", error)
+        if _all_agree(peers is not None, device):  # so no rank writes to a region before it is zeroed
+            return peers
+    log.warning("the GPUs cannot read each other's memory: all sums over ranks go through NCCL")
+    return None
+
+
+def _connect(rank: int, device: torch.device) -> PeerMemory:
     import torch.distributed._symmetric_memory as symmetric
 
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-    layout = Layout(HALF_BYTES)
+    world, layout = dist.group.WORLD, Layout(HALF_BYTES)
+    assert world is not None
     region = symmetric.empty(layout.nbytes, dtype=torch.uint8, device=device)
     region.zero_()
-    world = dist.group.WORLD
-    assert world is not None
     handle = symmetric.rendezvous(region, world.group_name)
     torch.cuda.synchronize(device)
-    dist.barrier()  # no rank writes to a region that is not zeroed yet
     return PeerMemory(list(handle.buffer_ptrs), rank, layout, device, (region, handle))
+
+
+def _all_agree(yes: bool, device: torch.device) -> bool:
+    answer = torch.tensor([int(yes)], dtype=torch.int32, device=device)
+    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
+    return bool(answer.item())

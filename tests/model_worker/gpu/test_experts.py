@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("ranks", "split", "tokens"), [(1, "ep", 1), (2, "ep", 1), (1, "ep", 5), (2, "expert_tp", 5), (2, "ep", 37)]
 )
 def test_each_ranks_part_is_that_of_the_plain_dispatch(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, split: str, tokens: int
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device, ranks: int, split: str, tokens: int
 ) -> None:
     monkeypatch.setattr(weight, "can_pack", lambda *_: False)
     x = torch.randn((tokens, MOE["hidden_size"]), generator=torch.Generator().manual_seed(tokens))
@@ -43,11 +43,13 @@ def test_each_ranks_part_is_that_of_the_plain_dispatch(
             parallel = ParallelState(rank, tp=group, expert_tp=group)
         block = load_model(folder, parallel=parallel).layers[0].feed_forward
         assert isinstance(block, MoEBlock)
-        arguments = x, block.router, block.experts, NO_TIMER
         with torch.inference_mode():
-            expected = block.dispatch.partial(*arguments)  # type: ignore[attr-defined]
-            got = GroupedDispatch(parallel, pdl=False).partial(*arguments)
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+            expected = block.dispatch.partial(x, block.router, block.experts, NO_TIMER)  # type: ignore[attr-defined]
+            for matrix in (block.router.weight, block.experts.gate_up, block.experts.down):
+                plain, matrix.device = matrix.tensor.to(device), device
+                matrix.install(plain)
+            got = GroupedDispatch(parallel, pdl=False).partial(x.to(device), block.router, block.experts, NO_TIMER)
+        torch.testing.assert_close(got.cpu(), expected, atol=1e-5, rtol=1e-4)
         assert got.abs().max() > 0.01
 
 
