@@ -18,6 +18,7 @@ import torch
 import zmq
 
 from vibe_sgl_lite.model_worker.compute import GpuSetup, choose_compute
+from vibe_sgl_lite.model_worker.cpu.shared_memory import share_memory
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.memory_plan import plan_memory
@@ -145,6 +146,8 @@ def build_runner(
     args = spec.args
     dtype: torch.dtype = getattr(torch, spec.dtype)
     compute = choose_compute(dtype, device, spec.model.head_dim, _gpu_setup(spec, parallel))
+    if compute.kernels is not None and args.dist_init_addr is None:
+        parallel = share_memory(parallel, compute.kernels)
     model = Qwen3(spec.model, parallel, dtype, device, compute.operations, DISPATCH[args.moe_dispatch])
     choose_formats(model, args.quantization, compute.kernels)
     progress = _Progress(heartbeat, visible=parallel.rank == 0 and sys.stderr.isatty())

@@ -63,6 +63,7 @@ def collectives(rank: int, ranks: int, store: Path) -> list[dict[str, Any]]:
     """One rank of them."""
     import torch.distributed as dist
 
+    from vibe_sgl_lite.model_worker.gpu.parallel_layers import FusedSums
     from vibe_sgl_lite.model_worker.parallel import init_parallel, join_peers
 
     device = torch.device("cuda", rank)
@@ -79,7 +80,7 @@ def collectives(rank: int, ranks: int, store: Path) -> list[dict[str, Any]]:
             x, residual, weight = given.clone(), torch.zeros_like(given), torch.ones(width, device=device).bfloat16()
             result: dict[str, Any] = {"rows": rows, "width": width}
             result["nccl_us"] = in_graph_us(partial(alone.all_reduce, x))
-            if peers is not None:
+            if isinstance(peers, FusedSums):
                 assert peers.takes(x)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -1,7 +1,8 @@
 """Runs a model's layers as programs of the CPU kernels (native/program.h), each as many blocks as follow one another.
 
 A program is compiled of the model's own description (qwen3/steps.py). A block whose matrices are all the kernels' is in
-one. Where the ranks sum, a program ends; experts, and what is in other formats, run step by step between two programs.
+one, with the sum over the ranks where these share memory; a sum through torch.distributed ends it. Experts, and what is
+in other formats, run step by step between two programs.
 T tokens, H hidden size.
 """
 
@@ -19,8 +20,10 @@ from vibe_sgl_lite.model_worker.attention.cpu_backend import KernelAttention
 from vibe_sgl_lite.model_worker.cpu.api import DTYPES
 from vibe_sgl_lite.model_worker.cpu.library import structures
 from vibe_sgl_lite.model_worker.cpu.linear import SLAB
+from vibe_sgl_lite.model_worker.cpu.shared_memory import SharedMemory
 from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabMatrix
 from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
+from vibe_sgl_lite.model_worker.step_timer import COLLECTIVES
 from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend, ForwardContext
 from vibe_sgl_lite.qwen3.layers.linear import RowParallelLinear
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group
@@ -36,6 +39,7 @@ class Kind(IntEnum):
     GATED_PRODUCT = 2
     ROPE_STORE = 3
     ATTEND = 4
+    SUM_RANKS = 5
 
 
 class Target(IntEnum):
@@ -52,6 +56,7 @@ class Program:
         self._blocks = blocks
         self._kernels = backend.kernels
         compiled = [operation for block in blocks for operation in _compile(block, backend) or ()]
+        ranks = _group(blocks[0]).peers
         self.parts = [part for part, _ in compiled]
         self._operations = (structures()["Operation"] * len(compiled))(*[operation for _, operation in compiled])
         self._seconds: npt.NDArray[np.float64] | None = None
@@ -67,6 +72,7 @@ class Program:
             scale=backend.scale,
             eps=model.norm.eps,
             pool=cache.pool,
+            ranks=ranks.place if isinstance(ranks, SharedMemory) else structures()["Ranks"](),
         )
 
     def run(self, update: Tensor, residual: Tensor, context: ForwardContext) -> None:
@@ -110,7 +116,7 @@ class ProgramLayers:
                 update = update.contiguous()
                 piece.run(update, residual, context)
             elif isinstance(piece, Group):
-                context.timer.mark("collectives")
+                context.timer.mark(COLLECTIVES)
                 update = piece.all_reduce(update)
             else:
                 update = run_block(piece, update, residual, context)
@@ -137,7 +143,7 @@ def plan_programs(model: Qwen3, backend: AttentionBackend) -> None:
                 continue
             together.append(block)
             group = _group(block)
-            if group.size > 1:
+            if group.size > 1 and not isinstance(group.peers, SharedMemory):
                 end_program()
                 pieces.append(group)
     end_program()
@@ -183,4 +189,6 @@ def _compile(block: Block, backend: KernelAttention) -> list[tuple[str, Any]] | 
             operations.append((step.part, made(kind=Kind.ATTEND, **places)))
         elif not isinstance(step, SiluMultiply):
             return None
+    if isinstance(_group(block).peers, SharedMemory):
+        operations.append((COLLECTIVES, made(kind=Kind.SUM_RANKS)))
     return operations

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class PeerMemory:
-    """A `PeerCollectives` (qwen3/layers/parallel_state.py): this rank's region, and where the others' are.
+    """A `FusedSums` (parallel_layers.py): this rank's region, and where the others' are.
 
     Every call is the next one on all ranks, in the same order, whether by itself or from a graph.
     """
@@ -38,13 +38,18 @@ class PeerMemory:
         self._keep = keep
         self._pdl = has_dependent_launch(device)
 
-    def takes(self, x: Tensor) -> bool:
+    def takes(self, x: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> bool:
+        if operation != dist.ReduceOp.SUM:
+            return False
         line = x.shape[-1] * x.element_size()
         fits = 0 < x.nbytes <= self._layout.half and line % 16 == 0 and x.shape[-1] <= MAX_COLUMNS
         return fits and x.dtype in FLOATS and x.is_contiguous()
 
-    def all_reduce(self, x: Tensor) -> None:
+    def all_reduce(self, x: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         self._reduce(x)
+
+    def all_gather(self, x: Tensor) -> None:
+        return None
 
     def all_reduce_add(self, x: Tensor, residual: Tensor) -> None:
         self._reduce(x, residual=residual)

@@ -15,7 +15,7 @@ from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention, GpuMe
 from vibe_sgl_lite.model_worker.gpu.experts import plan_experts
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import chain_attention
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
-from vibe_sgl_lite.model_worker.gpu.parallel_layers import ParallelLayers
+from vibe_sgl_lite.model_worker.gpu.parallel_layers import FusedSums, ParallelLayers
 from vibe_sgl_lite.qwen3.attention_backend import ForwardContext
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight, PlainMatrix
@@ -130,7 +130,7 @@ def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
     plan_experts(model, pdl=attention.pdl)
     group, parallel = model.parallel.tp, None
     if group.size > 1:
-        if group.peers is None or not group.peers.takes(
+        if not isinstance(group.peers, FusedSums) or not group.peers.takes(
             torch.empty((1, model.config.hidden_size), dtype=model.dtype, device=model.device)
         ):
             return

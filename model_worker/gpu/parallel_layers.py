@@ -1,5 +1,7 @@
 """A model's decoder layers on one of several GPUs: each sum over the ranks is one kernel with residual and norm."""
 
+from typing import Protocol, runtime_checkable
+
 from torch import Tensor
 
 from vibe_sgl_lite.qwen3.attention_backend import ForwardContext
@@ -12,12 +14,23 @@ from vibe_sgl_lite.qwen3.model import DecoderLayer
 from vibe_sgl_lite.qwen3.steps import run_block
 
 
+@runtime_checkable
+class FusedSums(PeerCollectives, Protocol):
+    """Sums over the ranks with what follows them in a layer. For tensors that it takes."""
+
+    def all_reduce_add(self, x: Tensor, residual: Tensor) -> None:
+        """residual += the sum over the ranks of `x`, which is spent. Both [T, N]."""
+        ...
+
+    def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+        """The same; then x = residual / rms(residual) * weight, [N]."""
+        ...
+
+
 class ParallelLayers:
     """A `vibe_sgl_lite.qwen3.model.AllLayers`. What the peers do not take goes through the group."""
 
-    def __init__(
-        self, layers: list[DecoderLayer], group: Group, peers: PeerCollectives, operations: LayerOperations
-    ) -> None:
+    def __init__(self, layers: list[DecoderLayer], group: Group, peers: FusedSums, operations: LayerOperations) -> None:
         self.layers = layers
         self.group = group
         self.peers = peers

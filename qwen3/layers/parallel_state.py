@@ -19,22 +19,19 @@ _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 class PeerCollectives(Protocol):
-    """Sums over a group that its devices do themselves. All ranks call the same ones, in the same order."""
+    """Collectives that the ranks of one machine do in memory which all of them reach. All ranks call the same ones, in
+    the same order, and what these do not take is torch.distributed's."""
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether it can sum such a tensor."""
+    def takes(self, x: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> bool:
+        """Whether it can reduce such a tensor."""
         ...
 
-    def all_reduce(self, x: Tensor) -> None:
-        """x becomes the sum over the ranks."""
+    def all_reduce(self, x: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        """x becomes the sum, maximum or minimum over the ranks."""
         ...
 
-    def all_reduce_add(self, x: Tensor, residual: Tensor) -> None:
-        """residual += the sum over the ranks of `x`, which is spent. Both [T, N]."""
-        ...
-
-    def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
-        """The same; then x = residual / rms(residual) * weight, [N]."""
+    def all_gather(self, x: Tensor) -> Tensor | None:
+        """As `Group.all_gather`; None if it does not take this."""
         ...
 
 
@@ -42,7 +39,7 @@ class PeerCollectives(Protocol):
 class Group:
     """This rank's place in one process group. Size 1 needs no torch.distributed: every collective is then a no-op.
 
-    peers: a faster way for the sums that it takes, if there is one.
+    peers: a faster way for what it takes, if there is one.
     """
 
     rank: int = 0
@@ -56,28 +53,29 @@ class Group:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the group, in place; returns `x`, which must be contiguous."""
-        if self.peers is not None and self.peers.takes(x):
-            self.peers.all_reduce(x)
-        elif self.size > 1:
-            dist.all_reduce(x, group=self.process_group)
-        return x
+        return self._reduce(x, dist.ReduceOp.SUM)
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """Maximum over the group, in place; returns `x`, which must be contiguous."""
-        if self.size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.process_group)
-        return x
+        return self._reduce(x, dist.ReduceOp.MAX)
 
     def all_reduce_min(self, x: Tensor) -> Tensor:
         """Minimum over the group, in place; returns `x`, which must be contiguous."""
-        if self.size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self.process_group)
+        return self._reduce(x, dist.ReduceOp.MIN)
+
+    def _reduce(self, x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.peers is not None and self.peers.takes(x, operation):
+            self.peers.all_reduce(x, operation)
+        elif self.size > 1:
+            dist.all_reduce(x, op=operation, group=self.process_group)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[n, ...] of each rank, the same n everywhere -> [size * n, ...] in rank order."""
         if self.size == 1:
             return x
+        if self.peers is not None and (parts := self.peers.all_gather(x)) is not None:
+            return parts
         gathered = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
         _all_gather_into(gathered, x.contiguous(), group=self.process_group)
         return gathered

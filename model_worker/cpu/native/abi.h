@@ -22,6 +22,12 @@ struct Matrix {
     int64_t inputs, outputs, format;
 };
 
+// Where the ranks of one machine meet: ranks.h.
+struct Ranks {
+    void* memory;
+    int64_t rank, size, capacity;
+};
+
 struct PagedAttentionCall {
     int64_t dtype;
     const void* query;
@@ -97,6 +103,21 @@ struct GatherRowsCall {
     void* out;
 };
 
+// x becomes the sum over the ranks.
+struct SumRanksCall {
+    int64_t dtype;
+    Ranks ranks;
+    void* x;
+    int64_t count;
+};
+
+struct GatherRanksCall {
+    Ranks ranks;
+    const void* x;
+    int64_t bytes;
+    void* out;
+};
+
 // One step of a program (program.h).
 struct Operation {
     int64_t kind, target;  // target: where a product goes
@@ -113,6 +134,7 @@ struct RunProgramCall {
     int64_t hidden, heads, kv_heads, head_dim;
     float scale, eps;
     Pool pool;  // the layout; keys and values are the operations'
+    Ranks ranks;
     // Of the step.
     int64_t tokens, rows;
     void *update, *residual;  // [tokens, hidden]: in, the last block's output and the sum of those before; out, the same

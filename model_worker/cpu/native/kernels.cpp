@@ -129,6 +129,12 @@ void vsl_run_program(Context* context, const RunProgramCall* c) {
     });
 }
 
+void vsl_sum_ranks(Context* context, const SumRanksCall* c) {
+    with_dtype(c->dtype, [&](auto type) { sum_ranks(*context, c->ranks, (decltype(type)*)c->x, c->count); });
+}
+
+void vsl_gather_ranks(Context*, const GatherRanksCall* c) { gather_ranks(c->ranks, c->x, c->bytes, (char*)c->out); }
+
 void vsl_gather_rows(Context* context, const GatherRowsCall* c) {
     gather_rows(*context, (const uint32_t*)c->weights, c->units, c->ids, c->count, (uint32_t*)c->out);
 }

@@ -44,6 +44,22 @@ class Scratch {
 
 using Body = void (*)(void* data, int worker);
 
+// Spins for the time of a small job, then lets others have the core between one look and the next.
+class Wait {
+   public:
+    void moment() {
+        if (++moments_ > 4000) sched_yield();
+#if defined(__x86_64__)
+        _mm_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+
+   private:
+    int moments_ = 0;
+};
+
 // Threads that stay together for many jobs: `run` hands one to all of them without a system call. A thread that is late,
 // because its core is busy with something else, misses the job instead of holding it up.
 class Team {
@@ -81,22 +97,6 @@ class Team {
 
    private:
     static constexpr uint32_t kFinished = ~1u;
-
-    // Spins for the time of a small job, then lets others have the core between one look and the next.
-    class Wait {
-       public:
-        void moment() {
-            if (++moments_ > 4000) sched_yield();
-#if defined(__x86_64__)
-            _mm_pause();
-#elif defined(__aarch64__)
-            asm volatile("yield");
-#endif
-        }
-
-       private:
-        int moments_ = 0;
-    };
 
     std::atomic<uint32_t> ticket_{0};
     std::atomic<int> active_{0};

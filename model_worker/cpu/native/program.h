@@ -8,11 +8,12 @@
 #include "abi.h"
 #include "attention.h"
 #include "linear_run.h"
+#include "ranks.h"
 
 namespace vsl {
 
 // program.py numbers them alike.
-enum OperationKind { kAddNorm = 0, kProduct = 1, kGatedProduct = 2, kRopeStore = 3, kAttend = 4 };
+enum OperationKind { kAddNorm = 0, kProduct = 1, kGatedProduct = 2, kRopeStore = 3, kAttend = 4, kSumRanks = 5 };
 enum Target { kUpdate = 0, kQkv = 1 };  // of a product
 
 template <class T>
@@ -93,6 +94,8 @@ class Program {
                 PagedAttention<T, Stored>(context_, args).run();
                 return hand_on(attended_, attended_stride_);
             }
+            case kSumRanks:
+                return sum_ranks(context_, c_.ranks, update, c_.tokens * c_.hidden);
         }
     }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,17 +21,20 @@ LARGEST: int = 20 * DENSE["hidden_size"]  # elements that the peers take: decode
 
 
 class ThreadPeers:
-    """`PeerCollectives` of a group whose ranks are threads. called: what was, and how often."""
+    """`FusedSums` of a group whose ranks are threads. called: what was, and how often."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
         self.called: Counter[str] = Counter()
 
-    def takes(self, x: Tensor) -> bool:
-        return x.numel() <= LARGEST
+    def takes(self, x: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> bool:
+        return operation == dist.ReduceOp.SUM and x.numel() <= LARGEST
 
-    def all_reduce(self, x: Tensor) -> None:
+    def all_reduce(self, x: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         raise AssertionError("`ThreadGroup.all_reduce` has a way of its own")
+
+    def all_gather(self, x: Tensor) -> None:
+        return None
 
     def all_reduce_add(self, x: Tensor, residual: Tensor) -> None:
         self.called["add"] += 1
