@@ -3,7 +3,8 @@
     python benchmarks/internal/gpu_parallel.py collectives --ranks 2
     python benchmarks/internal/gpu_parallel.py experts
 
-collectives: a sum over the ranks in bf16 by NCCL, through symmetric memory, and that with residual and norm behind it.
+collectives: a sum over the ranks in bf16 by NCCL, through symmetric memory, and that with residual and norm behind it;
+read_norm_us is the last one with few rows read from the others as many are, not sent.
 experts: one layer of the 30B-A3B shape on one GPU, by number of tokens, with the tiles that the engine chooses and some
 others; the floor is the bytes of the experts that were touched, or their products, at the card's measured rates.
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,7 @@ def collectives(rank: int, ranks: int, store: Path) -> list[dict[str, Any]]:
     """One rank of them."""
     import torch.distributed as dist
 
-    from vibe_sgl_lite.model_worker.gpu.parallel_layers import FusedSums
+    from vibe_sgl_lite.model_worker.gpu.collectives import PeerMemory
     from vibe_sgl_lite.model_worker.parallel import init_parallel, join_peers
 
     device = torch.device("cuda", rank)
@@ -80,7 +82,7 @@ def collectives(rank: int, ranks: int, store: Path) -> list[dict[str, Any]]:
             x, residual, weight = given.clone(), torch.zeros_like(given), torch.ones(width, device=device).bfloat16()
             result: dict[str, Any] = {"rows": rows, "width": width}
             result["nccl_us"] = in_graph_us(partial(alone.all_reduce, x))
-            if isinstance(peers, FusedSums):
+            if isinstance(peers, PeerMemory):
                 assert peers.takes(x)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -96,6 +98,10 @@ def collectives(rank: int, ranks: int, store: Path) -> list[dict[str, Any]]:
                 expected = F.rms_norm((total + 0.5).bfloat16().float(), (width,))
                 result["norm_error"] = difference(x, expected)
                 result["symmetric_norm_us"] = in_graph_us(partial(peers.all_reduce_add_norm, x, residual, weight, 1e-6))
+                if given.nbytes <= peers.layout.small:
+                    layout, peers.layout = peers.layout, replace(peers.layout, small=0)
+                    result["read_norm_us"] = in_graph_us(partial(peers.all_reduce_add_norm, x, residual, weight, 1e-6))
+                    peers.layout = layout
                 same = [torch.empty_like(x) for _ in range(ranks)]
                 dist.all_gather(same, x)
                 assert all(torch.equal(other, x) for other in same)

@@ -17,6 +17,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import MAX_COLUMNS, MAX_R
 from vibe_sgl_lite.model_worker.gpu.operations import has_dependent_launch
 
 HALF_BYTES = 32 << 20  # of the largest sum; above it NCCL is as fast
+SMALL_BYTES = 256 << 10  # up to here, rows are sent
 TWO_SHOT_BYTES = 256 << 10  # over three ranks or more, from here on each sums a share; over two both read as much
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -32,9 +33,9 @@ class PeerMemory:
     def __init__(self, addresses: list[int], rank: int, layout: Layout, device: torch.device, keep: Any) -> None:
         """addresses: of the regions, zeroed, of `layout`, as this rank sees them; keep: what they live as long as."""
         self._regions = torch.tensor(addresses, dtype=torch.int64, device=device)
-        self._calls = torch.zeros(2, dtype=torch.int32, device=device)
+        self._calls = torch.zeros(2, dtype=torch.int64, device=device)
         self._rank = rank
-        self._layout = layout
+        self.layout = layout
         self._keep = keep
         self._pdl = has_dependent_launch(device)
 
@@ -42,7 +43,7 @@ class PeerMemory:
         if operation != dist.ReduceOp.SUM:
             return False
         line = x.shape[-1] * x.element_size()
-        fits = 0 < x.nbytes <= self._layout.half and line % 16 == 0 and x.shape[-1] <= MAX_COLUMNS
+        fits = 0 < x.nbytes <= self.layout.half and line % 16 == 0 and x.shape[-1] <= MAX_COLUMNS
         return fits and x.dtype in FLOATS and x.is_contiguous()
 
     def all_reduce(self, x: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
@@ -60,9 +61,7 @@ class PeerMemory:
     def _reduce(self, x: Tensor, **rest: Any) -> None:
         two_shot = len(self._regions) > 2 and x.nbytes >= TWO_SHOT_BYTES
         lines = x.view(-1, x.shape[-1])
-        all_reduce(
-            lines, self._regions, self._calls, self._layout, self._rank, pdl=self._pdl, two_shot=two_shot, **rest
-        )
+        all_reduce(lines, self._regions, self._calls, self.layout, self._rank, pdl=self._pdl, two_shot=two_shot, **rest)
 
 
 def connect_peers(rank: int, size: int, device: torch.device) -> PeerMemory | None:
@@ -89,8 +88,9 @@ def _connect(rank: int, device: torch.device) -> PeerMemory:
     import torch.distributed._symmetric_memory as symmetric
 
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-    world, layout = dist.group.WORLD, Layout(HALF_BYTES)
+    world = dist.group.WORLD
     assert world is not None
+    layout = Layout(HALF_BYTES, SMALL_BYTES, dist.get_world_size())
     region = symmetric.empty(layout.nbytes, dtype=torch.uint8, device=device)
     region.zero_()
     handle = symmetric.rendezvous(region, world.group_name)

@@ -5,6 +5,9 @@ programs of the same number on all ranks that they are there, waits for theirs, 
 than two ranks and many rows, each rank first sums its share of the rows only, and all then read the sums. The sums are
 in the order of the ranks, in fp32, and so the same bits on all of them.
 
+A few rows are sent instead, into the others' regions: words of eight bytes, half of each the call's number, so
+that whoever reads one knows whether it is there. That takes half as long, and twice the bytes.
+
 Two halves of a region are used in turn: who has heard of all ranks in a call knows that they are through with the one
 before, and may write to what that one used in the call after this. Rows, and the numbers of programs, may differ from
 call to call, but not from rank to rank. Nothing here gives up waiting: a rank that is gone stops the others for good.
@@ -12,55 +15,64 @@ call to call, but not from rank to rank. Nothing here gives up waiting: a rank t
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_PROGRAMS = 512
-FLAGS_BYTES = 1 << 17  # of a region, at its beginning: [2, MAX_PROGRAMS, ranks] int32, the number of the last call
-MAX_RANKS = FLAGS_BYTES // (2 * MAX_PROGRAMS * 4)
+FLAGS_BYTES = 1 << 18  # of a region, at its beginning: [2, MAX_PROGRAMS, ranks] int64, the number of the last call
+MAX_RANKS = FLAGS_BYTES // (2 * MAX_PROGRAMS * 8)
 MAX_COLUMNS = 16384
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A region: the flags, then two halves of inputs and two of sums, of `half` bytes each."""
+    """A region: the flags, then two halves of inputs and two of sums, of `half` bytes each; then, twice again, words
+    for `small` bytes from each of so many ranks."""
 
     half: int
+    small: int
+    ranks: int
+
+    @property
+    def words(self) -> int:
+        """Where they begin."""
+        return FLAGS_BYTES + 4 * self.half
 
     @property
     def nbytes(self) -> int:
-        return FLAGS_BYTES + 4 * self.half
+        return self.words + 2 * self.ranks * 2 * self.small
 
 
 @triton.jit
 def _tell_all(regions, place, call, RANKS: tl.constexpr, RANKS_P: tl.constexpr, ASM: tl.constexpr):
-    """Set the int32 at offset `place` of all regions to `call`, behind everything that this program has written."""
+    """Set the int64 at offset `place` of all regions to `call`, behind everything that this program has written."""
     rank = tl.minimum(tl.arange(0, RANKS_P), RANKS - 1)
     flag = tl.load(regions + rank) + place
     if ASM:
         tl.inline_asm_elementwise(
-            "fence.acq_rel.sys; st.relaxed.sys.global.u32 [$1], $2; mov.u32 $0, 0;",
-            "=r,l,r,~{memory}", [flag, call + tl.zeros_like(rank)], dtype=tl.int32, is_pure=False, pack=1,
+            "fence.acq_rel.sys; st.relaxed.sys.global.u64 [$1], $2; mov.u32 $0, 0;",
+            "=r,l,l,~{memory}", [flag, call + tl.zeros_like(rank)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
     else:
-        tl.atomic_xchg(flag.to(tl.pointer_type(tl.int32)), call + tl.zeros_like(rank), sem="release", scope="sys")
+        tl.atomic_xchg(flag.to(tl.pointer_type(tl.int64)), call + tl.zeros_like(rank), sem="release", scope="sys")
 
 
 @triton.jit
 def _wait_for_all(region, place, call, RANKS: tl.constexpr, RANKS_P: tl.constexpr, ASM: tl.constexpr):
-    """Until the int32s at offset `place` and behind it, one a rank, have come to `call`; they may be beyond it."""
+    """Until the int64s at offset `place` and behind it, one a rank, have come to `call`; they may be beyond it."""
     rank = tl.minimum(tl.arange(0, RANKS_P), RANKS - 1)
-    flag = region + place + rank * 4
+    flag = region + place + rank * 8
     if ASM:
         tl.inline_asm_elementwise(
-            "{ .reg .pred early; .reg .s32 seen; AGAIN: ld.acquire.sys.global.s32 seen, [$1]; sub.s32 seen, seen, $2; "
-            "setp.lt.s32 early, seen, 0; @early bra AGAIN; mov.u32 $0, 0; }",
-            "=r,l,r,~{memory}", [flag, call + tl.zeros_like(rank)], dtype=tl.int32, is_pure=False, pack=1,
+            "{ .reg .pred early; .reg .s64 seen; AGAIN: ld.acquire.sys.global.s64 seen, [$1]; "
+            "setp.lt.s64 early, seen, $2; @early bra AGAIN; mov.u32 $0, 0; }",
+            "=r,l,l,~{memory}", [flag, call + tl.zeros_like(rank)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
     else:
-        pointer = flag.to(tl.pointer_type(tl.int32))
+        pointer = flag.to(tl.pointer_type(tl.int64))
         missing = tl.min(tl.atomic_add(pointer, 0, sem="acquire", scope="sys") - call, 0)
         while missing < 0:
             missing = tl.min(tl.atomic_add(pointer, 0, sem="acquire", scope="sys") - call, 0)
@@ -72,14 +84,11 @@ def _meet(
     MAX_PROGRAMS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """With the programs of this number on all ranks; what they wrote before can be read after it."""
-    place = (phase * MAX_PROGRAMS + tl.program_id(0)).to(tl.int64) * RANKS * 4
+    place = (phase * MAX_PROGRAMS + tl.program_id(0)).to(tl.int64) * RANKS * 8
     tl.debug_barrier()
-    _tell_all(regions, place + RANK * 4, call, RANKS, RANKS_P, ASM)
-    if phase == 0:  # while the others' word is on its way; the last program counts the call
-        arrived = tl.atomic_add(calls + 1, 1, sem="acq_rel", scope="gpu")
-        if arrived == tl.num_programs(0) - 1:
-            tl.store(calls + 1, 0)
-            tl.store(calls, call)
+    _tell_all(regions, place + RANK * 8, call, RANKS, RANKS_P, ASM)
+    if phase == 0:  # while the others' word is on its way
+        _count_call(calls, call)
     _wait_for_all(tl.load(regions + RANK), place, call, RANKS, RANKS_P, ASM)
     tl.debug_barrier()
 
@@ -96,6 +105,29 @@ def _sum(regions, start, inside, like, RANKS: tl.constexpr, NP: tl.constexpr):
 
 
 @triton.jit
+def _finish(value, residual, output, gain, at, inside, eps, N: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr):
+    """What is done with a row of the sum, rounded to its dtype."""
+    if ADD:
+        wide = value.to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        value = wide.to(output.dtype.element_ty)
+        tl.store(residual + at, value, mask=inside)
+    if NORM:
+        wide = value.to(tl.float32)
+        value = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / N + eps) * gain).to(output.dtype.element_ty)
+    if NORM or not ADD:
+        tl.store(output + at, value, mask=inside)
+
+
+@triton.jit
+def _count_call(calls, call):
+    """The last program to come counts it; by then all have read what was there."""
+    arrived = tl.atomic_add(calls + 1, 1, sem="acq_rel", scope="gpu")
+    if arrived == tl.num_programs(0) - 1:
+        tl.store(calls + 1, 0)
+        tl.store(calls, call)
+
+
+@triton.jit
 def _all_reduce(
     x, residual, weight, output, regions, calls, rows, half, flags_bytes, eps, N: tl.constexpr, NP: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, RANKS_P: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
@@ -106,13 +138,14 @@ def _all_reduce(
     column = tl.arange(0, NP)
     inside = column < N
     first, step = tl.program_id(0), tl.num_programs(0)
+    gain = 1.0
     if NORM:
         gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     call = tl.load(calls) + 1
-    inputs = flags_bytes + (call & 1).to(tl.int64) * half
+    inputs = flags_bytes + (call & 1) * half
     sums = inputs + 2 * half
     width: tl.constexpr = N * (x.dtype.element_ty.primitive_bitwidth // 8)
     mine = tl.load(regions + RANK)
@@ -135,15 +168,57 @@ def _all_reduce(
         else:
             total = _sum(regions, inputs + row * width, inside, x, RANKS, NP)
             value = total.to(x.dtype.element_ty)
-        if ADD:
-            wide = value.to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-            value = wide.to(x.dtype.element_ty)
-            tl.store(residual + at, value, mask=inside)
-        if NORM:
-            wide = value.to(tl.float32)
-            value = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / N + eps) * gain).to(x.dtype.element_ty)
-        if NORM or not ADD:
-            tl.store(output + at, value, mask=inside)
+        _finish(value, residual, output, gain, at, inside, eps, N, ADD, NORM)
+
+
+@triton.jit
+def _all_reduce_small(
+    x, words, residual, weight, output, regions, calls, first, size, eps, N: tl.constexpr, NP: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, PAIRS: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A program a row. words: x as int32; PAIRS: of two bf16 each, else of one fp32. first: where in a region the words
+    begin; size: bytes of those from one rank."""
+    SPAN: tl.constexpr = NP // 2 if PAIRS else NP
+    COUNT: tl.constexpr = N // 2 if PAIRS else N
+    row = tl.program_id(0)
+    column, word = tl.arange(0, NP), tl.arange(0, SPAN)
+    inside, there = column < N, word < COUNT
+    gain = 1.0
+    if NORM:
+        gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    call = tl.load(calls) + 1
+    mine = tl.load(words + row * COUNT + word, mask=there, other=0)
+    number = call & 0xFFFFFFFF
+    packed = (mine.to(tl.int64) << 32) | number
+    start = first + (call & 1) * (RANKS * size) + row * (COUNT * 8)
+    for peer in tl.static_range(RANKS):
+        if peer != RANK:
+            line = tl.load(regions + peer) + start + RANK * size
+            tl.store(tl.multiple_of(line.to(tl.pointer_type(tl.int64)), 16) + word, packed, mask=there)
+    _count_call(calls, call)
+    even, odd = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
+    for rank in tl.static_range(RANKS):
+        if rank == RANK:
+            value = mine
+        else:
+            line = tl.load(regions + RANK) + start + rank * size
+            line = tl.multiple_of(line.to(tl.pointer_type(tl.int64)), 16) + word
+            got = tl.load(line, mask=there, other=number, volatile=True)
+            while tl.min(((got & 0xFFFFFFFF) == number).to(tl.int32), 0) == 0:
+                got = tl.load(line, mask=there, other=number, volatile=True)
+            value = (got >> 32).to(tl.int32)
+        if PAIRS:
+            even += (value << 16).to(tl.float32, bitcast=True)
+            odd += (value & -65536).to(tl.float32, bitcast=True)
+        else:
+            even += value.to(tl.float32, bitcast=True)
+    total = tl.interleave(even, odd) if PAIRS else even
+    total = total.to(x.dtype.element_ty)
+    _finish(total, residual, output, gain, row * N + column, inside, eps, N, ADD, NORM)
 
 
 def all_reduce(
@@ -163,7 +238,7 @@ def all_reduce(
 
     residual: [T, N], to which the sum is added instead, in place; x is then spent. weight: [N], with residual: x
     becomes residual / rms(residual) * weight. regions: [ranks] int64, the addresses of all ranks' regions as this one
-    sees them; calls: [2] int32, zeros at first, as are the flags. x takes at most a half of `layout`.
+    sees them; calls: [2] int64, zeros at first, as are the flags. x takes at most a half of `layout`.
     """
     rows, columns = x.shape
     assert x.is_contiguous()
@@ -172,10 +247,18 @@ def all_reduce(
     assert columns <= MAX_COLUMNS
     assert weight is None or residual is not None
     options = {"launch_pdl": True} if pdl else {}
+    warps = 4 if columns <= 4096 else 8
+    rest = x if residual is None else residual, x if weight is None else weight
+    parts = {"ADD": residual is not None, "NORM": weight is not None, "PDL": pdl, "N": columns}
+    if x.nbytes <= layout.small and x.dtype in (torch.bfloat16, torch.float32):
+        _all_reduce_small[(rows,)](
+            x, x.view(torch.int32), *rest, x, regions, calls, layout.words, 2 * layout.small, eps, **parts,
+            NP=triton.next_power_of_2(columns), RANK=rank, RANKS=len(regions), PAIRS=x.dtype == torch.bfloat16,
+            num_warps=warps, **options,
+        )  # fmt: skip
+        return
     _all_reduce[(min(rows, MAX_PROGRAMS),)](
-        x, x if residual is None else residual, x if weight is None else weight, x, regions, calls, rows, layout.half,
-        FLAGS_BYTES, eps, N=columns, NP=triton.next_power_of_2(columns), RANK=rank, RANKS=len(regions),
-        RANKS_P=triton.next_power_of_2(len(regions)), MAX_PROGRAMS=MAX_PROGRAMS, TWO_SHOT=two_shot,
-        ADD=residual is not None, NORM=weight is not None, ASM=x.is_cuda, PDL=pdl,
-        num_warps=4 if columns <= 4096 else 8, **options,
+        x, *rest, x, regions, calls, rows, layout.half, FLAGS_BYTES, eps, **parts, NP=triton.next_power_of_2(columns),
+        RANK=rank, RANKS=len(regions), RANKS_P=triton.next_power_of_2(len(regions)), MAX_PROGRAMS=MAX_PROGRAMS,
+        TWO_SHOT=two_shot, ASM=x.is_cuda, num_warps=warps, **options,
     )  # fmt: skip

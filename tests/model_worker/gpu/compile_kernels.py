@@ -97,8 +97,10 @@ def main() -> None:
     add_rms_norm(stream, stream, gain, 1e-6, stream, pdl=True)
     silu_multiply(zeros(2, 2 * INNER), zeros(2, INNER), pdl=True)
     embed(ints[:2], zeros(16, HIDDEN), stream, pdl=True)
-    regions = longs[:2], ints[:2], Layout(1 << 16), 1
+    regions = longs[:2], longs[:2], Layout(1 << 16, 0, 2), 1
+    small = longs[:2], longs[:2], Layout(1 << 16, 1 << 16, 2), 1
     all_reduce(stream, *regions, pdl=True)
+    all_reduce(stream, *small, pdl=True, residual=stream, weight=gain, eps=1e-6)
     all_reduce(stream, *regions, pdl=True, two_shot=True, residual=stream, weight=gain, eps=1e-6)
     experts = zeros(16, 2 * INNER, HIDDEN), zeros(16, HIDDEN, INNER), 0
     for tokens in (1, 32, 64, 128):

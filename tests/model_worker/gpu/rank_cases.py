@@ -19,7 +19,7 @@ from vibe_sgl_lite.qwen3.layers import weight
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
-CPU, LAYOUT = torch.device("cpu"), Layout(1 << 14)
+CPU, LAYOUT = torch.device("cpu"), Layout(1 << 14, 512, 2)
 PROMPTS = [random_tokens(n, seed=n) for n in (3, 9)]
 PARAMS = [sampling(), sampling(temperature=0.9, top_p=1.0, seed=11)]
 COUNT = 3
