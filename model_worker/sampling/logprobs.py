@@ -47,11 +47,18 @@ class Logprobs:
 
 
 def token_logprobs(
-    logits: Tensor, token_ids: Tensor, rows: list[int], top_counts: list[int], vocab: slice, group: Group
+    logits: Tensor,
+    token_ids: Tensor,
+    rows: list[int],
+    top_counts: list[int],
+    vocab: slice,
+    group: Group,
+    vocab_size: int,
 ) -> Logprobs:
     """logits: raw, [n, local vocabulary], float32 or bfloat16; token_ids: int64 [n] of the whole vocabulary.
 
-    vocab: this rank's range. rows, top_counts: see `Logprobs`. Every rank of the group calls it with the same n.
+    vocab: this rank's range of all vocab_size. rows, top_counts: see `Logprobs`. Every rank of the group calls it with
+    the same n.
     """
     maxima = BlockMaxima(logits, vocab.start)
     best = group.all_reduce_max(maxima.maxima.amax(1).to(torch.float32))
@@ -65,7 +72,7 @@ def token_logprobs(
         mass[part] = row_set.values(part).sub_(best[part, None]).exp_().sum(1)
     sums = group.all_reduce(torch.stack([mass, torch.where(here, chosen, 0.0)]))
     log_sum = best.to(torch.float64) + sums[0].log()
-    k = min(max(top_counts, default=0), logits.shape[1] * group.size)
+    k = min(max(top_counts, default=0), vocab_size)
     if k == 0:
         top_ids = token_ids.new_empty((len(rows), 0))
         top_values = best.new_empty((len(rows), 0))

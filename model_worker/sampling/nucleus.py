@@ -106,14 +106,20 @@ class Cuts:
 
 
 def find_cuts(
-    rows: RowSet, first_id: int, plan: FilterPlan, best: Tensor, total: Tensor, inverse: Tensor, group: Group
+    rows: RowSet,
+    first_id: int,
+    plan: FilterPlan,
+    best: Tensor,
+    total: Tensor,
+    inverse: Tensor,
+    group: Group,
+    vocab_size: int,
 ) -> Cuts:
     """The cut of each row's filters, by search.
 
     rows: those of `plan`. best (float32), total (int64, as for `prefix_lengths`), inverse (float64, of the
-    temperature): [n].
+    temperature): [n]. vocab_size: of all ranks.
     """
-    vocab_size = rows.logits.shape[1] * group.size
     cuts = Cuts(torch.full_like(best, float("-inf")), torch.full_like(plan.top_k, _FAR))
     limit = total.clone()
     counted = (plan.top_k < vocab_size).nonzero()[:, 0]

@@ -41,7 +41,7 @@ from vibe_sgl_lite.model_worker.sampling.nucleus import (
     total_masses,
 )
 from vibe_sgl_lite.model_worker.sampling.slots import FilterPlan, SamplingPlan, SlotSampling
-from vibe_sgl_lite.qwen3.layers.parallel_state import Group, shard
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group, spread
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 
 # [n, m] float32 or bfloat16, contiguous -> int64 [n], the column of each row's maximum, the lowest one of equals; in
@@ -88,7 +88,7 @@ class SampleOutput:
 class Sampler:
     """Sampling parameters of all slots of a rank, and the sampling of its steps.
 
-    vocab_size: of the whole vocabulary, 262,144 at most. group: the ranks that share it in equal ranges.
+    vocab_size: of the whole vocabulary, 262,144 at most. group: the ranks that share it.
     tokens: [max_slots, context_len] int32, the sequences of the slots; read, never written. When `sample` runs,
         tokens[slot, :position] must hold all tokens before the one to draw (only penalties read it).
     argmax: a faster one where the logits' device has it. fused: a draw of plain rows in one go over the same group, if
@@ -106,10 +106,10 @@ class Sampler:
     ) -> None:
         self.device = device or CpuDevice()
         assert vocab_size <= MAX_VOCAB, f"a vocabulary of {vocab_size} is above {MAX_VOCAB}"
-        self.vocab = shard(vocab_size, group)
+        self.vocab = spread(vocab_size, group)
         self.group = group
         self.slots = SlotSampling(tokens.shape[0], vocab_size, self.vocab, self.device)
-        self.fused = fused
+        self.fused = fused if vocab_size % group.size == 0 else None  # it takes parts to be equal
         self._argmax = argmax or argmax_column
         self._adjuster = LogitAdjuster(tokens, self.vocab)
         self._ids = torch.arange(self.vocab.start, self.vocab.stop, device=tokens.device)
@@ -156,13 +156,17 @@ class Sampler:
         logprobs = None
         if raw is not None:
             chosen = token_ids[plan.logprob_index]
-            logprobs = token_logprobs(raw, chosen, plan.logprob_rows, plan.top_counts, self.vocab, self.group)
+            logprobs = token_logprobs(
+                raw, chosen, plan.logprob_rows, plan.top_counts, self.vocab, self.group, self.slots.vocab_size
+            )
         return SampleOutput(token_ids, logprobs)
 
     def logprobs_of(self, logits: Tensor, token_ids: Tensor, top: int) -> Logprobs:
         """For prompt_logprobs: logits [n, vocab / ranks] at n positions and the tokens (int64 [n]) that follow them."""
         n = len(token_ids)
-        return token_logprobs(logits, token_ids, list(range(n)), [top] * n, self.vocab, self.group)
+        return token_logprobs(
+            logits, token_ids, list(range(n)), [top] * n, self.vocab, self.group, self.slots.vocab_size
+        )
 
     def _draw(self, logits: Tensor, plan: SamplingPlan, positions: Tensor) -> Tensor:
         """int64 [rows], from the adjusted logits."""
@@ -207,8 +211,9 @@ class Sampler:
             if len(rest):
                 beyond, inverse = filters.subset(rest), inverse[rest]
                 cuts = find_cuts(
-                    rows.subset(rest), self.vocab.start, beyond, best[rest], total[rest], inverse, self.group
-                )
+                    rows.subset(rest), self.vocab.start, beyond, best[rest], total[rest], inverse, self.group,
+                    self.slots.vocab_size,
+                )  # fmt: skip
                 drawn[rest] = self._draw_widely(rows.subset(rest), plan, keys, cuts)
         return drawn
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vibe_sgl_lite.qwen3.layers.parallel_state import kv_head_shard, shard
+from vibe_sgl_lite.qwen3.layers.parallel_state import kv_head_shard, shard, spread
 from vibe_sgl_lite.qwen3.layers.setup import Setup
 from vibe_sgl_lite.qwen3.layers.weight import EmbeddingWeight, MatrixWeight
 
@@ -25,7 +25,7 @@ class ColumnParallelLinear:
     """[T, in] -> [T, out / group], replicated input."""
 
     def __init__(self, in_features: int, out_features: int, setup: Setup) -> None:
-        part = shard(out_features, setup.parallel.tp)
+        part = spread(out_features, setup.parallel.tp)
         self.weight = MatrixWeight(part.stop - part.start, in_features, setup.dtype, setup.device)
 
     def __call__(self, x: Tensor, attributes: TokenAttributes | None = None) -> Tensor:
@@ -68,14 +68,14 @@ class QKVLinear:
 
 
 class VocabParallelEmbedding:
-    """Token ids [T] -> [T, H]. Each rank holds an equal range of the vocabulary and contributes the rows it has.
+    """Token ids [T] -> [T, H]. Each rank holds a range of the vocabulary and contributes the rows it has.
 
     tied: the head's weight, where the embedding has the same values.
     """
 
     def __init__(self, setup: Setup, tied: MatrixWeight | None) -> None:
         self.group = setup.parallel.tp
-        self.vocab = shard(setup.config.vocab_size, self.group)
+        self.vocab = spread(setup.config.vocab_size, self.group)
         rows, width = self.vocab.stop - self.vocab.start, setup.config.hidden_size
         self.weight = EmbeddingWeight(rows, width, setup.dtype, setup.device, tied)
 

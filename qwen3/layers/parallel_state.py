@@ -113,6 +113,12 @@ def shard(total: int, group: Group) -> slice:
     return slice(group.rank * size, (group.rank + 1) * size)
 
 
+def spread(total: int, group: Group) -> slice:
+    """This rank's contiguous part of `total` things, which may be one fewer than another's: Qwen3-Embedding's
+    vocabularies are odd. The last rank has the most."""
+    return slice(total * group.rank // group.size, total * (group.rank + 1) // group.size)
+
+
 def kv_head_shard(num_kv_heads: int, group: Group) -> slice:
     """The KV heads of this rank: an equal part, or one head shared with its neighbours if ranks exceed heads."""
     if num_kv_heads >= group.size:

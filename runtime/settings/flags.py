@@ -69,7 +69,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     )] = "auto"
     tp: Annotated[int, Spec(
         "tensor parallelism: over how many ranks each layer is split",
-        "Must divide the model's heads and vocabulary; KV heads are split, or replicated when there are fewer of "
+        "Must divide the model's heads; KV heads are split, or replicated when there are fewer of "
         "them than ranks. An impossible number is refused with the possible ones.",
         group=PARALLELISM, unit="ranks", low=1, high=MAX_RANKS, aliases=("tensor_parallel_size", "tp_size"),
     )] = 1

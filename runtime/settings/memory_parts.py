@@ -30,12 +30,16 @@ class RankMemory(msgspec.Struct, frozen=True):
 def rank_memory(
     config: ModelConfig, *, tp: int, ep: int, dtype: str, quantization: str = "none", int8_cache: bool = False
 ) -> RankMemory:
-    """The same for every rank: shares are equal. tp, ep: as `check_parallel_degrees` allows."""
+    """The same for every rank: shares are equal, but of the vocabulary, where the largest counts. tp, ep: as
+    `check_parallel_degrees` allows."""
     size = DTYPE_BYTES[dtype]
     weights = dict.fromkeys(PARTS, 0)
     for name, shape in tensor_shapes(config).items():
         part, ranks, output_ranks = _split(name, tp, ep, config)
         elements, outputs = math.prod(shape) // ranks, shape[0] // output_ranks
+        if part in ("embedding", "head"):
+            outputs = -(-shape[0] // ranks)
+            elements = outputs * shape[1]
         if part == "embedding" and config.tie_word_embeddings:
             weights["head"] += _matrix_bytes(elements, outputs, size, quantization)
             weights[part] += 0 if quantization == "none" else elements * size  # rows cannot be had of codes

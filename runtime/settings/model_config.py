@@ -195,8 +195,8 @@ def _tp_problem(config: ModelConfig, tp_size: int) -> str | None:
     kv_heads = config.num_key_value_heads
     if kv_heads % tp_size and tp_size % kv_heads:
         return f"num_key_value_heads={kv_heads} neither divides {tp_size} nor is divisible by it"
-    if config.vocab_size % tp_size:
-        return f"vocab_size={config.vocab_size} is not divisible by {tp_size}"
+    if config.vocab_size < tp_size:
+        return f"vocab_size={config.vocab_size} has not a token for each of {tp_size} ranks"
     has_dense_layer = any(not config.layer_is_moe(layer) for layer in range(config.num_hidden_layers))
     if has_dense_layer and config.intermediate_size % tp_size:
         return f"intermediate_size={config.intermediate_size} is not divisible by {tp_size}"

@@ -20,6 +20,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "dense": DENSE | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16},
     "dense, replicated kv heads, tied": DENSE
     | {"num_attention_heads": 8, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "dense, odd vocabulary": DENSE | {"num_hidden_layers": 1, "vocab_size": 257, "tie_word_embeddings": True},
     "moe": MOE | {"num_hidden_layers": 3, "mlp_only_layers": [1]},
     "moe, not normalised": MOE | {"norm_topk_prob": False, "num_experts_per_tok": 3},
 }

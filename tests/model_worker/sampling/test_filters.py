@@ -62,7 +62,7 @@ def kept(logits: Tensor, rows: list[ResolvedSampling], *, search: bool, group: G
     values, ids = unpack(top_over_ranks(BlockMaxima(local, vocab.start).top(filters.rows, filters.candidates), group))
     best = values[:, 0].contiguous()
     total = total_masses(everything, best, inverse, group)
-    cuts = find_cuts(everything, vocab.start, filters, best, total, inverse, group)
+    cuts = find_cuts(everything, vocab.start, filters, best, total, inverse, group, vocab_size)
     dropped = cuts.drop(local.to(torch.float64), torch.arange(vocab.start, vocab.stop), slice(0, len(rows)))
     by_search = dropped > float("-inf")
     if search:

@@ -14,7 +14,7 @@ from tests.model_worker.sampling.test_sampler import random_rows
 from vibe_sgl_lite.model_worker.parallel import init_parallel
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group
 
-VOCAB = 1200
+VOCAB = 1201  # odd: ranks have unequal parts
 
 
 def make_rows() -> list[Row]:

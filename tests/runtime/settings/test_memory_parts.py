@@ -28,7 +28,8 @@ DEGREES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 4), (8, 8
 def write_config(folder: Path, size: str) -> ModelConfig:
     hidden, intermediate, layers, heads, kv_heads, tied, experts = SIZES[size]
     config: dict[str, Any] = {
-        "architectures": ["Qwen3MoeForCausalLM" if experts else "Qwen3ForCausalLM"], "vocab_size": 151936,
+        "architectures": ["Qwen3MoeForCausalLM" if experts else "Qwen3ForCausalLM"],
+        "vocab_size": 151669 if tied else 151936,  # the former, which ranks cannot share evenly, is Qwen3-Embedding's
         "hidden_size": hidden, "intermediate_size": 4 * hidden if experts else intermediate, "head_dim": 128,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
         "max_position_embeddings": 40960, "tie_word_embeddings": tied, "torch_dtype": "bfloat16",

@@ -250,7 +250,7 @@ def test_possible_degrees(tmp_path: Path, tp: int, ep: int) -> None:
         (DENSE, 3, 1, r"--tp 3 .* num_attention_heads=8 is not divisible by 3; possible: 1, 2, 4, 8"),
         (DENSE, 0, 1, "1 or more"),
         (DENSE, 2, 2, "--ep 2 .* has no experts; possible: 1"),
-        (DENSE | {"vocab_size": 510}, 4, 1, "vocab_size=510 is not divisible by 4; possible: 1, 2"),
+        (DENSE | {"vocab_size": 3, "eos_token_id": 2}, 4, 1, "vocab_size=3 has not a token for each of 4 ranks"),
         (DENSE | {"num_attention_heads": 12, "num_key_value_heads": 6}, 4, 1, "num_key_value_heads=6 neither"),
         (DENSE | {"intermediate_size": 6}, 4, 1, "intermediate_size=6 is not divisible by 4"),
         (MOE, 4, 3, "--tp 4 is not divisible by 3; possible: 1, 2, 4"),
