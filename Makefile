@@ -27,7 +27,7 @@ check: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed
 	$(PIP_INSTALL) -e '.[docs]'
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/offline.py --workload uniform16 --against transformers $(BENCH_ARGS)

@@ -60,3 +60,21 @@ def test_the_path_through_the_code_names_files_that_are_there() -> None:
 
 def test_the_chart_shows_the_table() -> None:
     assert charts.SPEED.read_text() == charts.speed(), "run `python docs/charts.py`"
+
+
+SCRIPT = re.compile(r"python3?(?: -\w)* (?:-m ([\w.]+)|((?:[\w.-]+/)*[\w-]+\.py)\b)")
+COMMAND = re.compile(r"(?:launch\.py|vibe-sgl-lite)((?: (?!chat|top|bench|plan|keygen)[^\n`|&;]*)?)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_programs_and_flags_that_there_are(page: Path) -> None:
+    text = page.read_text().replace("\\\n", " ")
+    foreign = ("sglang.launch_server", "venv", "http.server", "pytest", "build")
+    for module, file in SCRIPT.findall(text):
+        path = ROOT / file if file else ROOT / (module.replace(".", "/") + ".py")
+        assert module in foreign or path.exists() or path.with_suffix("").is_dir(), module or file
+    flags = {flag_name(name) for field in FLAGS for name in (field, *FLAGS[field].spec.aliases)} | {
+        "--config", "--version", "--help",
+    }  # fmt: skip
+    named = {flag for rest in COMMAND.findall(text) for flag in re.findall(r" (--[\w-]+)", rest)}
+    assert named - flags == set()
