@@ -15,6 +15,7 @@ from vibe_sgl_lite.runtime.settings.json_file import JsonFile
 from vibe_sgl_lite.runtime.settings.quantized_form import QuantizedForm, read_form
 from vibe_sgl_lite.runtime.settings.schema import Spec, shown, table
 
+POOLING = "1_Pooling/config.json"  # of sentence-transformers
 DENSE, MOE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
 SUPPORTED_ARCHITECTURES = (DENSE, MOE)
 MODEL_TYPES = {DENSE: "qwen3", MOE: "qwen3_moe"}
@@ -137,6 +138,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 "tokenizer.json and *.safetensors"
             )
         generation = JsonFile.read_if_there(folder / "generation_config.json", ModelConfigError)
+        _check_pooling(JsonFile.read_if_there(folder / POOLING, ModelConfigError))
         return _build(JsonFile.read(path, ModelConfigError), generation)
 
     @property
@@ -261,6 +263,17 @@ def _build(config: JsonFile, generation: JsonFile) -> ModelConfig:
     names = {key for name, field in table(ModelConfig).items() for key in (name, *field.spec.aliases)}
     config.warn_of_others(names | READ | UNUSED | FIXED.keys() | {"mlp_only_layers", *table(GenerationDefaults)})
     return model
+
+
+def _check_pooling(file: JsonFile) -> None:
+    """An embedding model's vectors are those of its last token, as Qwen3-Embedding's are, or no vectors of it."""
+    mode = file.get("pooling_mode")
+    asked = (
+        {f"pooling_mode_{mode}"} if mode is not None else {key for key, value in file.values.items() if value is True}
+    )
+    wrong = sorted(key for key in asked if key.startswith("pooling_mode_") and key != "pooling_mode_lasttoken")
+    if wrong:
+        raise file.error(wrong[0], True, "is not supported; only the last token is pooled")
 
 
 def _architecture(config: JsonFile) -> str:

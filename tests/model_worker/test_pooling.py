@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.model_worker.fake_device import Clock, FakeDevice, FakeGraphs
+from tests.model_worker.test_launch_collect import runner_on
 from tests.model_worker.test_model_runner import Driver, expected_tokens, new_slot, runner_of, sampling
 from tests.qwen3.harness import (
     DENSE,
@@ -19,7 +21,7 @@ from tests.qwen3.harness import (
     random_tokens,
     reference_logits,
 )
-from vibe_sgl_lite.runtime.messages import NewSlot, StepResult
+from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, StepResult, pack_ids, unpack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import Pooling
 
 WIDTH = DENSE["hidden_size"]
@@ -87,3 +89,28 @@ def test_a_row_with_a_nan_gives_no_vector(tmp_path: Path) -> None:
     assert [row.row for row in result.failed] == [0]
     assert list(values(result)) == [1]
     assert torch.isfinite(values(result)[1]).all()
+
+
+@pytest.mark.parametrize("graphs", [None, FakeGraphs([2, 4])], ids=["plain", "graphs"])
+def test_a_device_that_works_in_its_own_time(tmp_path: Path, graphs: FakeGraphs | None) -> None:
+    """Two steps in flight, nothing read back before its time; a prompt of one token looks like a row that decodes."""
+    reference = make_checkpoint(tmp_path, DENSE)
+    runner = runner_on(load_model(tmp_path), FakeDevice(Clock()), graphs)
+    if graphs is not None:
+        runner.warm_up()
+    prompts = {slot: random_tokens(length, seed=slot) for slot, length in enumerate((7, 9, 4, 1))}
+    pooled = {1: Pooling(WIDTH), 2: Pooling(WIDTH, (YES, NO)), 3: Pooling(12)}
+    new = [new_slot(0, prompts[0]), *(pooled_slot(slot, prompts[slot], pooled[slot]) for slot in pooled)]
+    steps = [({0: 7, 1: 5, 2: 3}, new[:3]), ({0: 1, 1: 4, 2: 1}, []), ({0: 1, 3: 1}, new[3:]), ({0: 1}, [])]
+    pending = [
+        runner.launch(ForwardBatch(number, new=come, row_slots=pack_ids(rows), row_tokens=pack_ids(rows.values())))
+        for number, (rows, come) in enumerate(steps)
+    ]
+    results = [runner.collect(step) for step in pending]
+    assert [[row.row for row in result.pooled] for result in results] == [[], [1, 2], [1], []]
+    expected = {(1, 1): embedding(reference, prompts[1]), (1, 2): score(reference, prompts[2])}
+    expected[2, 1] = embedding(reference, prompts[3], 12)
+    for (step, row), vector in expected.items():
+        torch.testing.assert_close(values(results[step])[row], vector, atol=2e-5, rtol=0)
+    drawn = [unpack_ids(result.token_ids)[0] for result in results]
+    assert drawn == expected_tokens(reference, prompts[0], 4)

@@ -268,3 +268,24 @@ def test_texts_that_look_like_other_values_are_quoted(tmp_path: Path, text: str)
     with pytest.raises(ModelConfigError) as caught:
         read(tmp_path, DENSE | {"num_hidden_layers": text})
     assert f'num_hidden_layers="{text}" must be a whole number' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "refused"),
+    [
+        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False, "include_prompt": True}, None),
+        ({"pooling_mode": "lasttoken"}, None),
+        ({"pooling_mode_lasttoken": False, "pooling_mode_mean_tokens": True}, "pooling_mode_mean_tokens"),
+        ({"pooling_mode": "cls"}, "pooling_mode_cls"),
+    ],
+)
+def test_embeddings_of_another_pooling_are_refused(
+    tmp_path: Path, pooling: dict[str, Any], refused: str | None
+) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    if refused is None:
+        read(tmp_path, DENSE)
+    else:
+        with pytest.raises(ModelConfigError, match=f"1_Pooling/config.json: {refused}=True is not supported"):
+            read(tmp_path, DENSE)
