@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +327,7 @@ def main() -> None:
     for kind in options.steps.split(","):
         report[kind] = {}
         for name in names[kind]:
-            if not any(word in name for word in options.only.split(",")):
+            if not any(fnmatchcase(name, each) for each in options.only.split(",")):
                 continue
             left, step = deadline - time.monotonic(), f"{kind}: {name}"
             command = [__file__, "--ranks", str(ranks), "--one", step]
