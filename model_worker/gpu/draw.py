@@ -8,7 +8,7 @@ from torch import Tensor
 from vibe_sgl_lite.model_worker.device import Device, Fields
 from vibe_sgl_lite.model_worker.gpu.kernels.sample import num_chunks, sample
 from vibe_sgl_lite.model_worker.gpu.operations import has_dependent_launch
-from vibe_sgl_lite.qwen3.layers.parallel_state import Group
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group, spread
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 
 
@@ -19,11 +19,12 @@ class GpuDraw:
         """max_slots: with the padding slot, which draws greedily. max_rows: of a step, padding rows included. group:
         the ranks that share the vocabulary."""
         self._group = group
+        self._first = spread(vocab_size, group).start
         self._pdl = has_dependent_launch(device.torch_device)
         self._slots = Fields(device, max_slots, inverse_temperatures=np.float64, seeds=np.int64)
         self._plain: npt.NDArray[np.bool_] = np.ones(max_slots, dtype=np.bool_)
         self._scratch = torch.empty(
-            max_rows * num_chunks(vocab_size // group.size), dtype=torch.float32, device=device.torch_device
+            max_rows * num_chunks(-(-vocab_size // group.size)), dtype=torch.float32, device=device.torch_device
         )
         # In a place of its own: while a graph draws, the logits lie where other graphs keep what they make.
         self._token_ids = torch.empty(max_rows, dtype=torch.int32, device=device.torch_device)
@@ -55,6 +56,6 @@ class GpuDraw:
         parameters = self._slots.device["inverse_temperatures"], self._slots.device["seeds"]
         sample(
             logits, slots, positions, *parameters, self._scratch, token_ids, tokens, places, lengths, pdl=self._pdl,
-            group=self._group,
+            group=self._group, first=self._first,
         )  # fmt: skip
         return token_ids

@@ -109,7 +109,7 @@ class Sampler:
         self.vocab = spread(vocab_size, group)
         self.group = group
         self.slots = SlotSampling(tokens.shape[0], vocab_size, self.vocab, self.device)
-        self.fused = fused if vocab_size % group.size == 0 else None  # it takes parts to be equal
+        self.fused = fused
         self._argmax = argmax or argmax_column
         self._adjuster = LogitAdjuster(tokens, self.vocab)
         self._ids = torch.arange(self.vocab.start, self.vocab.stop, device=tokens.device)

@@ -175,14 +175,15 @@ def sample(
     *,
     pdl: bool,
     group: Group = ONE_RANK,
+    first: int = 0,
 ) -> None:
     """Fill token_ids, [R] int32, from logits, [R, vocabulary] in fp32 or bf16; -1 where these are NaN or infinite.
 
     slots: [R] int32; positions: [R] ints, of the token to draw. Of each slot: inverse_temperatures [slots] fp64, 0 for
     the greedy; seeds [slots] int64, 64 bits in two's complement. scratch: R x `num_chunks` fp32 or more.
     The token also goes to tokens, of any shape, at its place: places [R] int64; as 0 where it is none. lengths: [R]
-    int32, to be one longer where they are not 0. group: ranks that have equal parts of the vocabulary, in order; one
-    collective of their best ones.
+    int32, to be one longer where they are not 0. group: ranks that have parts of the vocabulary, in order, this one
+    from the token `first` on; one collective of their best ones.
     """
     rows, columns = logits.shape
     chunks = num_chunks(columns)
@@ -191,7 +192,6 @@ def sample(
     assert scratch.dtype == torch.float32
     options = {"launch_pdl": True} if pdl else {}
     parameters = (slots, positions, inverse_temperatures, seeds)
-    first = group.rank * columns
     _chunk_maxima[(rows, chunks)](
         logits, scratch, *parameters, columns, first, CHUNK=CHUNK, PDL=pdl, num_warps=8, **options
     )

@@ -23,7 +23,12 @@ class InTurn(Group):
 
 
 def draw(
-    logits: Tensor, inverse_temperatures: Tensor, seeds: Tensor, positions: Tensor, group: Group | None = None
+    logits: Tensor,
+    inverse_temperatures: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    group: Group | None = None,
+    first: int = 0,
 ) -> Tensor:
     """One row a slot, in falling order of slots."""
     group = group or Group()
@@ -36,8 +41,9 @@ def draw(
     flipped = inverse_temperatures.flip(0), seeds.flip(0)
     lengths = torch.arange(rows, dtype=torch.int32, device=logits.device)
     kernels.sample(
-        logits, slots, positions, *flipped, scratch, token_ids, tokens, places, lengths, pdl=False, group=group
-    )
+        logits, slots, positions, *flipped, scratch, token_ids, tokens, places, lengths, pdl=False, group=group,
+        first=first,
+    )  # fmt: skip
     assert lengths.tolist() == [0, *range(2, rows + 1)]
     assert torch.equal(tokens.view(-1)[places], token_ids.clamp(min=0))
     assert int((tokens == -7).sum()) == rows
@@ -79,11 +85,11 @@ def test_a_row_of_no_numbers_is_told(bad: float, device: torch.device) -> None:
 
 
 def test_ranks_draw_the_token_of_one(device: torch.device) -> None:
-    rows, vocab, ranks = 6, 2 * (kernels.CHUNK + 100), 2
+    rows, vocab, ranks = 6, 2 * (kernels.CHUNK + 100) + 1, 2
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn((rows, vocab), generator=generator).to(device)
     logits[4] = float("nan")
-    logits[5, vocab // 2 :] = logits[5, : vocab // 2] = torch.linspace(0, 1, vocab // 2)  # equals on two ranks
+    logits[5] = torch.arange(vocab) % (vocab // 2)  # equals on two ranks
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator).to(device)
     positions = torch.arange(rows, device=device)
     inverse = torch.tensor([0.0, 0.7, 1.0, 3.0, 1.0, 0.0], dtype=torch.float64, device=device)
@@ -91,10 +97,10 @@ def test_ranks_draw_the_token_of_one(device: torch.device) -> None:
     assert expected[4:] == [-1, vocab // 2 - 1]
     assert {token < vocab // 2 for token in expected[:4]} == {True, False}
     gathered: list[Tensor] = []
-    parts = [part.contiguous() for part in logits.chunk(ranks, dim=1)]
+    parts = [logits[:, : vocab // 2].contiguous(), logits[:, vocab // 2 :].contiguous()]
     for _ in range(2):
         drawn = [
-            draw(part, inverse, seeds, positions, InTurn(rank, gathered, ranks)).tolist()
+            draw(part, inverse, seeds, positions, InTurn(rank, gathered, ranks), rank * (vocab // 2)).tolist()
             for rank, part in enumerate(parts)
         ]
     assert drawn == [expected] * ranks
