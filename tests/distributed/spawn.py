@@ -17,7 +17,7 @@ from typing import Any
 TIMEOUT_S = 120
 
 
-def run_ranks(function: str, world_size: int, folder: Path) -> list[Any]:
+def run_ranks(function: str, world_size: int, folder: Path, timeout_s: float = TIMEOUT_S) -> list[Any]:
     """Start `world_size` ranks, wait, and return what each returned. Fails with the output of broken ranks."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = [
@@ -31,7 +31,7 @@ def run_ranks(function: str, world_size: int, folder: Path) -> list[Any]:
         for rank in range(world_size)
     ]
     try:
-        outputs = [rank.communicate(timeout=TIMEOUT_S)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=timeout_s)[0] for rank in ranks]
     finally:
         for rank in ranks:
             if rank.poll() is None:

@@ -23,7 +23,7 @@ def test_sums_are_those_of_torch_and_the_same_on_all_ranks(tmp_path: Path, ranks
         subprocess.Popen([*command, str(rank), str(ranks), str(tmp_path)], env=environment) for rank in range(ranks)
     ]
     try:
-        assert [process.wait(120) for process in started] == [0] * ranks
+        assert [process.wait(300) for process in started] == [0] * ranks
     finally:
         for process in started:
             process.kill()

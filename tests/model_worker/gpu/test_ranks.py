@@ -14,6 +14,7 @@ from vibe_sgl_lite.model_worker.compute import torch_compute
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_two_ranks_draw_the_tokens_of_one(tmp_path: Path) -> None:
     """The chain of few rows, layers one by one in chunks, experts, and the draw over parts of the vocabulary."""
     expected = []
@@ -24,4 +25,4 @@ def test_two_ranks_draw_the_tokens_of_one(tmp_path: Path) -> None:
         expected += [tokens[slot] for slot in range(len(PROMPTS))]
     for rank in range(2):
         (tmp_path / f"region-{rank}").write_bytes(bytes(LAYOUT.nbytes))
-    assert run_ranks("tests.model_worker.gpu.rank_cases:tokens", 2, tmp_path) == [expected] * 2
+    assert run_ranks("tests.model_worker.gpu.rank_cases:tokens", 2, tmp_path, timeout_s=900) == [expected] * 2
