@@ -316,10 +316,10 @@ class ModelRunner:
             step.total_s = now - max(step.started, self._last_done)
             self._last_done = now
             for place, constraint in step.constrained:
-                for token in step.tokens(int(step.step.sampling_rows[place])):
+                for token in step.tokens[step.step.sampling_rows[place]]:
                     constraint.accept(token)
             for row in step.step.drafts:
-                self.slots.settle(step.step, row, len(step.tokens(row)))
+                self.slots.settle(step.step, row, len(step.tokens[row]))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, vocab / ranks], in a dtype that the sampler reads: float32 or bfloat16."""

@@ -1,6 +1,7 @@
 """A step that was launched: what comes back of it, and how the host reads that. Q sampled places, R rows."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -47,19 +48,25 @@ class PendingStep:
         """Whether `collect` would return at once."""
         return self.read_back is None or self.read_back.done()
 
-    def tokens(self, row: int) -> list[int]:
-        """A row's sampled tokens that count: up to the first that is not the draft in its place, and before the first
-        whose mask was late."""
+    @cached_property
+    def tokens(self) -> list[list[int]]:
+        """Each row's sampled tokens that count, once `results` are here: up to the first that is not the draft in its
+        place, and before the first whose mask was late."""
         assert self.results is not None
-        places = self.step.entries(row)
-        if self.mask is not None and self.mask.late:
-            places = slice(
-                places.start, min([place for place in self.mask.late if place >= places.start] + [places.stop])
-            )
-        sampled: list[int] = self.results[0][places].tolist()
-        drafts = self.step.drafts.get(row, [])
-        pairs = zip(sampled, drafts, strict=False)
-        return sampled[: next((i + 1 for i, (token, draft) in enumerate(pairs) if token != draft), len(sampled))]
+        rows, late = self.step.sampling_rows.tolist(), {*self.mask.late} if self.mask is not None else set()
+        ids, place = self.results[0][: len(rows)].tolist(), 0
+        tokens: list[list[int]] = [[] for _ in self.step.slots]
+        while place < len(rows):
+            row = rows[place]
+            drafts = self.step.drafts.get(row, [])
+            for at, draft in enumerate([*drafts, -1], place):
+                if at in late:
+                    break
+                tokens[row].append(ids[at])
+                if ids[at] != draft:
+                    break
+            place += 1 + len(drafts)
+        return tokens
 
     def result(self) -> StepResult:
         """What the scheduler learns of it; once `results` are here, if any are to come."""
@@ -71,7 +78,7 @@ class PendingStep:
             token_ids[self.step.sampling_rows] = self.results[0][: len(self.step.sampling_rows)]
             token_ids[[*failed]] = -1
             if self.step.drafts or self.late:
-                yielded = [[] if row in failed else self.tokens(row) for row in range(num_rows)]
+                yielded = [[] if row in failed else tokens for row, tokens in enumerate(self.tokens)]
                 token_ids = np.array([token for tokens in yielded for token in tokens], dtype=np.int32)
                 counts = pack_ids(map(len, yielded))
             if self.mask is not None:
@@ -121,7 +128,7 @@ class PendingStep:
             for place, entry in self.logprobs.entries(next(packed)):
                 sampled.setdefault(int(self.step.sampling_rows[place]), []).append(entry)
         if self.step.drafts or self.late:
-            sampled = {row: entries[: len(self.tokens(row))] for row, entries in sampled.items()}
+            sampled = {row: entries[: len(self.tokens[row])] for row, entries in sampled.items()}
         prompts = {
             prompt.row: (prompt.first, tuple(e for part in prompt.parts for _, e in part.entries(next(packed))))
             for prompt in self.prompts

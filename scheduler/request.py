@@ -72,10 +72,13 @@ class Request:
     failed: bool = False  # a row of it had NaN or inf: nothing more of it may enter the cache
 
     # How its drafts fared, for scheduler/speculation.py: those that held and the firsts that did not, old ones fading;
-    # one more than the steps without drafts that are left, 0 for one that never rested; how many the next rest has.
+    # tokens gained by a row with room, below 0 before the first; until which step it rests; how many rows it may try
+    # then, 0 while it gains; and about how many steps the next rest has.
     draft_hits: float = 1.0
     draft_misses: float = 1.0
-    draft_rest: int = 0
+    draft_gain: float = -1.0
+    draft_until: int = 0
+    draft_tries: int = 0
     draft_pause: int = 8
 
     @property

@@ -6,9 +6,11 @@ it yields, both by what was measured (scheduler/cost.py). So the i-th draft pays
 
     p^i * seconds of the step / tokens of the step > seconds of one token more in it
 
-Where a step is bound by computing, as with many rows, the right side is near the left one's factor, and nobody drafts;
-where it is bound by reading weights, drafts cost next to nothing. A row with too low a p for even one rests, and tries
-again after ever more steps.
+Where a step is bound by computing, as with many rows, the right side is near the left one's factor: nobody drafts;
+where it is bound by reading weights, drafts cost next to nothing. Room alone has a price too, the host's time for
+looking drafts up and for counting with them: it must bring so much in tokens. A row that does not gain rests, and tries
+again after ever more steps, when others do: a step without any room is planned the quick way. A new one begins with
+what the others' drafts are worth.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ from vibe_sgl_lite.scheduler.cost import CostModel, decode_work
 from vibe_sgl_lite.scheduler.request import Request
 
 MARGIN = 1.25  # a draft must bring so many times its cost: estimates err
-FADE = 0.9  # weight of a row's past drafts with each row that has some; and of the past tokens a row
+FADE = 0.9  # weight of a row's past drafts with each row that has some
+GAIN_FADE = 0.95  # of its past gains with each row that has room
+ROOM_S = 20e-6  # of the host, scheduler and rank, for a row with room
+TRIES = 8  # rows with room after a rest, before the next
 SHORTEST_REST, LONGEST_REST = 8, 128  # steps
 
 
@@ -33,57 +38,72 @@ class Speculation:
         self._most = config.draft_tokens
         self._budget = config.draft_budget
         self._cost = cost
+        self._step = 0
         self._yield = 1.0  # tokens of a decode row
+        self._probability, self._gain = 0.5, 0.25  # a new request's
         self.drafts = self.draft_tokens = self.accepted_tokens = 0
 
     def rooms(self, requests: Collection[Request]) -> list[int] | None:
         """Of each decode row of the next step; None: nobody drafts."""
+        self._step += 1
         most = min(self._most, self._budget // len(requests)) if requests else 0
         if most == 0:
             return None
-        least = self._least_probability(requests)
+        rows, context = len(requests), sum(request.num_computed_tokens for request in requests)
+        worth = self._cost.seconds(decode_work(rows, rows + context)) / (rows * self._yield)
+        least = MARGIN * self._cost.one_more(context // rows) / worth if worth > 0.0 else 1.0
         if least >= 1.0:
             return None
-        rooms = [_room(request, least, most) for request in requests]
+        least_gain = ROOM_S / worth if self._cost.measured else 0.0
+        rooms = [self._room(request, least, least_gain, most) for request in requests]
         return rooms if any(rooms) else None
 
     def observe(self, request: Request, drafted: int, accepted: int) -> None:
-        """A row had so many drafts, of which so many held; none are no news."""
+        """A row with room had so many drafts, of which so many held."""
+        request.draft_gain += (1 - GAIN_FADE) * (accepted - request.draft_gain)
+        self._gain += (1 - GAIN_FADE) / 4 * (accepted - self._gain)
         self._yield += (1 - FADE) / 8 * (1 + accepted - self._yield)
         if drafted == 0:
             return
         self.drafts += 1
         self.draft_tokens += drafted
         self.accepted_tokens += accepted
+        missed = int(accepted < drafted)
         request.draft_hits = FADE * request.draft_hits + accepted
-        request.draft_misses = FADE * request.draft_misses + (accepted < drafted)
+        request.draft_misses = FADE * request.draft_misses + missed
+        self._probability += (1 - GAIN_FADE) * (accepted / (accepted + missed) - self._probability)
         if accepted:
             request.draft_pause = SHORTEST_REST
-        elif request.draft_rest == 1:
-            _rest(request)
+        elif request.draft_tries:
+            self._rest(request)
 
-    def _least_probability(self, requests: Collection[Request]) -> float:
-        """That a draft must hold with, to pay."""
-        rows, context = len(requests), sum(request.num_computed_tokens for request in requests)
-        worth = self._cost.seconds(decode_work(rows, rows + context)) / (rows * self._yield)
-        return MARGIN * self._cost.one_more(context // rows) / worth if worth > 0.0 else 1.0
+    def _room(self, request: Request, least: float, least_gain: float, most: int) -> int:
+        """Drafts of a row, at most `most`. least: how likely one must hold; least_gain: tokens that room must bring."""
+        if self._step < request.draft_until:
+            return 0
+        if request.draft_gain < 0.0:
+            request.draft_gain = self._gain
+            request.draft_hits, request.draft_misses = 2 * self._probability, 2 * (1 - self._probability)
+            if self._probability < least or self._gain < least_gain:
+                request.draft_pause = LONGEST_REST
+        p = request.draft_hits / (request.draft_hits + request.draft_misses)
+        gains = request.draft_gain >= least_gain
+        if p >= least and gains:
+            request.draft_tries = 0
+        elif request.draft_tries == 0:
+            self._rest(request)
+            return 0
+        else:
+            request.draft_tries -= 1
+            if request.draft_tries == 0:
+                self._rest(request)
+        if p < least:
+            return 1
+        return min(most, int(math.log(least) / math.log(p))) if least > 0.0 and p < 1.0 else most
 
-
-def _room(request: Request, least: float, most: int) -> int:
-    """Drafts of a row, at most `most`. One that has rested tries single ones, whatever its past, until one fails."""
-    if request.draft_rest > 1:
-        request.draft_rest -= 1
-        return 0
-    p = request.draft_hits / (request.draft_hits + request.draft_misses)
-    if p >= least:
-        request.draft_rest = 0
-        return min(most, int(math.log(least) / math.log(p))) if least > 0.0 else most
-    if request.draft_rest == 1:
-        return 1
-    _rest(request)
-    return 0
-
-
-def _rest(request: Request) -> None:
-    request.draft_rest = 1 + request.draft_pause
-    request.draft_pause = min(2 * request.draft_pause, LONGEST_REST)
+    def _rest(self, request: Request) -> None:
+        """Until a multiple of as many steps as the pause has, which is when others come back too."""
+        pause = request.draft_pause
+        request.draft_until = (self._step + pause // 2) // pause * pause + pause
+        request.draft_tries = TRIES
+        request.draft_pause = min(2 * pause, LONGEST_REST)

@@ -43,7 +43,7 @@ class Sample:
 
 
 class InProcess:
-    """Serves lists of requests to their end. seconds, steps: of the last list."""
+    """Serves lists of requests to their end. seconds, cpu_seconds, steps: of the last list."""
 
     def __init__(
         self,
@@ -57,7 +57,9 @@ class InProcess:
         context: int = 2048,
     ) -> None:
         """pages: of the pool. context: tokens of a request at most."""
-        config, device = settle(ModelConfig.from_folder(folder), folder), torch.device("cpu")
+        config, device = ModelConfig.from_folder(folder), torch.device("cpu")
+        if not dummy:
+            config = settle(config, folder)
         self._compute = choose_compute(dtype, device, config.head_dim)
         self.model = Qwen3(config, ParallelState(), dtype, device, self._compute.operations)
         choose_formats(self.model, quantization, self._compute.kernels)
@@ -67,7 +69,7 @@ class InProcess:
             load_weights(self.model, folder)
         self._pool = KVPool(config, 1, pages, page_size, dtype, device)
         self._context, self._tokenizer_file = context, folder / "tokenizer.json"
-        self.seconds, self.steps = 0.0, 0
+        self.seconds, self.cpu_seconds, self.steps = 0.0, 0.0, 0
         self.core: Scheduler
 
     def serve(
@@ -96,7 +98,7 @@ class InProcess:
         plan_programs(self.model, runner.backend)
         runner.warm_up()
         samples = [Sample() for _ in prompts]
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         for uid, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
             assert core.add(AddRequest(uid, str(uid), pack_ids(prompt), params), began) is None
         batches: deque[ForwardBatch] = deque()
@@ -111,5 +113,6 @@ class InProcess:
                 sample.tokens += unpack_ids(output.token_ids)
                 sample.logprobs += output.logprobs or ()
                 sample.finish = output.finish
-        self.seconds, self.steps = time.perf_counter() - began, int(core.stats()["steps_total"])
+        self.seconds, self.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+        self.steps = int(core.stats()["steps_total"])
         return samples

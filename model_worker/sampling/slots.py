@@ -21,6 +21,7 @@ from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 MAX_CANDIDATES = 256
 # Candidates of a row whose filters may leave any number: enough for the usual nucleus.
 USUAL_CANDIDATES = 64
+KEPT_PLANS = 16  # with drafts, a slot comes more than once, now so often and now so
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,12 @@ class SlotSampling:
         self.device = device
         self._records = np.zeros(max_slots, dtype=_RECORD)
         self._single: dict[int, ResolvedSampling] = {}  # of slots where single logits are changed
-        self._cached: tuple[bytes, SamplingPlan] | None = None
+        self._plans: dict[bytes, SamplingPlan] = {}
 
     def admit(self, slot: int, sampling: ResolvedSampling, num_prompt_tokens: int) -> None:
         """Forget what the slot held and take these parameters; sampling.seed is the sample's own (64 bits)."""
         self.release(slot)
-        self._cached = None
+        self._plans.clear()
         p = sampling
         top_k = p.top_k if 0 < p.top_k < self.vocab_size else self.vocab_size
         biased = bool(p.logit_bias)
@@ -188,11 +189,13 @@ class SlotSampling:
         return not any(record[name] for name in ("filtered", "penalised", "biased", "held_back", "logprobs"))
 
     def plan(self, slots: npt.NDArray[np.int64]) -> SamplingPlan:
-        """The plan for these rows' slots, in order. Every slot must be occupied. The last plan is kept."""
+        """The plan for these rows' slots, in order. Every slot must be occupied. The last few plans are kept."""
         key = slots.tobytes()
-        if self._cached is None or self._cached[0] != key:
-            self._cached = (key, self._make_plan(slots))
-        return self._cached[1]
+        if key not in self._plans:
+            if len(self._plans) == KEPT_PLANS:
+                self._plans.clear()
+            self._plans[key] = self._make_plan(slots)
+        return self._plans[key]
 
     def _make_plan(self, slots: npt.NDArray[np.int64]) -> SamplingPlan:
         records = self._records[slots]
