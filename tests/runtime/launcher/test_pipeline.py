@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.runtime.launcher.toy import CONFIG, NAMES, alive_after, children, pipeline, processes, told
+from tests.integration.daemon import alive_after
+from tests.runtime.launcher.toy import CONFIG, NAMES, children, pipeline, processes, told
 from vibe_sgl_lite.runtime.errors import ConfigError, ModelConfigError, StartupError
 from vibe_sgl_lite.runtime.launcher.pipeline import Pipeline
 from vibe_sgl_lite.runtime.launcher.spawn import pipeline_children

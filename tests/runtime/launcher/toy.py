@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,17 +46,6 @@ def processes() -> dict[str, psutil.Process]:
         if "tests.runtime.launcher.fake_child" in line:
             found[line[line.index("tests.runtime.launcher.fake_child") + 2]] = process
     return found
-
-
-def alive_after(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Who still runs; a zombie, which only waits for a slow init to collect it, does not."""
-    psutil.wait_procs(processes, timeout=seconds)
-    alive = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                alive.append(process)
-    return alive
 
 
 def told(model: Path) -> list[str]:
