@@ -12,6 +12,7 @@ import msgspec
 
 from vibe_sgl_lite.http_server.errors import bad_request
 from vibe_sgl_lite.http_server.metrics import Metrics
+from vibe_sgl_lite.http_server.openai_types import INSTEAD
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -44,7 +45,8 @@ class BodyReader:
             if name not in refused:
                 self._note_unknown(name)
             elif (value := msgspec.json.decode(raw)) not in OFF and value not in refused[name]:
-                raise bad_request(f"{name} is not supported: leave it out", name, "unsupported_parameter")
+                told = f"use {INSTEAD[name]}" if name in INSTEAD else "leave it out"
+                raise bad_request(f"{name} is not supported: {told}", name, "unsupported_parameter")
         try:
             return msgspec.json.decode(body, type=kind)
         except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError) as error:

@@ -81,6 +81,8 @@ def _template_variables(body: ChatBody) -> dict[str, Any]:
             )
         if body.reasoning_effort == "none":
             kwargs.setdefault("enable_thinking", False)
+    if body.enable_thinking is not None:
+        kwargs.setdefault("enable_thinking", body.enable_thinking)
     return kwargs
 
 

@@ -97,6 +97,7 @@ class ChatBody(CommonBody, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
     reasoning_effort: str | None = None
     thinking_token_budget: int | None = None
     include_reasoning: bool | None = None
@@ -112,7 +113,8 @@ class CompletionBody(CommonBody, kw_only=True):
     logprobs: int | None = None
 
 
-# Not supported; each with values besides null, false and empty ones that ask for nothing.
+# Not supported, names of our other interfaces and of other engines among them; each with values besides null, false and
+# empty ones that ask for nothing.
 REFUSED: dict[str, tuple[object, ...]] = {
     "add_special_tokens": (True,),
     "allowed_token_ids": (),
@@ -120,34 +122,78 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "bad_words": (),
     "best_of": (1,),
     "chat_template": (),
+    "choice": (),
     "custom_logit_processor": (),
     "custom_params": (),
     "documents": (),
+    "dry_multiplier": (),
+    "dynatemp_range": (),
     "ebnf": (),
     "function_call": ("none",),
     "functions": (),
+    "grammar": (),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
+    "include_stop": (),
     "json_schema": (),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": (),
+    "lora": (),
     "lora_path": (),
+    "max_new_tokens": (),
+    "max_thinking_tokens": (),
+    "min_new_tokens": (),
+    "mirostat": (),
     "mm_processor_kwargs": (),
     "modalities": (["text"],),
+    "n_predict": (-1,),
+    "n_probs": (),
+    "num_beams": (1,),
+    "num_predict": (-1,),
+    "options": (),
     "prompt_embeds": (),
     "prompt_logprobs": (),
-    "spaces_between_special_tokens": (True,),
-    "suffix": (),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (),
+    "repeat_penalty": (1,),
     "return_tokens_as_token_ids": (),
+    "sampling_seed": (),
     "separate_reasoning": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_regex": (),
+    "stop_sequences": (),
+    "stop_strings": (),
     "stream_reasoning": (True,),
+    "suffix": (),
+    "tfs_z": (1,),
+    "thinking_budget": (),
+    "timeout_s": (),
+    "top_logprobs_num": (),
+    "top_n_sigma": (-1,),
+    "truncate_prompt_tokens": (),
+    "typical_p": (1,),
+    "use_beam_search": (),
     "verbosity": ("medium",),
     "web_search_options": (),
+    "xtc_probability": (),
+}
+_FORM = "response_format or structured_outputs"
+# What is meant by some of them, under the names that are taken.
+INSTEAD: dict[str, str] = {
+    **dict.fromkeys(("max_new_tokens", "n_predict", "num_predict"), "max_tokens"),
+    **dict.fromkeys(("guided_json", "guided_choice", "guided_regex", "guided_grammar", "json_schema"), _FORM),
+    **dict.fromkeys(("choice", "grammar", "ebnf"), "structured_outputs"),
+    **dict.fromkeys(("stop_sequences", "stop_strings"), "stop"),
+    **dict.fromkeys(("max_thinking_tokens", "thinking_budget"), "thinking_token_budget"),
+    **dict.fromkeys(("n_probs", "top_logprobs_num"), "logprobs and top_logprobs"),
+    "functions": "tools",
+    "function_call": "tool_choice",
+    "include_stop": "include_stop_str_in_output",
+    "min_new_tokens": "min_tokens",
+    "options": "fields of their own",
+    "repeat_penalty": "repetition_penalty",
+    "sampling_seed": "seed",
 }
 # These change nothing of an answer.
 IGNORED = frozenset(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import time
 from typing import Any
 
@@ -11,6 +12,10 @@ import openai
 import pytest
 
 from tests.http_server.server import Server
+from vibe_sgl_lite.http_server.bodies import BodyReader
+from vibe_sgl_lite.http_server.errors import ApiError
+from vibe_sgl_lite.http_server.metrics import Metrics
+from vibe_sgl_lite.http_server.openai_types import IGNORED, INSTEAD, REFUSED, ChatBody, CompletionBody
 
 QUESTION: Any = [{"role": "user", "content": "What is 17 + 25?"}]
 CHAT = "/v1/chat/completions"
@@ -71,6 +76,32 @@ def test_a_body_that_is_no_object(server: Server, body: bytes) -> None:
     reply = server.post(CHAT, body)
     assert reply.status == 400
     assert reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize("name", sorted(INSTEAD))
+def test_a_name_from_elsewhere_is_refused_with_ours(name: str) -> None:
+    """And values that ask for nothing are not."""
+    reader = BodyReader(Metrics())
+    wanted: dict[str, Any] = {"messages": QUESTION}
+    with pytest.raises(ApiError, match=re.escape(f"{name} is not supported: use {INSTEAD[name]}")) as caught:
+        reader.read(json.dumps(wanted | {name: 0.5}).encode(), ChatBody, REFUSED, IGNORED)
+    assert caught.value.param == name
+    for nothing in (None, *REFUSED[name]):
+        reader.read(json.dumps(wanted | {name: nothing}).encode(), ChatBody, REFUSED, IGNORED)
+
+
+def test_what_to_use_instead_is_taken() -> None:
+    taken = {
+        *ChatBody.__struct_fields__,
+        *CompletionBody.__struct_fields__,
+        "or",
+        "and",
+        "fields",
+        "of",
+        "their",
+        "own",
+    }
+    assert {word for text in INSTEAD.values() for word in text.split()} <= taken
 
 
 def test_unknown_fields_are_taken_and_counted(server: Server) -> None:

@@ -49,6 +49,17 @@ def test_a_field_does_what_our_own_client_does_with_it(
     assert answer["choices"][0]["message"]["content"] == chat.text
 
 
+@pytest.mark.parametrize(
+    "off",
+    [{"reasoning_effort": "none"}, {"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": False}}],
+)
+def test_no_thinking_by_each_of_its_names(server: Server, off: dict[str, Any]) -> None:
+    body = {"messages": QUESTION, "temperature": 0}
+    message = server.post("/v1/chat/completions", body | off).json["choices"][0]["message"]
+    assert (message["content"], message.get("reasoning_content")) == ("42", None)
+    assert server.post("/v1/chat/completions", body).json["choices"][0]["message"]["reasoning_content"]
+
+
 def test_null_means_absent(server: Server) -> None:
     for path, kind, needed in (
         ("/v1/completions", CompletionBody, {"prompt": PROMPT}),
