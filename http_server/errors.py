@@ -42,8 +42,8 @@ _FIELDS: Mapping[str, Mapping[str, str]] = {
     "/v1/chat/completions": _COMMON | {"prompt": "messages"},
     "/v1/completions": _COMMON | {"top_logprobs": "logprobs"},
     "/v1/embeddings": {"prompt": "input", "input_ids": "input"},
-    "/v1/rerank": {"prompt": "documents"},
-    "/v1/score": {"prompt": "text_2", "documents": "text_2", "query": "text_1"},
+    "/v1/rerank": {"prompt": "documents", "pair": "documents"},
+    "/v1/score": {"prompt": "text_2", "pair": "text_2", "documents": "text_2", "query": "text_1"},
     "/v1/responses": {
         "max_new_tokens": "max_output_tokens",
         "messages": "input",

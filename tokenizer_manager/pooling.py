@@ -11,22 +11,29 @@ from vibe_sgl_lite.runtime.settings.sampling_params import Pooling, ResolvedSamp
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer
 from vibe_sgl_lite.runtime.text.grammar import FIELDS as GRAMMAR_FIELDS
 
+# What Qwen3-Reranker was trained on, from its model card: a chat whose answer is one of LABELS.
+LABELS = ("yes", "no")
+PAIR = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    "<Instruct>: {}\n<Query>: {}\n<Document>: {}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+)
 ALLOWED = {"timeout_s", "seed"}  # of the sampling parameters; a request that is sent again has its seed
 
 
 def is_pooled(message: Generate) -> bool:
-    return message.dimensions is not None or message.labels is not None
+    return message.dimensions is not None or message.pair is not None
 
 
 def check_pooling(message: Generate, params: SamplingParams) -> SamplingParams:
     """What such a request samples with, which is never looked at. Raises RequestError naming the field."""
-    if message.dimensions is not None and message.labels is not None:
-        raise RequestError("give one of dimensions and labels", field="labels")
+    if message.pair is not None and len(message.pair) != 3:
+        raise RequestError("pair must hold three texts: instruction, query and document", field="pair")
+    if message.dimensions is not None and message.pair is not None:
+        raise RequestError("a pair has no dimensions; leave them out", field="dimensions")
     others = [name for name in ("messages", "resume_ids", *GRAMMAR_FIELDS) if getattr(message, name) is not None]
     for name in (*others, *(params.to_dict().keys() - ALLOWED)):
         raise RequestError(f"{name} does not go with an embedding or a score; leave it out", field=name)
-    if message.labels is not None and not message.labels:
-        raise RequestError("labels must hold at least one token", field="labels")
     return SamplingParams(max_new_tokens=1, temperature=0, seed=0, timeout_s=params.timeout_s)
 
 
@@ -46,13 +53,17 @@ def resolve_pooling(
             f"dimensions={request.dimensions}: must be 1 to {hidden_size}, as many as this model has",
             field="dimensions",
         )
-    for label in request.labels or ():
-        token_id = tokenizer.token_id(label)
-        if token_id is None or token_id >= spec.model.vocab_size:
-            raise RequestError(f"labels: {label!r} is no token of this model, so it cannot score", field="labels")
-        labels.append(token_id)
-    if labels and not spec.model.has_head:
-        raise RequestError(f"{spec.model_name} has no lm_head: it makes embeddings and no scores", field="labels")
+    if request.pair is not None:
+        if not spec.model.has_head:
+            raise RequestError(f"{spec.model_name} has no lm_head: it makes embeddings and no scores", field="pair")
+        for label in LABELS:
+            token_id = tokenizer.token_id(label)
+            if token_id is None or token_id >= spec.model.vocab_size:
+                raise RequestError(
+                    f"{label!r} is no token of {spec.model_name}, so it cannot score: use a Qwen3-Reranker",
+                    field="pair",
+                )
+            labels.append(token_id)
     sampling = resolve(
         params,
         model_defaults={},

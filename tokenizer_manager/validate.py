@@ -23,7 +23,7 @@ from vibe_sgl_lite.runtime.text.grammar import grammar_source
 from vibe_sgl_lite.tokenizer_manager.chat import text_format, thinking_rules
 from vibe_sgl_lite.tokenizer_manager.frames import MAX_VALUES, has_few_values, short_rid
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import GrammarCompiler
-from vibe_sgl_lite.tokenizer_manager.pooling import check_pooling, is_pooled, resolve_pooling
+from vibe_sgl_lite.tokenizer_manager.pooling import PAIR, check_pooling, is_pooled, resolve_pooling
 
 BYTES_PER_TOKEN = 16  # text beyond this many bytes for each token of the context is not even tokenized
 MIN_TEXT_BYTES = 64 * 1024
@@ -93,8 +93,11 @@ def check(message: Generate, limits: Limits, tokenizer: ChatTokenizer) -> Sampli
     Raises RequestError naming the field.
     """
     check_fields(message)
-    if sum(part is not None for part in (message.prompt, message.input_ids, message.messages)) != 1:
+    given = (message.prompt, message.input_ids, message.messages, message.pair)
+    if sum(part is not None for part in given) != 1:
         raise RequestError("give exactly one of prompt, input_ids and messages", field="prompt")
+    for text in message.pair or ():
+        _check_text(text, limits, "prompt")
     if message.prompt is not None:
         _check_text(message.prompt, limits, "prompt")
     if message.messages is not None:
@@ -134,9 +137,11 @@ def prepare(
             _check_text(rendered, limits, "messages")
             chat = text_format(tokenizer.plain_text(rendered), kwargs, tokenizer)
             ids = tokenizer.encode_chat(rendered)
+        elif request.pair is not None:
+            ids = tokenizer.encode_chat(tokenizer.fill(PAIR, *request.pair))
         else:
             assert request.prompt is not None
-            ids = tokenizer.encode(request.prompt, add_special_tokens=request.labels is None)
+            ids = tokenizer.encode(request.prompt)
         assert max(ids, default=0) < spec.model.vocab_size, "the tokenizer has gaps, and ids beyond the model's"
         packed, num_tokens = array("i", ids).tobytes(), len(ids)
     if num_tokens == 0:

@@ -1,6 +1,5 @@
-"""Embeddings and relevance as requests, with the prompts of Qwen3-Embedding's and Qwen3-Reranker's model cards.
-
-The cards: https://huggingface.co/Qwen/Qwen3-Embedding-0.6B and Qwen3-Reranker-0.6B.
+"""Embeddings and relevance as requests, with the instructions of Qwen3-Embedding's and Qwen3-Reranker's model cards:
+https://huggingface.co/Qwen/Qwen3-Embedding-0.6B and Qwen3-Reranker-0.6B.
 """
 
 from __future__ import annotations
@@ -16,15 +15,7 @@ from vibe_sgl_lite.runtime.settings.schema import is_list, plain, shown
 
 OPTIONS = ("priority", "cache_salt")  # and timeout_s
 QUERY = "Instruct: {instruction}\nQuery:{text}"
-# What Qwen3-Reranker was trained on: a chat whose answer is one of LABELS.
-LABELS = ("yes", "no")
 RANKING_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
-PAIR = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
-    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
-    "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
-    "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-)
 
 Progress = Callable[[int, int], None] | bool | None
 
@@ -71,8 +62,8 @@ def plan_score(
     prompts = []
     for document in documents if many else [documents]:
         _check_text(document, "documents")
-        prompts.append({"prompt": PAIR.format(instruction=instruction, query=query, document=document)})
-    return _plan(prompts, many, "documents", _relevance, progress, rid, options, labels=LABELS)
+        prompts.append({"pair": (instruction, query, document)})
+    return _plan(prompts, many, "documents", _relevance, progress, rid, options)
 
 
 def _plan(

@@ -18,7 +18,6 @@ PROTOCOL = 3
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 MAX_PRIORITY = 2**31 - 1
 MAX_DIMENSIONS = 2**20
-MAX_LABELS = 16
 
 
 class ModelInfo(msgspec.Struct, array_like=True, frozen=True):
@@ -64,7 +63,7 @@ class Ping(Message, frozen=True):
 
 
 class Generate(Message, frozen=True):
-    """One request: exactly one of prompt, input_ids (int32 bytes) and messages (chat) is set.
+    """One request: exactly one of prompt, input_ids (int32 bytes), messages (chat) and pair is set.
 
     sampling: a msgpack map of SamplingParams' set fields, decoded on its own so that a bad field is answered by name.
     template_kwargs: variables of the chat template (`enable_thinking`, `tools`).
@@ -72,7 +71,8 @@ class Generate(Message, frozen=True):
     resume_ids: of a request that is sent again, the tokens that the client has of each sample (int32 bytes), None for a
     sample that has ended; they count as generated, and what comes is what follows them. `sampling` then has the seed.
     payer: of a client that serves others, for whom it asks: these take turns, not the client's sessions.
-    dimensions, labels: what is asked for is no text but a `Pooling` of a prompt or of input_ids; 0 dimensions are all.
+    dimensions: what is asked for is no text but the embedding of a prompt or of input_ids; 0 is as many as there are.
+    pair: instruction, query and document, whose relevance is asked for: the probabilities of "yes" and "no".
     """
 
     rid: Annotated[str, Spec("names the request in its session", chars=256)]
@@ -114,8 +114,8 @@ class Generate(Message, frozen=True):
     dimensions: Annotated[
         int | None, Spec("values of an embedding", unset="none is asked for", low=0, high=MAX_DIMENSIONS)
     ] = None
-    labels: Annotated[
-        Sequence[str] | None, Spec("tokens whose probabilities are asked for", unset="none", items=MAX_LABELS, chars=64)
+    pair: Annotated[
+        Sequence[str] | None, Spec("instruction, query and document", unset="no relevance is asked for", items=3)
     ] = None
 
 

@@ -112,6 +112,10 @@ class ChatTokenizer(Tokenizer):
             reason = self.plain_text(str(error))[:500]
             raise RequestError(f"the chat template refused the messages: {reason}", field="messages") from error
 
+    def fill(self, template: str, *texts: str) -> str:
+        """`template` with each `{}` replaced, for `encode_chat`; special tokens in the texts are marked as text."""
+        return template.format(*map(self._mark_specials, texts))
+
     def plain_text(self, rendered: str) -> str:
         """A chat from `apply_chat_template`, as it was written."""
         return self._marked.sub(lambda found: self._specials[int(found[1])], rendered)

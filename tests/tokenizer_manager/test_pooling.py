@@ -11,7 +11,7 @@ import pytest
 from tests.tokenizer_manager.harness import CONTEXT, VOCAB, make_spec
 from tests.tokenizer_manager.world import World
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
-from vibe_sgl_lite.runtime.messages import Accepted, Generate, Refused, pack_ids
+from vibe_sgl_lite.runtime.messages import Generate, Refused, pack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import Pooling
 
 
@@ -44,12 +44,10 @@ def test_an_embedding_is_one_token_that_is_not_made(spec: PipelineSpec) -> None:
             assert added.sampling.end_token_ids == ()
 
 
-def test_labels_are_tokens(spec: PipelineSpec) -> None:
-    world = ask(spec, labels=["a", "b"])
-    [added] = world.added()
-    tokenizer = world.manager._tokenizer
-    assert added.sampling.pooling == Pooling(64, (tokenizer.token_id("a") or 0, tokenizer.token_id("b") or 0))
-    assert world.got(b"a", Accepted)
+def test_this_tokenizer_cannot_score(spec: PipelineSpec) -> None:
+    """tests/integration/test_embeddings.py has one that can."""
+    [refused] = ask(spec, prompt=None, pair=["i", "q", "d"]).got(b"a", Refused)
+    assert refused.error.message == "'yes' is no token of small, so it cannot score: use a Qwen3-Reranker"
 
 
 @pytest.mark.parametrize(
@@ -57,10 +55,11 @@ def test_labels_are_tokens(spec: PipelineSpec) -> None:
     [
         ({}, {"dimensions": 65}, "dimensions"),
         ({}, {"dimensions": -1}, "dimensions"),
-        ({}, {"labels": []}, "labels"),
-        ({}, {"labels": ["no such token"]}, "labels"),
-        ({}, {"labels": ["a"] * 17}, "labels"),
-        ({}, {"labels": ["a"], "dimensions": 5}, "labels"),
+        ({}, {"prompt": None, "pair": []}, "pair"),
+        ({}, {"prompt": None, "pair": ["a"] * 4}, "pair"),
+        ({}, {"prompt": None, "pair": ["a"] * 3, "dimensions": 5}, "dimensions"),
+        ({}, {"pair": ["a"] * 3}, "prompt"),
+        ({}, {"prompt": None, "pair": ["a", "b", "c" * 200_000]}, "prompt"),
         ({}, {"dimensions": 0, "prompt": None, "messages": [{"role": "user", "content": "x"}]}, "messages"),
         ({}, {"dimensions": 0, "regex": "x"}, "regex"),
         ({}, {"dimensions": 0, "resume_ids": [b""]}, "resume_ids"),
@@ -82,6 +81,6 @@ def test_what_is_refused(spec: PipelineSpec, sampling: dict[str, Any], fields: d
 def test_a_model_without_a_head_only_embeds(spec: PipelineSpec) -> None:
     headless = msgspec.structs.replace(spec, model=msgspec.structs.replace(spec.model, has_head=False))
     assert ask(headless, dimensions=0).added()
-    for world in (ask(headless), ask(headless, labels=["a"])):
+    for world in (ask(headless), ask(headless, prompt=None, pair=["a"] * 3)):
         [refused] = world.got(b"a", Refused)
         assert "has no lm_head" in refused.error.message

@@ -21,8 +21,7 @@ from vibe_sgl_lite.runtime.messages import Chunk, Finish, Generate, ServerMessag
 
 def script(request: Generate) -> list[ServerMessage]:
     """As many numbers as the prompt has characters, from 0 on."""
-    assert request.prompt is not None
-    vector = array("f", range(len(request.prompt))).tobytes()
+    vector = array("f", range(len(request.prompt or "abc"))).tobytes()
     return [accepted(request), Chunk(request.rid, 0, 0, b"", "", Finish("stop"), Usage(5, 0, 3), pooled=vector)]
 
 
@@ -35,14 +34,16 @@ def test_what_is_sent(tmp_path: Path) -> None:
         client.embed(["a", "b"], instruction="Find {x}", dimensions=3, priority=2, cache_salt="s", timeout_s=9)
         client.score("q", ["a", "{b}"])
         sent = engine.wait_for(Generate, 4)
-    assert [(m.prompt, m.dimensions, m.labels) for m in sent[:2]] == [
+    assert [(m.prompt, m.dimensions, m.pair) for m in sent[:2]] == [
         (f"Instruct: Find {{x}}\nQuery:{text}", 3, None) for text in "ab"
     ]
     assert [(m.priority, m.cache_salt, msgspec.msgpack.decode(m.sampling)) for m in sent[:2]] == [
         (2, "s", {"timeout_s": 9.0})
     ] * 2
-    assert [(m.dimensions, list(m.labels or ())) for m in sent[2:]] == [(None, ["yes", "no"])] * 2
-    assert "\n<Query>: q\n<Document>: {b}<|im_end|>\n" in sent[3].prompt
+    default = "Given a web search query, retrieve relevant passages that answer the query"
+    assert [(m.prompt, m.dimensions, list(m.pair or ())) for m in sent[2:]] == [
+        (None, None, [default, "q", document]) for document in ("a", "{b}")
+    ]
 
 
 def test_ids_are_sent_as_they_are(tmp_path: Path) -> None:
