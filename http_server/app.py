@@ -53,6 +53,20 @@ ROUTES: dict[tuple[str, str], Handler] = {
 TREES: dict[str, Handler] = {"/v1/models/": info.one_model, "/static/": page}
 GENERATES = ("/v1/", "/generate")  # what needs a model that is loaded
 
+# Where other engines have what is here: Ollama, llama.cpp, SageMaker, SGLang.
+ELSEWHERE = {
+    "/api/chat": "/v1/chat/completions",
+    "/api/generate": "/v1/completions",
+    "/api/tags": "/v1/models",
+    "/api/embed": "/v1/embeddings",
+    "/completion": "/v1/completions",
+    "/props": "/server_info",
+    "/slots": "/watch",
+    "/ping": "/health",
+    "/health_generate": "/health",
+    "/encode": "/v1/embeddings",
+}
+
 log = logging.getLogger(__name__)
 
 
@@ -99,7 +113,10 @@ class App:
         if allowed:
             exchange.extra_headers.append((b"allow", ", ".join(allowed).encode()))
             raise ApiError(405, f"{exchange.method} is not allowed here: use {' or '.join(allowed)}")
-        raise ApiError(404, f"there is no {exchange.path} here; see /openapi.json", code="not_found")
+        path = exchange.path.rstrip("/")
+        meant = ELSEWHERE.get(path) or next((ours for _, ours in ROUTES if ours in (path, f"/v1{path}")), None)
+        told = f"it is {meant}" if meant else "see /openapi.json"
+        raise ApiError(404, f"there is no {exchange.path} here; {told}", code="not_found")
 
     async def _refuse(self, exchange: Exchange, error: ApiError) -> None:
         if error.status in (429, 503):

@@ -61,7 +61,7 @@ def test_every_name_that_is_taken_or_hinted_at_is_told() -> None:
         for field in fields.values()
         for name in (*field.spec.aliases, *field.spec.like)
     }
-    variants = {"max_seq_len", "n_ctx", "no_enable_prefix_caching", "disable_log_requests"}
+    variants = {"m", "c", "t", "ngl", "np", "max_seq_len", "n_ctx", "no_enable_prefix_caching", "disable_log_requests"}
     assert known - told <= variants, "variants of a spelling"
 
 

@@ -34,7 +34,7 @@ def parse(argv: Sequence[str]) -> ServerArgs:
         if len(rest) == 1 and not rest[0].startswith("-") and "model_path" not in given:
             values["model_path"] = rest.pop()
     if rest:
-        name = rest[0].split("=")[0].removeprefix("--").replace("-", "_")
+        name = rest[0].split("=")[0].lstrip("-").replace("-", "_")
         raise ConfigError(f"{rest[0]} is not a flag; {hint(name, FLAGS, flag_name) or 'see --help'}")
     return make_args(values)
 

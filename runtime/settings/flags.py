@@ -26,7 +26,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "folder with `config.json`, `tokenizer.json` and `*.safetensors`; or a hub id such as `Qwen/Qwen3-0.6B`, "
         "downloaded on first use; or `embedded`, the small model inside this package",
         "Only JSON, template and safetensors files are downloaded.",
-        group=MODEL, path=True, aliases=("model",),
+        group=MODEL, path=True, aliases=("model",), like=("m",),
     )] = "embedded"
     revision: Annotated[str | None, Spec(
         "branch, tag or commit of the model's hub id",
@@ -65,7 +65,8 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     )] = "auto"
     device: Annotated[str, Spec(
         "where the model runs: `auto` is `cuda` where a GPU and a torch built for it are found, else `cpu`",
-        group=MODEL, choices=("auto", "cpu", "cuda"), like=("n_gpu_layers", "gpu_layers", "num_gpu", "device_map"),
+        group=MODEL, choices=("auto", "cpu", "cuda"),
+        like=("n_gpu_layers", "gpu_layers", "num_gpu", "device_map", "ngl"),
     )] = "auto"
     tp: Annotated[int, Spec(
         "tensor parallelism: over how many ranks each layer is split",
@@ -192,7 +193,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "longest prompt plus output of one request",
         "Not above the model's `max_position_embeddings`, or what YaRN makes of it.",
         unit="tokens", unset="the model's own", group=MODEL, low=2, high=2**30,
-        aliases=("max_model_len", "max_seq_len"), like=("ctx_size", "num_ctx", "n_ctx"),
+        aliases=("max_model_len", "max_seq_len"), like=("ctx_size", "num_ctx", "n_ctx", "c"),
     )] = None
     page_size: Annotated[int | None, Spec(
         "size of a page of the KV cache, the unit of allocation and of prefix sharing",
@@ -211,7 +212,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     max_running_requests: Annotated[int, Spec(
         "requests that generate at the same time; more wait",
         unit="requests", group=MEMORY, low=1, high=65_536, aliases=("max_num_seqs",),
-        like=("parallel",),
+        like=("parallel", "np"),
     )] = 256
     max_queued_requests: Annotated[int, Spec(
         "requests that may wait; one more is refused as `overloaded`",
@@ -278,7 +279,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     num_threads: Annotated[int | None, Spec(
         "threads of each rank",
         unit="threads", unset="cores / ranks on this machine", group=PARALLELISM, low=1, high=4096,
-        like=("threads", "threads_batch", "num_thread"),
+        like=("threads", "threads_batch", "num_thread", "t"),
     )] = None
     seed: Annotated[int, Spec(
         "seed of the weights of `--load-format dummy`",

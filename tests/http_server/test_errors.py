@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from tests.http_server.server import Server
+from vibe_sgl_lite.http_server.app import ELSEWHERE, ROUTES
 from vibe_sgl_lite.http_server.bodies import BodyReader
 from vibe_sgl_lite.http_server.errors import ApiError
 from vibe_sgl_lite.http_server.metrics import Metrics
@@ -90,6 +91,11 @@ def test_a_name_from_elsewhere_is_refused_with_ours(name: str) -> None:
         reader.read(json.dumps(wanted | {name: nothing}).encode(), ChatBody, REFUSED, IGNORED)
 
 
+def test_paths_of_other_engines_lead_to_paths_that_there_are() -> None:
+    assert set(ELSEWHERE.values()) <= {path for _, path in ROUTES}
+    assert not set(ELSEWHERE) & {path for _, path in ROUTES}
+
+
 def test_what_to_use_instead_is_taken() -> None:
     taken = {
         *ChatBody.__struct_fields__,
@@ -128,7 +134,15 @@ def test_unknown_models_paths_and_methods(server: Server, client: Any) -> None:
         client.chat.completions.create(model="gpt-4", messages=QUESTION)
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
     assert server.get("/v1/models/gpt-4").status == 404
-    assert server.get("/nothing").status == 404
+    for path, told in (
+        ("/nothing", "see /openapi.json"),
+        ("/chat/completions", "it is /v1/chat/completions"),  # a base_url without /v1
+        ("/v1/completions/", "it is /v1/completions"),
+        ("/api/chat", "it is /v1/chat/completions"),
+        ("/rerank", "it is /v1/rerank"),
+    ):
+        reply = server.post(path, {})
+        assert (reply.status, reply.json["error"]["message"]) == (404, f"there is no {path} here; {told}")
     wrong = server.get(CHAT)
     assert (wrong.status, wrong.headers["allow"]) == (405, "POST")
     assert server.post("/health", {}).status == 405
