@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -17,9 +17,20 @@ from vibe_sgl_lite.runtime.messages import Accepted, Chunk, Finish, LogprobEntry
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 from vibe_sgl_lite.runtime.text.chat_format import ToolCall, parse_tool_call
 
+# Where other engines have what is here, vLLM's `out.outputs[0].text` among them.
+_MEANT = {"outputs": "text", "choices": "text", "generated_text": "text", "output_ids": "token_ids"}
+_MEANT |= {"reasoning_content": "reasoning", "content": "text"}
+
 
 class _Plain(msgspec.Struct, frozen=True):
     """What can be written down."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            ours = _MEANT.get(name)
+            told = f"; there is .{ours}" if ours in self.__struct_fields__ else ""
+            raise AttributeError(f"{type(self).__name__} has no {name}{told}", name=name, obj=self)
 
     def to_dict(self) -> dict[str, Any]:
         """Dicts, lists, texts and numbers alone; an error is its code, message and field."""

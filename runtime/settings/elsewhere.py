@@ -25,7 +25,7 @@ ABSENT: dict[str, str] = {
     **dict.fromkeys(("enable_chunked_prefill", "enable_mixed_chunk", "cont_batching", "cache_prompt"), _ALWAYS),
     **dict.fromkeys(("attention_backend", "sampling_backend", "flash_attn"), _ONE),
     **dict.fromkeys(("grammar_backend", "guided_decoding_backend", "structured_outputs_config"), _ONE),
-    **dict.fromkeys(("enable_lora", "lora_paths", "lora_modules", "lora", "lora_path"), _LORA),
+    **dict.fromkeys(("enable_lora", "lora_paths", "lora_modules", "lora", "lora_path", "lora_request"), _LORA),
     **dict.fromkeys(("download_dir", "hf_token"), "the hub's own variables hold: HF_HOME, HF_TOKEN"),
     **dict.fromkeys(("swap_space", "cpu_offload_gb"), "nothing is kept outside the device's memory"),
     **dict.fromkeys(("chat_template", "chat_template_file"), "the model folder's chat_template.jinja holds"),
@@ -49,7 +49,9 @@ ABSENT: dict[str, str] = {
     "disable_log_stats": "--log-level warning silences the line about tokens a second",
     "keep_alive": "the model stays loaded until the engine ends",
     "root_path": "let the proxy in front cut its path off",
-    # sampling parameters
+    # sampling parameters and keywords of calls
+    "chat_template_kwargs": "it is template_kwargs= here, and enable_thinking= alone",
+    "prompt_token_ids": "it is input_ids= here",
     **dict.fromkeys(("json_schema", "regex", "choice", "grammar", "ebnf", "structural_tag"), _CALL),
     **dict.fromkeys(("response_format", "structured_outputs", "guided_decoding", "guided_json"), _CALL),
     **dict.fromkeys(("best_of", "use_beam_search", "num_beams", "length_penalty", "early_stopping"), _BEAMS),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import tomllib
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytest
 import vibe_sgl_lite
 from tests.runtime.client.fake_engine import answer, failing, fake_engine
 from vibe_sgl_lite import AsyncClient, Client, SamplingParams
-from vibe_sgl_lite.runtime.client.outputs import Output, OutputChunk
+from vibe_sgl_lite.runtime.client.outputs import Embedding, Output, OutputChunk
 from vibe_sgl_lite.runtime.errors import ConfigError, RequestError
 from vibe_sgl_lite.runtime.messages import Generate, LogprobEntry, ServerMessage
 from vibe_sgl_lite.runtime.text.chat_format import ToolCall
@@ -38,6 +41,20 @@ def test_an_output_is_readable_and_goes_to_json(tmp_path: Path) -> None:
             "field": None,
         }
         assert "because of numerical_error" in repr(failed)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("outputs", "; there is .text"), ("output_ids", "; there is .token_ids"), ("frobs", "")]
+)
+def test_attributes_of_other_engines_outputs_lead_to_ours(name: str, told: str) -> None:
+    out = Output(rid="r", text="x", token_ids=[1], finish_reason="stop")
+    with pytest.raises(AttributeError, match=f"^Output has no {name}{re.escape(told)}$"):
+        getattr(out, name)
+    assert not hasattr(out, name)
+    assert copy.deepcopy(out) == out
+    vector = Embedding(rid="r", vector=array("f"), finish_reason="stop")
+    with pytest.raises(AttributeError, match=f"^Embedding has no {name}$"):
+        getattr(vector, name)
 
 
 def test_an_output_that_is_all_thinking_says_what_to_do() -> None:
