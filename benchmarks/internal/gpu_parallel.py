@@ -102,6 +102,12 @@ def collectives(rank: int, ranks: int, store: Path) -> list[dict[str, Any]]:
                     layout, peers.layout = peers.layout, replace(peers.layout, small=0)
                     result["read_norm_us"] = in_graph_us(partial(peers.all_reduce_add_norm, x, residual, weight, 1e-6))
                     peers.layout = layout
+                gathered = peers.all_gather(given)
+                if gathered is not None:
+                    expected = torch.empty_like(gathered)
+                    dist.all_gather_into_tensor(expected, given)
+                    assert torch.equal(gathered, expected)
+                    result["gather_us"] = in_graph_us(partial(peers.all_gather, given))
                 same = [torch.empty_like(x) for _ in range(ranks)]
                 dist.all_gather(same, x)
                 assert all(torch.equal(other, x) for other in same)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import MAX_COLUMNS, MAX_RANKS, Layout, all_reduce
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import MAX_COLUMNS, MAX_RANKS, Layout, all_gather, all_reduce
 from vibe_sgl_lite.model_worker.gpu.operations import has_dependent_launch
 
 HALF_BYTES = 32 << 20  # of the largest sum; above it NCCL is as fast
@@ -49,8 +49,12 @@ class PeerMemory:
     def all_reduce(self, x: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         self._reduce(x)
 
-    def all_gather(self, x: Tensor) -> None:
-        return None
+    def all_gather(self, x: Tensor) -> Tensor | None:
+        if not x.is_contiguous() or x.nbytes % 4 or not 0 < x.nbytes <= self.layout.small:
+            return None
+        gathered = x.new_empty((len(self._regions) * x.shape[0], *x.shape[1:]))
+        all_gather(x, gathered, self._regions, self._calls, self.layout, self._rank, pdl=self._pdl)
+        return gathered
 
     def all_reduce_add(self, x: Tensor, residual: Tensor) -> None:
         self._reduce(x, residual=residual)

@@ -25,6 +25,7 @@ MAX_PROGRAMS = 512
 FLAGS_BYTES = 1 << 18  # of a region, at its beginning: [2, MAX_PROGRAMS, ranks] int64, the number of the last call
 MAX_RANKS = FLAGS_BYTES // (2 * MAX_PROGRAMS * 8)
 MAX_COLUMNS = 16384
+GATHER_BLOCK = 512  # words a program
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,25 @@ def _all_reduce(
 
 
 @triton.jit
+def _send(regions, start, packed, word, there, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Words to all other ranks' regions, from their byte `start` on."""
+    for peer in tl.static_range(RANKS):
+        if peer != RANK:
+            line = (tl.load(regions + peer) + start).to(tl.pointer_type(tl.int64))
+            tl.store(tl.multiple_of(line, 16) + word, packed, mask=there)
+
+
+@triton.jit
+def _receive(start, number, word, there):
+    """int32, what the words at address `start` carry, once all of them are of call `number`."""
+    line = tl.multiple_of(start.to(tl.pointer_type(tl.int64)), 16) + word
+    got = tl.load(line, mask=there, other=number, volatile=True)
+    while tl.min(((got & 0xFFFFFFFF) == number).to(tl.int32), 0) == 0:
+        got = tl.load(line, mask=there, other=number, volatile=True)
+    return (got >> 32).to(tl.int32)
+
+
+@triton.jit
 def _all_reduce_small(
     x, words, residual, weight, output, regions, calls, first, size, eps, N: tl.constexpr, NP: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, PAIRS: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
@@ -195,22 +215,12 @@ def _all_reduce_small(
     number = call & 0xFFFFFFFF
     packed = (mine.to(tl.int64) << 32) | number
     start = first + (call & 1) * (RANKS * size) + row * (COUNT * 8)
-    for peer in tl.static_range(RANKS):
-        if peer != RANK:
-            line = tl.load(regions + peer) + start + RANK * size
-            tl.store(tl.multiple_of(line.to(tl.pointer_type(tl.int64)), 16) + word, packed, mask=there)
+    _send(regions, start + RANK * size, packed, word, there, RANK, RANKS)
     _count_call(calls, call)
     even, odd = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
     for rank in tl.static_range(RANKS):
-        if rank == RANK:
-            value = mine
-        else:
-            line = tl.load(regions + RANK) + start + rank * size
-            line = tl.multiple_of(line.to(tl.pointer_type(tl.int64)), 16) + word
-            got = tl.load(line, mask=there, other=number, volatile=True)
-            while tl.min(((got & 0xFFFFFFFF) == number).to(tl.int32), 0) == 0:
-                got = tl.load(line, mask=there, other=number, volatile=True)
-            value = (got >> 32).to(tl.int32)
+        inbox = tl.load(regions + RANK) + start + rank * size
+        value = mine if rank == RANK else _receive(inbox, number, word, there)
         if PAIRS:
             even += (value << 16).to(tl.float32, bitcast=True)
             odd += (value & -65536).to(tl.float32, bitcast=True)
@@ -219,6 +229,29 @@ def _all_reduce_small(
     total = tl.interleave(even, odd) if PAIRS else even
     total = total.to(x.dtype.element_ty)
     _finish(total, residual, output, gain, row * N + column, inside, eps, N, ADD, NORM)
+
+
+@triton.jit
+def _all_gather(
+    words, output, regions, calls, first, size, count, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A program BLOCK words of each rank. output: [RANKS, count] int32; first, size: as in `_all_reduce_small`."""
+    word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = word < count
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    call = tl.load(calls) + 1
+    number = call & 0xFFFFFFFF
+    mine = tl.load(words + word, mask=there, other=0)
+    start = first + (call & 1) * (RANKS * size)
+    _send(regions, start + RANK * size, (mine.to(tl.int64) << 32) | number, word, there, RANK, RANKS)
+    _count_call(calls, call)
+    for rank in tl.static_range(RANKS):
+        inbox = tl.load(regions + RANK) + start + rank * size
+        value = mine if rank == RANK else _receive(inbox, number, word, there)
+        tl.store(output + rank * count + word, value, mask=there)
 
 
 def all_reduce(
@@ -261,4 +294,19 @@ def all_reduce(
         x, *rest, x, regions, calls, rows, layout.half, FLAGS_BYTES, eps, **parts, NP=triton.next_power_of_2(columns),
         RANK=rank, RANKS=len(regions), RANKS_P=triton.next_power_of_2(len(regions)), MAX_PROGRAMS=MAX_PROGRAMS,
         TWO_SHOT=two_shot, ASM=x.is_cuda, num_warps=warps, **options,
+    )  # fmt: skip
+
+
+def all_gather(
+    x: Tensor, output: Tensor, regions: Tensor, calls: Tensor, layout: Layout, rank: int, *, pdl: bool
+) -> None:
+    """output, [ranks, ...]: x of each rank. Its bytes are a multiple of 4, and `layout.small` at most; else as
+    `all_reduce`, whose calls these are among."""
+    assert x.is_contiguous()
+    assert x.nbytes <= layout.small
+    options = {"launch_pdl": True} if pdl else {}
+    words = x.view(-1).view(torch.int32)
+    _all_gather[(triton.cdiv(len(words), GATHER_BLOCK),)](
+        words, output.view(-1).view(torch.int32), regions, calls, layout.words, 2 * layout.small, len(words),
+        RANK=rank, RANKS=len(regions), BLOCK=GATHER_BLOCK, PDL=pdl, num_warps=4, **options,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, all_reduce
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, all_gather, all_reduce
 from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import chain_attention, choose_chain_tiles
 from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import DecodeScratch, choose_tiles, decode_attention
@@ -100,6 +100,7 @@ def main() -> None:
     regions = longs[:2], longs[:2], Layout(1 << 16, 0, 2), 1
     small = longs[:2], longs[:2], Layout(1 << 16, 1 << 16, 2), 1
     all_reduce(stream, *regions, pdl=True)
+    all_gather(stream, zeros(2, *stream.shape), *small, pdl=True)
     all_reduce(stream, *small, pdl=True, residual=stream, weight=gain, eps=1e-6)
     all_reduce(stream, *regions, pdl=True, two_shot=True, residual=stream, weight=gain, eps=1e-6)
     experts = zeros(16, 2 * INNER, HIDDEN), zeros(16, HIDDEN, INNER), 0

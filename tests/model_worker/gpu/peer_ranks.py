@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, all_reduce
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, all_gather, all_reduce
 
 LAYOUT = Layout(1 << 15, 1024, 3)
 EPS = 1e-6
@@ -57,6 +57,10 @@ def main(rank: int, ranks: int, folder: Path) -> None:
             residual=None if kind == "sum" else residual, weight=weight_of(number) if kind == "norm" else None, eps=EPS,
         )  # fmt: skip
         results |= {f"x{number}": x.float().numpy(), f"residual{number}": residual.float().numpy()}
+        if number == PAIRED:
+            gathered = x.new_empty((ranks, *x.shape))
+            all_gather(inputs(rank, number), gathered, addresses, calls, LAYOUT, rank, pdl=False)
+            results["gathered"] = gathered.float().numpy()
     np.savez(folder / f"{rank}.npz", **results)
 
 

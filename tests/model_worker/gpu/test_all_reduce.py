@@ -28,6 +28,8 @@ def test_sums_are_those_of_torch_and_the_same_on_all_ranks(tmp_path: Path, ranks
         for process in started:
             process.kill()
     results = [np.load(tmp_path / f"{rank}.npz") for rank in range(ranks)]
+    gathered = torch.stack([inputs(rank, PAIRED).float() for rank in range(ranks)])
+    assert all(np.array_equal(result["gathered"], gathered.numpy()) for result in results)
     for number, (_, _, kind, _) in enumerate(CALLS):
         x = torch.stack([inputs(rank, number).float() for rank in range(ranks)]).sum(0)
         residual, gain = residual_of(number).float(), weight_of(number).float()

@@ -10,7 +10,7 @@ import pytest
 KERNELS = (
     "_decode_attention", "_prefill_attention", "_rope_store", "_chain_attention", "_gemv", "_add_rms_norm",
     "_silu_multiply", "_embed", "_expand_rows", "_chunk_maxima", "_draw",
-    "_all_reduce", "_all_reduce_small", "_route", "_sort_pairs", "_grouped", "_combine",
+    "_all_reduce", "_all_reduce_small", "_all_gather", "_route", "_sort_pairs", "_grouped", "_combine",
 )  # fmt: skip
 
 
