@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 from array import array
@@ -82,10 +83,10 @@ async def embeddings(service: Service, exchange: Exchange) -> None:
         inputs, instruction=body.instruction, dimensions=body.dimensions, options=_options(body), field="input"
     )
     samples = await _run(service, exchange, plan)
-    data = [
-        {"object": "embedding", "index": index, "embedding": _encoded(sample.pooled, body.encoding_format)}
-        for index, sample in enumerate(samples)
-    ]
+    data = []
+    for index, sample in enumerate(samples):
+        data.append({"object": "embedding", "index": index, "embedding": _encoded(sample, body.encoding_format)})
+        await asyncio.sleep(0)  # a thousand vectors as text take a second: others' streams go on meanwhile
     await exchange.answer_json({"object": "list", "data": data, "model": service.model, "usage": _usage(samples)})
 
 
@@ -137,8 +138,10 @@ def _options(body: EmbeddingsBody | RerankBody | ScoreBody) -> dict[str, Any]:
     return {key: value for key in ("priority", "cache_salt") if (value := getattr(body, key)) is not None}
 
 
-def _encoded(pooled: bytes, form: str | None) -> str | list[float]:
-    return base64.b64encode(pooled).decode() if form == "base64" else array("f", pooled).tolist()
+def _encoded(sample: Collected, form: str | None) -> msgspec.Raw:
+    """JSON of a vector."""
+    value = base64.b64encode(sample.pooled).decode() if form == "base64" else array("f", sample.pooled).tolist()
+    return msgspec.Raw(msgspec.json.encode(value))
 
 
 def _first(sample: Collected) -> float:
