@@ -132,11 +132,6 @@ def _sampling(given: dict[str, Any], body: GenerateBody) -> tuple[SamplingParams
                 raise bad_request(f"sampling_params.{name} is not supported: leave it out", name)
         elif value is not None:
             (options if name in GRAMMARS else values)[RENAMED.get(name, name)] = value
-    if isinstance(bias := values.get("logit_bias"), dict):
-        try:
-            values["logit_bias"] = {int(token_id): number for token_id, number in bias.items()}
-        except ValueError as error:
-            raise bad_request(f"logit_bias: keys must be token ids: {error}", "logit_bias") from error
     if body.return_logprob:
         values |= {"logprobs": True, "top_logprobs": body.top_logprobs_num or 0}
         values["prompt_logprobs"] = body.logprob_start_len == 0

@@ -29,6 +29,7 @@ SAMPLING = {
     "include_stop_str_in_output": "include_stop",
     "skip_special_tokens": "skip_special_tokens",
     "ignore_eos": "ignore_eos",
+    "logit_bias": "logit_bias",
     "min_tokens": "min_new_tokens",
 }
 
@@ -69,21 +70,12 @@ def several_prompts(prompt: str | list[Any], field: str, most: int) -> list[Any]
 def sampling_values(body: CommonBody) -> dict[str, Any]:
     """Keywords of `SamplingParams` for what is set, `max_new_tokens` and logprobs aside."""
     values = {ours: value for theirs, ours in SAMPLING.items() if (value := getattr(body, theirs)) not in (None, [])}
-    if body.logit_bias:
-        values["logit_bias"] = _logit_bias(body.logit_bias)
     return values
 
 
 def make_sampling(values: Mapping[str, Any]) -> SamplingParams:
     """Raises RequestError."""
     return SamplingParams(**values)
-
-
-def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
-    try:
-        return {int(token_id): value for token_id, value in bias.items()}
-    except ValueError as error:
-        raise bad_request(f"logit_bias: keys must be token ids: {error}", "logit_bias") from error
 
 
 def engine_options(body: CommonBody) -> dict[str, Any]:

@@ -216,14 +216,14 @@ def test_chat_page(server: Server, pages: str) -> None:
     texts = "[...document.querySelectorAll('.assistant .text')].map(e => e.textContent)"
     with Browser() as browser:
         browser.open(f"{pages}/chat.html?base={server.url}/v1")
-        browser.wait("!!document.getElementById('form')", "the page")
+        browser.wait("!!document.getElementById('form')", "the page", PATIENCE_S)
         browser.run(ask.format("What is 17 + 25?"))
-        browser.wait("document.querySelector('.assistant .thinking')?.textContent", "thinking")
-        browser.wait(f"{texts}[0] === '42' && document.getElementById('stop').disabled", "the answer")
+        browser.wait("document.querySelector('.assistant .thinking')?.textContent", "thinking", PATIENCE_S)
+        browser.wait(f"{texts}[0] === '42' && document.getElementById('stop').disabled", "the answer", PATIENCE_S)
         browser.run(ask.format("My name is Ben."))
-        browser.wait(f"{texts}[1] && document.getElementById('stop').disabled", "a second answer")
+        browser.wait(f"{texts}[1] && document.getElementById('stop').disabled", "a second answer", PATIENCE_S)
         browser.run(ask.format("What is my name?"))
-        browser.wait(f"{texts}[2] === 'Your name is Ben.'", "an answer from what was said before")
+        browser.wait(f"{texts}[2] === 'Your name is Ben.'", "an answer from what was said before", PATIENCE_S)
         assert browser.console == []
 
 
@@ -231,7 +231,7 @@ def test_chat_page(server: Server, pages: str) -> None:
 def test_chat_page_shows_errors(server: Server, pages: str) -> None:
     with Browser() as browser:
         browser.open(f"{pages}/chat.html?base={server.url}/nothing")
-        browser.wait("!!document.getElementById('form')", "the page")
+        browser.wait("!!document.getElementById('form')", "the page", PATIENCE_S)
         browser.run("document.getElementById('prompt').value = 'Hi'; document.getElementById('form').requestSubmit()")
-        assert browser.wait("document.querySelector('.error')?.textContent", "the error")
+        assert browser.wait("document.querySelector('.error')?.textContent", "the error", PATIENCE_S)
         assert not browser.run("document.getElementById('send').disabled")
