@@ -110,13 +110,15 @@ def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
     )
 
 
-def choose_compute(dtype: torch.dtype, device: torch.device, head_dim: int, gpu: GpuSetup | None = None) -> Compute:
+def choose_compute(
+    dtype: torch.dtype, device: torch.device, head_dim: int, gpu: GpuSetup | None = None, *, fixed_order: bool = False
+) -> Compute:
     """The fastest that this machine has for these: compiled kernels on a CPU with a compiler, Triton's on a GPU that is
-    set up, else plain torch."""
+    set up, else plain torch. fixed_order: see `CpuKernels`, which alone have it."""
     if device.type == "cuda" and gpu is not None and head_dim in GPU_HEAD_DIMS and find_spec("triton") is not None:
         return gpu_compute(device, gpu)
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and head_dim % 8 == 0:
-        kernels = load()
+        kernels = load(fixed_order=fixed_order)
         if kernels is not None:
             return kernel_compute(kernels)
     return torch_compute(device)

@@ -17,7 +17,7 @@ import msgspec
 import torch
 import zmq
 
-from vibe_sgl_lite.model_worker.compute import GpuSetup, choose_compute
+from vibe_sgl_lite.model_worker.compute import Compute, GpuSetup, choose_compute
 from vibe_sgl_lite.model_worker.cpu.shared_memory import share_memory
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
@@ -145,7 +145,10 @@ def build_runner(
     """
     args = spec.args
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    compute = choose_compute(dtype, device, spec.model.head_dim, _gpu_setup(spec, parallel))
+    compute = choose_compute(
+        dtype, device, spec.model.head_dim, _gpu_setup(spec, parallel), fixed_order=args.deterministic
+    )
+    _check(spec, compute)
     if compute.kernels is not None and args.dist_init_addr is None:
         parallel = share_memory(parallel, compute.kernels)
     model = Qwen3(spec.model, parallel, dtype, device, compute.operations, DISPATCH[args.moe_dispatch])
@@ -157,15 +160,6 @@ def build_runner(
     else:
         load_weights(model, spec.model_folder, progress)
     eight_bits = args.kv_cache_dtype != "auto"
-    if args.kv_cache_dtype == "fp8" and not compute.knows_fp8:
-        raise ConfigError(
-            f"--kv-cache-dtype fp8 needs Triton's kernels: this is {compute.name}", field="kv_cache_dtype"
-        )
-    if args.draft_tokens and device.type != "cpu":
-        raise ConfigError(
-            f"--speculative-algorithm {args.speculative_algorithm} runs on CPU only: leave it out on a GPU",
-            field="speculative_algorithm",
-        )
     plan = plan_memory(
         spec.model,
         parallel.tp,
@@ -205,6 +199,25 @@ def build_runner(
     )
     compute.plan_layers(model, runner.backend)
     return runner
+
+
+def _check(spec: PipelineSpec, compute: Compute) -> None:
+    """Raises ConfigError for what is asked of a device that does not have it."""
+    args = spec.args
+    if args.kv_cache_dtype == "fp8" and not compute.knows_fp8:
+        raise ConfigError(
+            f"--kv-cache-dtype fp8 needs Triton's kernels: this is {compute.name}", field="kv_cache_dtype"
+        )
+    if args.draft_tokens and spec.device != "cpu":
+        raise ConfigError(
+            f"--speculative-algorithm {args.speculative_algorithm} runs on CPU only: leave it out on a GPU",
+            field="speculative_algorithm",
+        )
+    if args.deterministic and (compute.kernels is None or spec.model.is_moe):
+        what = "a model with experts" if spec.model.is_moe else compute.name
+        raise ConfigError(
+            f"--deterministic is for dense models through CPU kernels: this is {what}", field="deterministic"
+        )
 
 
 def _gpu_setup(spec: PipelineSpec, parallel: ParallelState) -> GpuSetup:

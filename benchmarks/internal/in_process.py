@@ -52,6 +52,7 @@ class InProcess:
         *,
         dummy: bool = False,
         quantization: str = "none",
+        fixed_order: bool = False,
         pages: int = 512,
         page_size: int = 16,
         context: int = 2048,
@@ -60,7 +61,7 @@ class InProcess:
         config, device = ModelConfig.from_folder(folder), torch.device("cpu")
         if not dummy:
             config = settle(config, folder)
-        self._compute = choose_compute(dtype, device, config.head_dim)
+        self._compute = choose_compute(dtype, device, config.head_dim, fixed_order=fixed_order)
         self.model = Qwen3(config, ParallelState(), dtype, device, self._compute.operations)
         choose_formats(self.model, quantization, self._compute.kernels)
         if dummy:

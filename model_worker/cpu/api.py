@@ -31,11 +31,13 @@ def load(
     threads: int | None = None,
     target: str | None = None,
     flags: Sequence[str] = (),
+    *,
+    fixed_order: bool = False,
 ) -> "CpuKernels | None":
     """Build (at first use) and load the kernels; None, with the reason logged, where that is not possible.
 
     threads: at most this many run a kernel; None: torch.get_num_threads() as it is now. target, flags: a name from
-    targets.py, and more flags for the compiler.
+    targets.py, and more flags for the compiler. fixed_order: see `CpuKernels`.
 
     Raises ConfigError for a target that this CPU cannot run.
     """
@@ -45,7 +47,7 @@ def load(
     except (BuildError, OSError) as error:
         logger.warning("CPU kernels are not available, plain torch is used: %s", error)
         return None
-    return CpuKernels(library, torch.get_num_threads() if threads is None else threads)
+    return CpuKernels(library, torch.get_num_threads() if threads is None else threads, fixed_order=fixed_order)
 
 
 class LayerCache:
@@ -100,9 +102,13 @@ class LayerCache:
 
 
 class CpuKernels:
-    """Made by `load()`. Not for several threads at once: the scratch memory is one call's."""
+    """Made by `load()`. Not for several threads at once: the scratch memory is one call's.
 
-    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+    fixed_order: a token's results have the same bits whatever it comes with, where they would follow from how many
+    tokens its row or the step has. Not for int4.
+    """
+
+    def __init__(self, library: ctypes.CDLL, threads: int, *, fixed_order: bool = False) -> None:
         parallel = parallel_function()
         if parallel is None and threads > 1:
             logger.warning("torch's OpenMP runtime was not found: CPU kernels run on one thread")
@@ -110,6 +116,8 @@ class CpuKernels:
         self.library = library
         self._destroy = library.vsl_destroy
         self.context = library.vsl_create(parallel, self.threads)
+        if fixed_order:
+            library.vsl_fix_order(self.context)
         self._functions = {
             name: (getattr(library, function_name(name)), structure)
             for name, structure in structures().items()

@@ -56,6 +56,7 @@ def open_library(path: Path) -> ctypes.CDLL:
                 function = getattr(library, function_name(name))
                 function.argtypes, function.restype = [c_void_p, POINTER(structure)], None
         library.vsl_create.argtypes, library.vsl_create.restype = [c_void_p, c_int], c_void_p
+        library.vsl_fix_order.argtypes, library.vsl_fix_order.restype = [c_void_p], None
         library.vsl_destroy.argtypes, library.vsl_destroy.restype = [c_void_p], None
         library.vsl_instruction_set.argtypes, library.vsl_instruction_set.restype = [c_void_p], c_char_p
     except (AttributeError, ValueError) as error:

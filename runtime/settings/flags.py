@@ -264,6 +264,14 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "with `--speculative-algorithm`, tokens that are guessed at once, at most",
         unit="tokens", group=MEMORY, low=1, high=64, aliases=("num_speculative_tokens",), like=("draft_max",),
     )] = 12
+    deterministic: Annotated[bool, Spec(
+        "a request with a seed, or greedy, has the same tokens and logprobs to the last bit whatever runs beside it, "
+        "however its prompt is cut into chunks, cached, retracted or speculated, and after any restart",
+        "On one kind of CPU, with one number of ranks. Prompts take longer: see "
+        "[determinism](scheduling.md#determinism). "
+        "On a CPU with the compiled kernels, for dense models in bf16, fp32 and int8, on at most two ranks.",
+        group=MEMORY, aliases=("enable_deterministic_inference",),
+    )] = False
     disable_cuda_graph: Annotated[bool, Spec(
         "on a GPU, do not capture steps of generating requests as graphs: slower, starts sooner",
         group=MEMORY, like=("enforce_eager",),

@@ -39,6 +39,11 @@ class ServerArgs(Flags, kw_only=True, frozen=True, forbid_unknown_fields=True):
         _check_address(self)
         _check_nodes(self)
         _check_http(self)
+        if self.deterministic and (self.device == "cuda" or self.quantization == "int4" or self.tp > 2):
+            raise ConfigError(
+                "--deterministic is for a CPU, for at most --tp 2, and not for --quantization int4",
+                field="deterministic",
+            )
         if self.quantization != "none" and self.device == "cuda":
             raise _bad("quantization", self.quantization, "runs on CPU only: give --device cpu, or leave it out")
 

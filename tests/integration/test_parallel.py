@@ -54,6 +54,7 @@ def alone() -> dict[str, Answers]:
         ("dense", {"tp": 2}),
         pytest.param("moe", {"tp": 2, "ep": 2}, marks=pytest.mark.slow),
         ("moe", {"tp": 2, "ep": 2, "moe_dispatch": "all-to-all"}),
+        pytest.param("dense", {"tp": 2, "speculative_algorithm": "ngram"}, marks=pytest.mark.slow),
         pytest.param("dense", {"tp": 4}, marks=pytest.mark.slow),
         pytest.param("dense", {"tp": 8}, marks=pytest.mark.slow),  # more ranks than KV heads
         pytest.param("moe", {"tp": 2}, marks=pytest.mark.slow),

@@ -82,7 +82,7 @@ class PagedAttention {
             if (args_.context_lengths[row] == 0)  // padding
                 for (int64_t token = args_.query_start[row]; token < args_.query_start[row + 1]; token++)
                     std::memset((void*)(args_.out + token * args_.out_stride), 0, token_size_ * sizeof(T));
-            else if (num_new(row) < kLeastChunkTokens)
+            else if (context_.fixed_order || num_new(row) < kLeastChunkTokens)
                 floats += plan_decodes(row, floats);
             else
                 plan_chunks(row);

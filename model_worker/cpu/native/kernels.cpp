@@ -42,6 +42,8 @@ Context* vsl_create(void* parallel, int threads) {
 
 void vsl_destroy(Context* context) { delete context; }
 
+void vsl_fix_order(Context* context) { context->fixed_order = true; }
+
 // What is used of the CPU, as model_worker/cpu/targets.py names it.
 const char* vsl_instruction_set(Context* context) {
     if (context->amx) return "amx";

@@ -209,7 +209,7 @@ inline void run_panels(Context& context, const Linear<T>& linear, const typename
             const uint8_t* const block = weights + slab_bytes(Panels::kFormat, i);
             constexpr int kDirect = Panels::kDepth / Panels::Direct::kParts;  // inputs of a unit of x
             const Unit* const from = x + begin * x_stride + i / kDirect;
-            if (rows < Panels::kLeastRows) {
+            if (context.fixed_order || rows < Panels::kLeastRows) {
                 multiply_rows<typename Panels::Direct>((const uint32_t*)block, inputs / Panels::kDepth, from, x_stride,
                                                        rows, sums, i == 0, (const char*)block + kAhead);
             } else {

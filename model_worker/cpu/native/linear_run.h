@@ -32,7 +32,7 @@ inline void run_int8(Context& context, const Linear<T>& linear) {
 inline void run_pairs(Context& context, const Linear<bf16>& linear) {
     const bool int4 = linear.format == kInt4;
 #if defined(VSL_AMX_LINEAR)
-    if (context.amx && linear.rows >= (int4 ? kAmxInt4Rows : 2))
+    if (context.amx && linear.rows >= (int4 ? kAmxInt4Rows : context.fixed_order ? 1 : 2))
         return run_tiles<Bf16Tiles>(context, linear, (const uint8_t*)linear.x, linear.x_stride * 2,
                                     [](const Linear<bf16>& into, int64_t row, int64_t output, const int32_t* a,
                                        const int32_t* b) {

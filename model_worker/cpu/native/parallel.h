@@ -108,6 +108,7 @@ struct Context {
     ParallelFn parallel = nullptr;
     int threads = 1;
     bool amx = false;
+    bool fixed_order = false;  // a token's sums are the same however many tokens it comes with
     Team* team = nullptr;  // while one is together
     std::vector<Scratch> scratch, gates;  // one a worker
     Scratch shared, pairs, activations;
