@@ -34,6 +34,7 @@ from vibe_sgl_lite.http_server.bodies import BodyReader
 from vibe_sgl_lite.http_server.errors import ApiError
 from vibe_sgl_lite.http_server.metrics import Metrics
 from vibe_sgl_lite.http_server.native import GenerateBody, TokenizeBody
+from vibe_sgl_lite.http_server.openai_embeddings import EmbeddingsBody, RerankBody
 from vibe_sgl_lite.http_server.openai_types import ChatBody, CompletionBody
 from vibe_sgl_lite.runtime.errors import UserError, WeightsError
 from vibe_sgl_lite.runtime.messages import (
@@ -75,8 +76,8 @@ LONGEST_ANSWER = 8_000  # bytes: nothing long is echoed
 FRAMES_A_CONNECTION = 2_000
 
 
-def _request(rid: str, sampling: dict[str, Any], **fields: Any) -> Generate:
-    raw = msgspec.Raw(msgspec.msgpack.encode({"max_new_tokens": 2, **sampling}))
+def _request(rid: str, sampling: dict[str, Any] | None, **fields: Any) -> Generate:
+    raw = msgspec.Raw(msgspec.msgpack.encode({} if sampling is None else {"max_new_tokens": 2, **sampling}))
     return Generate(**{"rid": rid, "prompt": None, "input_ids": None, "messages": None, "sampling": raw} | fields)
 
 
@@ -99,6 +100,8 @@ def _frames() -> list[Any]:
         _request("r5", {}, messages=[*chat, {"role": "assistant", "tool_calls": [call]}], max_thinking_tokens=3),
         _request("r6", {"seed": 3, "n": 2}, prompt="abc", resume_ids=[pack_ids([9]), None], priority=2, cache_salt="s"),
         _request("r7", {}, prompt="x", choice=["yes", "no"]),
+        _request("r8", None, prompt="a cat", dimensions=8),
+        _request("r9", None, pair=("Find it", "a cat", "The cat sat.")),
     ]
     values = [msgspec.msgpack.decode(msgspec.msgpack.encode(message)) for message in messages]
     return values + [msgspec.msgpack.decode(bytes.fromhex(line)) for line in _corpus("value")]
@@ -117,6 +120,8 @@ BODIES: list[tuple[type[msgspec.Struct], Any]] = [
     (MessagesBody, {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}], "thinking": None}),
     (GenerateBody, {"text": "a", "sampling_params": {"max_new_tokens": 3}, "stream": True}),
     (TokenizeBody, {"prompt": "x"}),
+    (EmbeddingsBody, {"model": "m", "input": ["a", "b"], "dimensions": 8, "encoding_format": "float"}),
+    (RerankBody, {"model": "m", "query": "a", "documents": ["b", {"text": "c"}], "top_n": 1}),
 ]
 REFUSED: dict[str, tuple[object, ...]] = {"echo": (), "best_of": (1,), "unknown": ()}
 HEADER = {
