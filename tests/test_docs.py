@@ -56,6 +56,11 @@ def test_the_path_through_the_code_names_files_that_are_there() -> None:
     named = re.findall(r"`([\w/]+(?:\.py|/))`", (ROOT / "docs" / "reading.md").read_text())
     assert len(named) > 8
     assert [name for name in named if not (ROOT / name).exists()] == []
+    table = re.findall(r"^\| \d \| `([\w/]+\.py)`", (ROOT / "docs" / "reading.md").read_text(), re.M)
+    lines = [len((ROOT / name).read_text().splitlines()) for name in table]
+    assert len(lines) == 8
+    assert max(lines) <= 450
+    assert sum(lines) == pytest.approx(2100, rel=0.1)
 
 
 @pytest.mark.parametrize("path", charts.CHARTS, ids=lambda path: path.name)
