@@ -45,6 +45,9 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "number format of weights and activations: `auto` is the checkpoint's own, else `float32`, `bfloat16` or "
         "`float16`",
         group=MODEL, choices=("auto", "float32", "bfloat16", "float16"), aliases=("torch_dtype",),
+        values=(
+            ("half", "float16"), ("float", "float32"), ("fp16", "float16"), ("bf16", "bfloat16"), ("fp32", "float32"),
+        ),
     )] = "auto"
     quantization: Annotated[str, Spec(
         "on a CPU, keep matrices in fewer bits than `none`, made while loading: `int8` (with activations in 8 bits "
@@ -53,6 +56,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "`int4`: in groups of 32; the least memory, with a visible loss. Embedding, norms and MoE routers keep "
         "their format. Refused on a GPU.",
         group=MODEL, choices=("none", "int8", "int4"),
+        allowed="the form of a checkpoint (FP8, AWQ, GPTQ) is found by itself",
     )] = "none"
     kv_cache_dtype: Annotated[str, Spec(
         "number format of the KV cache; `auto` is the model's. `int8`, with a scale a token and head: the same memory "
@@ -61,7 +65,8 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "Values are rounded once, as they are stored, and long contexts decode faster. A token takes 2 x layers x "
         "KV heads x (head_dim + 4) bytes: at head_dim 128, 51.6 % of bfloat16 (Qwen3-0.6B: 59,136 in place of "
         "114,688 bytes).",
-        group=MODEL, choices=("auto", "int8", "fp8"), like=("cache_type_k", "cache_type_v"),
+        group=MODEL, choices=("auto", "int8", "fp8"), values=(("fp8_e4m3", "fp8"),),
+        like=("cache_type_k", "cache_type_v"),
     )] = "auto"
     device: Annotated[str, Spec(
         "where the model runs: `auto` is `cuda` where a GPU and a torch built for it are found, else `cpu`",

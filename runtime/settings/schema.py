@@ -37,7 +37,8 @@ class Spec(msgspec.Struct, frozen=True):
     low, high: of a number, or of each number in a container; above_low: `low` itself is not allowed; also: numbers that
     are allowed beside these. items: most entries. chars: most characters of a text, which must then not be empty.
     check: called with the converted value; raises. path: `os.PathLike` is taken too. allowed: the range, in words.
-    aliases: what other engines call the same; like: what they call something close to it.
+    aliases: what other engines call the same; like: what they call something close to it. values: their words for the
+    choices, each with ours.
     """
 
     help: str
@@ -58,6 +59,7 @@ class Spec(msgspec.Struct, frozen=True):
     allowed: str = ""
     aliases: tuple[str, ...] = ()
     like: tuple[str, ...] = ()
+    values: tuple[tuple[str, str], ...] = ()
 
 
 class Unfit(ValueError):
@@ -130,8 +132,11 @@ class Field(msgspec.Struct, frozen=True):
         if spec.path and isinstance(value, os.PathLike):
             value = os.fsdecode(value)
         text = _text(value)
+        text = dict(spec.values).get(text, text)
         if spec.choices and text not in spec.choices:
-            _refuse(text, f"must be one of {', '.join(spec.choices)}")
+            _refuse(
+                text, f"must be one of {', '.join(spec.choices)}" + (f"; {self.range_words}" if spec.allowed else "")
+            )
         if spec.chars is not None and not 0 < len(text) <= spec.chars:
             _refuse(text, f"must have 1 to {spec.chars} characters, not {len(text)}")
         return text
@@ -250,7 +255,9 @@ def shown(value: object) -> str:
 
 
 def plain(value: Any) -> Any:
-    """numpy's and torch's scalars as Python's, their arrays as lists; anything else as it is."""
+    """numpy's and torch's scalars as Python's, their arrays as lists, torch's dtypes as their names; else as it is."""
+    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+        return str(value).removeprefix("torch.")
     dimensions = getattr(value, "ndim", None)
     if dimensions == 0 and hasattr(value, "item"):
         return value.item()

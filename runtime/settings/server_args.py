@@ -63,11 +63,12 @@ FLAGS = table(ServerArgs)
 
 
 def make_args(values: Mapping[str, Any]) -> ServerArgs:
-    """`ServerArgs` from names with dashes or underscores, and from other engines' names for the same.
+    """`ServerArgs` from names with dashes or underscores, and from other engines' names for the same; None is left out.
 
     Raises ConfigError for an unknown name, with the nearest known one, and for a bad value.
     """
-    return ServerArgs(**our_names(values, ServerArgs, "setting", ConfigError))
+    named = our_names(values, ServerArgs, "setting", ConfigError)
+    return ServerArgs(**{name: value for name, value in named.items() if value is not None})
 
 
 def flag_name(field: str) -> str:

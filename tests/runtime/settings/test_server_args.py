@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.settings.server_args import FLAGS, ServerArgs, flag_name, make_args
@@ -122,6 +123,28 @@ def test_nodes_must_agree(values: dict[str, Any], field: str, says: str) -> None
 def test_ranks_of_a_node() -> None:
     assert ServerArgs(tp=3).local_ranks == range(3)
     assert ServerArgs(tp=4, nnodes=2, node_rank=1, dist_init_addr="[::1]:29500").local_ranks == range(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({"dtype": "half"}, {"dtype": "float16"}),
+        ({"dtype": "bf16"}, {"dtype": "bfloat16"}),
+        ({"torch_dtype": torch.float32}, {"dtype": "float32"}),
+        ({"kv_cache_dtype": "fp8_e4m3"}, {"kv_cache_dtype": "fp8"}),
+        (dict.fromkeys(FLAGS), {}),
+    ],
+    ids=str,
+)
+def test_values_that_other_engines_have_for_the_same(given: dict[str, Any], taken: dict[str, Any]) -> None:
+    assert make_args(given) == ServerArgs(**taken)
+
+
+def test_a_checkpoints_own_form_need_not_be_named() -> None:
+    with pytest.raises(
+        ConfigError, match=r"quantization awq must be one of none, int8, int4; the form of a checkpoint"
+    ):
+        make_args({"quantization": "awq"})
 
 
 def test_unknown_settings_name_the_nearest() -> None:
