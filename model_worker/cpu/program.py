@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vibe_sgl_lite.model_worker.attention.cpu_backend import KernelAttention
 from vibe_sgl_lite.model_worker.cpu.api import DTYPES
+from vibe_sgl_lite.model_worker.cpu.experts import plan_experts
 from vibe_sgl_lite.model_worker.cpu.library import structures
 from vibe_sgl_lite.model_worker.cpu.linear import SLAB
 from vibe_sgl_lite.model_worker.cpu.shared_memory import SharedMemory
@@ -127,6 +128,7 @@ def plan_programs(model: Qwen3, backend: AttentionBackend) -> None:
     """Give `model`, whose weights are loaded, programs, if there are any for it."""
     if not isinstance(backend, KernelAttention):
         return
+    plan_experts(model, backend.kernels)
     pieces: list[Program | Block | Group] = []
     together: list[Block] = []
 

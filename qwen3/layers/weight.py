@@ -5,7 +5,7 @@ matrices are kept only in oneDNN's packed layout; the plain copy is dropped. In 
 `F.linear`, and no row's result depends on how many others there are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -219,6 +219,11 @@ class ExpertWeight(Weight):
         self._matrices = [self._format(matrix) for matrix in tensor]
         if self._format is PlainMatrix:
             self._tensor = tensor  # which the matrices are views of
+
+    @property
+    def matrices(self) -> Sequence[Matrix]:
+        """Each expert's, as it is kept; only after `install`."""
+        return self._matrices
 
     @property
     def nbytes(self) -> int:

@@ -103,6 +103,19 @@ struct GatherRowsCall {
     void* out;
 };
 
+// gate_up, down: of `experts` experts, of which the first has number `first`. ids, weights: [tokens, top_k], weights of
+// `dtype`; x, out: [tokens, hidden], contiguous. width: of an expert's inner vectors.
+struct ExpertsCall {
+    int64_t dtype;
+    const Matrix *gate_up, *down;
+    int64_t experts, first;
+    const void* x;
+    const int64_t* ids;
+    const void* weights;
+    int64_t tokens, top_k, hidden, width;
+    void* out;
+};
+
 // x becomes the sum over the ranks.
 struct SumRanksCall {
     int64_t dtype;
