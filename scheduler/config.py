@@ -15,8 +15,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     overlap: two steps in flight instead of one.
     ahead_s: with overlap, a third step is sent while the two in flight are expected to take less than this: steps may
         be shorter than the way of a result to here and of a step to the ranks, who would wait.
-    smallest_chunk: tokens of a prompt's chunk at least, if it has them, whatever the cost: reading a long context for a
-        few tokens is dear, and where a device is fast, so is a chunk.
+    smallest_chunk: tokens of a step's chunks at least, if prompts have them, whatever the cost: reading a long context
+        for a few tokens is dear, and where a device is fast, so is a chunk. fresh_chunk: the same where no more than
+        that many tokens come before a chunk.
     max_step_stretch: while requests decode, a step with chunks takes at most so many times what decoding alone would.
     conservativeness: factor on the share of the remaining output that admission keeps room for.
     draft_tokens: what a decode row may run beyond its one known token at most; the ranks propose and check them.
@@ -37,6 +38,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     overlap: bool = True
     ahead_s: float = 0.0
     smallest_chunk: int = 8
+    fresh_chunk: int = 8
     max_step_stretch: float = 3.0
     conservativeness: float = 1.0
     base_tokens: float = 16.0

@@ -5,8 +5,8 @@ being prefilled, and chunks of newly admitted requests, in the policy's order, a
 allow. Changes the state accordingly; sends nothing.
 
 Cost: while rows decode, chunks may make the step at most `max_step_stretch` times as long as the decode rows alone, by
-the cost model's estimate, but the first of them has `smallest_chunk` tokens in any case; with none decoding a step
-takes a full chunk.
+the cost model's estimate, but together they have `smallest_chunk` tokens, or `fresh_chunk`, in any case; with none
+decoding a step takes a full chunk.
 """
 
 from __future__ import annotations
@@ -214,9 +214,10 @@ class StepPlanner:
         count = min(wanted, self._tokens_left)
         if self._cost_left < math.inf:
             affordable = self._cost.tokens_within(self._cost_left, start)
-            smallest = self._state.config.smallest_chunk
+            config = self._state.config
+            smallest = max(config.smallest_chunk, config.fresh_chunk if start <= config.fresh_chunk else 0)
             if affordable < min(count, smallest):
-                affordable = 0 if self._chunks else smallest
+                affordable = max(0, smallest - sum(chunk.count for chunk in self._chunks))
             count = min(count, affordable)
         return count
 

@@ -131,11 +131,19 @@ def test_chunks_shrink_beside_running_rows_and_with_their_context(stretch: float
     assert chunk == 512, "with nothing decoding a chunk is full"
 
 
-def test_a_chunk_has_a_least_size_whatever_it_costs() -> None:
-    """Of the first prompt in the step; another one gets what the budget still has, which is nothing."""
+@pytest.mark.parametrize(
+    ("fresh", "expected"),
+    [(8, [[(2, 100)], [(2, 100)], [(2, 50), (3, 50)]]), (120, [[(2, 120)], [(2, 120)], [(2, 10), (3, 110)]])],
+)
+def test_chunks_have_a_least_size_whatever_they_cost(fresh: int, expected: list[list[tuple[int, int]]]) -> None:
+    """All of a step's together; beyond that they get what the budget still has, which is nothing. Up to as many tokens
+    behind their prompt's start they may have a larger one."""
     h = Harness(
-        config(num_pages=2000, page_size=4, chunked_prefill_size=512, smallest_chunk=100, max_step_stretch=1.01)
-    )
+        config(
+            num_pages=2000, page_size=4, chunked_prefill_size=512, smallest_chunk=100, fresh_chunk=fresh,
+            max_step_stretch=1.01,
+        )
+    )  # fmt: skip
     h.scheduler.cost.observe(decode_work(1, 21), 1.0)
     h.add(request(1, [1] * 20, max_new_tokens=400))
     assert h.schedule()
@@ -148,4 +156,4 @@ def test_a_chunk_has_a_least_size_whatever_it_costs() -> None:
         assert step is not None
         sizes.append([(chunk.request.uid, chunk.count) for chunk in step.chunks])
         h.complete()
-    assert sizes == [[(2, 100)], [(2, 100)], [(2, 50)]]
+    assert sizes == expected
