@@ -155,8 +155,9 @@ class ModelRunner:
         return pending.result()
 
     def warm_up(self) -> None:
-        """Run a short prefill and a decode, so that thread pools, scratch memory and kernels are ready for requests;
-        then capture what graphs there are to be. On a GPU also the largest step, whose memory then stays with torch.
+        """Run a short prefill in two chunks and a decode, so that thread pools, scratch memory and kernels are ready
+        for requests; then capture what graphs there are to be. On a GPU also the largest step, whose memory then stays
+        with torch.
 
         Before the first step, on all ranks together. Writes only to the padding page and leaves no slot occupied.
         """
@@ -172,9 +173,11 @@ class ModelRunner:
         )
         new = NewSlot(0, 0, prompt, count, 0, pages=b"", sampling=sampling)  # no pages: the padding page takes all
         slot = pack_ids([0])
-        self.run(ForwardBatch(0, new=[new], row_slots=slot, row_tokens=pack_ids([count])))
-        self.run(ForwardBatch(1, row_slots=slot, row_tokens=pack_ids([1])))
-        self.run(ForwardBatch(2, released=slot, row_slots=b"", row_tokens=b""))
+        # Two chunks: a GPU loads what a chunk needs that is not its prompt's end at its first use, for 0.1 s.
+        for number, tokens in enumerate(tokens for tokens in (count - 1, 1, 1) if tokens):
+            arriving = [] if number else [new]
+            self.run(ForwardBatch(number, new=arriving, row_slots=slot, row_tokens=pack_ids([tokens])))
+        self.run(ForwardBatch(3, released=slot, row_slots=b"", row_tokens=b""))
         fused = self.sampler.fused is not None
         if not self.device.synchronous and self.slots.largest not in self.slots.chunk_buckets:
             with torch.inference_mode():
