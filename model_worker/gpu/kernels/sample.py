@@ -20,6 +20,7 @@ CHUNK = 2048  # logits a program
 BOUND = tl.constexpr(1e-3)
 RELATIVE_BOUND = tl.constexpr(2e-6)
 NONE = tl.constexpr(-1)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 MULTIPLY_1 = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -53,22 +54,34 @@ def _gumbel(bits):
 
 
 @triton.jit
-def _gumbel_fp32(bits):
+def _log2(x, ASM: tl.constexpr):
+    """fp32, within 2**-22 of the result or, near 1, of 1. ASM: as one instruction."""
+    if ASM:
+        result = tl.inline_asm_elementwise(
+            "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = tl.log2(x)
+    return result
+
+
+@triton.jit
+def _gumbel_fp32(bits, ASM: tl.constexpr):
     """The same within 1e-4: -log(u) near u = 1 by its series in 1 - u, which fp32 holds to its last bits."""
-    above = 0xFFFFFFFFFFFFF - bits  # 1 - u is (above + 0.5) / 2**52
-    high = (above >> 20).to(tl.uint32).to(tl.float32)
-    low = (above & 0xFFFFF).to(tl.int32).to(tl.float32) + 0.5
-    rest = high * 2.3283064365386963e-10 + low * 2.220446049250313e-16
-    series = rest * (1.0 + rest * (0.5 + rest * (0.33333334 + rest * (0.25 + rest * 0.2))))
-    # Where u itself is tiny, 1 - rest would have lost it.
-    uniform = bits.to(tl.float32) * 2.220446049250313e-16 + 1.1102230246251565e-16
-    return -tl.log(tl.where(rest < 0.0625, series, -tl.log(uniform)))
+    near_one = bits >= 0xF000000000000
+    # The smaller one of u and 1 - u: (n + 0.5) / 2**52 both.
+    bits = tl.where(near_one, 0xFFFFFFFFFFFFF - bits, bits)
+    high = (bits >> 20).to(tl.uint32)
+    low = (bits & 0xFFFFF).to(tl.int32)
+    small = high.to(tl.float32) * 2.3283064365386963e-10 + (low.to(tl.float32) + 0.5) * 2.220446049250313e-16
+    series = small * (1.0 + small * (0.5 + small * (0.33333334 + small * (0.25 + small * 0.2))))
+    return _log2(tl.where(near_one, series, _log2(small, ASM) * -LN_2), ASM) * -LN_2
 
 
 @triton.jit
 def _chunk_maxima(
-    logits, maxima, slots, positions, inverse_temperatures, seeds, columns, first, CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
+    logits, maxima, slots, positions, inverse_temperatures, seeds, columns, first,
+    CHUNK: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, chunks): the highest fp32 score of each chunk. first: the token of the first column."""
     row = tl.program_id(0)
@@ -82,7 +95,7 @@ def _chunk_maxima(
     score = tl.load(logits + row.to(tl.int64) * columns + token, mask=inside, other=-float("inf")).to(tl.float32)
     if inverse != 0.0:
         key = _row_key(tl.load(seeds + slot), tl.load(positions + row))
-        score = score * inverse.to(tl.float32) + _gumbel_fp32(_uniform_bits(key, first + token))
+        score = score * inverse.to(tl.float32) + _gumbel_fp32(_uniform_bits(key, first + token), ASM)
         score = tl.where(inside, score, -float("inf"))
     tl.store(maxima + row * tl.num_programs(1) + tl.program_id(1), tl.max(score, 0))
 
@@ -193,8 +206,9 @@ def sample(
     options = {"launch_pdl": True} if pdl else {}
     parameters = (slots, positions, inverse_temperatures, seeds)
     _chunk_maxima[(rows, chunks)](
-        logits, scratch, *parameters, columns, first, CHUNK=CHUNK, PDL=pdl, num_warps=8, **options
-    )
+        logits, scratch, *parameters, columns, first, CHUNK=CHUNK, ASM=logits.is_cuda, PDL=pdl, num_warps=8,
+        **options,
+    )  # fmt: skip
     part = group.size > 1
     winners = torch.empty((rows, 2), dtype=torch.float64, device=logits.device) if part else scratch
     put = token_ids, tokens, places, positions if lengths is None else lengths
