@@ -17,7 +17,7 @@ from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import ConfigError
 
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4", "fp8"]
 
 
 def choose_formats(model: Qwen3, quantization: str, kernels: CpuKernels | None) -> None:
@@ -25,26 +25,46 @@ def choose_formats(model: Qwen3, quantization: str, kernels: CpuKernels | None) 
 
     kernels: this machine's, if any; without them matrices stay in torch's own formats.
 
-    Raises ConfigError (field quantization) for int8 and int4 on a GPU or without the kernels.
+    Raises ConfigError (field quantization) for int8 and int4 on a GPU or without the kernels, and for fp8 elsewhere
+    than on a GPU, in another dtype than bfloat16, or for a model with experts or odd sizes.
     """
     assert quantization in get_args(Quantization), quantization
+    if quantization == "fp8":
+        _keep_in_fp8(model)
+        return
     if quantization != "none" and model.device.type != "cpu":
-        raise ConfigError(
-            f"--quantization {quantization} runs on CPU only, not on {model.device.type}: use --device cpu, or none",
-            field="quantization",
-        )
+        raise _refused(f"{quantization} runs on CPU only, not on {model.device.type}: use fp8, or --device cpu")
     if kernels is None:
         if quantization != "none":
-            raise ConfigError(
-                f"--quantization {quantization} needs the CPU kernels, which could not be built (the log says why): "
-                "install a C++ compiler, or use none",
-                field="quantization",
+            raise _refused(
+                f"{quantization} needs the CPU kernels, which could not be built (the log says why): install a C++ "
+                "compiler, or use none"
             )
         return
     plain = WeightFormat.BF16 if model.dtype == torch.bfloat16 else WeightFormat.FP32
     matrix_format = SlabFormat(kernels, {"int8": WeightFormat.INT8, "int4": WeightFormat.INT4}.get(quantization, plain))
     for weight in _matrices(model):
         weight.keep_as(matrix_format)
+
+
+def _keep_in_fp8(model: Qwen3) -> None:
+    if model.device.type != "cuda":
+        raise _refused(f"fp8 runs on a GPU only, not on {model.device.type}: use int8 or int4, or none")
+    from vibe_sgl_lite.model_worker.gpu.fp8_matrix import MULTIPLE, Fp8Matrix
+
+    if model.dtype != torch.bfloat16:
+        raise _refused(f"fp8 is for bfloat16, not for {str(model.dtype).removeprefix('torch.')}: use --dtype bfloat16")
+    weights = list(_matrices(model))
+    if any(isinstance(weight, ExpertWeight) for weight in weights):
+        raise _refused("fp8 is for dense models, and this one has experts: use none")
+    if any(side % MULTIPLE for weight in weights for side in weight.shape):
+        raise _refused(f"fp8 needs sides of matrices that are multiples of {MULTIPLE}, and here are others: use none")
+    for weight in weights:
+        weight.keep_as(Fp8Matrix)
+
+
+def _refused(why: str) -> ConfigError:
+    return ConfigError(f"--quantization {why}", field="quantization")
 
 
 def _matrices(model: Qwen3) -> Iterator[MatrixWeight | ExpertWeight]:

@@ -67,7 +67,7 @@ def _split(name: str, tp: int, ep: int, config: ModelConfig) -> tuple[str, int, 
 
 
 def _matrix_bytes(elements: int, outputs: int, size: int, quantization: str) -> int:
-    if quantization == "int8":
+    if quantization in ("int8", "fp8"):
         return elements + outputs * INT8_SCALE_BYTES
     if quantization == "int4":
         return elements // INT4_GROUP * INT4_GROUP_BYTES

@@ -44,8 +44,10 @@ class ServerArgs(Flags, kw_only=True, frozen=True, forbid_unknown_fields=True):
                 "--deterministic is for a CPU, for at most --tp 2, and not for --quantization int4",
                 field="deterministic",
             )
-        if self.quantization != "none" and self.device == "cuda":
-            raise _bad("quantization", self.quantization, "runs on CPU only: give --device cpu, or leave it out")
+        if self.quantization in ("int8", "int4") and self.device == "cuda":
+            raise _bad("quantization", self.quantization, "runs on CPU only: use fp8, or --device cpu, or leave it out")
+        if self.quantization == "fp8" and self.device == "cpu":
+            raise _bad("quantization", self.quantization, "runs on a GPU only: use int8 or int4, or leave it out")
 
     @property
     def draft_tokens(self) -> int:

@@ -67,8 +67,9 @@ class LayerCache:
 def encode(x, INTEGERS: tl.constexpr):
     """x: [H, D] fp32. Returns codes, [H, D] int8, and scales, [H], which are NaN where anything in x is not finite."""
     largest: tl.constexpr = LARGEST_INTEGER if INTEGERS else LARGEST
-    scale = tl.max(tl.abs(x), 1) / largest + tl.sum(x * 0.0, 1)
-    scaled = x / tl.where(scale > 0.0, scale, 1.0)[:, None]
+    scale = tl.div_rn(tl.max(tl.abs(x), 1), largest) + tl.sum(x * 0.0, 1)
+    # Divided as on a CPU, to the last bit: the code of what lies between two of them depends on it.
+    scaled = tl.div_rn(x, tl.where(scale > 0.0, scale, 1.0)[:, None])
     if INTEGERS:
         scaled = tl.minimum(tl.maximum(scaled, -LARGEST_INTEGER), LARGEST_INTEGER)
         code = (scaled + ROUNDER).to(tl.int32, bitcast=True) - ROUNDER_BITS

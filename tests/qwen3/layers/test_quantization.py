@@ -16,8 +16,9 @@ from vibe_sgl_lite.model_worker.compute import choose_compute
 from vibe_sgl_lite.model_worker.cpu import load
 from vibe_sgl_lite.model_worker.cpu.linear import WeightFormat
 from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabFormat, SlabMatrix
+from vibe_sgl_lite.model_worker.gpu.fp8_matrix import Fp8Matrix
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
-from vibe_sgl_lite.model_worker.weights import load_weights
+from vibe_sgl_lite.model_worker.weights import load_dummy_weights, load_weights
 from vibe_sgl_lite.qwen3.layers.moe import MoEBlock
 from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
@@ -135,8 +136,10 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--quantization int8 runs on CPU only") as refused:
         ServerArgs(quantization="int8", device="cuda")
     assert refused.value.field == "quantization"
-    with pytest.raises(ConfigError, match="must be one of none, int8, int4"):
-        ServerArgs(quantization="fp8")
+    with pytest.raises(ConfigError, match="must be one of none, int8, int4, fp8"):
+        ServerArgs(quantization="int2")
+    with pytest.raises(ConfigError, match="quantization fp8 runs on a GPU only"):
+        ServerArgs(quantization="fp8", device="cpu")
     make_checkpoint(tmp_path, DENSE)
     config = ModelConfig.from_folder(tmp_path)
     model = Qwen3(config, half(0), torch.float32, CPU, TorchOperations())
@@ -145,6 +148,34 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     meta = Qwen3(config, ParallelState(), torch.float32, torch.device("meta"), TorchOperations())
     with pytest.raises(ConfigError, match="--quantization int4 runs on CPU only, not on meta"):
         choose_formats(meta, "int4", None)
+    with pytest.raises(ConfigError, match="--quantization fp8 runs on a GPU only, not on cpu: use int8 or int4"):
+        choose_formats(model, "fp8", None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "why"),
+    [
+        (DENSE, torch.float32, "fp8 is for bfloat16, not for float32"),
+        (MOE, torch.bfloat16, "fp8 is for dense models"),
+        (DENSE | {"intermediate_size": 72}, torch.bfloat16, "multiples of 16"),
+        (DENSE, torch.bfloat16, None),
+    ],
+)
+def test_what_a_gpu_keeps_in_fp8(
+    tmp_path: Path, shape: dict[str, Any], dtype: torch.dtype, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(tmp_path, shape)
+    model = Qwen3(ModelConfig.from_folder(tmp_path), ParallelState(), dtype, CPU, TorchOperations())
+    monkeypatch.setattr(model, "device", torch.device("cuda"))  # of which only the name is asked
+    if why is not None:
+        with pytest.raises(ConfigError, match=why):
+            choose_formats(model, "fp8", None)
+        return
+    choose_formats(model, "fp8", None)
+    load_dummy_weights(model, 0)
+    assert isinstance(model.head.weight.matrix, Fp8Matrix)
+    qkv = model.layers[0].attention.qkv.weight
+    assert qkv.nbytes == qkv.shape[0] * (qkv.shape[1] + 4)
 
 
 class Tiny:
