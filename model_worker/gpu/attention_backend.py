@@ -22,6 +22,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (
     NO_ROW,
     DecodeScratch,
     DecodeTiles,
+    NewTokens,
     choose_tiles,
     decode_attention,
 )
@@ -40,6 +41,7 @@ from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
 
 IntArray = npt.NDArray[np.int32]
 CHUNK_TILES = 4096  # at most, of a step with chunks that is captured
+CODES_ROWS = 4  # up to which attention over a cache in 8 bits stores the new tokens: its registers are dear
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class GpuAttention:
         self.group = group
         self.pdl = has_dependent_launch(device.torch_device)
         self.caches = [_cache_of(pool, layer, fp8=fp8) for layer in range(pool.num_layers)]
-        self.has_chain = False  # set by what plans the layers
+        self.has_chain = False  # set by what plans the layers, both
+        self.chain_rows = CHAIN_ROWS
         self.scratch = DecodeScratch(
             pool.kv_heads, group, pool.head_dim, device.torch_device, places=CHAIN_ROWS * CHAIN_SPLITS
         )
@@ -118,33 +121,20 @@ class GpuAttention:
         metadata: GpuMetadata,
     ) -> Tensor:
         cache, batch = self.caches[layer], metadata.batch
+        norms = query_norm.weight.tensor, key_norm.weight.tensor, (query_norm.eps, key_norm.eps)
         query = qkv.new_empty((qkv.shape[0], self.group * self.pool.kv_heads * self.pool.head_dim))
-        rope_store(
-            qkv,
-            query_norm.weight.tensor,
-            key_norm.weight.tensor,
-            (query_norm.eps, key_norm.eps),
-            angles.cos,
-            angles.sin,
-            batch.slot_mapping,
-            cache,
-            query,
-            pdl=self.pdl,
-        )
+        rows = batch.page_table, batch.context_lengths, metadata.order, self.scratch
+        if metadata.chunks is None and not (cache.in_codes and len(qkv) > CODES_ROWS):
+            new = NewTokens(*norms, angles.cos, angles.sin, batch.slot_mapping)
+            decode_attention(qkv, cache, *rows, query, tiles=metadata.tiles, pdl=self.pdl, new=new)
+            return query
+        rope_store(qkv, *norms, angles.cos, angles.sin, batch.slot_mapping, cache, query, pdl=self.pdl)
         attended = qkv.view(-1)[: query.numel()].view(query.shape)  # qkv is spent
         decode_rows = len(metadata.order)
         if decode_rows:
             decode_attention(
-                query[:decode_rows],
-                cache,
-                batch.page_table,
-                batch.context_lengths,
-                metadata.order,
-                self.scratch,
-                attended[:decode_rows],
-                tiles=metadata.tiles,
-                pdl=self.pdl,
-            )
+                query[:decode_rows], cache, *rows, attended[:decode_rows], tiles=metadata.tiles, pdl=self.pdl
+            )  # fmt: skip
         if metadata.chunks is not None:
             prefill_attention(
                 query,
@@ -160,7 +150,7 @@ class GpuAttention:
         return attended
 
     def _runs_as_chain(self, batch: DeviceBatch) -> bool:
-        few = batch.decodes_only and batch.num_rows <= CHAIN_ROWS
+        few = batch.decodes_only and batch.num_rows <= self.chain_rows
         return self.has_chain and few and batch.max_context <= LONG_CONTEXT
 
     def _compile(self, batch: DeviceBatch) -> None:
@@ -169,13 +159,18 @@ class GpuAttention:
         zeros = torch.zeros(16, dtype=torch.int32, device=self.device.torch_device)
         width = self.group * self.pool.kv_heads * self.pool.head_dim
         query, output = torch.zeros((2, 1, width), dtype=self.pool.dtype, device=self.device.torch_device)
+        half, wide = query[:, : self.pool.head_dim // 2], width + 2 * self.pool.kv_heads * self.pool.head_dim
+        new = NewTokens(query, query, (1.0, 1.0), half, half, zeros[:2].view(torch.int64))
+        qkv = query.new_zeros((1, wide))
         cache, table, dtype = self.caches[0], batch.page_table[:1], self.pool.data.dtype
         for tiles in {
             choose_tiles(rows, self.pool.kv_heads, dtype, context)
             for rows in range(1, self._max_rows + 1)
             for context in (1, LONG_CONTEXT + 1)
         }:
-            decode_attention(query, cache, table, zeros, zeros[:1], self.scratch, output, tiles=tiles, pdl=self.pdl)
+            rows = table, zeros, zeros[:1], self.scratch, output
+            decode_attention(query, cache, *rows, tiles=tiles, pdl=self.pdl)
+            decode_attention(qkv, cache, *rows, tiles=tiles, pdl=self.pdl, new=new)
         for cut in {self._cut(1), self._cut(FEW_TOKENS + 1)}:
             no_tokens = zeros[:2].view(1, 2)
             prefill_attention(query, cache, table, zeros, zeros, no_tokens, cut, output, pdl=self.pdl)

@@ -1,8 +1,8 @@
-"""A model's decoder layers on a GPU: a chain of five kernels each for steps of a few decode rows, else one by one.
+"""A model's decoder layers on a GPU: five kernels each for steps that decode (fused_layers.py), else one by one.
 
-With few rows a step is as long as its weights take to be read, if nothing else takes time: so the kernels are few, and
-each has its weights on their way when the one before it ends. The norms are in the products, the residual is added by
-them, and attention does all between two of them (kernels/gemv.py, kernels/chain_attention.py).
+For a few rows these are a chain of their own. Such a step is as long as its weights take to be read, if nothing else
+takes time: so each kernel has its weights on their way when the one before it ends. The norms are in the products, the
+residual is added by them, and attention does all between two of them (kernels/gemv.py, kernels/chain_attention.py).
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention, GpuMetadata
 from vibe_sgl_lite.model_worker.gpu.experts import plan_experts
-from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import chain_attention
+from vibe_sgl_lite.model_worker.gpu.fused_layers import FUSED_ROWS, FusedLayers, LayerWeights, plan_tiles
+from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import FEW_CHAIN_ROWS, chain_attention
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
 from vibe_sgl_lite.model_worker.gpu.parallel_layers import FusedSums, ParallelLayers
 from vibe_sgl_lite.qwen3.attention_backend import ForwardContext
@@ -40,16 +41,23 @@ class Product:
 
 @dataclass(frozen=True)
 class ChainLayer:
-    """One layer's weights. Matrices: qkv [(Hq + 2 Hk) D, H], output [H, Hq D], gate_up [2 I, H], down [H, I]."""
+    """How one layer's products are cut for the chain."""
 
+    weights: LayerWeights
     qkv: Product
     output: Product
     gate_up: Product
     down: Product
-    attention_norm: RMSNorm
-    query_norm: RMSNorm
-    key_norm: RMSNorm
-    feed_forward_norm: RMSNorm
+
+    @classmethod
+    def of(cls, weights: LayerWeights) -> "ChainLayer":
+        return cls(
+            weights,
+            Product.of(weights.qkv, 64, 8),
+            Product.of(weights.output, 64, 4),
+            Product.of(weights.gate_up, 64, 8),
+            Product.of(weights.down, 256, 4),
+        )
 
 
 class GpuLayers:
@@ -59,12 +67,14 @@ class GpuLayers:
         self,
         layers: list[DecoderLayer],
         chain: list[ChainLayer],
+        fused: FusedLayers | None,
         attention: GpuAttention,
         parallel: ParallelLayers | None,
     ) -> None:
         """parallel: for the other steps of one of several ranks."""
         self.layers = layers
         self.chain = chain
+        self.fused = fused
         self.attention = attention
         self.parallel = parallel
 
@@ -74,6 +84,8 @@ class GpuLayers:
             return self._run_chain(update, context)
         if self.parallel is not None:
             return self.parallel(update, residual, context)
+        if self.fused is not None and metadata.chunks is None and len(update) <= FUSED_ROWS:
+            return self.fused(update, context)
         for layer in self.layers:
             update = layer(update, residual, context)
         return update
@@ -86,8 +98,9 @@ class GpuLayers:
         qkv = stream.new_empty((len(stream), first.qkv.matrix.shape[0]))
         attended = stream.new_empty((len(stream), first.output.matrix.shape[1]))
         inner = stream.new_empty((len(stream), first.down.matrix.shape[1]))
-        for number, (layer, cache) in enumerate(zip(self.chain, self.attention.caches, strict=True)):
-            _multiply(stream, layer.qkv, qkv, pdl=pdl, norm=layer.attention_norm)
+        for number, (cut, cache) in enumerate(zip(self.chain, self.attention.caches, strict=True)):
+            layer = cut.weights
+            _multiply(stream, cut.qkv, qkv, pdl=pdl, norm=layer.attention_norm)
             if cache.in_codes:  # for which there is no chain_attention
                 norms = layer.query_norm, layer.key_norm
                 attended = self.attention.forward(number, qkv, *norms, context.angles, metadata)
@@ -109,9 +122,9 @@ class GpuLayers:
                     tiles=metadata.chain_tiles,
                     pdl=pdl,
                 )
-            self._add_product(attended, layer.output, stream)
-            _multiply(stream, layer.gate_up, inner, pdl=pdl, norm=layer.feed_forward_norm, silu=True)
-            self._add_product(inner, layer.down, stream)
+            self._add_product(attended, cut.output, stream)
+            _multiply(stream, cut.gate_up, inner, pdl=pdl, norm=layer.feed_forward_norm, silu=True)
+            self._add_product(inner, cut.down, stream)
         return stream
 
     def _add_product(self, x: Tensor, product: Product, stream: Tensor) -> None:
@@ -125,8 +138,8 @@ class GpuLayers:
 
 
 def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
-    """Give `model`, whose weights are loaded, the chain, if there is one for it: dense, with sums over ranks of which
-    its kernels can do without NCCL."""
+    """Give `model`, whose weights are loaded, its ways to decode, if there are any for it: dense, with sums over ranks
+    of which its kernels can do without NCCL; for more than a few rows, on one rank alone."""
     plan_experts(model, pdl=attention.pdl)
     group, parallel = model.parallel.tp, None
     if group.size > 1:
@@ -136,32 +149,27 @@ def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
             return
         parallel = ParallelLayers(model.layers, group, group.peers, model.operations)
         model.all_layers = parallel
-    chain = [_chain_layer(layer) for layer in model.layers]
-    if None not in chain:
-        layers = [layer for layer in chain if layer is not None]
-        model.all_layers = GpuLayers(model.layers, layers, attention, parallel)
+    layers = [weights for layer in model.layers if (weights := _weights(layer)) is not None]
+    if len(layers) == len(model.layers):
+        tiles = plan_tiles(layers[0]) if parallel is None else []
+        fused = FusedLayers(layers, tiles, attention) if tiles else None
+        chain = [ChainLayer.of(layer) for layer in layers]
+        model.all_layers = GpuLayers(model.layers, chain, fused, attention, parallel)
+        if fused is not None:
+            attention.chain_rows = FEW_CHAIN_ROWS
         attention.has_chain = True
 
 
-def _chain_layer(layer: DecoderLayer) -> ChainLayer | None:
+def _weights(layer: DecoderLayer) -> LayerWeights | None:
     attention, feed_forward = layer.attention, layer.feed_forward
     if not isinstance(feed_forward, MLP):
         return None
     holders = (attention.qkv.weight, attention.output.weight, feed_forward.gate_up.weight, feed_forward.down.weight)
-    matrices = [_plain(holder) for holder in holders]
-    qkv, output, gate_up, down = matrices
+    qkv, output, gate_up, down = (_plain(holder) for holder in holders)
     if qkv is None or output is None or gate_up is None or down is None:
         return None
-    return ChainLayer(
-        Product.of(qkv, 64, 8),
-        Product.of(output, 64, 4),
-        Product.of(gate_up, 64, 8),
-        Product.of(down, 256, 4),
-        layer.attention_norm,
-        attention.query_norm,
-        attention.key_norm,
-        layer.feed_forward_norm,
-    )
+    norms = layer.attention_norm, attention.query_norm, attention.key_norm, layer.feed_forward_norm
+    return LayerWeights(qkv, output, gate_up, down, *norms)
 
 
 def _plain(holder: MatrixWeight) -> Tensor | None:

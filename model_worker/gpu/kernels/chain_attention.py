@@ -13,6 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import LOG2_E, MERGED, DecodeScratch, DecodeTiles, _merge
 
 CHAIN_ROWS = 4  # at most
+FEW_CHAIN_ROWS = 2  # the same where there are five kernels a layer for more of them (fused_layers.py)
 # By the longest context that they are for; measured on an H100 at contexts of 256, 384 and 850.
 TILES = (
     (320, DecodeTiles(16, 1, 1, 64)),

@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache, even_dims, odd_dims
+from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache, encode, even_dims, odd_dims
+from vibe_sgl_lite.model_worker.gpu.kernels.product import prefetch
+from vibe_sgl_lite.model_worker.gpu.kernels.rope_store import normal_and_turned
 
 LOG2_E = 1.4426950408889634
 MERGED = tl.constexpr(16)  # partial results that are added up at once
@@ -80,6 +82,19 @@ class DecodeScratch:
         self.arrived = torch.zeros(places * kv_heads, dtype=torch.int32, device=device)  # zero between launches
 
 
+@dataclass(frozen=True)
+class NewTokens:
+    """What `rope_store` takes beside queries, keys and values: query_norm, key_norm [D] weights and their eps; cos, sin
+    [R, D / 2]; slots [R] int64."""
+
+    query_norm: Tensor
+    key_norm: Tensor
+    eps: tuple[float, float]
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+
+
 @triton.jit
 def _merge(
     output, sums, maxima_and_norms, first, splits, output_row, G: tl.constexpr, D: tl.constexpr, AT_ONCE: tl.constexpr
@@ -112,13 +127,17 @@ def _merge(
 def _decode_attention(
     query, keys, values, output, page_table, context_lengths, order, sums, maxima_and_norms, arrived,
     key_scales, value_scales, query_stride, table_stride, page_stride, token_stride, head_stride, scale_stride, scale,
+    query_norm, key_norm, cosines, sines, slots, key_codes, value_codes, query_eps, key_eps, angle_stride,
     SPLITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     KV_HEADS: tl.constexpr, D: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     UNIT: tl.constexpr, IN_CODES: tl.constexpr, INTEGERS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    FRESH: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV_HEADS, R, SPLITS). scale: of the scores, times log2(e). GP: G rounded up to a matrix's least rows.
 
     W: elements of a key, D, or in 8 bits D / 2 words: q and total are then of even dims, q_odd and odd of the others.
+    FRESH: query are rows of queries, keys and values as a product gave them. The program whose split has the new token
+    stores its key and value before it reads any.
     """
     head = tl.program_id(0)
     split = tl.program_id(2)
@@ -139,15 +158,53 @@ def _decode_attention(
         end = tl.minimum(start + each, length)
     if PDL:
         gdc_launch_dependents()
+        if FRESH:  # noqa: SIM102 - what is cached does not depend on the kernel before this one
+            if (start < length) & (split < splits):
+                early = tl.minimum(start + tl.arange(0, BLOCK), length - 1)
+                page = tl.load(page_table + row.to(tl.int64) * table_stride + early // PAGE).to(tl.int64)
+                place = page * page_stride + early % PAGE * token_stride + head * head_stride
+                lines = tl.arange(0, 2) * (W // 2)
+                prefetch(keys + place[:, None] + lines[None, :])
+                prefetch(values + place[:, None] + lines[None, :])
         gdc_wait()
     if (split < splits) & (listed >= 0):
-        heads = (head * G + group)[:, None] * D + dims[None, :] * (D // W)
         line = query + row.to(tl.int64) * query_stride
-        q = tl.load(line + heads, mask=in_group, other=0.0)
+        dim = tl.arange(0, D)
+        if FRESH:
+            angle = row * angle_stride + dim % (D // 2)
+            cos = tl.load(cosines + angle).to(tl.float32)
+            sin = tl.load(sines + angle).to(tl.float32) * tl.where(dim < D // 2, -1.0, 1.0)
+            turned = normal_and_turned(line + head * G * D, query_norm, cos, sin, query_eps, D, G, GP)
+            whole = turned.to(query.dtype.element_ty)
+            if (start < length) & (end == length):
+                slot = tl.load(slots + row).to(tl.int64)
+                new_key = normal_and_turned(line + (KV_HEADS * G + head) * D, key_norm, cos, sin, key_eps, D, 1, 1)
+                new_key = new_key.to(query.dtype.element_ty)
+                one = tl.arange(0, 1)
+                new_value = tl.load(line + (KV_HEADS * (G + 1) + head + one)[:, None] * D + dim[None, :])
+                new_page = slot // PAGE
+                if IN_CODES:  # keys and values are words, their strides too
+                    spot = new_page * page_stride + slot % PAGE * token_stride + head * head_stride
+                    spot = spot * 2 + dim[None, :]
+                    scale_spot = new_page * scale_stride + head * PAGE + slot % PAGE + one
+                    codes, code_scale = encode(new_key.to(tl.float32), INTEGERS)
+                    tl.store(key_codes + spot, codes)
+                    tl.store(key_scales + scale_spot, code_scale)
+                    codes, code_scale = encode(new_value.to(tl.float32), INTEGERS)
+                    tl.store(value_codes + spot, codes)
+                    tl.store(value_scales + scale_spot, code_scale)
+                else:
+                    spot = new_page * page_stride + slot % PAGE * token_stride + head * head_stride + dim[None, :]
+                    tl.store(keys + spot, new_key)
+                    tl.store(values + spot, new_value)
+                tl.debug_barrier()  # other threads of this program read it
+        else:
+            whole = tl.load(line + (head * G + group)[:, None] * D + dim[None, :], mask=in_group, other=0.0)
         if IN_CODES:
-            q = q.to(tl.float16)
-            q_odd = tl.load(line + heads + 1, mask=in_group, other=0.0).to(tl.float16)
+            q, q_odd = tl.split(tl.reshape(whole.to(tl.float16), [GP, W, 2]))
             odd = tl.zeros([GP, W], tl.float32)
+        else:
+            q = whole
         maximum = tl.full([GP], -float("inf"), tl.float32)
         norm = tl.zeros([GP], tl.float32)
         total = tl.zeros([GP, W], tl.float32)
@@ -187,21 +244,16 @@ def _decode_attention(
                 total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
             maximum = higher
         if IN_CODES:
-            total = total * (UNIT / WEIGHT_UNIT)
-            odd = odd * (UNIT / WEIGHT_UNIT)
+            total = tl.reshape(tl.join(total, odd), [GP, D]) * (UNIT / WEIGHT_UNIT)
         output_row = row.to(tl.int64) * (KV_HEADS * G * D)
         if splits == 1:
             divisor = tl.where(norm == 0.0, 1.0, norm)[:, None]  # a row without context gets zeros
+            heads = (head * G + group)[:, None] * D + dim[None, :]
             tl.store(output + output_row + heads, (total / divisor).to(output.dtype.element_ty), mask=in_group)
-            if IN_CODES:
-                tl.store(output + output_row + heads + 1, (odd / divisor).to(output.dtype.element_ty), mask=in_group)
         else:
             first_place = (row * KV_HEADS + head) * SPLITS
             place = (first_place + split) * G + group
-            part = sums + place[:, None] * D + dims[None, :] * (D // W)
-            tl.store(part, total, mask=in_group)
-            if IN_CODES:
-                tl.store(part + 1, odd, mask=in_group)
+            tl.store(sums + place[:, None] * D + dim[None, :], total, mask=in_group)
             tl.store(maxima_and_norms + place * 2, maximum, mask=group < G)
             tl.store(maxima_and_norms + place * 2 + 1, norm, mask=group < G)
             tl.debug_barrier()  # all of this program's threads have stored before it counts as arrived
@@ -223,8 +275,12 @@ def decode_attention(
     *,
     tiles: DecodeTiles,
     pdl: bool,
+    new: NewTokens | None = None,
 ) -> None:
     """Fill `output`, [R, heads x D], for query of the same shape.
+
+    new: query is [R, (heads + 2 x kv heads) x D] instead, with keys and values as yet neither normalised nor stored;
+    what `rope_store` does is done first.
 
     page_table: [R or more, pages] int32;
     context_lengths: [R or more] int32, the new token included, 0 for a row that is none. order: [R] int32, the rows
@@ -238,14 +294,23 @@ def decode_attention(
     assert keys.stride() == values.stride()
     assert keys.stride(3) == query.stride(1) == output.stride(1) == page_table.stride(1) == 1
     assert rows * kv_heads * group * tiles.splits <= len(scratch.sums) or tiles.splits == 1
+    assert query.shape[1] == (width if new is None else width + 2 * kv_heads * head_dim)
+    fresh: tuple[Tensor | float, ...] = (query, query, query, query, query, query, query, 0.0, 0.0, 0)
+    if new is not None:
+        assert new.cos.stride() == new.sin.stride() == (new.cos.stride(0), 1)
+        codes = (x.view(torch.int8) if cache.in_codes else x for x in (keys, values))
+        fresh = (
+            new.query_norm, new.key_norm, new.cos, new.sin, new.slots, *codes, *new.eps, new.cos.stride(0)
+        )  # fmt: skip
     options = {"launch_pdl": True} if pdl else {}
     _decode_attention[(kv_heads, rows, tiles.splits)](
         query, keys, values, output, page_table, context_lengths, order,
         scratch.sums, scratch.maxima_and_norms, scratch.arrived, *cache.scale_arguments[:2],
         query.stride(0), page_table.stride(0), *keys.stride()[:3], cache.scale_arguments[2], head_dim**-0.5 * LOG2_E,
+        *fresh,
         SPLITS=tiles.splits, PAGE=page_size, BLOCK=tiles.keys, G=group, GP=max(16, triton.next_power_of_2(group)),
         KV_HEADS=kv_heads, D=head_dim, W=elements, STAGES=tiles.stages,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", UNIT=cache.unit, IN_CODES=cache.in_codes,
-        INTEGERS=cache.integers, ASM=query.is_cuda, PDL=pdl,
+        INTEGERS=cache.integers, ASM=query.is_cuda, PDL=pdl, FRESH=new is not None,
         num_warps=tiles.warps, num_stages=tiles.stages, **options,
     )  # fmt: skip

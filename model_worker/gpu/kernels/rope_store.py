@@ -10,7 +10,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache, encode
 
 
 @triton.jit
-def _normal_and_turned(start, weight, cos, sin, eps, D: tl.constexpr, H: tl.constexpr, HP: tl.constexpr):
+def normal_and_turned(start, weight, cos, sin, eps, D: tl.constexpr, H: tl.constexpr, HP: tl.constexpr):
     """[HP, D] fp32: H heads from `start` on, each divided by its rms, times weight, rotated (half-split)."""
     head = tl.arange(0, HP)[:, None]
     dim = tl.arange(0, D)
@@ -44,12 +44,12 @@ def _rope_store(
         gdc_launch_dependents()
         gdc_wait()
     start = qkv + token.to(tl.int64) * ((H + 2 * KV_HEADS) * D)
-    turned = _normal_and_turned(start, query_norm, cos, sin, query_eps, D, H, HP)
+    turned = normal_and_turned(start, query_norm, cos, sin, query_eps, D, H, HP)
     head = tl.arange(0, HP)[:, None]
     tl.store(
         query + token.to(tl.int64) * (H * D) + head * D + dim[None, :], turned.to(query.dtype.element_ty), mask=head < H
     )
-    key = _normal_and_turned(start + H * D, key_norm, cos, sin, key_eps, D, KV_HEADS, KP)
+    key = normal_and_turned(start + H * D, key_norm, cos, sin, key_eps, D, KV_HEADS, KP)
     head = tl.arange(0, KP)[:, None]
     value = tl.load(start + (H + KV_HEADS) * D + head * D + dim[None, :], mask=head < KV_HEADS, other=0.0)
     place = slot // PAGE * page_stride + slot % PAGE * token_stride + head * head_stride + dim[None, :]

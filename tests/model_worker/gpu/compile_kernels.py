@@ -13,10 +13,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from vibe_sgl_lite.model_worker.gpu.fused_layers import TILES
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, all_gather, all_reduce
 from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import chain_attention, choose_chain_tiles
-from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import DecodeScratch, choose_tiles, decode_attention
+from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (
+    DecodeScratch,
+    NewTokens,
+    choose_tiles,
+    decode_attention,
+)
 from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm, embed, silu_multiply
 from vibe_sgl_lite.model_worker.gpu.kernels.expand_rows import expand_rows
 from vibe_sgl_lite.model_worker.gpu.kernels.experts import choose_expert_tiles, route, run_experts
@@ -25,6 +31,12 @@ from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import (
     FEW_TOKENS,
     choose_prefill_tiles,
     prefill_attention,
+)
+from vibe_sgl_lite.model_worker.gpu.kernels.product import (
+    ProductScratch,
+    added_product,
+    begin_stream,
+    normed_product,
 )
 from vibe_sgl_lite.model_worker.gpu.kernels.rope_store import rope_store
 from vibe_sgl_lite.model_worker.gpu.kernels.sample import num_chunks, sample
@@ -82,6 +94,8 @@ def main() -> None:
         for rows in (4, 256):
             tiles = choose_tiles(rows, KV_HEADS, dtype, 1)
             decode_attention(query, cache, table, ints, ints, scratch, output, tiles=tiles, pdl=True)
+            new = NewTokens(norm, norm, (1e-6, 1e-6), angles, angles, longs)
+            decode_attention(qkv, cache, table, ints, ints, scratch, output, tiles=tiles, pdl=True, new=new)
         for tokens in (1, FEW_TOKENS + 1):
             cut = choose_prefill_tiles(tokens, GROUP, dtype)
             prefill_attention(query, cache, table, ints, ints, zeros(2, 2, dtype=torch.int32), cut, output, pdl=True)
@@ -108,6 +122,15 @@ def main() -> None:
         weights, chosen = route(zeros(tokens, 16), 8, normalize=True, pdl=True)
         expert_tiles = choose_expert_tiles(tokens, 8, 16, stream.dtype)
         run_experts(zeros(tokens, HIDDEN), weights, chosen, *experts, expert_tiles, pdl=True)
+    sums = ProductScratch(stream.device, 1 << 21, 1 << 10)
+    for most, cuts in (TILES[0], TILES[-2]):
+        squares = zeros(most, HIDDEN // cuts.down.outputs, dtype=torch.float32)
+        stream, gained = zeros(2, most, HIDDEN)
+        begin_stream(stream, gain, gained, squares, pdl=True)
+        inner, matrix = zeros(most, INNER), zeros(2 * INNER, HIDDEN)
+        normed_product(gained, squares, 1e-6, matrix, inner, cuts.gate_up, sums, pdl=True, silu=True)
+        down = zeros(HIDDEN, INNER)
+        added_product(inner, down, stream, gain, gained, squares, cuts.down, sums, pdl=True)
     slots, tokens_of = ints[:2], zeros(ROWS, 100, dtype=torch.int32)
     expand_rows(longs[:2], slots, tokens_of, table, slots, slots, longs, table, longs, longs, PAGE, PAGES)
     logits, temperatures = zeros(2, VOCAB), zeros(ROWS, dtype=torch.float64)

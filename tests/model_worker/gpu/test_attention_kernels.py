@@ -14,10 +14,12 @@ from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (
     NO_ROW,
     DecodeScratch,
     DecodeTiles,
+    NewTokens,
     choose_tiles,
     decode_attention,
 )
 from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import PrefillTiles, plan_tiles, prefill_attention
+from vibe_sgl_lite.model_worker.gpu.kernels.rope_store import rope_store
 from vibe_sgl_lite.qwen3.layers.rotary import RotaryEmbedding
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
@@ -150,6 +152,63 @@ def test_a_row_that_is_not_listed_keeps_its_line(device: torch.device) -> None:
     tiles = DecodeTiles(16, 4, 2, 1)
     decode_attention(query, case.cache, case.table, case.lengths, order, scratch, output, pdl=False, tiles=tiles)
     assert (output == 7).all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("page", "kv_heads", "group", "dim", "dtype", "tiles"),
+    [
+        (16, 2, 2, 64, torch.float32, DecodeTiles(16, 4, 2, 1)),
+        (6, 1, 3, 32, torch.float16, DecodeTiles(32, 4, 2, 4)),
+        (16, 2, 2, 64, FP8, DecodeTiles(16, 4, 2, 2)),
+        (64, 1, 2, 64, torch.int8, DecodeTiles(32, 4, 3, 1)),
+    ],
+)
+def test_new_tokens_are_stored_and_attended_to_in_one_launch(
+    page: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype, tiles: DecodeTiles, device: torch.device
+) -> None:
+    """As `rope_store` and a launch after it, bit by bit but on a card, whose compiler fuses operations as it likes."""
+    lengths = [1, page + 1, 2 * page + 9, 0, 2 * page]
+    case, dtype = made(lengths, page, kv_heads, dim, dtype, device)
+    rows, width = len(lengths), kv_heads * group * dim
+    qkv = torch.randn((rows, width + 2 * kv_heads * dim), device=device).to(dtype)
+    norms = torch.rand((2, dim), device=device).to(dtype) + 0.5
+    last = (case.lengths.long() - 1).clamp(min=0)
+    angles = RotaryEmbedding(dim, 1e4, dtype, device)(last)
+    pages = case.table.gather(1, (last // page)[:, None])[:, 0].long().clamp(max=len(case.keys) - 1)
+    slots = pages * page + last % page
+    cache, kept = case.cache, case.cache
+    parts = [cache.keys, cache.values, *((cache.key_scales, cache.value_scales) if cache.in_codes else ())]
+    before = [part.clone() for part in parts]
+    if cache.key_scales is not None:  # strides as they are, behind the codes of a page
+        layout = cache.key_scales.stride()
+        copies = [part.clone() for part in parts[:2]]
+        scales = [torch.empty_strided(part.shape, layout, device=device).copy_(part) for part in parts[2:]]
+        cache = replace(cache, keys=copies[0], values=copies[1], key_scales=scales[0], value_scales=scales[1])
+    else:
+        cache = LayerCache(cache.keys.clone(), cache.values.clone())
+    scratch = DecodeScratch(kv_heads, group, dim, device, places=rows * tiles.splits)
+    order = case.lengths.argsort(descending=True).to(torch.int32)
+    query, expected, output = torch.zeros((3, rows, width), dtype=dtype, device=device)
+    real = case.lengths > 0
+    eps = (1e-6, 1e-5)
+    rope_store(
+        qkv[real], norms[0], norms[1], eps, angles.cos[real], angles.sin[real], slots[real], cache, query[: real.sum()],
+        pdl=False,
+    )  # fmt: skip
+    query[real] = query[: real.sum()].clone()
+    rest = case.table, case.lengths, order, scratch
+    decode_attention(query, cache, *rest, expected, pdl=False, tiles=tiles)
+    new = NewTokens(norms[0], norms[1], eps, angles.cos, angles.sin, slots)
+    for _ in range(2):
+        decode_attention(qkv, kept, *rest, output, pdl=False, tiles=tiles, new=new)
+    assert not scratch.arrived.any()
+    exact = 0.0 if device.type == "cpu" else TOLERANCE[dtype]
+    torch.testing.assert_close(output, expected, atol=exact, rtol=exact)
+    after = [cache.keys, cache.values, *((cache.key_scales, cache.value_scales) if cache.in_codes else ())]
+    for part, other, old in zip(parts, after, before, strict=True):
+        off = exact if part.is_floating_point() else 0.0
+        torch.testing.assert_close(part.nan_to_num(7.0), other.nan_to_num(7.0), atol=off, rtol=off)
+        assert not torch.equal(part.nan_to_num(7.0), old.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 8])

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.model_worker.fake_device import Clock, FakeDevice, FakeGraphs
@@ -76,6 +77,25 @@ def test_chunks_beside_decodes_give_transformers_tokens(tmp_path: Path, device: 
     if device.type == "cpu":
         replayed = [key[0] for key in fake.replayed if isinstance(key, tuple)]
         assert (replayed.count(9), replayed.count(17)) == (3, 1)  # 3 tokens alone are few; see `run`
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_more_rows_than_the_chain_takes_give_the_tokens_of_plain_torch(
+    tmp_path: Path, device: torch.device, int8: bool
+) -> None:
+    """Five kernels a layer; rows of different lengths, on one page and on two."""
+    make_checkpoint(tmp_path, DENSE)
+    lengths, params = (1, 2, 3, 2, 8), sampling()
+    tokens = []
+    for computes in (gpu(device), torch_compute()):
+        runner = runner_of(tmp_path, device if computes.graphs else torch.device("cpu"), computes, int8=int8)
+        driver = Driver(runner)
+        new = [new_slot(slot, random_tokens(n, seed=slot), params) for slot, n in enumerate(lengths)]
+        driver.run([(slot, n) for slot, n in enumerate(lengths)], new=new)
+        for _ in range(3):
+            driver.run([(slot, 1) for slot in range(len(lengths))])
+        tokens.append(driver.tokens)
+    assert tokens[0] == tokens[1]
 
 
 def test_int8_gives_the_tokens_of_plain_torch(tmp_path: Path, device: torch.device) -> None:

@@ -1,5 +1,7 @@
 """Norm, rotation, SiLU, embedding and few-row products against plain torch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,13 @@ import torch.nn.functional as F
 from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache
 from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm, embed, silu_multiply
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
+from vibe_sgl_lite.model_worker.gpu.kernels.product import (
+    ProductScratch,
+    ProductTiles,
+    added_product,
+    begin_stream,
+    normed_product,
+)
 from vibe_sgl_lite.model_worker.gpu.kernels.rope_store import rope_store
 from vibe_sgl_lite.qwen3.layers.rotary import RotaryEmbedding
 
@@ -126,3 +135,50 @@ def test_gemv(rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: 
     expected = product[:, :outputs] + addend.double()
     gemv(x, half, addend, pdl=False, block=8, warps=4, addend=addend)
     close(addend, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "tiles"),
+    [
+        (5, ProductTiles(16, 32, 32, 1, 4, 2)),
+        (21, ProductTiles(16, 32, 16, 3, 4, 3)),
+        (70, ProductTiles(64, 16, 16, 2, 4, 2, matrix_first=True)),
+    ],
+)
+def test_products_with_norm_sum_and_silu(
+    rows: int, tiles: ProductTiles, dtype: torch.dtype, device: torch.device
+) -> None:
+    """As a layer runs them: a sum into the stream, a product of its norm, another one with SiLU."""
+    inputs, width, outputs = 96, 192, 64
+    x = torch.randn((rows, inputs), device=device).to(dtype)
+    stream = torch.randn((rows, width), device=device).to(dtype)
+    gain = torch.rand(width, device=device).to(dtype) + 0.5
+    down = (torch.randn((width, inputs), device=device) * inputs**-0.5).to(dtype)
+    matrix = (torch.randn((2 * outputs, width), device=device) * width**-0.5).to(dtype)
+    scratch = ProductScratch(device, rows * width * tiles.splits, 100)
+    gained, output = torch.full_like(stream, float("nan")), torch.empty((rows, outputs), dtype=dtype, device=device)
+    squares = torch.full((rows, 8), float("nan"), device=device)
+    eps = 1e-3
+
+    begin_stream(stream, gain, gained, squares, pdl=False)
+    close(gained, stream.double() * gain.double())
+    torch.testing.assert_close(squares.double().sum(1), (stream.double() ** 2).sum(1), atol=1e-4, rtol=1e-5)
+
+    expected = stream.double() + x.double() @ down.double().T
+    squares = torch.full((rows, width // tiles.outputs), float("nan"), device=device)
+    added_product(x, down, stream, gain, gained, squares, tiles, scratch, pdl=False)
+    close(stream, expected)
+    close(gained, stream.double() * gain.double())
+    torch.testing.assert_close(squares.double().sum(1), (stream.double() ** 2).sum(1), atol=1e-4, rtol=1e-5)
+
+    normal = F.rms_norm(stream.double(), (width,), gain.double(), eps) @ matrix.double().T
+    parts = torch.zeros((rows, 16), device=device)
+    parts[:, : squares.shape[1]] = squares
+    for _ in range(2):  # the second finds what the first left behind
+        normed_product(gained, parts, eps, matrix[outputs:], output, tiles, scratch, pdl=False)
+        close(output, normal[:, outputs:])
+    whole = replace(tiles, splits=1)
+    normed_product(gained, parts, eps, matrix, output, whole, scratch, pdl=False, silu=True)
+    close(output, F.silu(normal[:, :outputs]) * normal[:, outputs:])
+    assert not scratch.arrived.any()

@@ -1,0 +1,177 @@
+"""Decode steps of some to some hundred rows: five kernels a layer.
+
+The product of queries, keys and values; attention with all that comes before it; its output, added to the residual
+stream; gate and up with SiLU; and down, added again. The norms are in the products (kernels/product.py).
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention
+from vibe_sgl_lite.model_worker.gpu.kernels.product import (
+    ProductScratch,
+    ProductTiles,
+    added_product,
+    begin_stream,
+    normed_product,
+)
+from vibe_sgl_lite.qwen3.attention_backend import ForwardContext
+from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Matrices: qkv [(Hq + 2 Hk) D, H], output [H, Hq D], gate_up [2 I, H], down [H, I]."""
+
+    qkv: Tensor
+    output: Tensor
+    gate_up: Tensor
+    down: Tensor
+    attention_norm: RMSNorm
+    query_norm: RMSNorm
+    key_norm: RMSNorm
+    feed_forward_norm: RMSNorm
+
+
+@dataclass(frozen=True)
+class LayerTiles:
+    """How a layer's four products are cut."""
+
+    qkv: ProductTiles
+    output: ProductTiles
+    gate_up: ProductTiles
+    down: ProductTiles
+
+
+# By the most rows that they are for; measured on an H100 at the 0.6B shape (benchmarks/internal/gpu_products.py).
+TILES = (
+    (
+        16,
+        LayerTiles(
+            ProductTiles(16, 64, 128, 1, 4, 6, matrix_first=True),
+            ProductTiles(16, 64, 128, 4, 4, 6, matrix_first=True),
+            ProductTiles(64, 32, 128, 1, 4, 4),
+            ProductTiles(16, 64, 128, 4, 4, 6, matrix_first=True),
+        ),
+    ),
+    (
+        32,
+        LayerTiles(
+            ProductTiles(64, 32, 128, 1, 4, 6),
+            ProductTiles(64, 32, 128, 4, 4, 6),
+            ProductTiles(64, 32, 128, 1, 4, 4),
+            ProductTiles(64, 32, 128, 4, 4, 6),
+        ),
+    ),
+    (
+        64,
+        LayerTiles(
+            ProductTiles(64, 32, 128, 1, 4, 6),
+            ProductTiles(64, 32, 128, 2, 4, 6),
+            ProductTiles(64, 32, 128, 1, 4, 4),
+            ProductTiles(64, 32, 128, 4, 4, 6),
+        ),
+    ),
+    (
+        128,
+        LayerTiles(
+            ProductTiles(64, 64, 128, 1, 4, 4),
+            ProductTiles(64, 32, 128, 2, 4, 6),
+            ProductTiles(64, 64, 128, 1, 4, 4),
+            ProductTiles(64, 32, 128, 2, 4, 6),
+        ),
+    ),
+    (
+        256,
+        LayerTiles(
+            ProductTiles(64, 128, 64, 1, 4, 6),
+            ProductTiles(64, 32, 128, 1, 4, 6),
+            ProductTiles(64, 128, 64, 1, 8, 4),
+            ProductTiles(64, 64, 128, 2, 4, 4),
+        ),
+    ),
+)
+FUSED_ROWS = TILES[-1][0]
+
+
+def adapt(tiles: ProductTiles, outputs: int, inputs: int, dtype: torch.dtype) -> ProductTiles | None:
+    """`tiles`, made smaller as a matrix of that shape wants it; None where none fit. fp32 has one cut for all: its
+    products take long to compile, and are there to be right."""
+    if dtype == torch.float32:
+        tiles = ProductTiles(32, 32, 32, 1, 4, 2)
+    if not tiles.fits(outputs, inputs):
+        tiles = replace(tiles, splits=1)
+    while not tiles.fits(outputs, inputs) and min(tiles.inputs, tiles.outputs) > 16:
+        tiles = replace(tiles, inputs=max(16, tiles.inputs // 2), outputs=max(16, tiles.outputs // 2))
+    return tiles if tiles.fits(outputs, inputs) else None
+
+
+def plan_tiles(layer: LayerWeights) -> list[tuple[int, LayerTiles]]:
+    """`TILES` for this layer's matrices; empty where there are none."""
+    dtype, hidden = layer.qkv.dtype, layer.down.shape[0]
+    planned = []
+    for most, tiles in TILES:
+        cuts = {}
+        for field in fields(LayerTiles):
+            outputs, inputs = getattr(layer, field.name).shape
+            cut = adapt(getattr(tiles, field.name), outputs // (2 if field.name == "gate_up" else 1), inputs, dtype)
+            added = field.name in ("output", "down")
+            if cut is None or (added and hidden // cut.outputs != triton.next_power_of_2(hidden // cut.outputs)):
+                return []
+            cuts[field.name] = cut
+        planned.append((most, LayerTiles(**cuts)))
+    return planned
+
+
+class FusedLayers:
+    """All of a model's layers, for steps that decode; dense, on one rank."""
+
+    def __init__(
+        self, layers: list[LayerWeights], tiles: list[tuple[int, LayerTiles]], attention: GpuAttention
+    ) -> None:
+        """tiles: of `plan_tiles`."""
+        self.layers = layers
+        self.tiles = tiles
+        self.attention = attention
+        sums, count, first = 1, 1, layers[0]
+        for most, cuts in tiles:
+            for cut, matrix in ((cuts.qkv, first.qkv), (cuts.output, first.output), (cuts.down, first.down)):
+                sums = max(sums, most * len(matrix) * cut.splits)
+                count = max(count, -(-most // cut.rows) * (len(matrix) // cut.outputs))
+        self.scratch = ProductScratch(layers[0].qkv.device, sums, count)
+
+    def __call__(self, stream: Tensor, context: ForwardContext) -> Tensor:
+        """stream: [R, H], the embedding; becomes the sum of all layers, to which nothing is left to be added."""
+        rows, hidden = stream.shape
+        cuts = next(cuts for most, cuts in self.tiles if rows <= most)
+        first, pdl, scratch = self.layers[0], self.attention.pdl, self.scratch
+        qkv = stream.new_empty((rows, len(first.qkv)))
+        inner = stream.new_empty((rows, first.down.shape[1]))
+        gained = torch.empty_like(stream)
+        after_attention, after_layer = (
+            stream.new_empty((rows, hidden // cut.outputs), dtype=torch.float32) for cut in (cuts.output, cuts.down)
+        )
+        begin_stream(stream, first.attention_norm.weight.tensor, gained, after_layer, pdl=pdl)
+        for number, layer in enumerate(self.layers):
+            normed_product(
+                gained, after_layer, layer.attention_norm.eps, layer.qkv, qkv, cuts.qkv, scratch, pdl=pdl
+            )  # fmt: skip
+            attended = self.attention.forward(
+                number, qkv, layer.query_norm, layer.key_norm, context.angles, context.metadata
+            )
+            norm = layer.feed_forward_norm
+            added_product(
+                attended, layer.output, stream, norm.weight.tensor, gained, after_attention, cuts.output, scratch,
+                pdl=pdl,
+            )  # fmt: skip
+            normed_product(
+                gained, after_attention, norm.eps, layer.gate_up, inner, cuts.gate_up, scratch, pdl=pdl, silu=True
+            )
+            following = self.layers[min(number + 1, len(self.layers) - 1)].attention_norm  # of the last not used
+            added_product(
+                inner, layer.down, stream, following.weight.tensor, gained, after_layer, cuts.down, scratch, pdl=pdl
+            )  # fmt: skip
+        return stream
