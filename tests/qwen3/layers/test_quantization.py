@@ -172,6 +172,7 @@ def test_what_a_gpu_keeps_in_fp8(
             choose_formats(model, "fp8", None)
         return
     choose_formats(model, "fp8", None)
+    monkeypatch.undo()
     load_dummy_weights(model, 0)
     assert isinstance(model.head.weight.matrix, Fp8Matrix)
     qkv = model.layers[0].attention.qkv.weight
