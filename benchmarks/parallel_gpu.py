@@ -1,6 +1,6 @@
 """Tensor and expert parallelism on the GPUs of one machine: the same tokens as one GPU, and what more GPUs bring.
 
-    python benchmarks/parallel_gpu.py                              all of it on two GPUs, about 12 minutes
+    python benchmarks/parallel_gpu.py --limit 1800                 all of it on two GPUs
     python benchmarks/parallel_gpu.py --ranks 4 --steps tokens,decode --shapes 8B,32B
 
 tokens: the two tiny checkpoints in float32, greedy and drawn, at tp 1, tp N and tp N ep N must agree.
@@ -147,9 +147,12 @@ def decode(shape: str, settings: dict[str, Any]) -> dict[str, Any]:
 
             def seconds(rows: int, length: int, count: int) -> float:
                 prompts = [[choose.randrange(10_000) for _ in range(length)] for _ in range(rows)]
-                params = SamplingParams(
-                    max_new_tokens=count, temperature=0.6, top_p=1.0, top_k=-1, min_p=0.0, seed=1, ignore_eos=True
-                )
+                params = [  # of seeds of their own: with one, dummy weights draw the same token for all
+                    SamplingParams(
+                        max_new_tokens=count, temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, seed=row, ignore_eos=True
+                    )
+                    for row in range(rows)
+                ]
                 started = time.perf_counter()
                 answers = llm.generate(prompts, params)
                 assert all(len(answer.token_ids) == count for answer in answers)
@@ -303,9 +306,7 @@ def main() -> None:
     parser.add_argument("--steps", default=",".join(kinds), help="which of them, with commas between (all)")
     parser.add_argument("--ranks", type=int, default=2, help="GPUs (2)")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="of decode, with commas between (all)")
-    parser.add_argument(
-        "--only", default="", help="words with commas between: steps that have one of them in their name"
-    )
+    parser.add_argument("--only", default="*", help='names of steps with commas between; "8B*" is all that begin so')
     parser.add_argument("--limit", type=float, default=900.0, help="seconds for all of it (900)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()

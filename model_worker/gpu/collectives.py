@@ -17,7 +17,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import MAX_COLUMNS, MAX_R
 from vibe_sgl_lite.model_worker.gpu.operations import has_dependent_launch
 
 HALF_BYTES = 32 << 20  # of the largest sum; above it NCCL is as fast
-SMALL_BYTES = 256 << 10  # up to here, rows are sent
+SMALL_BYTES = 1 << 20  # up to here, rows are sent
 TWO_SHOT_BYTES = 256 << 10  # over three ranks or more, from here on each sums a share; over two both read as much
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
