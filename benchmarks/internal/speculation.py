@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[1], help="of the dummy model (1)")
     parser.add_argument("--new-tokens", type=int, default=64, help="of each row of the dummy model (64)")
     parser.add_argument("--cpu-time", action="store_true", help="of the process, for a busy machine; with one thread")
-    parser.add_argument("--only", default="", help="workloads with this in their name")
+    parser.add_argument("--only", nargs="*", default=[""], help="workloads with one of these in their name")
     options = parser.parse_args()
     torch.manual_seed(0)
     dummy = options.load_format == "dummy"
@@ -171,7 +171,7 @@ def main() -> None:
     )
     results = []
     for workload in workloads:
-        if options.only in workload.name:
+        if any(part in workload.name for part in options.only):
             results.append(measure(engine, workload, options.repeats, cpu_time=options.cpu_time))
             print(results[-1], flush=True)
     print(json.dumps(results))

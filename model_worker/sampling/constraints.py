@@ -175,6 +175,8 @@ class Constraints:
                 if last[token] or walk.error is not None or constraint.drawn != drawn:
                     break
                 walk.accept(token)
+                if walk.is_free:
+                    break  # the output has ended
                 last = self._forbidden(walk)
                 mask.set_result(last if walk.error is None else None)
         except BaseException as error:

@@ -287,6 +287,8 @@ def test_rows_with_drafts_yield_the_same_tokens_in_fewer_steps(
         for slot, count in enumerate(unpack_ids(result.counts) if result.counts else [1, 1, 1]):
             drawn[slot] += [tokens.pop(0) for _ in range(count)]
         assert tokens == []
+        if result.step > 0:
+            assert unpack_ids(result.drafted) == [most, most, 0]
         for entry in result.logprobs:
             entries[entry.row] += entry.sampled
     assert len(drawn[2]) == 1 + steps

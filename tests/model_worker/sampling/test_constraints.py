@@ -20,6 +20,7 @@ from vibe_sgl_lite.model_worker.sampling import grammar as grammar_module
 from vibe_sgl_lite.model_worker.sampling.constraints import Constraints
 from vibe_sgl_lite.model_worker.sampling.grammar import Grammar, GrammarLibrary
 from vibe_sgl_lite.model_worker.sampling.slot_constraint import SlotConstraint
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, ThinkingRules, resolve
 from vibe_sgl_lite.runtime.text.grammar import make_matcher
 from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
@@ -333,3 +334,47 @@ def test_an_exception_while_a_mask_is_made_fails_its_row_alone(monkeypatch: pyte
         texts = {TOKENIZER.decode([i]) for i in torch.isfinite(logits[1]).nonzero()[:, 0].tolist()}
         assert texts
         assert texts <= {"d", "do", "dog"}
+
+
+@pytest.mark.parametrize("limit", [None, 2, 6])
+@pytest.mark.parametrize("regex", [None, "[a-z ]{2,40}", "the cat and the dog"])
+def test_masks_behind_drafts_are_those_of_a_row_that_got_there(regex: str | None, limit: int | None) -> None:
+    """As far as the drafts are allowed; what follows one that is not counts as late, and the row itself stays."""
+    text = make_grammar(None, regex, None)
+    constraints = Constraints(VOCAB, slice(0, VOCAB), LIBRARY)
+    thinking = None if limit is None else rules(limit, inside=True)
+    drafts = [*range(100, 103), *CLOSING] if limit is not None else []
+    drafts += [*TOKENIZER.encode("the cat"), END, 7]
+    constraints.admit(1, sampling(thinking, text), [])
+    slots = np.array([0, *[1] * (1 + len(drafts)), 2], np.int64)
+    constrained = constraints.of(slots)
+    if text is None and limit is None:
+        assert constrained == []
+        return
+    assert [place for place, _ in constrained] == [1]
+    mask = constraints.begin(constrained, {1: drafts})
+    if mask is None:
+        there = constraint(thinking, regex)
+        assert there.is_free
+        for token in drafts:
+            there.accept(token)
+            assert there.is_free
+        return
+    forbidden = dict(zip(mask.rows, (future.result(30) for future in mask.forbidden), strict=True))
+    mask.settle(Group(), 30.0, alone=True)
+    held = True
+    for place in range(len(drafts) + 1):
+        there = constraint(thinking, regex)
+        for token in drafts[:place]:
+            there.accept(token)
+        some = allowed(there) if held else set[int]()
+        found = forbidden.get(1 + place)
+        if held and (text is None or not there.is_free):
+            assert (None if found is None else {*np.flatnonzero(~found).tolist()}) == some
+            assert 1 + place not in mask.late
+        elif text is not None:
+            assert found is None
+            assert 1 + place in mask.late
+        if place < len(drafts):
+            held = held and (some is None or drafts[place] in some)
+    assert allowed(constrained[0][1]) == allowed(constraint(thinking, regex))
