@@ -142,7 +142,7 @@ def test_values_that_other_engines_have_for_the_same(given: dict[str, Any], take
 
 def test_a_checkpoints_own_form_need_not_be_named() -> None:
     with pytest.raises(
-        ConfigError, match=r"quantization awq must be one of none, int8, int4; the form of a checkpoint"
+        ConfigError, match=r"quantization awq must be one of none, int8, int4, fp8; the form of a checkpoint"
     ):
         make_args({"quantization": "awq"})
 
