@@ -19,9 +19,10 @@ from tests.integration.daemon import Daemon, model_flags, running
 from vibe_sgl_lite import Client, Output, SamplingParams
 
 FLOAT32 = ["--dtype", "float32"]
+SMALLEST, NO_CACHE = "page 1, chunk 16, no overlap", "page 64, chunk 64, no cache"
 VARIANTS = {
-    "page 1, chunk 16, no overlap": ["--page-size", "1", "--chunked-prefill-size", "16", "--disable-overlap"],
-    "page 64, chunk 64, no cache": ["--page-size", "64", "--chunked-prefill-size", "64", "--disable-radix-cache"],
+    SMALLEST: ["--page-size", "1", "--chunked-prefill-size", "16", "--disable-overlap"],
+    NO_CACHE: ["--page-size", "64", "--chunked-prefill-size", "64", "--disable-radix-cache"],
 }
 SMALL_POOL = ["--page-size", "16", "--chunked-prefill-size", "64", "--max-total-tokens", "1200"]
 
@@ -113,7 +114,7 @@ def test_one_at_a_time_changes_nothing(daemon: Daemon, right: Tokens) -> None:
             assert list(client.generate(opening, sampled(index)).token_ids) == right.drawn[index]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [NO_CACHE, pytest.param(SMALLEST, marks=pytest.mark.slow)])
 def test_other_settings_change_nothing(variant: str, right: Tokens) -> None:
     with running(*FLOAT32, *VARIANTS[variant]) as daemon, daemon.client() as client:
         assert everything(client) == right

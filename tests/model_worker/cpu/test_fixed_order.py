@@ -14,6 +14,12 @@ from vibe_sgl_lite.model_worker.cpu.targets import runnable_targets
 LENGTH = 150
 # The best that this machine can execute, as it is built for use; and the others.
 BEST, *OTHERS = [target.name for target in runnable_targets()]
+FORMATS = [
+    pytest.param(torch.bfloat16, "none", id="bf16"),
+    pytest.param(torch.float32, "none", id="fp32", marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, "int8", id="int8", marks=pytest.mark.slow),
+    pytest.param(torch.float32, "int8", id="int8-fp32", marks=pytest.mark.slow),
+]
 TARGETS = [BEST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 
 
@@ -39,9 +45,8 @@ def surrounded(run: PagedRun, tokens: list[int], seed: int, largest: int, most_o
     return torch.cat(logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize(("dtype", "quantization"), FORMATS)
 def test_bits_are_the_same_in_any_surroundings(
     tmp_path: Path, target: str, dtype: torch.dtype, quantization: str
 ) -> None:
