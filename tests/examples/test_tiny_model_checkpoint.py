@@ -67,6 +67,7 @@ def test_saved_checkpoint_loads_with_identical_logits(kind: str, folder: Path, t
         assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
 
 
+@pytest.mark.slow
 @KINDS
 def test_a_few_steps_of_training_lower_the_loss(kind: str, folder: Path) -> None:
     model = new_model(kind, TOKENIZER, seed=0).train()  # type: ignore[arg-type]

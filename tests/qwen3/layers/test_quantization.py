@@ -204,7 +204,10 @@ def plain() -> Tiny:
     return Tiny("none")
 
 
-@pytest.mark.parametrize(("kind", "divergence", "agreement"), [("int8", 0.01, 0.94), ("int4", 0.08, 0.85)])
+@pytest.mark.parametrize(
+    ("kind", "divergence", "agreement"),
+    [pytest.param("int8", 0.01, 0.94, marks=pytest.mark.slow), ("int4", 0.08, 0.85)],
+)
 def test_the_embedded_model_still_knows_its_tasks(plain: Tiny, kind: str, divergence: float, agreement: float) -> None:
     quantised = Tiny(kind)
     prompts = closed_answer_prompts(20, seed=7)
