@@ -163,7 +163,10 @@ def compare_logits(folder: Path) -> None:
 
 def try_launch(folder: Path, base: Path, limit_s: float = START_S) -> str | None:
     """As `try_in_process`, with a real daemon, a request, and a look at what is left."""
-    flags = ("--model-path", str(folder), "--log-level", "error", "--num-threads", "1", "--max-total-tokens", "2048")
+    flags = (
+        *("--model-path", str(folder), "--log-level", "error", "--num-threads", "1", "--max-total-tokens", "2048"),
+        *("--port", "0"),  # daemons of one machine must not share one
+    )
     started = time.monotonic()
     with subprocess.Popen(
         [sys.executable, str(ROOT / "launch.py"), *flags],
