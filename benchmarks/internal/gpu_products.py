@@ -25,6 +25,7 @@ from triton.errors import TritonError
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/gpu_products.py` finds the packages
 
+from benchmarks.internal.gpu_kernels import seconds  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.fused_layers import TILES  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm, silu_multiply  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.product import (  # noqa: E402
@@ -116,20 +117,7 @@ class Case:
 
 def microseconds(work: Callable[[int], None]) -> float:
     """Of one layer."""
-    work(0)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for layer in range(LAYERS):
-            work(layer)
-    best = float("inf")
-    for _ in range(7):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        best = min(best, begin.elapsed_time(end) * 1e3 / LAYERS)
-    return best
+    return 1e6 * seconds(work, LAYERS)
 
 
 def compile_all(rows: list[int], jobs: int) -> None:

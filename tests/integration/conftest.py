@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.integration.daemon import Daemon, model_flags, running
 from vibe_sgl_lite import Client
@@ -34,3 +35,13 @@ def daemon(model: list[str]) -> Iterator[Daemon]:
 def client(daemon: Daemon) -> Iterator[Client]:
     with daemon.client() as client:
         yield client
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For an engine in the test's own process: threads that wait for each other on a busy machine take many times as
+    long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

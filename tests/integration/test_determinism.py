@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from random import Random
 from typing import Any
 
@@ -16,14 +15,7 @@ from vibe_sgl_lite.model_worker.ngram import NgramDrafter
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 
 ASKED = prompts(24)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sampling(number: int, new_tokens: int) -> ResolvedSampling:
