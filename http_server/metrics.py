@@ -42,6 +42,10 @@ OWN_COUNTERS = {
     "requests_resumed_total": ("requests_resumed", "Samples that went on after such a loss, or that of a process."),
     "num_retractions": ("retractions", "Requests taken back to the queue for want of pages."),
     "evicted_pages_total": ("evicted_pages", "Pages that the cache gave up."),
+    "disk_loaded_tokens_total": ("disk_cache_loaded_tokens", "Tokens whose KV was loaded from --cache-dir."),
+    "disk_stored_tokens_total": ("disk_cache_stored_tokens", "Tokens whose KV was stored there."),
+    "disk_evicted_tokens_total": ("disk_cache_evicted_tokens", "Tokens whose KV was removed there, for want of room."),
+    "disk_failed_tokens_total": ("disk_cache_failed_tokens", "Tokens whose KV could not be loaded or stored."),
     "requests_total": ("requests", "Requests that reached the scheduler."),
     "requests_refused_total": ("requests_refused", "Requests that were refused."),
     "sessions_lost_total": ("sessions_lost", "Clients that went away without a word."),
@@ -57,6 +61,8 @@ HISTOGRAMS = {
 OWN_GAUGES = {
     "kv_pages_free": "Pages nobody uses.",
     "kv_pages_cached": "Pages in the radix tree.",
+    "disk_pages": "Pages in --cache-dir that are whole.",
+    "disk_bytes": "What the files there take.",
     "radix_nodes": "Nodes of the radix tree.",
 }
 

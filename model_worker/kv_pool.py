@@ -7,7 +7,7 @@ whatever is written there is never read as anyone's context. Elements are of the
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 
 import torch
@@ -104,6 +104,41 @@ class KVPool:
         """The highest page so far that steps write to: memory for what may come behind it is made ready meanwhile."""
         if self._commit is not None:
             self._commit.reached(page)
+
+    @property
+    def page_bytes(self) -> int:
+        return self.data[0].numel() * self.data.element_size()
+
+    @property
+    def format(self) -> str:
+        """Of a page's bytes, in words."""
+        return f"{self.data.dtype} {tuple(self.data.shape[1:])}"
+
+    def copy_of(self, pages: Sequence[int]) -> Tensor:
+        """uint8 [page, bytes], on the pool's device: what these pages hold when all that is enqueued has run."""
+        copy = self.data.index_select(0, self._index(pages))
+        return copy.view(len(pages), -1).view(torch.uint8)
+
+    def host_memory(self, pages: Sequence[int]) -> Sequence[Tensor]:
+        """uint8 [bytes] a page, on the host, to be filled: where a CPU's pool has them, else new memory."""
+        if self.data.device.type == "cpu" and self.data.is_contiguous():
+            return [self.data[page].view(-1).view(torch.uint8) for page in pages]
+        pinned = self.data.device.type == "cuda"
+        return [*torch.empty((len(pages), self.page_bytes), dtype=torch.uint8, pin_memory=pinned)]
+
+    def filled(self, pages: Sequence[int], memory: Sequence[Tensor]) -> None:
+        """`host_memory` is filled: the pages hold it when this returns. From any thread; steps go on meanwhile."""
+        if self.data.device.type == "cpu" and self.data.is_contiguous():
+            return
+        stream = torch.cuda.Stream(self.data.device) if self.data.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            host = torch.stack(tuple(memory)).view(self.data.dtype).view(len(pages), *self.data.shape[1:])
+            self.data.index_copy_(0, self._index(pages), host.to(self.data.device, non_blocking=True))
+        if stream is not None:
+            stream.synchronize()
+
+    def _index(self, pages: Sequence[int]) -> Tensor:
+        return torch.tensor(pages, dtype=torch.int64).to(self.data.device, non_blocking=True)
 
     def keys(self, layer: int) -> Tensor:
         """[page, token, kv head, head dim], a view; codes in int8."""

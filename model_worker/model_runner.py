@@ -74,6 +74,7 @@ class ModelRunner:
         self.model = model
         self.pool = pool
         self.backend = compute.attention(pool)
+        self.compute_name = compute.name.split(",")[0]
         self.device = compute.device
         self.graphs = graphs = compute.graphs
         self.timer = timer

@@ -25,6 +25,7 @@ from vibe_sgl_lite.model_worker.memory_plan import plan_memory
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
 from vibe_sgl_lite.model_worker.ngram import NgramDrafter
 from vibe_sgl_lite.model_worker.nodes import init_parallel_nodes, relay_group
+from vibe_sgl_lite.model_worker.page_files import PageFiles
 from vibe_sgl_lite.model_worker.parallel import init_parallel, join_peers
 from vibe_sgl_lite.model_worker.pending_step import PendingStep
 from vibe_sgl_lite.model_worker.rank_digest import RankDigest
@@ -39,7 +40,16 @@ from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.launcher.child import HEARTBEAT_S, Child, PipelineSpec, run_child
 from vibe_sgl_lite.runtime.launcher.spawn import RANK_PREFIX
-from vibe_sgl_lite.runtime.messages import ForwardBatch, RankInput, RankReady, Shutdown, StepResult, StepTimes, StopRank
+from vibe_sgl_lite.runtime.messages import (
+    ForwardBatch,
+    PageMoves,
+    RankInput,
+    RankReady,
+    Shutdown,
+    StepResult,
+    StepTimes,
+    StopRank,
+)
 from vibe_sgl_lite.runtime.settings.address import split_host_port
 from vibe_sgl_lite.runtime.settings.machine import usable_cores
 from vibe_sgl_lite.runtime.settings.server_args import flag_name
@@ -79,6 +89,13 @@ def main(child: Child) -> None:
     if timer is not None:
         parallel = time_collectives(parallel, timer)
     runner = build_runner(spec, parallel, device, child.heartbeat, timer or NO_TIMER)
+    results = spec.endpoints.results
+    files = None
+    if args.cache_dir is not None:
+        folder = Path(args.cache_dir)
+        files = PageFiles(
+            folder, runner.pool, runner.device, rank, args.tp, lambda: Sender(child.context, results).send
+        )
     try:
         runner.warm_up()
     except torch.OutOfMemoryError as error:
@@ -87,7 +104,12 @@ def main(child: Child) -> None:
         timer.mark(OTHER)
         timer.take()  # a profile begins with the first request
     if outbox is not None:
-        outbox.send(RankReady(runner.pool.num_pages, spec.device, spec.dtype, spec.endpoints.epoch))
+        outbox.send(
+            RankReady(
+                runner.pool.num_pages, spec.device, spec.dtype, spec.endpoints.epoch, runner.pool.page_bytes,
+                f"{runner.compute_name}: {runner.pool.format}",
+            )
+        )  # fmt: skip
     child.ready()
     digest = RankDigest(parallel.tp, device) if args.debug_rank_digest else None
     steps = StepPipeline(runner, (lambda _: None) if outbox is None else lambda r: outbox.send(r), digest)
@@ -95,8 +117,10 @@ def main(child: Child) -> None:
         assert relay is not None
         _follow(child, steps, relay)
     else:
-        _serve(child, steps, inbox, relay)
+        _serve(child, steps, inbox, relay, files)
         inbox.close()
+    if files is not None:
+        files.close()
     if outbox is not None:
         outbox.close()
 
@@ -303,7 +327,13 @@ class StepPipeline:
         self.timer.mark(OTHER)
 
 
-def _serve(child: Child, steps: StepPipeline, inbox: Receiver[RankInput], relay: BatchRelay | None) -> None:
+def _serve(
+    child: Child,
+    steps: StepPipeline,
+    inbox: Receiver[RankInput],
+    relay: BatchRelay | None,
+    files: PageFiles | None,
+) -> None:
     """Run the scheduler's batches until StopRank, and pass them on. Sleeps in a poll while there is nothing to do.
 
     The launcher's Shutdown alone ends the loop a little later: the scheduler gets one too, and its StopRank comes after
@@ -337,6 +367,10 @@ def _serve(child: Child, steps: StepPipeline, inbox: Receiver[RankInput], relay:
             raise RuntimeError("a batch from the scheduler could not be decoded")
         if message.epoch != child.spec.endpoints.epoch:
             continue
+        if isinstance(message, PageMoves):
+            assert files is not None
+            files.take(message)
+            continue
         timer.mark("relay")
         if relay is not None:
             relay.send(msgspec.msgpack.encode(message))
@@ -360,6 +394,7 @@ def _follow(child: Child, steps: StepPipeline, relay: BatchRelay) -> None:
         message = decoder.decode(frame)
         if isinstance(message, StopRank):
             return
+        assert isinstance(message, ForwardBatch)
         steps.launch(message)
 
 

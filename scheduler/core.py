@@ -35,6 +35,8 @@ from vibe_sgl_lite.runtime.messages import (
     ErrorInfo,
     Finish,
     ForwardBatch,
+    PageMoves,
+    PagesMoved,
     RequestRejected,
     StepResult,
     unpack_ids,
@@ -43,6 +45,7 @@ from vibe_sgl_lite.scheduler.admission import NewTokenRatio
 from vibe_sgl_lite.scheduler.batch import Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.cost import CostModel
+from vibe_sgl_lite.scheduler.disk_tier import DiskTier, TierContents
 from vibe_sgl_lite.scheduler.histogram import Histogram
 from vibe_sgl_lite.scheduler.observer import Call, SchedulerObserver
 from vibe_sgl_lite.scheduler.planner import StepPlanner
@@ -179,6 +182,32 @@ class Scheduler:
                     self._results.end(request, Finish("error", error=error), outputs)
         return outputs
 
+    # ---------------------------------------------------------------------------------------------- pages on the disk
+
+    @observed
+    def open_tier(self, contents: TierContents, now: float) -> None:
+        """The ranks, which have run nothing yet, can store pages and load those of `contents`."""
+        state = self.state
+        assert state.has_ranks
+        assert state.tier is None
+        state.open_tier(DiskTier(contents, state.memory, self.cost, state.tier_counts, state.epoch))
+
+    def has_moves(self, now: float) -> bool:
+        return self.state.tier is not None and self.state.tier.has_moves(now)
+
+    @observed
+    def moves(self, now: float) -> list[PageMoves]:
+        """What the ranks have to be told before the step that was scheduled last; if `has_moves`."""
+        assert self.state.tier is not None
+        return self.state.tier.moves(now)
+
+    @observed
+    def pages_moved(self, answer: PagesMoved, now: float) -> None:
+        """A rank has done what `moves` told it."""
+        state = self.state
+        if answer.epoch == state.epoch and state.tier is not None and state.tier.answered(answer):
+            state.num_released += 1
+
     # --------------------------------------------------------------------------------------------------------- steps
 
     def schedule(self, now: float) -> ForwardBatch | None:
@@ -228,8 +257,8 @@ class Scheduler:
 
     @property
     def winding_down(self) -> bool:
-        """No request is there any more, only steps in flight whose results nobody waits for."""
-        return not self.state.requests and bool(self.state.in_flight)
+        """No request is there any more, only steps and pages in flight that nobody waits for."""
+        return not self.state.requests and bool(self.state.in_flight or self.state.memory.num_loading)
 
     @property
     def client_requests(self) -> list[int]:
@@ -238,8 +267,8 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """No request is there and no step in flight."""
-        return not self.state.requests and not self.state.in_flight
+        """No request is there and nothing in flight."""
+        return not (self.state.requests or self.state.in_flight or self.state.memory.num_loading)
 
     def _too_long(self, prompt_tokens: int, max_new_tokens: int) -> ErrorInfo | None:
         """Why the empty pool could not hold such a request; the last token needs no place."""
@@ -263,8 +292,15 @@ class Scheduler:
 
     @observed
     def flush_cache(self, now: float) -> int | None:
-        """Empty the radix cache; returns the pages freed. None: refused, requests run, wait or are winding down."""
-        return self.state.memory.cache.flush() if self.idle else None
+        """Empty the radix cache, and the folder behind it; returns the pages freed.
+
+        None: refused, requests run, wait or are winding down.
+        """
+        if not self.idle:
+            return None
+        if self.state.tier is not None:
+            self.state.tier.forget_all()
+        return self.state.memory.cache.flush()
 
     def snapshot(self) -> Snapshot:
         """For a person who watches."""
@@ -272,7 +308,8 @@ class Scheduler:
 
     def stats(self) -> dict[str, int | float | str | bool]:
         """Counters and gauges; pages and tokens as counts."""
-        state, memory = self.state, self.state.memory
+        state, memory, disk = self.state, self.state.memory, self.state.tier_counts
+        tier = state.tier
         return {
             "kv_pages_total": memory.num_pages,
             "kv_pages_free": memory.allocator.num_free,
@@ -301,4 +338,11 @@ class Scheduler:
             "steps_in_flight": len(state.in_flight),
             "ranks_ready": state.has_ranks,
             "new_token_ratio": self._ratio.value,
+            "disk_pages": 0 if tier is None else tier.num_pages,
+            "disk_bytes": 0 if tier is None else tier.used,
+            "disk_stores": tier is not None and not tier.problem,
+            "disk_loaded_tokens_total": disk.loaded * memory.page_size,
+            "disk_stored_tokens_total": disk.stored * memory.page_size,
+            "disk_evicted_tokens_total": disk.evicted * memory.page_size,
+            "disk_failed_tokens_total": disk.failed * memory.page_size,
         }

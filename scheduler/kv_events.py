@@ -49,7 +49,7 @@ Event = BlockStored | BlockRemoved | AllBlocksCleared
 
 
 class KvEvents:
-    """Gathers what the radix cache tells (`RadixCache.watcher`) until `take`."""
+    """Gathers what the radix cache tells (`RadixCache.watchers`) until `take`."""
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size

@@ -1,8 +1,8 @@
 """KV memory as requests use it: the page allocator and the radix cache behind one door.
 
-A page is in exactly one place: free, in the radix tree, private to one request, or *deferred*: given up while a step in
-flight may still read it, and free once that step's result is in. `available` counts what can be had now: free pages and
-tree pages that no lock protects.
+A page is in exactly one place: free, in the radix tree, private to one request, *loading*: being filled from a slower
+tier, or *deferred*: given up while a step in flight may still read it, and free once that step's result is in.
+`available` counts what can be had now: free pages and tree pages that no lock protects.
 
 Pages promised to requests that must not be retracted again (`Request.reserved_pages`) are set aside: `spare` is what
 the others may take.
@@ -65,6 +65,7 @@ class KVMemory:
         self.cache = RadixCache(page_size, self.allocator.free)
         self.reserved = 0
         self.num_deferred = 0
+        self.num_loading = 0
         self._deferred: deque[tuple[int, array[int]]] = deque()
         self._evict_batch = min(EVICT_BATCH, num_pages // 64)
 
@@ -88,7 +89,7 @@ class KVMemory:
         assert request.node is None
         if not request.uses_cache:
             return
-        request.node, request.pages = self.cache.match(request.cache_salt, request.tokens, self._readable(request))
+        request.node, request.pages = self.cache.match(request.cache_salt, request.tokens, self.readable(request))
         self.cache.lock(request.node)
         request.num_shared_pages = len(request.pages)
         request.num_computed_tokens = len(request.pages) * self.page_size
@@ -118,12 +119,21 @@ class KVMemory:
         """Tokens that `attach` would find for a waiting request. Changes nothing; looked up anew only if need be."""
         if request.cached_version != self.cache.version:
             request.cached_version = self.cache.version
-            request.cached_depth = self.cache.match_length(request.cache_salt, request.tokens, self._readable(request))
+            request.cached_depth = self.cache.match_length(request.cache_salt, request.tokens, self.readable(request))
         return request.cached_depth
 
     def locate(self, request: Request) -> RadixNode | None:
         """The tree node in which a waiting request's cached prefix ends; None without one. Changes nothing."""
-        return self.cache.locate(request.cache_salt, request.tokens, self._readable(request))[0]
+        return self.cache.locate(request.cache_salt, request.tokens, self.readable(request))[0]
+
+    @staticmethod
+    def readable(request: Request) -> int:
+        """How many of its tokens it may take from the cache: all but one, which must be computed to sample.
+
+        Logprobs of the prompt need every hidden state; once they are told, a resumed request may read the cache.
+        """
+        recomputes = request.prompt_logprobs is not None and request.num_generated == 0
+        return 0 if recomputes or not request.uses_cache else request.num_tokens - 1
 
     # --------------------------------------------------------------------------------------------- pages come and go
 
@@ -203,6 +213,25 @@ class KVMemory:
             self.num_deferred -= len(pages)
             self.allocator.free(pages)
 
+    def begin_load(self, request: Request, depth: int, count: int) -> tuple[RadixNode, array[int]]:
+        """`count` pages for what follows the `depth` tokens of a request that are in the tree, to be filled by somebody
+        else; and the node below which they belong, locked. The caller has checked `spare` for all the request's pages.
+        """
+        node, above = self.cache.match(request.cache_salt, request.tokens, depth)
+        assert len(above) * self.page_size == depth
+        self.cache.lock(node)
+        self.num_loading += count
+        return node, array("i", self._take(count))
+
+    def end_load(self, node: RadixNode, key: bytes, pages: array[int], good: int) -> None:
+        """They are filled: the first `good` of them, which hold the tokens `key`, go into the tree, the rest are free.
+        Some may have been computed meanwhile."""
+        held = self.cache.insert(node, key, pages[:good])[1]
+        self.cache.unlock(node)
+        self.num_loading -= len(pages)
+        self.allocator.free(mine for mine, theirs in zip(pages, held, strict=False) if mine != theirs)
+        self.allocator.free(pages[good:])
+
     def reserve(self, request: Request) -> None:
         """Set aside all that the request can still need."""
         assert request.slot != NO_SLOT
@@ -226,7 +255,7 @@ class KVMemory:
         self.cache.clear()
         self.allocator.reset(self.num_pages)
         self._deferred.clear()
-        self.num_deferred = 0
+        self.num_deferred = self.num_loading = 0
         for request in holders:
             self.unreserve(request)
             request.node = None
@@ -245,12 +274,3 @@ class KVMemory:
         request.pages = array("i")
         request.num_shared_pages = 0
         request.num_computed_tokens = 0
-
-    @staticmethod
-    def _readable(request: Request) -> int:
-        """How many of its tokens it may take from the cache: all but one, which must be computed to sample.
-
-        Logprobs of the prompt need every hidden state; once they are told, a resumed request may read the cache.
-        """
-        recomputes = request.prompt_logprobs is not None and request.num_generated == 0
-        return 0 if recomputes or not request.uses_cache else request.num_tokens - 1

@@ -10,7 +10,8 @@ from typing import Any, Literal, Protocol
 from vibe_sgl_lite.scheduler.batch import Step
 
 Call = Literal[
-    "add", "abort", "stop_matched", "expire", "plan", "complete", "lose_ranks", "ranks_ready", "flush_cache"
+    "add", "abort", "stop_matched", "expire", "plan", "complete", "lose_ranks", "ranks_ready", "flush_cache",
+    "open_tier", "moves", "pages_moved",
 ]  # fmt: skip
 
 

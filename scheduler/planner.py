@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from vibe_sgl_lite.scheduler.admission import NewTokenRatio
 from vibe_sgl_lite.scheduler.batch import PrefillChunk, Step
@@ -23,6 +24,7 @@ from vibe_sgl_lite.scheduler.request import NO_SLOT, Request
 from vibe_sgl_lite.scheduler.speculation import Speculation
 from vibe_sgl_lite.scheduler.state import SchedulerState
 
+LOADED_AHEAD = 4  # waiting requests, by arrival, for whom pages are loaded before it is their turn
 RETRY_STEPS = 8  # admission that found no memory is tried again when something has changed, or after so many steps
 
 
@@ -70,8 +72,11 @@ class StepPlanner:
             self._continue_prefill(blocked=not decode and not state.in_flight)
         if not stalled and self._may_admit:
             self._admit(self._order(now), now)
+        for request in islice(state.waiting, LOADED_AHEAD) if state.tier is not None else ():
+            self._waits_for_pages(request, now)
         if not decode and not self._chunks:
-            assert state.in_flight or not state.requests, "requests are there, nothing is in flight, and nothing runs"
+            comes = state.in_flight or state.memory.num_loading
+            assert comes or not state.requests, "requests are there, nothing is in flight, and nothing runs"
             return None
 
         for chunk in self._chunks:
@@ -276,7 +281,7 @@ class StepPlanner:
             if request.slot != NO_SLOT:
                 return  # just retracted, and its last token is still in flight: others must not take its place
             depth = state.memory.cached_length(request)
-            if state.leaders.should_wait(request, depth):
+            if state.leaders.should_wait(request, depth) or self._waits_for_pages(request, now):
                 continue
             if not state.free_slots:
                 self._preempt(request)
@@ -295,6 +300,16 @@ class StepPlanner:
             if not self._add_chunk(request):
                 raise AssertionError(f"{request} was admitted without room for a token")
             to_come += self._ratio.pages_to_come((request,), state.memory)
+
+    def _waits_for_pages(self, request: Request, now: float) -> bool:
+        """Whether more of a waiting request's prefix is being loaded, or begins to be."""
+        state, memory = self._state, self._state.memory
+        if state.tier is None or request.slot != NO_SLOT:
+            return False
+        depth = memory.cached_length(request)
+        return state.tier.wait_for(
+            request, depth, lambda: memory.spare - self._ratio.pages_to_come(self._running(), memory), now
+        )
 
     def _preempt(self, candidate: Request) -> None:
         """Retract whom the policy names, one at a time; what it gives up is there when its step is done."""

@@ -26,6 +26,7 @@ from vibe_sgl_lite.runtime.messages import (
     AddRequest,
     ClientsLost,
     ErrorInfo,
+    PagesMoved,
     RankOutput,
     RankReady,
     RanksLost,
@@ -39,6 +40,7 @@ from vibe_sgl_lite.runtime.messages import (
     StopRank,
 )
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
+from vibe_sgl_lite.scheduler.cache_folder import CacheFolder
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.core import Scheduler
 from vibe_sgl_lite.scheduler.kv_events import KvEventPublisher, KvEvents
@@ -122,6 +124,7 @@ class SchedulerProcess:
         self._shutdown = False
         self._hung = False
         self._gathers = spec.device == "cpu"
+        self._folder = CacheFolder(spec, child.heartbeat) if spec.args.cache_dir is not None else None
         self._last_result_at = 0.0
 
     # ----------------------------------------------------------------------------------------------------------- ranks
@@ -185,13 +188,20 @@ class SchedulerProcess:
     def tell_routers(self, core: Scheduler, address: str) -> None:
         """Publish what enters and leaves the prefix cache (--kv-events). Raises ConfigError."""
         args = self.child.spec.args
-        events = core.state.memory.cache.watcher = KvEvents(self.child.spec.page_size)
+        events = KvEvents(self.child.spec.page_size)
+        core.state.memory.cache.watchers.append(events)
         topic = f"kv@{args.host}:{args.port}@{args.served_model_name or self.child.spec.model_name}"
         try:
             self.kv_events = KvEventPublisher(self.child.context, address, args.kv_events_replay, topic, events)
         except zmq.ZMQError as error:
             where = address if args.kv_events_replay is None else f"{address} or {args.kv_events_replay}"
             raise ConfigError(f"--kv-events {where}: {error.strerror}; choose another", field="kv_events") from error
+
+    def open_folder(self, core: Scheduler, ready: RankReady) -> None:
+        """Ranks have come: with `--cache-dir`, they have what the folder has."""
+        contents = self._folder.contents(ready) if self._folder is not None else None
+        if contents is not None:
+            core.open_tier(contents, time.monotonic())
 
     def _launcher(self, core: Scheduler | None) -> list[Outputs]:
         """A heartbeat to the launcher, and what it commands. core: None before the first ranks are ready."""
@@ -219,6 +229,10 @@ class SchedulerProcess:
             if isinstance(message, StepResult):
                 self._last_result_at = now
                 outputs.append(core.complete(message, now))
+            elif isinstance(message, PagesMoved):
+                core.pages_moved(message, now)
+                if message.error and self._folder is not None:
+                    self._folder.cannot_store(message.error)
             elif message.epoch == self.epoch:
                 log.info(
                     "the ranks are back, with %d KV pages; %d requests go on",
@@ -226,6 +240,7 @@ class SchedulerProcess:
                     len(core.client_requests),
                 )
                 outputs.append(core.ranks_ready(message.kv_pages, now))
+                self.open_folder(core, message)
         return outputs
 
     def _take_inputs(self, core: Scheduler, outputs: list[Outputs]) -> None:
@@ -257,10 +272,15 @@ class SchedulerProcess:
                     self.tokenizer_manager.send(self._answer(core, message))
 
     def _send_steps(self, core: Scheduler) -> None:
-        while (batch := core.schedule(time.monotonic())) is not None:
-            frame = self._encoder.encode(batch)
-            for rank in self.ranks:
-                rank.send_bytes(frame)
+        while True:
+            batch = core.schedule(time.monotonic())
+            moves = core.moves(time.monotonic()) if core.has_moves(time.monotonic()) else []
+            for message in (*moves, *([] if batch is None else [batch])):
+                frame = self._encoder.encode(message)
+                for rank in self.ranks:
+                    rank.send_bytes(frame)
+            if batch is None:
+                return
 
     def _tell(self, outputs: Outputs) -> None:
         for opened in outputs.opens:
@@ -315,6 +335,7 @@ def main(child: Child) -> None:
             )  # fmt: skip
         args = child.spec.args
         core = make_core(make_config(child.spec, ready), args.trace, args.profile)
+        process.open_folder(core, ready)
         if args.kv_events is not None:
             process.tell_routers(core, args.kv_events)
         child.ready(kv_pages=ready.kv_pages, device=ready.device, dtype=ready.dtype, page_size=child.spec.page_size)

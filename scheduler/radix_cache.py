@@ -70,7 +70,7 @@ class RadixCache:
         self.num_evicted = 0  # pages given back so far
         self.num_nodes = 0  # without the roots
         self.version = 0  # changes whenever a match could have another length
-        self.watcher: CacheWatcher | None = None
+        self.watchers: list[CacheWatcher] = []
         self._page_bytes = page_size * TOKEN_BYTES
         self._release = release
         self._roots: dict[Hashable, RadixNode] = {}
@@ -146,8 +146,8 @@ class RadixCache:
                 self.version += 1
                 child.last_access = self._access
                 self._queue(child)
-                if self.watcher is not None:
-                    self.watcher.stored(child)
+                for watcher in self.watchers:
+                    watcher.stored(child)
                 common = end - at
             else:
                 common = self._common(child.key, key, at, end - at)
@@ -207,8 +207,8 @@ class RadixCache:
         """Forget every page, locked or not, and release none: what they held is gone."""
         self._roots.clear()
         self._heap.clear()
-        if self.watcher is not None:
-            self.watcher.cleared()
+        for watcher in self.watchers:
+            watcher.cleared()
         self.num_cached = self.num_evictable = self.num_nodes = 0
         self.version += 1
 
@@ -294,8 +294,8 @@ class RadixCache:
         assert parent is not None
         count = min(count, len(node.pages))
         keep = len(node.pages) - count
-        if self.watcher is not None:
-            self.watcher.removed(node.pages[keep:])
+        for watcher in self.watchers:
+            watcher.removed(node.pages[keep:])
         self._release(node.pages[keep:])
         self.num_cached -= count
         self.num_evictable -= count

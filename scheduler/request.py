@@ -61,6 +61,12 @@ class Request:
     cached_version: int = -1  # KVMemory.cached_length: the cache's version when it was looked up
     cached_depth: int = 0
 
+    # For scheduler/disk_tier.py: the root's key and those of its first pages; at which depth it began to wait for pages
+    # to be loaded, and until when it does.
+    page_keys: list[bytes] | None = None
+    load_depth: int = -1
+    load_until: float = 0.0
+
     cached_tokens: int = -1  # unknown until it first gets a slot
     retractions: int = 0
     guaranteed: bool = False  # retracted so often that it now runs with its whole need reserved

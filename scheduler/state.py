@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 from vibe_sgl_lite.scheduler.batch import BatchBuilder, Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
+from vibe_sgl_lite.scheduler.disk_tier import DiskTier, TierCounts
 from vibe_sgl_lite.scheduler.fairness import FairShares
 from vibe_sgl_lite.scheduler.histogram import Histogram
 from vibe_sgl_lite.scheduler.memory import KVMemory
@@ -74,6 +75,8 @@ class SchedulerState:
         self.memory = KVMemory(config.num_pages, config.page_size)
         self.epoch = config.epoch
         self.has_ranks = True
+        self.tier: DiskTier | None = None
+        self.tier_counts = TierCounts()
         self.builder = BatchBuilder(config.epoch)
         self.leaders = PrefixLeaders(config.page_size)
         self.shares = FairShares()
@@ -135,8 +138,16 @@ class SchedulerState:
         self.prefilling[request.uid] = request
         self.builder.take_slot(request)
         self.leaders.begin(request)
+        if self.tier is not None:
+            self.tier.used_by(request)
+            request.page_keys = None
         if request.guaranteed:
             self.memory.reserve(request)
+
+    def open_tier(self, tier: DiskTier) -> None:
+        """Ranks that have run nothing yet work with it."""
+        self.tier = tier
+        self.memory.cache.watchers.append(tier)
 
     def retract(self, request: Request) -> None:
         """Take the slot and pages of a running request; it waits again and resumes with all it has generated."""
@@ -193,6 +204,9 @@ class SchedulerState:
                 request.losses = 1 if gained else request.losses + 1
                 request.tokens_at_loss = request.num_tokens
         self.memory.lose(holders.values())
+        if self.tier is not None:
+            self.memory.cache.watchers.remove(self.tier)
+            self.tier = None
         for place in (self.prefilling, self.decoding, self.ending, self.leaving):
             place.clear()
         for request in holders.values():

@@ -18,7 +18,7 @@ ENGINE = ("launch", PACKAGE, *FOLDERS)
 SETTINGS = {"runtime.errors", "runtime.logs", "runtime.settings"}
 MESSAGES = SETTINGS | {"runtime.messages"}
 TRANSPORT = MESSAGES | {"runtime.transport"}
-LAUNCHER = TRANSPORT | {"runtime.launcher"}
+LAUNCHER = TRANSPORT | {"runtime.launcher", "runtime.page_folder"}
 # Each part and what else of ours it may import. The longest part that a module's name begins with counts.
 MAY_IMPORT: dict[str, set[str]] = {
     "launch": {"runtime"},
@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime.logs": set(),
     "runtime.chrome_trace": {"runtime.errors", "runtime.observer_file"},
     "runtime.observer_file": set(),
+    "runtime.page_folder": {"runtime.errors"},
     "runtime.settings": SETTINGS,
     "runtime.messages": SETTINGS,
     "runtime.transport": MESSAGES,

@@ -24,6 +24,7 @@ from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.launcher.spawn import ChildSpec, pipeline_children
 from vibe_sgl_lite.runtime.launcher.spec import make_spec, threads_per_rank
 from vibe_sgl_lite.runtime.launcher.watch import DRAIN_S, HEARTBEAT_LOST_S, Facts, Watch
+from vibe_sgl_lite.runtime.page_folder import FolderClaim
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
 from vibe_sgl_lite.runtime.transport.rundir import RunDir
@@ -93,6 +94,8 @@ class Pipeline:
             run = cleanup.enter_context(
                 RunDir(self.args.name, self.args.address, encrypted=bool(self.args.client_keys))
             )
+            if self.args.cache_dir is not None:
+                cleanup.enter_context(FolderClaim(self.args.cache_dir))
             endpoints = Endpoints(directory=str(run.inner), api=run.address)
             self._spec = make_spec(self.args, endpoints)
             try:

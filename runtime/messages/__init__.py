@@ -83,6 +83,8 @@ from vibe_sgl_lite.runtime.messages.ranks import (
     FailedRow as FailedRow,
     ForwardBatch as ForwardBatch,
     NewSlot as NewSlot,
+    PageMoves as PageMoves,
+    PagesMoved as PagesMoved,
     RankInput as RankInput,
     RankOutput as RankOutput,
     RankReady as RankReady,

@@ -74,13 +74,33 @@ class ForwardBatch(Message, frozen=True):
     epoch: int = 0
 
 
+class PageMoves(Message, frozen=True):
+    """Pages to copy between the pool and the folder of `--cache-dir`; every rank copies its part of each, in the order
+    of all messages: what is stored is what the pages hold between the steps before and after. A loaded page is not in
+    use by anybody until all ranks have answered.
+
+    number: of the answers, one `PagesMoved` a rank. store, load: 32 bytes a key, and as many pages in store_pages or
+    load_pages, int32 bytes. remove: names of files, for rank 0. touch: keys that were used, the last of them last, for
+    the order in which a later start finds them; a message of these alone has number -1 and no answer.
+    """
+
+    number: int
+    store: bytes = b""
+    store_pages: bytes = b""
+    load: bytes = b""
+    load_pages: bytes = b""
+    remove: list[str] = msgspec.field(default_factory=list)
+    touch: bytes = b""
+    epoch: int = 0
+
+
 class StopRank(Message, frozen=True):
     """Scheduler -> rank: leave the loop and exit 0."""
 
     epoch: int = 0
 
 
-RankInput = ForwardBatch | StopRank
+RankInput = ForwardBatch | PageMoves | StopRank
 
 
 class FailedRow(msgspec.Struct, array_like=True, frozen=True):
@@ -147,13 +167,31 @@ class StepResult(Message, frozen=True):
 class RankReady(Message, frozen=True):
     """Rank 0 -> scheduler, once an epoch, after the weights are loaded and the KV pool stands on all ranks.
 
-    kv_pages: usable pages, ids 0..kv_pages-1; the padding page is not among them.
+    kv_pages: usable pages, ids 0..kv_pages-1; the padding page is not among them. page_bytes: of a page on one rank.
+    kv_format: what its bytes mean and how they were computed, beyond the model and the settings.
     """
 
     kv_pages: int
     device: str
     dtype: str
     epoch: int = 0
+    page_bytes: int = 0
+    kv_format: str = ""
 
 
-RankOutput = RankReady | StepResult
+class PagesMoved(Message, frozen=True):
+    """A rank -> scheduler: what came of a `PageMoves`.
+
+    failed: int32 bytes, which of the keys; a page that failed to load holds anything. seconds: that it took.
+    error: why nothing can be stored any more, for a person.
+    """
+
+    number: int
+    rank: int = 0
+    failed: bytes = b""
+    seconds: float = 0.0
+    error: str = ""
+    epoch: int = 0
+
+
+RankOutput = RankReady | StepResult | PagesMoved

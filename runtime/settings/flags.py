@@ -254,6 +254,16 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         group=MEMORY,
         like=("enable_prefix_caching", "no_enable_prefix_caching"),
     )] = False
+    cache_dir: Annotated[str | None, Spec(
+        "folder that keeps the prefix cache on disk, so that a restart finds prompts and conversations again",
+        "One engine at a time. What is in it tells of prompts. See [the tier on disk](scheduling.md#the-tier-on-disk).",
+        unset="the cache ends with the engine", group=MEMORY, path=True,
+        like=("hicache_storage_backend", "kv_transfer_config", "local_disk", "slot_save_path"),
+    )] = None
+    cache_dir_size: Annotated[float, Spec(
+        "what the files in `--cache-dir` may take; the least recently used ones are removed",
+        unit="GB", group=MEMORY, low=0, high=1_000_000, above_low=True, aliases=("max_local_disk_size",),
+    )] = 10.0
     disable_overlap: Annotated[bool, Spec(
         "plan a step only when the result of the one before it is back: slower, and simpler to debug",
         group=MEMORY, aliases=("disable_overlap_schedule",),

@@ -71,6 +71,11 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files that are read, in an order that depends on nothing but the folder. Raises WeightsError."""
+    return _choose(folder)[0]
+
+
 def unread_files(folder: Path) -> list[str]:
     """Names of safetensors files that lie in `folder` and are no part of its checkpoint."""
     used = {path.name for path in _choose(folder)[0]}

@@ -44,6 +44,10 @@ class ServerArgs(Flags, kw_only=True, frozen=True, forbid_unknown_fields=True):
                 "--deterministic is for a CPU, for at most --tp 2, and not for --quantization int4",
                 field="deterministic",
             )
+        if self.cache_dir is not None and self.disable_radix_cache:
+            raise _bad("cache_dir", self.cache_dir, "keeps the prefix cache, which --disable-radix-cache turns off")
+        if self.cache_dir is not None and self.nnodes > 1:
+            raise _bad("cache_dir", self.cache_dir, "is for one machine: leave it out, or --nnodes")
         if self.quantization in ("int8", "int4") and self.device == "cuda":
             raise _bad("quantization", self.quantization, "runs on CPU only: use fp8, or --device cpu, or leave it out")
         if self.quantization == "fp8" and self.device == "cpu":

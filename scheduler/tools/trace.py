@@ -15,10 +15,11 @@ from typing import Any
 import msgspec
 
 from vibe_sgl_lite.runtime.errors import ConfigError
-from vibe_sgl_lite.runtime.messages import AddRequest, Message, StepResult
+from vibe_sgl_lite.runtime.messages import AddRequest, Message, PagesMoved, StepResult
 from vibe_sgl_lite.runtime.observer_file import ObserverFile
 from vibe_sgl_lite.scheduler.batch import Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
+from vibe_sgl_lite.scheduler.disk_tier import TierContents
 from vibe_sgl_lite.scheduler.observer import Call
 
 TRACE_VERSION = 2
@@ -35,7 +36,7 @@ class Event(Message, frozen=True):
     """A call of the core: its arguments by position, and a digest of its decision."""
 
     call: Call
-    args: tuple[AddRequest | StepResult | int | float, ...]
+    args: tuple[AddRequest | StepResult | PagesMoved | TierContents | int | float, ...]
     digest: bytes
 
 

@@ -11,6 +11,7 @@ SCHEDULER_EXAMPLES and SCHEDULER_RULES make longer runs.
 from __future__ import annotations
 
 import os
+import random
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -28,6 +29,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.scheduler.fake_folder import FakeFolder
 from tests.scheduler.harness import VOCAB, Harness, config, reference, request
 from vibe_sgl_lite.runtime.messages import AddRequest, StepResult, TokenOutput, pack_ids, unpack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import Pooling
@@ -62,6 +64,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         draft_tokens=st.sampled_from([0, 0, 1, 4]),
         fairness=st.booleans(),
         late=st.sampled_from([0, 0, 0.3]),
+        folder_pages=st.sampled_from([0, 0, 1, 5, 30, 1000]),
+        folder_ranks=st.sampled_from([1, 2]),
+        folder_fails=st.sampled_from([0, 0, 0.2]),
         seed=st.integers(0, 2**32),
     )
     def begin(
@@ -77,8 +82,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         draft_tokens: int,
         fairness: bool,
         late: float,
+        folder_pages: int,
+        folder_ranks: int,
+        folder_fails: float,
         seed: int,
     ) -> None:
+        folder = None
+        if folder_pages and radix_cache:
+            folder = FakeFolder(random.Random(seed), folder_pages, folder_ranks, folder_fails)
         self.harness = Harness(
             config(
                 page_size=page_size,
@@ -96,6 +107,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             poison=POISON,
             seed=seed,
             late=late,
+            folder=folder,
         )
         self.uid = 0
 
@@ -173,6 +185,18 @@ class SchedulerMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.harness.expire(self.harness.now + seconds)
 
+    @precondition(lambda self: self.harness.folder is not None)
+    @rule(count=st.integers(1, 5))
+    def answers(self, count: int) -> None:
+        for _ in range(count):
+            self.harness.answer()
+
+    @precondition(lambda self: self.harness.folder is not None)
+    @rule()
+    def files_are_lost(self) -> None:
+        assert self.harness.folder is not None
+        self.harness.folder.lose_some()
+
     @precondition(lambda self: self.uid)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -227,9 +251,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def flush(self) -> None:
         scheduler = self.harness.scheduler
         freed = scheduler.flush_cache(0.0)
-        assert (freed is None) == bool(self.harness.live() or self.harness.due())
+        loading = scheduler.state.memory.num_loading
+        assert (freed is None) == bool(self.harness.live() or self.harness.due() or loading)
         if freed is not None:
             assert scheduler.stats()["kv_pages_free"] == self.num_pages
+            assert scheduler.stats()["disk_pages"] == 0
 
     @invariant()
     def pages_add_up(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from tests.scheduler.fake_folder import FakeFolder, FakeMover, over_the_wire
 from vibe_sgl_lite.runtime.messages import (
     AddRequest,
     FailedRow,
@@ -281,6 +282,10 @@ def check_pages(scheduler: Scheduler, rank: FakeRank | None = None) -> None:
         places += holder.pages[holder.num_shared_pages :]
     for _, pages in memory._deferred:
         places += pages
+    loads = [] if state.tier is None else [move for move in state.tier._moves.values() if move.kind == "load"]
+    for load in loads:
+        places += load.pages
+    assert memory.num_loading == sum(len(load.pages) for load in loads)
     assert sorted(places) == list(range(memory.num_pages)), "a page is lost or in two places"
 
     locked = {id(node): 0 for node in nodes}
@@ -292,6 +297,11 @@ def check_pages(scheduler: Scheduler, rank: FakeRank | None = None) -> None:
             walk = walk.parent
         shared = [page for node in reversed(path) for page in node.pages]
         assert shared == list(holder.pages[: holder.num_shared_pages]), "the shared pages are not the node's path"
+    for load in loads:
+        walk = load.node
+        while walk is not None and walk.parent is not None:
+            locked[id(walk)] += 1
+            walk = walk.parent
     for node in nodes:
         assert node.locks == locked[id(node)], "a lock too many or too few"
         assert node.pages, "an empty node"
@@ -359,9 +369,11 @@ class Harness:
         observers: Callable[[Harness], Sequence[SchedulerObserver]] = lambda harness: (),
         seed: int = 0,
         late: float = 0.0,
+        folder: FakeFolder | None = None,
     ) -> None:
         self.late = late
         self.config = scheduler_config
+        self.folder = folder
         self.now = 0.0
         self.scheduler = Scheduler(scheduler_config, observers(self))
         self.samples: dict[int, Sample] = {}
@@ -370,6 +382,30 @@ class Harness:
         self.poison = poison
         self.rng = random.Random(seed)
         self.rank = self._new_rank(scheduler_config.num_pages, scheduler_config.epoch)
+        self.movers: list[FakeMover] = []
+        self._open_folder()
+
+    def _open_folder(self) -> None:
+        """The ranks have run nothing yet; what those before them were at is done or never will be."""
+        folder = self.folder
+        if folder is None:
+            return
+        for mover in self.movers:
+            for loader in mover.threads():
+                if not loader and self.rng.random() < 0.5:
+                    mover.work(loader)
+        self.movers = [FakeMover(folder, rank, self.rank.pages, self.rank.epoch) for rank in range(folder.ranks)]
+        self.scheduler.open_tier(folder.contents(), self.now)
+
+    def answer(self) -> bool:
+        """One of the ranks' threads does its next message, and the scheduler hears of it. False: none has any."""
+        working = [(mover, loader) for mover in self.movers for loader in mover.threads()]
+        if working:
+            mover, loader = self.rng.choice(working)
+            answer = mover.work(loader)
+            if answer is not None:
+                self.scheduler.pages_moved(answer, self.now)
+        return bool(working)
 
     def _new_rank(self, num_pages: int, epoch: int) -> FakeRank:
         settings = self.config
@@ -433,6 +469,7 @@ class Harness:
         if num_pages is not None:
             self.rank = self._new_rank(num_pages, self.rank.epoch)
         self._take(self.scheduler.ranks_ready(len(self.rank.pages), self.now))
+        self._open_folder()
 
     def due(self) -> list[StepResult]:
         """Results of the ranks that live which the scheduler has not got yet."""
@@ -441,6 +478,10 @@ class Harness:
     def schedule(self) -> bool:
         self.now += 0.001
         batch = self.scheduler.schedule(self.now)
+        moves = self.scheduler.moves(self.now) if self.scheduler.has_moves(self.now) else []
+        for message in moves:
+            for mover in self.movers:
+                mover.take(over_the_wire(message))
         if batch is not None:
             batch = msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=ForwardBatch)
             self.results.append(self.rank.run(batch))
@@ -460,7 +501,9 @@ class Harness:
         """As the process does: send what may be sent, then take one result. False when nothing is left to do."""
         while self.schedule():
             pass
-        return self.complete()
+        if self.rng.random() < 0.3 and self.answer():
+            return True
+        return self.complete() or self.answer()
 
     def run(self, limit: int = 100_000, checked: bool = True) -> None:
         if not self.scheduler.state.has_ranks:

@@ -64,7 +64,8 @@ def test_a_router_knows_what_is_cached(seed: int) -> None:
     draw = random.Random(seed)
     free = list(range(200))
     cache = RadixCache(PAGE, free.extend)
-    events = cache.watcher = KvEvents(PAGE)
+    events = KvEvents(PAGE)
+    cache.watchers.append(events)
     router = Router()
     for _ in range(300):
         action = draw.random()

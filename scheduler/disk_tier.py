@@ -1,0 +1,337 @@
+"""The second tier of the prefix cache: pages on disk (`--cache-dir`), which outlive the engine.
+
+The ranks move the bytes (model_worker/page_files.py), the scheduler knows which pages have files. A page's key is a
+hash of its parent's key and its own tokens, and of what all its values depend on before the first: weights, formats,
+ranks, cache salt. So a key stands for all tokens from the root, and nobody can make two prefixes that share one.
+
+    radix tree ──stored──▶ queue ──moves──▶ ranks write files ──answers──▶ index, least recently used first
+        ▲                                                                     │
+        └── insert ◀──answers── ranks read files ◀──moves── wait_for ◀────────┘   bounded: `remove` before `store`
+
+Pages are stored as they enter the tree, a bounded number at a time; one that is evicted before its turn is not. Ranks
+take messages in order, so a page holds what the tree says when the order to store it comes, whatever follows.
+
+A waiting request whose prefix goes on in the index has it loaded, into pages that belong to nobody meanwhile, below a
+locked node of the tree. It waits while that is likely to be faster than computing the same, and never for longer than
+that would take. What failed to load is forgotten, and computed.
+
+Knows no files and no clock. Dies with the ranks: the next ones begin with a new one, made from what the folder has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from vibe_sgl_lite.runtime.messages import Message, PageMoves, PagesMoved, pack_ids, unpack_ids
+from vibe_sgl_lite.scheduler.cost import CostModel, chunk_work
+from vibe_sgl_lite.scheduler.memory import KVMemory
+from vibe_sgl_lite.scheduler.radix_cache import TOKEN_BYTES, RadixNode
+from vibe_sgl_lite.scheduler.request import Request
+
+KEY_BYTES = 32
+STORE_BYTES = 64 << 20  # on their way to the files at a time; the ranks hold a copy of them
+LOAD_BYTES = 128 << 20  # of one load, so that a request need not wait for more than it must
+LOADING_BYTES = 512 << 20  # of all loads at a time
+GUESSED_RATE = 500e6  # bytes a second that a rank loads, before any was seen
+LOAD_S = 0.002  # a load's way to the ranks and back
+PATIENCE_S = 5.0  # for a load, as long as nobody knows what computing the same would take
+TOUCH_S = 5.0  # between two messages about what was used
+REMOVE_AT_ONCE = 256
+
+
+class TierContents(Message, frozen=True):
+    """What the folder has when ranks begin. root: all that the pages' values depend on but tokens and salt.
+
+    page_bytes: that a page's files take, and rank_bytes: that a rank reads of it. limit: bytes of all files. pages:
+    (key, bytes, ranks) the least recently used first, also those of other models.
+    """
+
+    root: bytes
+    ranks: int
+    page_bytes: int
+    rank_bytes: int
+    limit: int
+    pages: list[tuple[bytes, int, int]] = msgspec.field(default_factory=list)
+
+
+class TierCounts(msgspec.Struct):
+    """Since the scheduler's start, in pages. failed: loads and stores that came to nothing."""
+
+    loaded: int = 0
+    stored: int = 0
+    evicted: int = 0
+    failed: int = 0
+
+
+@dataclass
+class _Move:
+    """What the ranks were asked for. keys: of pages; sizes: what their files take, of those to be removed."""
+
+    kind: str
+    keys: list[bytes]
+    waiting: int
+    failed: set[int] = field(default_factory=set)
+    size: int = 0
+    # of a load: below which node, which tokens, into which pages
+    node: RadixNode | None = None
+    tokens: bytes = b""
+    pages: array[int] = field(default_factory=lambda: array("i"))
+
+
+class DiskTier:
+    """See the module. A `CacheWatcher` of the radix tree, which is empty when it begins."""
+
+    def __init__(
+        self, contents: TierContents, memory: KVMemory, cost: CostModel, counts: TierCounts, epoch: int
+    ) -> None:
+        assert memory.cache.num_cached == 0
+        self._contents = contents
+        self._memory = memory
+        self._cost = cost
+        self._counts = counts
+        self._epoch = epoch
+        self._next_move = 0
+        self.problem = ""  # why nothing is stored any more
+        self._root = contents.root
+        self._index = OrderedDict((key, (size, ranks)) for key, size, ranks in contents.pages)
+        self.used = sum(size for _, size, _ in contents.pages)  # bytes, files being written or removed included
+        self._keys: dict[int, bytes] = {}  # of every page in the tree
+        self._queue: dict[bytes, int] = {}  # keys to store, and where they are
+        self._doomed: dict[bytes, tuple[int, int]] = {}  # out of the index, and still to be removed: size, ranks
+        self._storing: set[bytes] = set()
+        self._loading: set[bytes] = set()
+        self._moves: dict[int, _Move] = {}
+        self._begun: list[PageMoves] = []
+        self._touched: dict[bytes, None] = {}
+        self._next_touch = 0.0
+        self._rate = GUESSED_RATE
+
+    # ------------------------------------------------------------------------------------------------ the tree's pages
+
+    def stored(self, node: RadixNode) -> None:
+        parent = node.parent
+        assert parent is not None
+        key = self._keys[parent.pages[-1]] if parent.pages else self._root_key(node.cache_salt)
+        step = self._memory.page_size * TOKEN_BYTES
+        for place, page in enumerate(node.pages):
+            key = self._keys[page] = _next_key(key, node.key[place * step : (place + 1) * step])
+            if key in self._index:
+                self._index.move_to_end(key)
+            elif self._may_store and key not in self._storing and key not in self._doomed:
+                self._queue[key] = page
+
+    def removed(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            self._queue.pop(self._keys.pop(page), None)
+
+    def cleared(self) -> None:
+        self._keys.clear()
+        self._queue.clear()
+
+    def used_by(self, request: Request) -> None:
+        """A request got its slot and reads these pages. The end of a prefix goes before its beginning."""
+        for page in reversed(request.pages[: request.num_shared_pages]):
+            key = self._keys[page]
+            if key in self._index:
+                self._index.move_to_end(key)
+                self._touched.pop(key, None)
+                self._touched[key] = None
+
+    def forget_all(self) -> None:
+        """The cache is flushed: the files go too."""
+        self._doom(list(self._index))
+
+    # --------------------------------------------------------------------------------------------------------- loading
+
+    def wait_for(self, request: Request, depth: int, room: Callable[[], int], now: float) -> bool:
+        """Whether a waiting request, `depth` tokens of which are in the tree, should wait for more to be loaded.
+
+        Begins the load if there is one to begin. room: pages that a newcomer may have.
+        """
+        page_size = self._memory.page_size
+        first, end = depth // page_size, self._memory.readable(request) // page_size
+        if first >= end or not self._index or (request.load_depth == depth and now >= request.load_until):
+            return False
+        keys = self._keys_in_index(request, first, end)
+        if not keys:
+            return False
+        compute_s = self._cost.added(chunk_work(depth, len(keys) * page_size)) if self._cost.measured else math.inf
+        if keys[0] not in self._loading:
+            page_bytes = self._contents.rank_bytes
+            backlog = len(self._loading) * page_bytes
+            if LOAD_S + (backlog + len(keys) * page_bytes) / self._rate >= compute_s:
+                return False
+            keys = keys[: max(1, LOAD_BYTES // page_bytes)]
+            keys = keys[: next((place for place, key in enumerate(keys) if key in self._loading), None)]
+            if backlog == 0 or backlog + len(keys) * page_bytes <= LOADING_BYTES:
+                if self._memory.pages_for(request.num_tokens) > room():
+                    return False
+                self._begin_load(request, depth, keys)
+        if request.load_depth != depth:
+            request.load_depth = depth
+            request.load_until = now + min(compute_s, PATIENCE_S)
+        return True
+
+    def _begin_load(self, request: Request, depth: int, keys: list[bytes]) -> None:
+        memory, start, end = self._memory, depth * TOKEN_BYTES, depth + len(keys) * self._memory.page_size
+        node, pages = memory.begin_load(request, depth, len(keys))
+        move = _Move("load", keys, self._contents.ranks, node=node, pages=pages)
+        move.tokens = bytes(request.tokens[start : end * TOKEN_BYTES])
+        self._loading.update(keys)
+        self._begun.append(self._message(move, load=b"".join(keys), load_pages=pages.tobytes()))
+
+    @property
+    def _may_store(self) -> bool:
+        return not self.problem and self._contents.page_bytes <= self._contents.limit
+
+    @property
+    def loading_pages(self) -> list[int]:
+        """Pages that loads hold."""
+        return [page for move in self._moves.values() for page in move.pages]
+
+    # --------------------------------------------------------------------------------------------------------- messages
+
+    def has_moves(self, now: float) -> bool:
+        """Whether `moves` may have something."""
+        touches = bool(self._touched) and now >= self._next_touch
+        return bool(self._begun or self._queue or self._doomed) or touches or self.used > self._contents.limit
+
+    def moves(self, now: float) -> list[PageMoves]:
+        """What to tell the ranks, before the step that was planned last."""
+        moves, self._begun = self._begun, []
+        wanted = min(len(self._queue), max(1, STORE_BYTES // self._contents.page_bytes)) * self._contents.page_bytes
+        if not any(move.kind == "remove" for move in self._moves.values()):
+            self._doom_oldest(self.used + wanted - self._contents.limit)
+            if self._doomed:
+                moves.append(self._remove())
+        keys, pages = [], []
+        in_flight = len(self._storing) * self._contents.page_bytes
+        for key, page in self._queue.items():
+            in_flight += self._contents.page_bytes
+            fits = self.used + self._contents.page_bytes <= self._contents.limit
+            if not fits or (in_flight > STORE_BYTES and self._storing):
+                break
+            self.used += self._contents.page_bytes
+            self._storing.add(key)
+            keys.append(key)
+            pages.append(page)
+        for key in keys:
+            del self._queue[key]
+        if keys:
+            move = _Move("store", keys, self._contents.ranks)
+            moves.append(self._message(move, store=b"".join(keys), store_pages=pack_ids(pages)))
+        if self._touched and now >= self._next_touch:
+            moves.append(PageMoves(-1, touch=b"".join(self._touched), epoch=self._epoch))
+            self._touched.clear()
+            self._next_touch = now + TOUCH_S
+        return moves
+
+    def answered(self, answer: PagesMoved) -> bool:
+        """Take one rank's answer. Returns whether pages were loaded, or given back."""
+        move = self._moves[answer.number]
+        move.waiting -= 1
+        move.failed.update(unpack_ids(answer.failed))
+        if answer.error and not self.problem:
+            self.problem = answer.error
+            self._queue.clear()
+        if move.kind == "load" and answer.seconds > 0:
+            rate = len(move.keys) * self._contents.rank_bytes / answer.seconds
+            self._rate += 0.3 * (rate - self._rate)
+        if move.waiting:
+            return False
+        del self._moves[answer.number]
+        if move.kind == "remove":
+            self.used -= move.size
+        elif move.kind == "store":
+            self._end_store(move)
+        else:
+            self._end_load(move)
+        return move.kind == "load"
+
+    # ---------------------------------------------------------------------------------------------------------- helpers
+
+    def _end_store(self, move: _Move) -> None:
+        size, ranks = self._contents.page_bytes, self._contents.ranks
+        self._storing.difference_update(move.keys)
+        self._counts.stored += len(move.keys) - len(move.failed)
+        self._counts.failed += len(move.failed)
+        for place, key in enumerate(move.keys):
+            if place in move.failed:
+                self._doomed[key] = size, ranks  # another rank may have it
+            else:
+                self._index[key] = size, ranks
+
+    def _end_load(self, move: _Move) -> None:
+        assert move.node is not None
+        self._loading.difference_update(move.keys)
+        good = min(move.failed, default=len(move.keys))
+        self._counts.loaded += good
+        self._counts.failed += len(move.failed)
+        self._doom([move.keys[place] for place in move.failed])
+        step = self._memory.page_size * TOKEN_BYTES
+        self._memory.end_load(move.node, move.tokens[: good * step], move.pages, good)
+
+    def _remove(self) -> PageMoves:
+        doomed = dict(list(self._doomed.items())[:REMOVE_AT_ONCE])
+        for key in doomed:
+            del self._doomed[key]
+        move = _Move("remove", [], self._contents.ranks, size=sum(size for size, _ in doomed.values()))
+        names = [f"{key.hex()}.{rank}-{ranks}" for key, (_, ranks) in doomed.items() for rank in range(ranks)]
+        return self._message(move, remove=names)
+
+    def _doom_oldest(self, excess: int) -> None:
+        excess -= sum(size for size, _ in self._doomed.values())
+        doomed = []
+        for key, (size, _) in self._index.items():
+            if excess <= 0:
+                break
+            if key not in self._loading:
+                doomed.append(key)
+                excess -= size
+        self._counts.evicted += len(doomed)
+        self._doom(doomed)
+
+    def _doom(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            if key in self._index:
+                self._doomed[key] = self._index.pop(key)
+                self._touched.pop(key, None)
+
+    def _message(self, move: _Move, **fields: bytes | list[str]) -> PageMoves:
+        number, self._next_move = self._next_move, self._next_move + 1
+        self._moves[number] = move
+        return PageMoves(number, epoch=self._epoch, **fields)  # type: ignore[arg-type]
+
+    def _keys_in_index(self, request: Request, first: int, end: int) -> list[bytes]:
+        """The keys of a request's pages from `first` on, up to `end` or the first that has no file.
+
+        What was worked out is kept with the request.
+        """
+        if request.page_keys is None:
+            request.page_keys = [self._root_key(request.cache_salt)]
+        keys, step = request.page_keys, self._memory.page_size * TOKEN_BYTES
+        for place in range(end):
+            if place + 1 == len(keys):
+                keys.append(_next_key(keys[-1], bytes(request.tokens[place * step : (place + 1) * step])))
+            if place >= first and keys[place + 1] not in self._index:
+                return keys[first + 1 : place + 1]
+        return keys[first + 1 : end + 1]
+
+    def _root_key(self, cache_salt: Hashable) -> bytes:
+        return hashlib.blake2b(repr(cache_salt).encode(), key=self._root, digest_size=KEY_BYTES).digest()
+
+    @property
+    def num_pages(self) -> int:
+        """That have files."""
+        return len(self._index)
+
+
+def _next_key(parent: bytes, tokens: bytes) -> bytes:
+    return hashlib.blake2b(parent + tokens, digest_size=KEY_BYTES).digest()
