@@ -1,6 +1,7 @@
 """Whether speculation changes a token: the whole engine in float32 with and without it, and transformers.
 
     python benchmarks/speculation.py --prompts 1000
+    python benchmarks/speculation.py --prompts 1000 --first 500 --count 100      a part of them
 
 So many prompts of the embedded model greedy, and as many sampled, in every way: temperature, filters, penalties, bias,
 stop strings and ids, least lengths, JSON schemas. Text, tokens, logprobs and ends must be the same with
@@ -75,12 +76,13 @@ def seen(output: Output) -> tuple[Any, ...]:
     return output.text, list(output.token_ids), output.finish_reason, output.matched, entries
 
 
-def differ_from_transformers(prompts: list[list[int]], outputs: list[Output]) -> int:
+def differ_from_transformers(prompts: list[list[int]], outputs: list[Output], first: int) -> int:
     """How many tokens of plain greedy outputs are not the most likely ones."""
     torch.set_num_threads(1)  # short sequences
     model = transformers.AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
     wrong = checked = 0
-    for prompt, output, way in zip(prompts, outputs, itertools.cycle(GREEDY), strict=False):
+    ways = itertools.islice(itertools.cycle(GREEDY), first, None)
+    for prompt, output, way in zip(prompts, outputs, ways, strict=False):
         if not {"repetition_penalty", "min_new_tokens"}.isdisjoint(way):
             continue
         with torch.inference_mode():
@@ -94,14 +96,17 @@ def differ_from_transformers(prompts: list[list[int]], outputs: list[Output]) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=1000, help="greedy ones, and as many sampled (1000)")
+    parser.add_argument("--first", type=int, default=0, help="of the prompts that are run, the others are left out (0)")
+    parser.add_argument("--count", type=int, help="how many are run (all)")
     parser.add_argument("--running", type=int, default=8, help="requests at a time (8)")
     parser.add_argument("--tp", type=int, default=1)
     options = parser.parse_args()
     settings: dict[str, Any] = {"dtype": "float32", "max_running_requests": options.running, "tp": options.tp}
-    prompts = make_prompts(options.prompts)
+    part = slice(options.first, options.prompts if options.count is None else options.first + options.count)
+    prompts = make_prompts(options.prompts)[part]
     asked = {
-        "greedy": make_params(options.prompts, GREEDY, temperature=0.0),
-        "sampled": make_params(options.prompts, SAMPLED),
+        "greedy": make_params(options.prompts, GREEDY, temperature=0.0)[part],
+        "sampled": make_params(options.prompts, SAMPLED)[part],
     }
     results: dict[str, dict[str, list[Output]]] = {}
     for algorithm in ("none", "ngram"):
@@ -123,7 +128,7 @@ def main() -> None:
         different = [index for index, (plain, other) in enumerate(pairs) if seen(plain) != seen(other)]
         print(f"{kind}: {len(different)} of {len(expected)} differ {different[:10]}", flush=True)
         wrong += len(different)
-    wrong += differ_from_transformers(prompts, results["ngram"]["greedy"])
+    wrong += differ_from_transformers(prompts, results["ngram"]["greedy"], options.first)
     sys.exit(1 if wrong else 0)
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.device import Device
-from vibe_sgl_lite.model_worker.device_batch import ChunkBucket, IntArray
+from vibe_sgl_lite.model_worker.device_batch import ChunkBucket, DeviceBatch, IntArray
+from vibe_sgl_lite.model_worker.drafting import DraftBucket, DraftKernels, DraftSteps
 from vibe_sgl_lite.model_worker.step_input import ExpandRows, StepBuffers, StepInput
 from vibe_sgl_lite.runtime.messages import ForwardBatch
 
@@ -56,10 +57,13 @@ class SlotStates:
         chunk_buckets: Sequence[ChunkBucket] = (),
         max_drafts: int = 0,
         expand_rows: ExpandRows | None = None,
+        draft_kernels: DraftKernels | None = None,
+        draft_buckets: Sequence[DraftBucket] = (),
     ) -> None:
         """max_tokens: of a step; by default as many as all slots and a context have. row_buckets,
-        chunk_buckets: of `StepGraphs`.
-        max_drafts: of a row. expand_rows: makes steps of decode rows alone on the device, if it can."""
+        chunk_buckets: of `StepGraphs`; draft_buckets: of steps that the device drafts.
+        max_drafts: of a row. expand_rows: makes steps of decode rows alone on the device, if it can; draft_kernels:
+        and those with drafts."""
         self.page_size = page_size
         self.padding_page = padding_page
         self.device = device
@@ -73,7 +77,7 @@ class SlotStates:
         self.num_tokens = np.zeros(max_slots + 1, dtype=np.int32)  # known ones, those not yet computed included
         self.num_computed = np.zeros(max_slots + 1, dtype=np.int32)
         self.adapters = np.zeros(max_slots + 1, dtype=np.int32)
-        self._unsettled: dict[int, StepInput] = {}  # slots whose lengths depend on what became of a step's drafts
+        self._unsettled: dict[int, list[StepInput]] = {}  # slots whose lengths depend on what became of steps' drafts
         pages = -(-context_length // page_size) + 1
         self.page_table = np.full((max_slots + 1, pages), padding_page, dtype=np.int32)
         self.highest_page = -1  # that any row was given so far
@@ -90,6 +94,12 @@ class SlotStates:
             expand_rows=expand_rows,
         )  # fmt: skip
         self.largest = (max_tokens, max_rows)  # that any step may be
+        self.draft_buckets = tuple(draft_buckets)
+        self._drafts = (
+            DraftSteps(draft_kernels, self._buffers, max_drafts, draft_buckets)
+            if draft_kernels and max_drafts
+            else None
+        )
 
     def apply(self, batch: ForwardBatch) -> None:
         """Take over everything that `batch` changes, in the order that the message promises."""
@@ -108,6 +118,8 @@ class SlotStates:
             self.num_computed[new.slot] = new.num_computed
             self.adapters[new.slot] = 0 if new.attributes is None else new.attributes.adapter
             self._unsettled.pop(new.slot, None)
+            if self._drafts is not None:
+                self._drafts.forget(new.slot)
             self.page_table[new.slot, : len(pages)] = pages
             self.page_table[new.slot, len(pages) :] = self.padding_page
             self.highest_page = max(self.highest_page, int(pages.max(initial=-1)))
@@ -128,6 +140,39 @@ class SlotStates:
             return True
         return drafter is not None and bool((self._row_tokens > (self.num_tokens - self.num_computed)[slots]).any())
 
+    def draftable(self) -> IntArray | None:
+        """The slots of this step's rows, if it is one whose drafts the device can make: all decode, some have room."""
+        slots = self._row_slots
+        if self._drafts is None or not (self._row_tokens > 1).any():
+            return None
+        known = (self.num_tokens - self.num_computed)[slots]
+        return slots if (known == 1).all() and not self.adapters[slots].any() else None
+
+    def prepare_drafts(self) -> StepInput:
+        """`prepare`, where the device makes the drafts: their slots then count as if all held, until `settle`."""
+        assert self._drafts is not None
+        slots, rooms = self._row_slots, np.minimum(self._row_tokens - 1, self._drafts.most)
+        lengths = self.num_tokens[slots]
+        bucket = self._drafts.bucket(len(slots), int(rooms.max()))
+        step = self._drafts.fill(slots, lengths, rooms, bucket, int((lengths + rooms).max()))
+        self.num_computed[slots] += 1 + rooms
+        self.num_tokens[slots] += 1 + rooms
+        self._note_unsettled(step)
+        return step
+
+    def padding_drafts(self, bucket: DraftBucket, max_context: int) -> StepInput:
+        """`padding_step` of such a step."""
+        assert self._drafts is not None
+        none = np.zeros(0, dtype=np.int32)
+        return self._drafts.fill(none, none, none, bucket, max_context)
+
+    def is_draft_bucket(self, batch: DeviceBatch) -> bool:
+        return self._drafts is not None and (batch.num_rows, batch.width) in self._drafts.buckets
+
+    def _note_unsettled(self, step: StepInput) -> None:
+        for slot in step.slots[step.rows_with_drafts].tolist():
+            self._unsettled.setdefault(slot, []).append(step)
+
     def prepare(self, drafter: Drafter | None = None) -> StepInput:
         """The step's rows for the device; their slots then count as computed, and sampling ones as one longer: but for
         those with drafts, which `settle` moves on.
@@ -146,6 +191,8 @@ class SlotStates:
         sampling_rows = np.flatnonzero(counts >= known)
         self.num_computed[slots] = ends
         self.num_tokens[slots[sampling_rows]] += 1
+        if self._drafts is not None:
+            self._drafts.forget(slots)
         back = np.zeros(len(sampling_rows), dtype=np.int64)
         if drafts:
             each = np.array([1 + len(drafts.get(row, ())) for row in sampling_rows.tolist()])
@@ -156,16 +203,21 @@ class SlotStates:
         step = self._buffers.fill(slots, starts, ends, sampling_rows, back, padding, bucket=bucket)
         if drafts:
             step = replace(step, drafts=drafts)
-            self._unsettled |= dict.fromkeys(slots[[*drafts]].tolist(), step)
+            self.num_tokens[slots[[*drafts]]] += [len(tokens) for tokens in drafts.values()]
+            self._note_unsettled(step)
         return step
 
     def settle(self, step: StepInput, row: int, yielded: int) -> None:
         """So many tokens came of a row with drafts; what was computed for the others does not count."""
         slot = int(step.slots[row])
-        if self._unsettled.get(slot) is step:
-            del self._unsettled[slot]
-            self.num_tokens[slot] += yielded - 1
-            self.num_computed[slot] = self.num_tokens[slot] - 1
+        steps = self._unsettled.get(slot, [])
+        if steps and steps[0] is step:
+            rejected = step.planned(row) - yielded
+            self.num_tokens[slot] -= rejected
+            self.num_computed[slot] -= rejected
+            steps.pop(0)
+            if not steps:
+                del self._unsettled[slot]
 
     def take_back(self, step: StepInput, rows: Sequence[int]) -> None:
         """These rows of `step`, the last one prepared, yield no token; each runs its slot's last token again."""

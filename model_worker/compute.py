@@ -14,6 +14,7 @@ from vibe_sgl_lite.model_worker.cpu.operations import KernelOperations
 from vibe_sgl_lite.model_worker.cpu.program import plan_programs
 from vibe_sgl_lite.model_worker.device import CpuDevice, Device
 from vibe_sgl_lite.model_worker.device_batch import StepBackend, StepGraphs
+from vibe_sgl_lite.model_worker.drafting import MOST_TOKENS, DraftKernels
 from vibe_sgl_lite.model_worker.kv_pool import KVLayout, KVPool
 from vibe_sgl_lite.model_worker.sampling.sampler import FusedDraw
 from vibe_sgl_lite.model_worker.step_input import ExpandRows
@@ -30,8 +31,8 @@ class Compute:
     """Element-wise operations, and attention once there is a pool. name: for logs. kernels: for all else, if any.
 
     device: how a step is handed to it. kv_layout: what the attention wants of its pool. graphs: what captures the steps
-    of one runner, if anything. fused_draw: see `Sampler`. expand_rows: see `SlotStates`. plan_layers: called when a
-    model has its weights, with the attention made for it. knows_fp8: for a KV cache.
+    of one runner, if anything. fused_draw: see `Sampler`. expand_rows, draft_kernels: see `SlotStates`. plan_layers:
+    called when a model has its weights, with the attention made for it. knows_fp8: for a KV cache.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Compute:
     graphs: StepGraphs | None = None
     fused_draw: FusedDraw | None = None
     expand_rows: ExpandRows | None = None
+    draft_kernels: DraftKernels | None = None
     plan_layers: Callable[[Qwen3, Any], None] = plan_programs
     knows_fp8: bool = False
 
@@ -71,7 +73,7 @@ def kernel_compute(kernels: CpuKernels) -> Compute:
 class GpuSetup:
     """What GPU kernels are set up for. group: query heads a KV head. graph_rows, chunk_tokens: of the largest steps to
     capture, rows of any and tokens of chunks. fp8: what a KV cache in 8 bits is kept in, and not int8. tp: the ranks
-    that share the vocabulary."""
+    that share the vocabulary. drafts: of a row at most, that the device guesses itself."""
 
     group: int
     vocab_size: int
@@ -80,6 +82,7 @@ class GpuSetup:
     chunk_tokens: int = 0
     fp8: bool = False
     tp: Group = field(default_factory=Group)
+    drafts: int = 0
 
 
 def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
@@ -88,10 +91,12 @@ def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
     from vibe_sgl_lite.model_worker.gpu.draw import GpuDraw
     from vibe_sgl_lite.model_worker.gpu.graphs import CudaGraphs, chunk_buckets, row_buckets
     from vibe_sgl_lite.model_worker.gpu.kernels.expand_rows import expand_rows
+    from vibe_sgl_lite.model_worker.gpu.kernels.speculate import LookUp
     from vibe_sgl_lite.model_worker.gpu.layers import plan_layers
     from vibe_sgl_lite.model_worker.gpu.operations import GpuOperations
 
     max_rows = max(setup.max_slots, setup.graph_rows)
+    max_places = max(max_rows, MOST_TOKENS) if setup.drafts else max_rows
     on_device, rows, graphs = device_of(device), setup.graph_rows, None
     if rows:
         chunks = chunk_buckets(setup.chunk_tokens + rows, rows) if setup.chunk_tokens else ()
@@ -99,12 +104,13 @@ def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
     return Compute(
         f"Triton kernels, graphs of up to {rows} rows" if rows else "Triton kernels",
         GpuOperations(device),
-        lambda pool: GpuAttention(pool, on_device, setup.group, max_rows, fp8=setup.fp8),
+        lambda pool: GpuAttention(pool, on_device, setup.group, max_rows, fp8=setup.fp8, width=1 + setup.drafts),
         device=on_device,
         kv_layout=KVLayout.LAYERS,
         graphs=graphs,
-        fused_draw=GpuDraw(on_device, setup.max_slots + 1, max_rows, setup.vocab_size, setup.tp),
+        fused_draw=GpuDraw(on_device, setup.max_slots + 1, max_places, setup.vocab_size, setup.tp),
         expand_rows=expand_rows,
+        draft_kernels=LookUp() if setup.drafts else None,
         plan_layers=plan_layers,
         knows_fp8=True,
     )

@@ -8,8 +8,8 @@ A step, as `ModelRunner` drives it (R rows, one a request; T tokens of all rows,
     graphs.run(key, work)                      where there is a graph of the line above: replay that
 
 Order of rows: the scheduler sends those that decode first, then chunks of prompts. The first `num_decode_rows` rows
-have exactly one token each, so row r has token r there; the rest have any number, one too. A backend with kernels of
-its own for the two runs them as two launches over the two parts.
+have exactly one token each (but see `DeviceBatch.width`), so row r has token r there; the rest have any number, one
+too. A backend with kernels of its own for the two runs them as two launches over the two parts.
 
 Padding: where a device wants few shapes (`StepGraphs`), a step of decode rows alone is filled up with rows of context
 length 0. Their token is 0, their position 0, their key and value go to the pool's padding page, as all the
@@ -54,6 +54,9 @@ class DeviceBatch:
     num_decode_rows: how many of the first rows have one token each.
     host_query_start, host_context_lengths: the same numbers on the host, for planning; max_context: the longest.
     fills_bucket: it is a step with chunks, filled up to one of `StepGraphs.chunk_buckets`.
+    width: tokens of each row that decodes: 1, or more in a step with drafts (drafting.py), whose rows all decode.
+        A row's tokens are then followed by some of position 0 that are nobody's, and the host's lengths are the most
+        that they may be.
     """
 
     token_ids: Tensor
@@ -67,6 +70,7 @@ class DeviceBatch:
     host_context_lengths: IntArray
     max_context: int
     fills_bucket: bool = False
+    width: int = 1
 
     @property
     def num_rows(self) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from vibe_sgl_lite.model_worker.batch import Drafter, SlotStates, unpack
 from vibe_sgl_lite.model_worker.compute import Compute
 from vibe_sgl_lite.model_worker.device_batch import Result
+from vibe_sgl_lite.model_worker.drafting import draft_buckets
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.pending_step import PendingStep
 from vibe_sgl_lite.model_worker.pooling import Pooler
@@ -66,10 +67,11 @@ class ModelRunner:
         tokenizer_file: Path | None = None,
         timer: PartTimer = NO_TIMER,
         drafter: Drafter | None = None,
+        device_drafts: int = 0,
     ) -> None:
         """max_tokens: of a step; see `SlotStates`. tokenizer_file: tokenizer.json, for grammars; without it no request
         may have one. timer: told where every part of a step begins. drafter: guesses tokens for rows that have room for
-        them.
+        them. device_drafts: the most that the device guesses for a row itself, by prompt lookup, if it can.
         """
         self.model = model
         self.pool = pool
@@ -88,8 +90,12 @@ class ModelRunner:
             max_tokens=max_tokens,
             row_buckets=() if graphs is None else graphs.row_buckets,
             chunk_buckets=() if graphs is None else graphs.chunk_buckets,
-            max_drafts=0 if drafter is None else drafter.most,
+            max_drafts=device_drafts if drafter is None else drafter.most,
             expand_rows=compute.expand_rows,
+            draft_kernels=compute.draft_kernels,
+            draft_buckets=()
+            if graphs is None or not device_drafts
+            else draft_buckets(graphs.row_buckets, device_drafts),
         )
         argmax = None if compute.kernels is None else compute.kernels.argmax
         self.sampler = Sampler(
@@ -113,15 +119,16 @@ class ModelRunner:
         """Apply what changed, run the rows, sample those that are at their end.
 
         Waits for the steps before only where rows' constraints have to know their tokens, and then with the forward
-        already under way; or where rows may have drafts.
+        already under way; or where rows may have drafts, unless the device makes them and draws all rows in one go.
         """
         started = time.perf_counter()
         self.timer.mark("apply")
         self.apply(batch)
         self.timer.mark("prepare")
-        if self._in_flight and self.slots.waits(self.drafter):
+        on_device, ahead = self._drafts_on_device()
+        if self._in_flight and not ahead and self.slots.waits(self.drafter):
             self._land_until(self._in_flight[-1])
-        step = self.slots.prepare(self.drafter)
+        step = self.slots.prepare_drafts() if on_device else self.slots.prepare(self.drafter)
         pending = PendingStep(batch.step, batch.epoch, step, started)
         if len(step.slots) == 0:
             pending.total_s = time.perf_counter() - started
@@ -190,6 +197,9 @@ class ModelRunner:
                 for rows in sorted(self.graphs.row_buckets, reverse=True):
                     for context in sorted(self.backend.graph_contexts(), reverse=True):
                         self._forward(self.slots.padding_step(rows, context), fused=fused)
+                for bucket in sorted(self.slots.draft_buckets, reverse=True):
+                    for context in (max(self.backend.graph_contexts()), 1):  # all keys of these: they are no chain
+                        self._forward(self.slots.padding_drafts(bucket, context), fused=fused)
 
     def apply(self, batch: ForwardBatch) -> None:
         """Take over what the batch changes; the first thing that `launch` does."""
@@ -212,6 +222,14 @@ class ModelRunner:
         if self.drafter is not None:
             self.drafter.release(slot)
 
+    def _drafts_on_device(self) -> tuple[bool, bool]:
+        """Whether the device makes this step's drafts; and whether the host need not know how long its rows are. A row
+        with a constraint has none: its masks would have to know them."""
+        slots = self.slots.draftable()
+        if slots is None or self.constraints.of(slots.astype(np.int64)):
+            return False, False
+        return True, self.sampler.fused is not None and self.sampler.fused.takes(slots)
+
     def _fuses(self, pending: PendingStep) -> bool:
         """Whether all rows are such that the fused draw takes."""
         fused = self.sampler.fused
@@ -224,10 +242,14 @@ class ModelRunner:
         metadata = self.backend.prepare(batch)
         key = None
         if self.graphs is not None and step.attributes is None:
-            decodes = batch.decodes_only and len(step.places) == batch.num_rows
-            if batch.fills_bucket or (decodes and batch.num_rows in self.graphs.row_buckets):
+            decodes = batch.decodes_only and len(step.places) == batch.num_tokens
+            is_bucket = (
+                self.slots.is_draft_bucket(batch) if batch.width > 1 else batch.num_rows in self.graphs.row_buckets
+            )
+            if batch.fills_bucket or (decodes and is_bucket):
                 key = self.backend.graph_key(batch)
-        key = None if key is None else (batch.num_tokens, key)
+        if key is not None:
+            key = (batch.num_tokens, key) if batch.width == 1 else (batch.num_tokens, batch.width, key)
         output = self._run(key, lambda: self._compute(step, metadata))
         if not fused:
             return self._guard(step, output)
@@ -237,8 +259,13 @@ class ModelRunner:
         if draw is None or logits is None:
             return replace(output, token_ids=self.slots.tokens.new_empty(0))
         where = step.device_slots, step.positions, self.slots.tokens, step.places
-        lengths = None if step.expand is None else batch.context_lengths
-        token_ids = self._run(key and ("draw", key), lambda: draw(logits, *where, lengths))
+        lengths = None if step.expand is None or step.accept is not None else batch.context_lengths
+
+        def drawn() -> Tensor:
+            token_ids = draw(logits, *where, lengths)
+            return token_ids if step.accept is None else step.accept(token_ids)
+
+        token_ids = self._run(key and ("draw", key), drawn)
         if lengths is not None:
             self.slots.lengthened(step)
         return replace(output, token_ids=token_ids)
@@ -270,7 +297,8 @@ class ModelRunner:
         bad, bad_rows = self._bad(hidden), None
         if bad is not None:
             hidden.masked_fill_(bad[:, None], 0)
-            bad_rows = bad if step.batch.decodes_only else _any_in_row(bad, step.batch.query_start)
+            lone = step.batch.decodes_only and step.batch.width == 1
+            bad_rows = bad if lone else _any_in_row(bad, step.batch.query_start)
         if logits is None:
             return replace(output, bad_rows=bad_rows)
         if bad is not None:
@@ -300,6 +328,8 @@ class ModelRunner:
                 parts.append(sampled.token_ids)
             if len(step.places) > own:
                 parts.append(self.slots.tokens.new_zeros(len(step.places) - own))
+            if step.accept is not None:
+                parts = [step.accept(torch.cat([part.to(torch.int32) for part in parts]))]
         if output.bad_rows is not None or output.bad_logits is not None:
             parts.append(_flags(output.bad_rows, step.batch.num_rows, output.hidden))
             parts.append(_flags(output.bad_logits, len(step.places), output.hidden))
@@ -322,7 +352,7 @@ class ModelRunner:
             for place, constraint in step.constrained:
                 for token in step.tokens[step.step.sampling_rows[place]]:
                     constraint.accept(token)
-            for row in step.step.drafts:
+            for row in step.step.rows_with_drafts:
                 self.slots.settle(step.step, row, len(step.tokens[row]))
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from vibe_sgl_lite.runtime.messages import FailedRow, RowLogprobs, RowPooled, St
 class PendingStep:
     """One of them. read_back: None for a step without rows, else what comes back, and `results` once it is here.
 
-    First the sampled ids, Q and padding rows: negative where none could be drawn; then, if any row may be bad, flags of
-    rows with bad hidden states, R and padding rows, and of those with bad logits, as the ids: all in one. Then, packed,
+    First the sampled ids, Q and padding rows: negative where none could be drawn; then, where the device made drafts,
+    what `StepInput.accept` tells; then, if any row may be bad, flags of rows with bad hidden states, R and padding
+    rows, and of those with bad logits, as the ids: all in one. Then, packed,
     logprobs of the sampled tokens and of each part of `prompts`; then the values of `pooled`.
     """
 
@@ -53,6 +54,10 @@ class PendingStep:
         """Each row's sampled tokens that count, once `results` are here: up to the first that is not the draft in its
         place, and before the first whose mask was late."""
         assert self.results is not None
+        if self.step.rooms is not None:
+            _, yields = self._told
+            ids_by_row = self.results[0][: len(self.step.sampling_rows)].reshape(len(yields), -1)
+            return [ids[:count] for ids, count in zip(ids_by_row.tolist(), yields, strict=True)]
         rows, late = self.step.sampling_rows.tolist(), {*self.mask.late} if self.mask is not None else set()
         ids, place = self.results[0][: len(rows)].tolist(), 0
         tokens: list[list[int]] = [[] for _ in self.step.slots]
@@ -68,6 +73,25 @@ class PendingStep:
             place += 1 + len(drafts)
         return tokens
 
+    @property
+    def _told(self) -> tuple[list[int], list[int]]:
+        """Of each row of a step that the device drafted: its drafts, and how many of its tokens count."""
+        assert self.results is not None
+        own, places, rows = len(self.step.slots), len(self.step.places), self.step.batch.num_rows
+        drafted, yields = self.results[0][places : places + rows], self.results[0][places + rows : places + 2 * rows]
+        return drafted[:own].tolist(), yields[:own].tolist()
+
+    @property
+    def _cuts(self) -> bool:
+        """Whether a row yields another number of tokens than it has places."""
+        return bool(self.step.drafts) or self.step.rooms is not None or bool(self.late)
+
+    def _drafted(self) -> bytes:
+        if self.step.rooms is not None and self.results is not None:
+            return pack_ids(self._told[0])
+        drafts = self.step.drafts
+        return pack_ids(len(drafts.get(row, ())) for row in range(len(self.step.slots))) if drafts else b""
+
     def result(self) -> StepResult:
         """What the scheduler learns of it; once `results` are here, if any are to come."""
         num_rows = len(self.step.slots)
@@ -77,7 +101,7 @@ class PendingStep:
             failed = self._bad_rows()
             token_ids[self.step.sampling_rows] = self.results[0][: len(self.step.sampling_rows)]
             token_ids[[*failed]] = -1
-            if self.step.drafts or self.late:
+            if self._cuts:
                 yielded = [[] if row in failed else tokens for row, tokens in enumerate(self.tokens)]
                 token_ids = np.array([token for tokens in yielded for token in tokens], dtype=np.int32)
                 counts = pack_ids(map(len, yielded))
@@ -92,9 +116,7 @@ class PendingStep:
             total_s=self.total_s,
             counts=counts,
             epoch=self.epoch,
-            drafted=pack_ids(len(self.step.drafts.get(row, ())) for row in range(num_rows))
-            if self.step.drafts
-            else b"",
+            drafted=self._drafted(),
             pooled=self._pooled(failed),
         )
 
@@ -102,8 +124,13 @@ class PendingStep:
         """Rows with NaN or inf in their hidden states or logits."""
         assert self.results is not None
         own, rows, sampled = len(self.step.sampling_rows), len(self.step.slots), len(self.step.places)
-        ids, flags = self.results[0][:own], self.results[0][sampled:].astype(np.bool_)
-        bad = self.step.sampling_rows[ids < 0].tolist()
+        ids = self.results[0][:own]
+        flags = self.results[0][sampled + (0 if self.step.rooms is None else 2 * self.step.batch.num_rows) :]
+        flags = flags.astype(np.bool_)
+        if self.step.rooms is None:
+            bad = self.step.sampling_rows[ids < 0].tolist()
+        else:
+            bad = [row for row, tokens in enumerate(self.tokens) if min(tokens, default=0) < 0]
         if len(flags):
             bad += np.flatnonzero(flags[:rows]).tolist()
             bad += self.step.sampling_rows[flags[self.step.batch.num_rows :][:own]].tolist()
@@ -127,7 +154,7 @@ class PendingStep:
         if self.logprobs is not None:
             for place, entry in self.logprobs.entries(next(packed)):
                 sampled.setdefault(int(self.step.sampling_rows[place]), []).append(entry)
-        if self.step.drafts or self.late:
+        if self._cuts:
             sampled = {row: entries[: len(self.tokens[row])] for row, entries in sampled.items()}
         prompts = {
             prompt.row: (prompt.first, tuple(e for part in prompt.parts for _, e in part.entries(next(packed))))

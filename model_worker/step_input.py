@@ -35,6 +35,10 @@ class StepInput:
     places [Q] int64, where in all slots' tokens the sampled ones go. Where the batch is padded for a graph, these four
     go on for its padding rows. attributes: None where all rows are plain. expand: makes the device's tensors of the
     rows' slots and lengths; it comes before all else, and can be captured.
+
+    A step with drafts that the device makes itself (drafting.py) has rooms [R], how many each row may have. All of its
+    rows have as many places then; accept: from what was sampled at them, int32 [Q], to the same, how many drafts each
+    row had, and how many of its tokens count. The host's positions are the most that they may be.
     """
 
     batch: DeviceBatch
@@ -49,6 +53,17 @@ class StepInput:
     drafts: dict[int, list[int]] = field(default_factory=dict)
     attributes: TokenAttributes | None = None
     expand: Callable[[], None] | None = None
+    rooms: IntArray | None = None
+    accept: Callable[[Tensor], Tensor] | None = None
+
+    def planned(self, row: int) -> int:
+        """Tokens that the row yields if all of its drafts hold."""
+        return 1 + (len(self.drafts.get(row, ())) if self.rooms is None else int(self.rooms[row]))
+
+    @property
+    def rows_with_drafts(self) -> list[int]:
+        """Those whose yield is not known before the result."""
+        return [*self.drafts] if self.rooms is None else np.flatnonzero(self.rooms).tolist()
 
     @property
     def drafts_by_place(self) -> dict[int, list[int]]:
@@ -105,8 +120,8 @@ class StepBuffers:
         self._token_ids = torch.zeros(max_tokens, dtype=torch.int32, device=device.torch_device)
         if not device.synchronous:  # the device's own page table, to which changes are sent; and the rows of a step
             self._changed: list[LongArray] = []
-            self._device_pages = torch.from_numpy(page_table.copy()).to(device.torch_device)
-            self._row_pages = self._device_pages.new_full((max_rows, page_table.shape[1]), padding_page)
+            self.device_pages = torch.from_numpy(page_table.copy()).to(device.torch_device)
+            self.row_pages = self.device_pages.new_full((max_rows, page_table.shape[1]), padding_page)
             self._counting = torch.arange(max_rows + 1, device=device.torch_device)
             self._starts = self._counting.to(torch.int32)
         self._expand_rows = None if device.synchronous else expand_rows
@@ -234,7 +249,7 @@ class StepBuffers:
             host["slots"][rows:padded] = self.padding_slot
             host["context_lengths"][:padded] = lengths
             self._rows.send(padded)
-        self._send_pages()
+        self.send_pages()
         if padded not in self._decodes:
             self._decodes[padded] = self._decode_views(expand_rows, padded)
         views = self._decodes[padded]
@@ -247,6 +262,7 @@ class StepBuffers:
                 host_context_lengths=lengths,
                 max_context=longest,
                 fills_bucket=False,
+                width=1,
             ),
             slots=slots,
             sampling_rows=self._host_rows[:rows],
@@ -268,7 +284,7 @@ class StepBuffers:
             "slot_mapping": self._tokens.device["slot_mapping"][:padded],
             "query_start": self._starts[: padded + 1],
             "context_lengths": lengths,
-            "page_table": self._row_pages[:padded],
+            "page_table": self.row_pages[:padded],
         }
         step = {
             "last_tokens": self._counting[:padded],
@@ -277,7 +293,7 @@ class StepBuffers:
             "device_slots": slots,
         }
         made = (batch["token_ids"], batch["positions"], batch["slot_mapping"], batch["page_table"])
-        arguments = (slots, lengths, self.tokens, self._device_pages, *made, step["positions"], step["places"])
+        arguments = (slots, lengths, self.tokens, self.device_pages, *made, step["positions"], step["places"])
         return _DecodeViews(batch, step, lambda: expand_rows(*arguments, self.page_size, self.padding_page))
 
     def _page_rows(self, padded_rows: int, longest: int) -> Tensor:
@@ -285,15 +301,15 @@ class StepBuffers:
         if self.device.synchronous:
             slots = self._rows.host["slots"][:padded_rows]
             return torch.from_numpy(self.page_table[slots, : -(-longest // self.page_size)])
-        self._send_pages()
-        rows = self._row_pages[:padded_rows]
-        return torch.index_select(self._device_pages, 0, self._rows.device["slots"][:padded_rows], out=rows)
+        self.send_pages()
+        rows = self.row_pages[:padded_rows]
+        return torch.index_select(self.device_pages, 0, self._rows.device["slots"][:padded_rows], out=rows)
 
-    def _send_pages(self) -> None:
-        """Bring what has changed in the page table to the device."""
+    def send_pages(self) -> None:
+        """Bring what has changed in the page table to the device, where that is not the host's."""
         if self._changed:
             changed = np.concatenate(self._changed)
             self._changed.clear()
             # Values as they are now: an entry that changed twice comes twice, with the same value.
             values = self.device.tensor(self.page_table.reshape(-1)[changed])
-            self._device_pages.view(-1)[self.device.tensor(changed)] = values
+            self.device_pages.view(-1)[self.device.tensor(changed)] = values

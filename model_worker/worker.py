@@ -55,6 +55,7 @@ from vibe_sgl_lite.runtime.settings.machine import usable_cores
 from vibe_sgl_lite.runtime.settings.server_args import flag_name
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 
+MOST_TILE = 64  # rows of queries that attention takes together
 MAX_IN_FLIGHT = 3  # steps: one runs while the next ones wait on the device; the scheduler sends no more
 SHUTDOWN_GRACE_S = 1.0  # for the scheduler's StopRank, which ends all ranks at the same step
 # Settings that nodes may have of their own.
@@ -219,7 +220,8 @@ def build_runner(
         max_tokens=spec.chunked_prefill_size + args.max_running_requests * (1 + args.draft_tokens),
         tokenizer_file=_tokenizer_file(spec),
         timer=timer,
-        drafter=NgramDrafter(args.draft_tokens) if args.draft_tokens else None,
+        drafter=NgramDrafter(args.draft_tokens) if args.draft_tokens and compute.draft_kernels is None else None,
+        device_drafts=0 if compute.draft_kernels is None else _device_drafts(spec),
     )
     compute.plan_layers(model, runner.backend)
     return runner
@@ -232,9 +234,9 @@ def _check(spec: PipelineSpec, compute: Compute) -> None:
         raise ConfigError(
             f"--kv-cache-dtype fp8 needs Triton's kernels: this is {compute.name}", field="kv_cache_dtype"
         )
-    if args.draft_tokens and spec.device != "cpu":
+    if args.draft_tokens and spec.device != "cpu" and compute.draft_kernels is None:
         raise ConfigError(
-            f"--speculative-algorithm {args.speculative_algorithm} runs on CPU only: leave it out on a GPU",
+            f"--speculative-algorithm {args.speculative_algorithm} on a GPU needs Triton: this is {compute.name}",
             field="speculative_algorithm",
         )
     if args.deterministic and (compute.kernels is None or spec.model.is_moe):
@@ -257,7 +259,14 @@ def _gpu_setup(spec: PipelineSpec, parallel: ParallelState) -> GpuSetup:
         chunk_tokens=spec.chunked_prefill_size,
         fp8=args.kv_cache_dtype == "fp8",
         tp=parallel.tp,
+        drafts=_device_drafts(spec),
     )
+
+
+def _device_drafts(spec: PipelineSpec) -> int:
+    """Drafts that a GPU makes for a row at most: attention has all of a KV head's query heads for them in one tile."""
+    group = spec.model.num_attention_heads // spec.model.num_key_value_heads
+    return min(spec.args.draft_tokens, max(1, MOST_TILE // group - 1))
 
 
 def _tokenizer_file(spec: PipelineSpec) -> Path:

@@ -7,10 +7,11 @@ it yields, both by what was measured (scheduler/cost.py). So the i-th draft pays
     p^i * seconds of the step / tokens of the step > seconds of one token more in it
 
 Where a step is bound by computing, as with many rows, the right side is near the left one's factor: nobody drafts;
-where it is bound by reading weights, drafts cost next to nothing. Room alone has a price too, the host's time for
-looking drafts up and for counting with them: it must bring so much in tokens. A row that does not gain rests, and tries
-again after ever more steps, when others do: a step without any room is planned the quick way. A new one begins with
-what the others' drafts are worth.
+where it is bound by reading weights, drafts cost next to nothing. Room alone has a price too: for looking drafts up
+and for counting with them, and on a GPU for kernels that take more rows. It is what steps with drafts were seen to take
+longer than those of as many rows without, and must come back in tokens. A row that does not gain rests, the longer the
+dearer a try is, and tries again after ever more steps, when others do: a step without any room is planned the quick
+way. A new one begins with what the others' drafts are worth.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from vibe_sgl_lite.scheduler.request import Request
 MARGIN = 1.25  # a draft must bring so many times its cost: estimates err
 FADE = 0.9  # weight of a row's past drafts with each row that has some
 GAIN_FADE = 0.95  # of its past gains with each row that has room
-ROOM_S = 20e-6  # of the host, scheduler and rank, for a row with room
+ROOM_S = 20e-6  # of the host, scheduler and rank, for a row with room, at least
 TRIES = 8  # rows with room after a rest, before the next
 SHORTEST_REST, LONGEST_REST = 8, 128  # steps
+TRIES_SHARE = 0.01  # of the time, that tries of a row that does not gain may take
+DEAREST_REST = 1024
 
 
 class Speculation:
@@ -41,6 +44,9 @@ class Speculation:
         self._step = 0
         self._yield = 1.0  # tokens of a decode row
         self._probability, self._gain = 0.5, 0.25  # a new request's
+        self._seconds: dict[tuple[int, bool], float] = {}  # of steps of so many rows, without drafts and with
+        self._with_room = 1  # rows of the last step that had any
+        self._shortest = SHORTEST_REST
         self.drafts = self.draft_tokens = self.accepted_tokens = 0
 
     def rooms(self, requests: Collection[Request]) -> list[int] | None:
@@ -54,9 +60,24 @@ class Speculation:
         least = MARGIN * self._cost.one_more(context // rows) / worth if worth > 0.0 else 1.0
         if least >= 1.0:
             return None
-        least_gain = ROOM_S / worth if self._cost.measured else 0.0
+        least_gain = self._room_s(rows) / worth if self._cost.measured else 0.0
+        self._shortest = min(max(SHORTEST_REST, int(TRIES * least_gain / TRIES_SHARE)), DEAREST_REST)
         rooms = [self._room(request, least, least_gain, most) for request in requests]
+        self._with_room = max(1, len(rooms) - rooms.count(0))
         return rooms if any(rooms) else None
+
+    def observe_step(self, rows: int, seconds: float, *, drafts: bool) -> None:
+        """A step of so many decode rows alone took so long, with room for drafts or without."""
+        key, known = (rows, drafts), self._seconds.get((rows, drafts), seconds)
+        if seconds > 0.0:
+            self._seconds[key] = known + (1 - FADE) * (min(seconds, 2 * known) - known)
+
+    def _room_s(self, rows: int) -> float:
+        """What room costs a row that has some."""
+        plain, drafting = self._seconds.get((rows, False)), self._seconds.get((rows, True))
+        if plain is None or drafting is None:
+            return ROOM_S
+        return max(ROOM_S, (drafting - plain) / self._with_room)
 
     def observe(self, request: Request, drafted: int, accepted: int) -> None:
         """A row with room had so many drafts, of which so many held."""
@@ -73,7 +94,7 @@ class Speculation:
         request.draft_misses = FADE * request.draft_misses + missed
         self._probability += (1 - GAIN_FADE) * (accepted / (accepted + missed) - self._probability)
         if accepted:
-            request.draft_pause = SHORTEST_REST
+            request.draft_pause = self._shortest
         elif request.draft_tries:
             self._rest(request)
 
@@ -85,7 +106,7 @@ class Speculation:
             request.draft_gain = self._gain
             request.draft_hits, request.draft_misses = 2 * self._probability, 2 * (1 - self._probability)
             if self._probability < least or self._gain < least_gain:
-                request.draft_pause = LONGEST_REST
+                request.draft_pause = self._longest
         p = request.draft_hits / (request.draft_hits + request.draft_misses)
         gains = request.draft_gain >= least_gain
         if p >= least and gains:
@@ -103,7 +124,11 @@ class Speculation:
 
     def _rest(self, request: Request) -> None:
         """Until a multiple of as many steps as the pause has, which is when others come back too."""
-        pause = request.draft_pause
+        pause = max(request.draft_pause, self._shortest)
         request.draft_until = (self._step + pause // 2) // pause * pause + pause
         request.draft_tries = TRIES
-        request.draft_pause = min(2 * pause, LONGEST_REST)
+        request.draft_pause = min(2 * pause, self._longest)
+
+    @property
+    def _longest(self) -> int:
+        return max(LONGEST_REST, self._shortest)

@@ -1,11 +1,11 @@
-"""The scheduler's core and one rank on a CPU in one process, without sockets and text: every decision of an engine, and
+"""The scheduler's core and one rank in one process, without sockets and text: every decision of an engine, and
 time to itself. For tests and measurements of what lies between the two."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ import vibe_sgl_lite.model_worker  # noqa: F401  before torch: settles how its t
 import torch  # isort: skip
 
 from vibe_sgl_lite.model_worker.batch import Drafter
-from vibe_sgl_lite.model_worker.compute import choose_compute
-from vibe_sgl_lite.model_worker.cpu.program import plan_programs
+from vibe_sgl_lite.model_worker.compute import GpuSetup, choose_compute
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
+from vibe_sgl_lite.model_worker.pending_step import PendingStep
 from vibe_sgl_lite.model_worker.weights import load_dummy_weights, load_weights
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
 from vibe_sgl_lite.qwen3.model import Qwen3
@@ -56,19 +56,27 @@ class InProcess:
         pages: int = 512,
         page_size: int = 16,
         context: int = 2048,
+        device: torch.device | None = None,
+        drafts: int = 0,
+        rows: int = 32,
     ) -> None:
-        """pages: of the pool. context: tokens of a request at most."""
-        config, device = ModelConfig.from_folder(folder), torch.device("cpu")
+        """pages: of the pool. context: tokens of a request at most. device: a GPU instead of a CPU; then also
+        drafts: of a row at most, that it makes itself; rows: of a step."""
+        config, device = ModelConfig.from_folder(folder), device or torch.device("cpu")
         if not dummy:
             config = settle(config, folder)
-        self._compute = choose_compute(dtype, device, config.head_dim, fixed_order=fixed_order)
+        group = config.num_attention_heads // config.num_key_value_heads
+        setup = GpuSetup(group, config.vocab_size, rows, rows, drafts=drafts) if device.type == "cuda" else None
+        self._compute = choose_compute(dtype, device, config.head_dim, setup, fixed_order=fixed_order)
+        self._rows, self._drafts = rows, drafts
         self.model = Qwen3(config, ParallelState(), dtype, device, self._compute.operations)
         choose_formats(self.model, quantization, self._compute.kernels)
         if dummy:
             load_dummy_weights(self.model, 0)
         else:
             load_weights(self.model, folder)
-        self._pool = KVPool(config, 1, pages, page_size, dtype, device)
+        self._pool = KVPool(config, 1, pages, page_size, dtype, device, layout=self._compute.kv_layout)
+        self._runner: ModelRunner | None = None  # of a GPU, whose graphs are dear
         self._context, self._tokenizer_file = context, folder / "tokenizer.json"
         self.seconds, self.cpu_seconds, self.steps = 0.0, 0.0, 0
         self.core: Scheduler
@@ -79,34 +87,31 @@ class InProcess:
         sampling: Sequence[ResolvedSampling],
         drafter: Drafter | None = None,
         *,
+        drafts: int = 0,
         timed: bool = True,
         **settings: Any,
     ) -> list[Sample]:
-        """Each prompt with its parameters, all there from the beginning. settings: of `SchedulerConfig`.
+        """Each prompt with its parameters, all there from the beginning. settings: of `SchedulerConfig`. drafts: of a
+        row at most, for a GPU to make.
 
         timed: else the scheduler learns nothing of what steps cost, and decides the same every time.
         """
         config = SchedulerConfig(
             num_pages=self._pool.num_pages, page_size=self._pool.page_size,
-            draft_tokens=0 if drafter is None else drafter.most, **{"max_running_requests": 32} | settings,
+            draft_tokens=drafts if drafter is None else drafter.most,
+            **{"max_running_requests": self._rows} | settings,
         )  # fmt: skip
         self.core = core = Scheduler(config)
-        tokenizer_file = self._tokenizer_file if self._tokenizer_file.exists() else None
-        runner = ModelRunner(
-            self.model, self._pool, self._compute, max_slots=config.max_running_requests, context_length=self._context,
-            tokenizer_file=tokenizer_file, drafter=drafter,
-        )  # fmt: skip
-        plan_programs(self.model, runner.backend)
-        runner.warm_up()
+        runner = self._make_runner(config, drafter)
         samples = [Sample() for _ in prompts]
         began, cpu_began = time.perf_counter(), time.process_time()
         for uid, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
             assert core.add(AddRequest(uid, str(uid), pack_ids(prompt), params), began) is None
-        batches: deque[ForwardBatch] = deque()
+        pending: deque[PendingStep] = deque()
         while not core.idle:
             while (batch := core.schedule(time.perf_counter())) is not None:
-                batches.append(batch)
-            result = runner.run(batches.popleft())
+                pending.append(runner.launch(batch))
+            result = runner.collect(pending.popleft())
             if not timed:
                 result = msgspec.structs.replace(result, total_s=0.0)
             for output in core.complete(result, time.perf_counter()).tokens:
@@ -116,4 +121,28 @@ class InProcess:
                 sample.finish = output.finish
         self.seconds, self.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
         self.steps = int(core.stats()["steps_total"])
+        if runner is self._runner:
+            runner.run(ForwardBatch(0, released=pack_ids(range(self._rows)), row_slots=b"", row_tokens=b""))
         return samples
+
+    def replace_drafts(self, **functions: Callable[..., None]) -> None:
+        """Of a GPU's `DraftKernels`; before the first list."""
+        kernels = self._compute.draft_kernels
+        assert kernels is not None
+        vars(kernels).update(functions)
+
+    def _make_runner(self, config: SchedulerConfig, drafter: Drafter | None) -> ModelRunner:
+        if self._runner is not None:
+            return self._runner
+        on_gpu = self._compute.device.torch_device.type == "cuda"
+        file = self._tokenizer_file if self._tokenizer_file.exists() else None
+        runner = ModelRunner(
+            self.model, self._pool, self._compute, max_slots=self._rows if on_gpu else config.max_running_requests,
+            context_length=self._context, tokenizer_file=file,
+            drafter=drafter, device_drafts=self._drafts,
+        )  # fmt: skip
+        self._compute.plan_layers(self.model, runner.backend)
+        runner.warm_up()
+        if on_gpu:
+            self._runner = runner
+        return runner

@@ -1,6 +1,8 @@
-"""What prompt lookup brings, and what it costs where it does not help: one scheduler and one rank on a CPU.
+"""What prompt lookup brings, and what it costs where it does not help: one scheduler and one rank in one process.
 
-    python benchmarks/internal/speculation.py                                  the embedded model
+    python benchmarks/internal/speculation.py                                  the embedded model, on a CPU
+    python benchmarks/internal/speculation.py --device cuda                                      on a GPU
+    python benchmarks/internal/speculation.py --device cuda --dtype float32 --identity 300    tokens alone
     python benchmarks/internal/speculation.py --model-path DIR --load-format dummy   forced acceptance, any shape
 
 Each workload is served without and with speculation in turns, greedy or sampled, and the best of each is taken: on a
@@ -23,8 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/speculation.py` finds the packages
 
 from benchmarks.internal.in_process import InProcess  # noqa: E402, I001
+import msgspec  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.internal.determinism import KINDS  # noqa: E402
+from benchmarks.speculation import make_prompts  # noqa: E402
 from examples.tiny_model.prompts import closed_answer_prompts  # noqa: E402
 from examples.tiny_model.stories import story  # noqa: E402
 from vibe_sgl_lite.model_worker.batch import Drafter  # noqa: E402
@@ -37,11 +42,14 @@ EMBEDDED = ROOT / "vibe_sgl_lite" / "models" / "tiny"
 
 
 class Workload(NamedTuple):
+    """drafter: of what each prompt gave without. forced: with what probability drafts hold."""
+
     name: str
     prompts: list[list[int]]
     sampling: list[ResolvedSampling]
-    drafter: Callable[[list[list[int]]], Drafter]  # of what each prompt gave without
+    drafter: Callable[[list[list[int]]], Drafter]
     rows: int
+    forced: float | None = None
 
 
 class Forced:
@@ -65,6 +73,38 @@ class Forced:
 
     def release(self, slot: int) -> None:
         self._of.pop(slot, None)
+
+
+class ForcedOnDevice:
+    """The same on a GPU, in place of what looks drafts up and accepts them (model_worker/gpu/kernels/speculate.py):
+    any drafts, of which each position's holds or not by chance. In bf16 what comes is not what came without drafts."""
+
+    def __init__(self, length: int, device: torch.device) -> None:
+        self._holds = torch.zeros(length, dtype=torch.bool, device=device)
+
+    def expect(self, acceptance: float) -> None:
+        generator = torch.Generator().manual_seed(int(1000 * acceptance))
+        self._holds.copy_(torch.rand(len(self._holds), generator=generator) < acceptance)
+
+    def propose(
+        self, slots: torch.Tensor, known: torch.Tensor, rooms: torch.Tensor, lengths: torch.Tensor,
+        tokens: torch.Tensor, row_lengths: torch.Tensor, drafted: torch.Tensor, most: int,
+    ) -> None:  # fmt: skip
+        row_lengths.copy_(torch.where(known < 0, lengths[slots], known))
+        drafted.copy_(torch.where(row_lengths > 0, rooms, 0))
+
+    def accept(
+        self, sampled: torch.Tensor, token_ids: torch.Tensor, slots: torch.Tensor, row_lengths: torch.Tensor,
+        drafted: torch.Tensor, lengths: torch.Tensor, result: torch.Tensor,
+    ) -> None:  # fmt: skip
+        rows, tokens = len(slots), len(token_ids)
+        draft = torch.arange(tokens // rows, device=slots.device)
+        holds = self._holds[row_lengths[:, None] + draft] & (draft < drafted[:, None])
+        yields = torch.where(row_lengths > 0, 1 + holds.to(torch.int32).cumprod(1).sum(1), 0)
+        result[:tokens] = sampled
+        result[tokens : tokens + rows] = drafted
+        result[tokens + rows :] = yields
+        lengths.scatter_(0, slots, (row_lengths + yields).to(torch.int32))
 
 
 def sampling(count: int, new_tokens: int, **fields: Any) -> list[ResolvedSampling]:
@@ -114,13 +154,34 @@ def forced_workloads(most: int, vocab: int, rows: Sequence[int], new_tokens: int
             def forced(outputs: list[list[int]], acceptance: float = acceptance) -> Drafter:
                 return Forced(most, acceptance, outputs, vocab)
 
-            made.append(Workload(f"{count} x {acceptance:.0%}", prompts, sampling(count, new_tokens), forced, count))
+            drawn = sampling(count, new_tokens)
+            made.append(Workload(f"{count} x {acceptance:.0%}", prompts, drawn, forced, count, acceptance))
         drawn = sampling(count, new_tokens, temperature=1.0)
         made.append(Workload(f"{count} x none", prompts, drawn, lambda _: NgramDrafter(most), count))
     return made
 
 
-def measure(engine: InProcess, workload: Workload, repeats: int, *, cpu_time: bool) -> dict[str, Any]:
+def identity_workloads(most: int, count: int) -> list[Workload]:
+    """Eight at a time: the draw in one go, and all other ways to draw, so many prompts each."""
+    prompts, kinds = make_prompts(count), [{}, *(kind for kind in KINDS if len(kind) > 1)]
+    end: dict[str, Any] = {"end_token_ids": (2041,)}
+    greedy = sampling(count, 48, **end)
+    drawn = sampling(count, 48, temperature=0.8, **end)
+    mixed = [
+        msgspec.structs.replace(one, **kinds[number % len(kinds)], logprobs=number % 4 == 0, top_logprobs=2)
+        for number, one in enumerate(sampling(count, 48, temperature=0.7, **end))
+    ]
+    return [
+        Workload(name, prompts, params, lambda _: NgramDrafter(most), 8)
+        for name, params in (("greedy", greedy), ("sampled", drawn), ("all ways", mixed))
+    ]
+
+
+def measure(
+    engine: InProcess, workload: Workload, repeats: int, *, cpu_time: bool, forced: ForcedOnDevice | None, most: int
+) -> dict[str, Any]:
+    """most: drafts of a row, where a GPU makes them."""
+
     def clock() -> float:
         return engine.cpu_seconds if cpu_time else engine.seconds
 
@@ -129,10 +190,13 @@ def measure(engine: InProcess, workload: Workload, repeats: int, *, cpu_time: bo
     expected = engine.serve(workload.prompts, workload.sampling, **settings)
     whole = [prompt + one.tokens for prompt, one in zip(workload.prompts, expected, strict=True)]
     steps, same = engine.steps, 0
+    if forced is not None and workload.forced is not None:
+        forced.expect(workload.forced)
     for _ in range(repeats):
         engine.serve(workload.prompts, workload.sampling, **settings)
         plain.append(clock())
-        got = engine.serve(workload.prompts, workload.sampling, workload.drafter(whole), **settings)
+        drafter = None if most else workload.drafter(whole)
+        got = engine.serve(workload.prompts, workload.sampling, drafter, drafts=most, **settings)
         with_drafts.append(clock())
         same = sum(one.tokens == other.tokens for one, other in zip(expected, got, strict=True))
     stats = engine.core.stats()
@@ -146,6 +210,7 @@ def measure(engine: InProcess, workload: Workload, repeats: int, *, cpu_time: bo
         "accepted": stats["accepted_tokens_total"],
         "ratio": round(min(plain) / min(with_drafts), 3),
         "plain_s": round(min(plain), 3),
+        "plain_ms_a_token": round(1000 * min(plain) / sum(len(one.tokens) for one in expected), 3),
     }
 
 
@@ -159,20 +224,38 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[1], help="of the dummy model (1)")
     parser.add_argument("--new-tokens", type=int, default=64, help="of each row of the dummy model (64)")
     parser.add_argument("--cpu-time", action="store_true", help="of the process, for a busy machine; with one thread")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--identity", type=int, help="only compare tokens, of so many prompts a way to draw")
     parser.add_argument("--only", nargs="*", default=[""], help="workloads with one of these in their name")
     options = parser.parse_args()
     torch.manual_seed(0)
     dummy = options.load_format == "dummy"
-    engine = InProcess(options.model_path, getattr(torch, options.dtype), dummy=dummy, pages=600, context=512)
+    on_gpu = options.device == "cuda"
+    most_rows = max(options.rows) if dummy else 8 if options.identity else 16
+    gpu: dict[str, Any] = {"device": torch.device("cuda", 0), "drafts": options.most, "rows": most_rows}
+    engine = InProcess(
+        options.model_path, getattr(torch, options.dtype), dummy=dummy, pages=600, context=512,
+        **gpu if on_gpu else {},
+    )  # fmt: skip
+    forced = None
+    if on_gpu and dummy:
+        forced = ForcedOnDevice(600, engine.model.device)
+        engine.replace_drafts(propose=forced.propose, accept=forced.accept)
     workloads = (
         forced_workloads(options.most, engine.model.config.vocab_size, options.rows, options.new_tokens)
         if dummy
+        else identity_workloads(options.most, options.identity)
+        if options.identity
         else embedded_workloads(options.most)
     )
     results = []
     for workload in workloads:
         if any(part in workload.name for part in options.only):
-            results.append(measure(engine, workload, options.repeats, cpu_time=options.cpu_time))
+            one = measure(
+                engine, workload, options.repeats, cpu_time=options.cpu_time, forced=forced,
+                most=options.most if on_gpu else 0,
+            )  # fmt: skip
+            results.append(one)
             print(results[-1], flush=True)
     print(json.dumps(results))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vibe_sgl_lite.model_worker.device import Device, Fields
 from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
+from vibe_sgl_lite.model_worker.drafting import MOST_TOKENS, widths
 from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import (
     CHAIN_CONTEXTS,
@@ -70,8 +71,11 @@ class GpuMetadata:
 class GpuAttention:
     """A `StepBackend` (model_worker/device_batch.py) for a pool of the model's dtype, or of bytes."""
 
-    def __init__(self, pool: KVPool, device: Device, group: int, max_rows: int, *, fp8: bool = False) -> None:
-        """group: query heads a KV head. max_rows: of a step, padding rows included. fp8: what bytes are, not int8."""
+    def __init__(
+        self, pool: KVPool, device: Device, group: int, max_rows: int, *, fp8: bool = False, width: int = 1
+    ) -> None:
+        """group: query heads a KV head. max_rows: of a step, padding rows included. fp8: what bytes are, not int8.
+        width: tokens of a row that decodes at most, its drafts included."""
         self.pool = pool
         self.device = device
         self.group = group
@@ -80,12 +84,14 @@ class GpuAttention:
         self.has_chain = False  # set by what plans the layers, both
         self.chain_rows = CHAIN_ROWS
         self.scratch = DecodeScratch(
-            pool.kv_heads, group, pool.head_dim, device.torch_device, places=CHAIN_ROWS * CHAIN_SPLITS
-        )
+            pool.kv_heads, group, pool.head_dim, device.torch_device, places=CHAIN_ROWS * CHAIN_SPLITS,
+            wide_rows=MOST_TOKENS if width > 1 else 0,
+        )  # fmt: skip
         self._order = Fields(device, max_rows, rows=np.int32)
         self._num_ordered = 0
         self._max_rows = max_rows
         self._compiled = False
+        self._width = width
         self._chunk_tiles = Fields(device, 2 * CHUNK_TILES, tiles=np.int32)
 
     def prepare(self, batch: DeviceBatch) -> GpuMetadata:
@@ -124,16 +130,18 @@ class GpuAttention:
         norms = query_norm.weight.tensor, key_norm.weight.tensor, (query_norm.eps, key_norm.eps)
         query = qkv.new_empty((qkv.shape[0], self.group * self.pool.kv_heads * self.pool.head_dim))
         rows = batch.page_table, batch.context_lengths, metadata.order, self.scratch
-        if metadata.chunks is None and not (cache.in_codes and len(qkv) > CODES_ROWS):
+        if metadata.chunks is None and batch.width == 1 and not (cache.in_codes and len(qkv) > CODES_ROWS):
             new = NewTokens(*norms, angles.cos, angles.sin, batch.slot_mapping)
             decode_attention(qkv, cache, *rows, query, tiles=metadata.tiles, pdl=self.pdl, new=new)
             return query
         rope_store(qkv, *norms, angles.cos, angles.sin, batch.slot_mapping, cache, query, pdl=self.pdl)
         attended = qkv.view(-1)[: query.numel()].view(query.shape)  # qkv is spent
-        decode_rows = len(metadata.order)
-        if decode_rows:
+        decoding = len(metadata.order) * batch.width
+        if decoding:
+            positions = batch.positions if batch.width > 1 else None
             decode_attention(
-                query[:decode_rows], cache, *rows, attended[:decode_rows], tiles=metadata.tiles, pdl=self.pdl
+                query[:decoding], cache, *rows, attended[:decoding], tiles=metadata.tiles, pdl=self.pdl,
+                positions=positions,
             )  # fmt: skip
         if metadata.chunks is not None:
             prefill_attention(
@@ -150,13 +158,13 @@ class GpuAttention:
         return attended
 
     def _runs_as_chain(self, batch: DeviceBatch) -> bool:
-        few = batch.decodes_only and batch.num_rows <= self.chain_rows
+        few = batch.decodes_only and batch.num_rows <= self.chain_rows and batch.width == 1
         return self.has_chain and few and batch.max_context <= LONG_CONTEXT
 
     def _compile(self, batch: DeviceBatch) -> None:
         """Launch every cut that there is over a row without context: the first use of one takes a second or two, which
         must not be in the middle of other requests' streams."""
-        zeros = torch.zeros(16, dtype=torch.int32, device=self.device.torch_device)
+        zeros = torch.zeros(128, dtype=torch.int32, device=self.device.torch_device)
         width = self.group * self.pool.kv_heads * self.pool.head_dim
         query, output = torch.zeros((2, 1, width), dtype=self.pool.dtype, device=self.device.torch_device)
         half, wide = query[:, : self.pool.head_dim // 2], width + 2 * self.pool.kv_heads * self.pool.head_dim
@@ -171,6 +179,11 @@ class GpuAttention:
             rows = table, zeros, zeros[:1], self.scratch, output
             decode_attention(query, cache, *rows, tiles=tiles, pdl=self.pdl)
             decode_attention(qkv, cache, *rows, tiles=tiles, pdl=self.pdl, new=new)
+            for width in widths(self._width - 1) if self._width > 1 else ():
+                wide = query.expand(width, -1).contiguous()
+                decode_attention(
+                    wide, cache, *rows[:-1], torch.empty_like(wide), tiles=tiles, pdl=self.pdl, positions=zeros
+                )  # fmt: skip
         for cut in {self._cut(1), self._cut(FEW_TOKENS + 1)}:
             no_tokens = zeros[:2].view(1, 2)
             prefill_attention(query, cache, table, zeros, zeros, no_tokens, cut, output, pdl=self.pdl)

@@ -273,7 +273,8 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "what it has and guesses what followed there, `none` does not. The output is the same",
         "Faster where the output repeats what was there before: code, quotes, summaries, JSON. How many tokens are "
         "guessed follows from how many came true, and none are where a step has so many rows that they would cost "
-        "more than they bring. On a CPU. See [scheduling](scheduling.md#speculative-decoding).",
+        "more than they bring. On a GPU requests with a grammar or a thinking budget guess nothing. "
+        "See [scheduling](scheduling.md#speculative-decoding).",
         group=MEMORY, choices=("none", "ngram"), like=("speculative_config", "speculative_model", "spec_type"),
     )] = "none"
     speculative_num_draft_tokens: Annotated[int, Spec(

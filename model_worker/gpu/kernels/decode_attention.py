@@ -1,9 +1,9 @@
-"""Attention of one new token a row over the row's paged context.
+"""Attention of one new token a row, or some with drafts, over the row's paged context.
 
-One program a (kv head, row, split): the query heads of a KV head are the rows of its matrix products, so that keys and
-values are read once. The softmax runs along the keys in blocks (Milakov and Gimelshein, "Online normalizer calculation
-for softmax", 2018); contexts may be cut in splits, whose last program to arrive merges them (flash-decoding). Rows are
-taken in a given order, longest first, so that no long row starts last.
+One program a (kv head, row, split): the query heads of a KV head, of all of the row's new tokens, are the rows of its
+matrix products, so that keys and values are read once. The softmax runs along the keys in blocks (Milakov and
+Gimelshein, "Online normalizer calculation for softmax", 2018); contexts may be cut in splits, whose last program to
+arrive merges them (flash-decoding). Rows are taken in a given order, longest first, so that no long row starts last.
 
 Legend: R rows, G query heads a KV head, D head dim.
 """
@@ -68,15 +68,20 @@ class DecodeScratch:
     """What splits leave for the one that merges them. One for all layers: launches follow each other.
 
     For any launch that `choose_tiles` cuts, over `kv_heads` KV heads with `group` query heads each; or one of
-    `places`, which is rows x splits.
+    `places`, which is rows x splits. wide_rows: with rows of some tokens each, so many tokens in all.
     """
 
-    def __init__(self, kv_heads: int, group: int, head_dim: int, device: torch.device, places: int = 0) -> None:
+    def __init__(
+        self, kv_heads: int, group: int, head_dim: int, device: torch.device, places: int = 0, wide_rows: int = 0
+    ) -> None:
         # Above the last row count here no launch is split.
         rows = max(LONG_PROGRAMS // kv_heads + 1, max(most for most, _ in TILES))
         for count in range(1, rows + 1):
             for context in (1, LONG_CONTEXT + 1):
                 places = max(places, count * choose_tiles(count, kv_heads, torch.float16, context).splits)
+        for count in range(1, min(rows, wide_rows) + 1):
+            splits = choose_tiles(count, kv_heads, torch.float16, LONG_CONTEXT + 1).splits
+            places = max(places, wide_rows * splits)
         self.sums = torch.empty((places * kv_heads * group, head_dim), dtype=torch.float32, device=device)
         self.maxima_and_norms = torch.empty((places * kv_heads * group, 2), dtype=torch.float32, device=device)
         self.arrived = torch.zeros(places * kv_heads, dtype=torch.int32, device=device)  # zero between launches
@@ -124,20 +129,51 @@ def _merge(
 
 
 @triton.jit
+def _merge_wide(
+    output, sums, maxima_and_norms, first, splits, lines, G, WIDE, HEADS, D: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """`_merge` of the G heads of each of WIDE / G tokens, whose lines of HEADS heads follow each other."""
+    dims = tl.arange(0, D)
+    part = tl.arange(0, AT_ONCE)
+    for place in range(WIDE):
+        maximum = -float("inf")
+        norm = 0.0
+        total = tl.zeros([D], tl.float32)
+        for begin in range(0, splits, AT_ONCE):
+            here = begin + part < splits
+            spot = (first + begin + part) * WIDE + place
+            maxima = tl.load(maxima_and_norms + spot * 2, mask=here, other=-float("inf"), cache_modifier=".cg")
+            norms = tl.load(maxima_and_norms + spot * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
+            partial = tl.load(
+                sums + spot[:, None] * D + dims[None, :], mask=here[:, None], other=0.0, cache_modifier=".cg"
+            )
+            higher = tl.maximum(maximum, tl.max(maxima, 0))
+            weight = tl.exp2(maxima - higher)
+            shrink = tl.exp2(maximum - higher)
+            norm = norm * shrink + tl.sum(weight * norms, 0)
+            total = total * shrink + tl.sum(weight[:, None] * partial, 0)
+            maximum = higher
+        line = lines + (place // G * HEADS + place % G) * D + dims
+        tl.store(output + line, (total / norm).to(output.dtype.element_ty))
+
+
+@triton.jit
 def _decode_attention(
     query, keys, values, output, page_table, context_lengths, order, sums, maxima_and_norms, arrived,
     key_scales, value_scales, query_stride, table_stride, page_stride, token_stride, head_stride, scale_stride, scale,
     query_norm, key_norm, cosines, sines, slots, key_codes, value_codes, query_eps, key_eps, angle_stride,
+    positions, width,
     SPLITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     KV_HEADS: tl.constexpr, D: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     UNIT: tl.constexpr, IN_CODES: tl.constexpr, INTEGERS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-    FRESH: tl.constexpr,
+    FRESH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV_HEADS, R, SPLITS). scale: of the scores, times log2(e). GP: G rounded up to a matrix's least rows.
 
     W: elements of a key, D, or in 8 bits D / 2 words: q and total are then of even dims, q_odd and odd of the others.
     FRESH: query are rows of queries, keys and values as a product gave them. The program whose split has the new token
-    stores its key and value before it reads any.
+    stores its key and value before it reads any. WIDE: rows have `width` tokens each, which see what is not behind
+    their positions; GP is for all of their heads.
     """
     head = tl.program_id(0)
     split = tl.program_id(2)
@@ -146,7 +182,13 @@ def _decode_attention(
     length = tl.load(context_lengths + row)
     dims = tl.arange(0, W)
     group = tl.arange(0, GP)
-    in_group = (group < G)[:, None]
+    if WIDE:
+        in_group = (group < G * width)[:, None]
+        line_of = row.to(tl.int64) * width + group // G
+        head_place = (line_of * query_stride + (head * G + group % G) * D)[:, None]
+        last_seen = tl.load(positions + line_of, mask=group < G * width, other=0)
+    else:
+        in_group = (group < G)[:, None]
     if SPLITS == 1:
         splits = 1
         start = 0
@@ -198,6 +240,8 @@ def _decode_attention(
                     tl.store(keys + spot, new_key)
                     tl.store(values + spot, new_value)
                 tl.debug_barrier()  # other threads of this program read it
+        elif WIDE:
+            whole = tl.load(query + head_place + dim[None, :], mask=in_group, other=0.0)
         else:
             whole = tl.load(line + (head * G + group)[:, None] * D + dim[None, :], mask=in_group, other=0.0)
         if IN_CODES:
@@ -230,10 +274,16 @@ def _decode_attention(
                 )
             else:
                 score = tl.dot(q, key, input_precision=PRECISION) * scale
-            score = tl.where(here[None, :], score, -float("inf"))
-            higher = tl.maximum(maximum, tl.max(score, 1))
-            shrink = tl.exp2(maximum - higher)
-            weight = tl.exp2(score - higher[:, None])
+            if WIDE:
+                score = tl.where(here[None, :] & (token[None, :] <= last_seen[:, None]), score, -float("inf"))
+                higher = tl.maximum(maximum, tl.max(score, 1))
+                base = tl.where(higher == -float("inf"), 0.0, higher)  # of a token that sees none of the block
+            else:
+                score = tl.where(here[None, :], score, -float("inf"))
+                higher = tl.maximum(maximum, tl.max(score, 1))
+                base = higher
+            shrink = tl.exp2(maximum - base)
+            weight = tl.exp2(score - base[:, None])
             value = tl.load(values + place[:, None] + dims[None, :], mask=here[:, None], other=0)
             norm = norm * shrink + tl.sum(weight, 1)
             if IN_CODES:
@@ -248,19 +298,30 @@ def _decode_attention(
         output_row = row.to(tl.int64) * (KV_HEADS * G * D)
         if splits == 1:
             divisor = tl.where(norm == 0.0, 1.0, norm)[:, None]  # a row without context gets zeros
-            heads = (head * G + group)[:, None] * D + dim[None, :]
+            if WIDE:
+                heads = (line_of * (KV_HEADS * G * D) + (head * G + group % G) * D)[:, None] + dim[None, :]
+                output_row = output_row * 0
+            else:
+                heads = (head * G + group)[:, None] * D + dim[None, :]
             tl.store(output + output_row + heads, (total / divisor).to(output.dtype.element_ty), mask=in_group)
         else:
             first_place = (row * KV_HEADS + head) * SPLITS
-            place = (first_place + split) * G + group
+            members = G * width if WIDE else G
+            place = (first_place + split) * members + group
             tl.store(sums + place[:, None] * D + dim[None, :], total, mask=in_group)
-            tl.store(maxima_and_norms + place * 2, maximum, mask=group < G)
-            tl.store(maxima_and_norms + place * 2 + 1, norm, mask=group < G)
+            tl.store(maxima_and_norms + place * 2, maximum, mask=group < members)
+            tl.store(maxima_and_norms + place * 2 + 1, norm, mask=group < members)
             tl.debug_barrier()  # all of this program's threads have stored before it counts as arrived
             before = tl.atomic_add(arrived + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
             if before == splits - 1:
-                output_group = output_row + head * G * D
-                _merge(output, sums, maxima_and_norms, first_place, splits, output_group, G, D, MERGED)
+                output_group = output_row * (width if WIDE else 1) + head * G * D
+                if WIDE:
+                    _merge_wide(
+                        output, sums, maxima_and_norms, first_place, splits, output_group, G, members, KV_HEADS * G, D,
+                        MERGED,
+                    )  # fmt: skip
+                else:
+                    _merge(output, sums, maxima_and_norms, first_place, splits, output_group, G, D, MERGED)
                 tl.store(arrived + row * KV_HEADS + head, 0)
 
 
@@ -276,24 +337,31 @@ def decode_attention(
     tiles: DecodeTiles,
     pdl: bool,
     new: NewTokens | None = None,
+    positions: Tensor | None = None,
 ) -> None:
     """Fill `output`, [R, heads x D], for query of the same shape.
 
     new: query is [R, (heads + 2 x kv heads) x D] instead, with keys and values as yet neither normalised nor stored;
     what `rope_store` does is done first.
 
+    positions: [R x N] int32, where rows have N tokens each: query and output are [R x N, ...] then, and each token sees
+    what is not behind its position. Their keys and values are stored already.
+
     page_table: [R or more, pages] int32;
     context_lengths: [R or more] int32, the new token included, 0 for a row that is none. order: [R] int32, the rows
     in the order to take them, or NO_ROW: lines of `output` whose row is not listed stay as they are. tiles: how to cut,
     see `choose_tiles`.
     """
-    rows, width = output.shape
+    rows, width = len(order), output.shape[1]
+    tokens = len(output) // max(rows, 1)
     keys, values, head_dim = cache.keys, cache.values, cache.head_dim
     page_size, kv_heads, elements = keys.shape[1:]
     group = width // (kv_heads * head_dim)
     assert keys.stride() == values.stride()
     assert keys.stride(3) == query.stride(1) == output.stride(1) == page_table.stride(1) == 1
-    assert rows * kv_heads * group * tiles.splits <= len(scratch.sums) or tiles.splits == 1
+    assert len(output) == rows * tokens
+    assert (tokens == 1) or (positions is not None and new is None)
+    assert len(output) * kv_heads * group * tiles.splits <= len(scratch.sums) or tiles.splits == 1
     assert query.shape[1] == (width if new is None else width + 2 * kv_heads * head_dim)
     fresh: tuple[Tensor | float, ...] = (query, query, query, query, query, query, query, 0.0, 0.0, 0)
     if new is not None:
@@ -303,14 +371,16 @@ def decode_attention(
             new.query_norm, new.key_norm, new.cos, new.sin, new.slots, *codes, *new.eps, new.cos.stride(0)
         )  # fmt: skip
     options = {"launch_pdl": True} if pdl else {}
+    heads = max(16, triton.next_power_of_2(group * tokens))
     _decode_attention[(kv_heads, rows, tiles.splits)](
         query, keys, values, output, page_table, context_lengths, order,
         scratch.sums, scratch.maxima_and_norms, scratch.arrived, *cache.scale_arguments[:2],
         query.stride(0), page_table.stride(0), *keys.stride()[:3], cache.scale_arguments[2], head_dim**-0.5 * LOG2_E,
-        *fresh,
-        SPLITS=tiles.splits, PAGE=page_size, BLOCK=tiles.keys, G=group, GP=max(16, triton.next_power_of_2(group)),
+        *fresh, context_lengths if positions is None else positions, tokens,
+        SPLITS=tiles.splits, PAGE=page_size, BLOCK=tiles.keys, G=group, GP=heads,
         KV_HEADS=kv_heads, D=head_dim, W=elements, STAGES=tiles.stages,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", UNIT=cache.unit, IN_CODES=cache.in_codes,
         INTEGERS=cache.integers, ASM=query.is_cuda, PDL=pdl, FRESH=new is not None,
+        WIDE=positions is not None,
         num_warps=tiles.warps, num_stages=tiles.stages, **options,
     )  # fmt: skip

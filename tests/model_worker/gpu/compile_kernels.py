@@ -40,6 +40,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.product import (
 )
 from vibe_sgl_lite.model_worker.gpu.kernels.rope_store import rope_store
 from vibe_sgl_lite.model_worker.gpu.kernels.sample import num_chunks, sample
+from vibe_sgl_lite.model_worker.gpu.kernels.speculate import accept, expand_drafts, look_up
 
 KV_HEADS, GROUP, DIM, HIDDEN, INNER, VOCAB = 8, 2, 128, 1024, 3072, 151_936
 PAGE, PAGES, ROWS = 64, 4, 8
@@ -93,9 +94,14 @@ def main() -> None:
         dtype = torch.int8 if cache.in_codes else torch.bfloat16
         for rows in (4, 256):
             tiles = choose_tiles(rows, KV_HEADS, dtype, 1)
-            decode_attention(query, cache, table, ints, ints, scratch, output, tiles=tiles, pdl=True)
+            rest = cache, table, ints, ints[:ROWS], scratch, output
+            decode_attention(query, *rest, tiles=tiles, pdl=True)
             new = NewTokens(norm, norm, (1e-6, 1e-6), angles, angles, longs)
-            decode_attention(qkv, cache, table, ints, ints, scratch, output, tiles=tiles, pdl=True, new=new)
+            decode_attention(qkv, *rest, tiles=tiles, pdl=True, new=new)
+            for order in (ints[:2], ints[:1]):  # rows of 4 and of 8 tokens
+                decode_attention(
+                    query, cache, table, ints, order, scratch, output, tiles=tiles, pdl=True, positions=ints
+                )  # fmt: skip
         for tokens in (1, FEW_TOKENS + 1):
             cut = choose_prefill_tiles(tokens, GROUP, dtype)
             prefill_attention(query, cache, table, ints, ints, zeros(2, 2, dtype=torch.int32), cut, output, pdl=True)
@@ -133,6 +139,10 @@ def main() -> None:
         added_product(inner, down, stream, gain, gained, squares, cuts.down, sums, pdl=True)
     slots, tokens_of = ints[:2], zeros(ROWS, 100, dtype=torch.int32)
     expand_rows(longs[:2], slots, tokens_of, table, slots, slots, longs, table, longs, longs, PAGE, PAGES)
+    look_up(longs[:2], slots, slots, ints, tokens_of, slots, slots, 12)
+    laid_out = ints[:8], ints[:8], longs[:8], table, slots, longs[:8], longs[:8], longs[:8]
+    expand_drafts(longs[:2], slots, slots, tokens_of, table, *laid_out, PAGE, PAGES)
+    accept(ints[:8], ints[:8], longs[:2], slots, slots, ints, zeros(12, dtype=torch.int32))
     logits, temperatures = zeros(2, VOCAB), zeros(ROWS, dtype=torch.float64)
     chunks = zeros(2 * num_chunks(VOCAB), dtype=torch.float32)
     sample(logits, slots, longs[:2], temperatures, longs, chunks, slots, tokens_of, longs[:2], slots, pdl=True)

@@ -134,6 +134,44 @@ def test_decode_equals_torch(
         )
 
 
+@pytest.mark.parametrize(
+    ("width", "group", "dtype", "tiles"),
+    [
+        (3, 2, torch.float32, DecodeTiles(16, 4, 2, 1)),
+        (8, 2, torch.float16, DecodeTiles(16, 4, 2, 4)),
+        (5, 4, torch.float16, DecodeTiles(32, 4, 2, 2)),
+        (4, 2, torch.int8, DecodeTiles(32, 4, 2, 4)),
+    ],
+)
+def test_rows_with_drafts_equal_torch(
+    width: int, group: int, dtype: torch.dtype, tiles: DecodeTiles, device: torch.device
+) -> None:
+    """Of `width` tokens, of which some are nobody's: these are at position 0, and what they get is finite."""
+    page, kv_heads, dim = 16, 2, 32
+    lengths, counts = [40, width, 17, 0], [width, width, 2, 0]
+    case, dtype = made([40, width, 17, 1], page, kv_heads, dim, dtype, device)
+    case.lengths[3] = 0
+    query = torch.randn((4, width, kv_heads * group, dim), device=device).to(dtype)
+    positions = torch.zeros((4, width), dtype=torch.int32)
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        positions[row, :count] = torch.arange(length - count, length)
+    scratch = DecodeScratch(kv_heads, group, dim, device, places=4 * width * tiles.splits)
+    output = torch.full((4 * width, kv_heads * group * dim), float("nan"), dtype=dtype, device=device)
+    order = case.lengths.argsort(descending=True).to(torch.int32)
+    for _ in range(2):
+        decode_attention(
+            query.view(4 * width, -1), case.cache, case.table, case.lengths, order, scratch, output, pdl=False,
+            tiles=tiles, positions=positions.view(-1).to(device),
+        )  # fmt: skip
+    assert not scratch.arrived.any()
+    assert torch.isfinite(output).all()
+    by_row = output.view(4, width, -1)
+    assert not by_row[3].any()
+    for row in range(3):
+        got, expected = by_row[row, : counts[row]], case.expected(query[row, : counts[row]], row, lengths[row])
+        torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("splits", [1, 4])
 def test_a_decode_row_without_context_gets_zeros(splits: int, device: torch.device) -> None:
     case = Case.make([5, 3], 16, 1, 32, torch.float32, device)

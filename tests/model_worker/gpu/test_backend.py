@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.model_worker.fake_device import Clock, FakeDevice, FakeGraphs
@@ -15,6 +16,7 @@ from vibe_sgl_lite.model_worker.model_runner import ModelRunner
 from vibe_sgl_lite.model_worker.weights import load_weights
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
 from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.messages import ForwardBatch, pack_ids, unpack_ids
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 PAGE, PAGES_A_SLOT, SLOTS = 8, 12, 6  # as the driver's slots have them
@@ -22,7 +24,14 @@ GROUP = DENSE["num_attention_heads"] // DENSE["num_key_value_heads"]
 
 
 def runner_of(
-    folder: Path, device: torch.device, compute: Compute, *, int8: bool = False, fake: FakeGraphs | None = None
+    folder: Path,
+    device: torch.device,
+    compute: Compute,
+    *,
+    int8: bool = False,
+    fake: FakeGraphs | None = None,
+    drafts: int = 0,
+    max_tokens: int = 17,
 ) -> ModelRunner:
     """fake: graphs, on a device that works behind the host's back, where there is no such device."""
     config = ModelConfig.from_folder(folder)
@@ -33,15 +42,17 @@ def runner_of(
     if fake is not None:
         compute = replace(compute, device=FakeDevice(Clock()), graphs=fake)
     length = PAGE * PAGES_A_SLOT
-    runner = ModelRunner(model, pool, compute, max_slots=SLOTS, context_length=length, max_tokens=17)
+    runner = ModelRunner(
+        model, pool, compute, max_slots=SLOTS, context_length=length, max_tokens=max_tokens, device_drafts=drafts
+    )
     compute.plan_layers(model, runner.backend)
     return runner
 
 
-def gpu(device: torch.device) -> Compute:
+def gpu(device: torch.device, drafts: int = 0) -> Compute:
     """With graphs where there is a GPU to capture them on."""
-    on_gpu = device.type == "cuda"
-    return gpu_compute(device, GpuSetup(GROUP, DENSE["vocab_size"], SLOTS, 4 if on_gpu else 0, 60 if on_gpu else 0))
+    rows, tokens = (4, 60) if device.type == "cuda" else (0, 0)
+    return gpu_compute(device, GpuSetup(GROUP, DENSE["vocab_size"], SLOTS, rows, tokens, drafts=drafts))
 
 
 def run(driver: Driver, prompts: list[list[int]], count: int, params: list[Any]) -> dict[int, list[int]]:
@@ -111,3 +122,74 @@ def test_seeds_give_the_tokens_of_plain_torch(tmp_path: Path, device: torch.devi
         params = [sampling(temperature=0.9, top_p=1.0, seed=2**63 + 5), sampling(temperature=1.3, seed=9, **extra)]
         got = run(Driver(runner_of(tmp_path, device, gpu(device))), prompts, 3, params)
         assert got == run(Driver(runner_of(tmp_path, torch.device("cpu"), torch_compute())), prompts, 3, params)
+
+
+PLAIN: list[Any] = [sampling(), sampling(temperature=1.0, seed=3), sampling()]
+PENALISED: list[Any] = [
+    sampling(repetition_penalty=1.1, logprobs=True),
+    sampling(temperature=0.5, seed=3, top_k=5, frequency_penalty=0.1),
+    sampling(),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("params", "in_flight"), [(PLAIN, 3), (PENALISED, 2)], ids=["fused draw", "sampler"])
+def test_drafts_that_the_device_makes_change_no_token(
+    tmp_path: Path, device: torch.device, params: list[Any], in_flight: int
+) -> None:
+    """Steps in flight, rows of other lengths and rooms, one that ends, a prompt beside, and steps without drafts."""
+    make_checkpoint(tmp_path, DENSE | {"num_hidden_layers": 1})
+    again = random_tokens(5, seed=1)
+    prompts = [again * 3, again + random_tokens(4, seed=2) + again, random_tokens(7, seed=3), again * 2]
+    asked = [*params, sampling()]
+    plain = Driver(runner_of(tmp_path, torch.device("cpu"), torch_compute(), max_tokens=60))
+    plain.run([(s, len(p)) for s, p in enumerate(prompts)], new=[new_slot(s, prompts[s], asked[s]) for s in range(4)])
+    for _ in range(40):
+        plain.run([(slot, 1) for slot in range(4)])
+
+    fake = FakeGraphs((4,) if params is PLAIN else ())
+    runner = runner_of(
+        tmp_path, device, gpu(device, 3), fake=None if device.type == "cuda" else fake, drafts=3, max_tokens=60
+    )
+    runner.warm_up()
+    batches = [
+        ForwardBatch(
+            0, new=[new_slot(s, prompts[s], asked[s]) for s in range(3)], row_slots=pack_ids(range(3)),
+            row_tokens=pack_ids(map(len, prompts[:3])),
+        ),
+        ForwardBatch(1, row_slots=pack_ids([0, 2, 1]), row_tokens=pack_ids([1, 1, 1])),
+        ForwardBatch(2, row_slots=pack_ids([0, 2, 1]), row_tokens=pack_ids([4, 1, 2])),
+        *(ForwardBatch(number) for number in range(3, 6)),
+        ForwardBatch(
+            6, new=[new_slot(3, prompts[3], asked[3])], row_slots=pack_ids([0, 1, 3]), row_tokens=pack_ids([3, 2, 10])
+        ),
+        ForwardBatch(7, row_slots=pack_ids([0, 1, 3]), row_tokens=pack_ids([3, 4, 2])),
+        ForwardBatch(8, released=pack_ids([1]), row_slots=pack_ids([0, 3]), row_tokens=pack_ids([3, 3])),
+        ForwardBatch(9),
+        ForwardBatch(10, row_slots=pack_ids([0, 3]), row_tokens=pack_ids([1, 1])),
+        ForwardBatch(11, row_slots=pack_ids([3, 0]), row_tokens=pack_ids([2, 4])),
+        ForwardBatch(12),
+    ]  # fmt: skip
+    got: dict[int, list[int]] = {slot: [] for slot in range(4)}
+    pending: list[tuple[bytes, Any]] = []
+    rows, drafted, accepted, entries = b"", 0, 0, 0
+    for batch in batches:
+        rows = rows if batch.row_slots is None else batch.row_slots
+        pending.append((rows, runner.launch(batch)))
+        while len(pending) == in_flight or (batch is batches[-1] and pending):
+            own, step = pending.pop(0)
+            result = runner.collect(step)
+            assert not result.failed
+            ids = unpack_ids(result.token_ids)
+            counts = unpack_ids(result.counts) if result.counts else [1] * (len(own) // 4)
+            for slot, count in zip(unpack_ids(own), counts, strict=True):
+                got[slot] += [ids.pop(0) for _ in range(count)]
+            drafted += sum(unpack_ids(result.drafted))
+            accepted += sum(counts) - len(counts)
+            entries += sum(len(entry.sampled) for entry in result.logprobs)
+    for slot in range(4):
+        assert got[slot] == plain.tokens[slot][: len(got[slot])]
+    assert drafted > accepted > 0
+    assert not params[0].logprobs or entries == len(got[0])
+    if device.type == "cpu" and params is PLAIN:
+        assert any(isinstance(key, tuple) and key[:2] == (16, 4) for key in fake.replayed)
