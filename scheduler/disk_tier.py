@@ -8,8 +8,9 @@ ranks, cache salt. So a key stands for all tokens from the root, and nobody can 
         ▲                                                                     │
         └── insert ◀──answers── ranks read files ◀──moves── wait_for ◀────────┘   bounded: `remove` before `store`
 
-Pages are stored as they enter the tree, a bounded number at a time; one that is evicted before its turn is not. Ranks
-take messages in order, so a page holds what the tree says when the order to store it comes, whatever follows.
+Pages are stored as they enter the tree, a bounded number at a time; one that is evicted before its turn is not. What is
+stored displaces what was last used before it was computed, so never its own beginning, without which nobody finds it.
+Ranks take messages in order, so a page holds what the tree says when the order to store it comes, whatever follows.
 
 A waiting request whose prefix goes on in the index has it loaded, into pages that belong to nobody meanwhile, below a
 locked node of the tree. It waits while that is likely to be faster than computing the same, and never for longer than
@@ -24,18 +25,19 @@ import hashlib
 import math
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
 from vibe_sgl_lite.runtime.messages import Message, PageMoves, PagesMoved, pack_ids, unpack_ids
+from vibe_sgl_lite.runtime.page_folder import KEY_BYTES, file_name
 from vibe_sgl_lite.scheduler.cost import CostModel, chunk_work
 from vibe_sgl_lite.scheduler.memory import KVMemory
 from vibe_sgl_lite.scheduler.radix_cache import TOKEN_BYTES, RadixNode
 from vibe_sgl_lite.scheduler.request import Request
 
-KEY_BYTES = 32
 STORE_BYTES = 64 << 20  # on their way to the files at a time; the ranks hold a copy of them
 LOAD_BYTES = 128 << 20  # of one load, so that a request need not wait for more than it must
 LOADING_BYTES = 512 << 20  # of all loads at a time
@@ -62,12 +64,22 @@ class TierContents(Message, frozen=True):
 
 
 class TierCounts(msgspec.Struct):
-    """Since the scheduler's start, in pages. failed: loads and stores that came to nothing."""
+    """Since the scheduler's start, in pages. failed: loads and stores that came to nothing. messages: to the ranks that
+    are answered; their numbers."""
 
     loaded: int = 0
     stored: int = 0
     evicted: int = 0
     failed: int = 0
+    messages: int = 0
+
+
+class _File(NamedTuple):
+    """Of a page. size: of all ranks' files, in bytes. used: when it was last of use, by the tier's own count."""
+
+    size: int
+    ranks: int
+    used: int
 
 
 @dataclass
@@ -97,20 +109,20 @@ class DiskTier:
         self._cost = cost
         self._counts = counts
         self._epoch = epoch
-        self._next_move = 0
         self.problem = ""  # why nothing is stored any more
         self._root = contents.root
-        self._index = OrderedDict((key, (size, ranks)) for key, size, ranks in contents.pages)
+        self._index = OrderedDict((key, _File(size, ranks, 0)) for key, size, ranks in contents.pages)
         self.used = sum(size for _, size, _ in contents.pages)  # bytes, files being written or removed included
         self._keys: dict[int, bytes] = {}  # of every page in the tree
-        self._queue: dict[bytes, int] = {}  # keys to store, and where they are
-        self._doomed: dict[bytes, tuple[int, int]] = {}  # out of the index, and still to be removed: size, ranks
-        self._storing: set[bytes] = set()
+        self._queue: dict[bytes, tuple[int, int]] = {}  # keys to store: where they are, and since when
+        self._doomed: dict[bytes, _File] = {}  # out of the index, and still to be removed
+        self._storing: dict[bytes, int] = {}  # since when they are in the tree
         self._loading: set[bytes] = set()
         self._moves: dict[int, _Move] = {}
         self._begun: list[PageMoves] = []
         self._touched: dict[bytes, None] = {}
         self._next_touch = 0.0
+        self._uses = 0
         self._rate = GUESSED_RATE
 
     # ------------------------------------------------------------------------------------------------ the tree's pages
@@ -118,31 +130,57 @@ class DiskTier:
     def stored(self, node: RadixNode) -> None:
         parent = node.parent
         assert parent is not None
-        key = self._keys[parent.pages[-1]] if parent.pages else self._root_key(node.cache_salt)
+        key = self._keys.get(parent.pages[-1]) if parent.pages else self._root_key(node.cache_salt)
+        if key is None:
+            return  # it was there before the root that keys begin with now
+        self._uses += 1
         step = self._memory.page_size * TOKEN_BYTES
         for place, page in enumerate(node.pages):
             key = self._keys[page] = _next_key(key, node.key[place * step : (place + 1) * step])
-            if key in self._index:
-                self._index.move_to_end(key)
-            elif self._may_store and key not in self._storing and key not in self._doomed:
-                self._queue[key] = page
+            self._want(key, page)
+        walk: RadixNode | None = node
+        while walk is not None:
+            self._use(walk.pages)
+            walk = walk.parent
 
     def removed(self, pages: Iterable[int]) -> None:
         for page in pages:
-            self._queue.pop(self._keys.pop(page), None)
+            key = self._keys.pop(page, None)
+            if key is not None:
+                self._queue.pop(key, None)
 
     def cleared(self) -> None:
         self._keys.clear()
         self._queue.clear()
 
     def used_by(self, request: Request) -> None:
-        """A request got its slot and reads these pages. The end of a prefix goes before its beginning."""
-        for page in reversed(request.pages[: request.num_shared_pages]):
-            key = self._keys[page]
-            if key in self._index:
+        """A request got its slot and reads these pages."""
+        self._uses += 1
+        pages = request.pages[: request.num_shared_pages]
+        for page in pages:
+            if page in self._keys:
+                self._want(self._keys[page], page)  # its file may have been removed meanwhile
+        for key in self._use(pages):
+            self._touched.pop(key, None)
+            self._touched[key] = None
+
+    def _want(self, key: bytes, page: int) -> None:
+        """It should have a file."""
+        known = key in self._index or key in self._queue or key in self._storing or key in self._doomed
+        if not known and not self.problem and self._contents.page_bytes <= self._contents.limit:
+            self._queue[key] = page, self._uses
+
+    def _use(self, pages: Sequence[int]) -> list[bytes]:
+        """They count as used now, the end of a prefix before its beginning. Their keys, of those that have files."""
+        found = []
+        for page in reversed(pages):
+            key = self._keys.get(page)
+            file = None if key is None else self._index.get(key)
+            if key is not None and file is not None:
+                self._index[key] = file._replace(used=self._uses)
                 self._index.move_to_end(key)
-                self._touched.pop(key, None)
-                self._touched[key] = None
+                found.append(key)
+        return found
 
     def forget_all(self) -> None:
         """The cache is flushed: the files go too."""
@@ -188,10 +226,6 @@ class DiskTier:
         self._begun.append(self._message(move, load=b"".join(keys), load_pages=pages.tobytes()))
 
     @property
-    def _may_store(self) -> bool:
-        return not self.problem and self._contents.page_bytes <= self._contents.limit
-
-    @property
     def loading_pages(self) -> list[int]:
         """Pages that loads hold."""
         return [page for move in self._moves.values() for page in move.pages]
@@ -206,20 +240,17 @@ class DiskTier:
     def moves(self, now: float) -> list[PageMoves]:
         """What to tell the ranks, before the step that was planned last."""
         moves, self._begun = self._begun, []
-        wanted = min(len(self._queue), max(1, STORE_BYTES // self._contents.page_bytes)) * self._contents.page_bytes
         if not any(move.kind == "remove" for move in self._moves.values()):
-            self._doom_oldest(self.used + wanted - self._contents.limit)
+            self._make_room()
             if self._doomed:
                 moves.append(self._remove())
-        keys, pages = [], []
-        in_flight = len(self._storing) * self._contents.page_bytes
-        for key, page in self._queue.items():
-            in_flight += self._contents.page_bytes
-            fits = self.used + self._contents.page_bytes <= self._contents.limit
-            if not fits or (in_flight > STORE_BYTES and self._storing):
+        size, keys, pages = self._contents.page_bytes, [], []
+        for key, (page, since) in self._queue.items():
+            busy = bool(self._storing) and (len(self._storing) + 1) * size > STORE_BYTES
+            if busy or self.used + size > self._contents.limit:
                 break
-            self.used += self._contents.page_bytes
-            self._storing.add(key)
+            self.used += size
+            self._storing[key] = since
             keys.append(key)
             pages.append(page)
         for key in keys:
@@ -235,7 +266,9 @@ class DiskTier:
 
     def answered(self, answer: PagesMoved) -> bool:
         """Take one rank's answer. Returns whether pages were loaded, or given back."""
-        move = self._moves[answer.number]
+        move = self._moves.get(answer.number)
+        if move is None:
+            return False  # of a tier before this one
         move.waiting -= 1
         move.failed.update(unpack_ids(answer.failed))
         if answer.error and not self.problem:
@@ -258,15 +291,14 @@ class DiskTier:
     # ---------------------------------------------------------------------------------------------------------- helpers
 
     def _end_store(self, move: _Move) -> None:
-        size, ranks = self._contents.page_bytes, self._contents.ranks
-        self._storing.difference_update(move.keys)
         self._counts.stored += len(move.keys) - len(move.failed)
         self._counts.failed += len(move.failed)
-        for place, key in enumerate(move.keys):
+        for place, key in reversed([*enumerate(move.keys)]):
+            file = _File(self._contents.page_bytes, self._contents.ranks, self._storing.pop(key))
             if place in move.failed:
-                self._doomed[key] = size, ranks  # another rank may have it
+                self._doomed[key] = file  # another rank may have it
             else:
-                self._index[key] = size, ranks
+                self._index[key] = file
 
     def _end_load(self, move: _Move) -> None:
         assert move.node is not None
@@ -282,19 +314,33 @@ class DiskTier:
         doomed = dict(list(self._doomed.items())[:REMOVE_AT_ONCE])
         for key in doomed:
             del self._doomed[key]
-        move = _Move("remove", [], self._contents.ranks, size=sum(size for size, _ in doomed.values()))
-        names = [f"{key.hex()}.{rank}-{ranks}" for key, (_, ranks) in doomed.items() for rank in range(ranks)]
+        move = _Move("remove", [], self._contents.ranks, size=sum(file.size for file in doomed.values()))
+        names = [file_name(key, rank, file.ranks) for key, file in doomed.items() for rank in range(file.ranks)]
         return self._message(move, remove=names)
 
-    def _doom_oldest(self, excess: int) -> None:
-        excess -= sum(size for size, _ in self._doomed.values())
+    def _make_room(self) -> None:
+        """For what came first into the queue, and as much with it; what nothing has to give way to is not stored."""
+        size, limit = self._contents.page_bytes, self._contents.limit
+        self._doom_oldest(self.used - limit, self._uses + 1)
+        while self._queue and not self._doomed:
+            first = next(iter(self._queue.values()))[1]
+            together = [key for key, (_, since) in self._queue.items() if since == first]
+            wanted = min(len(together), max(1, STORE_BYTES // size)) * size
+            self._doom_oldest(self.used + wanted - limit, first)
+            if self._doomed or self.used + size <= limit:
+                return
+            for key in together:
+                del self._queue[key]
+
+    def _doom_oldest(self, excess: int, before: int) -> None:
+        """So many bytes, of what was last used before then."""
         doomed = []
-        for key, (size, _) in self._index.items():
-            if excess <= 0:
+        for key, file in self._index.items():
+            if excess <= 0 or file.used >= before:
                 break
             if key not in self._loading:
                 doomed.append(key)
-                excess -= size
+                excess -= file.size
         self._counts.evicted += len(doomed)
         self._doom(doomed)
 
@@ -305,7 +351,8 @@ class DiskTier:
                 self._touched.pop(key, None)
 
     def _message(self, move: _Move, **fields: bytes | list[str]) -> PageMoves:
-        number, self._next_move = self._next_move, self._next_move + 1
+        number = self._counts.messages
+        self._counts.messages += 1
         self._moves[number] = move
         return PageMoves(number, epoch=self._epoch, **fields)  # type: ignore[arg-type]
 
@@ -314,8 +361,9 @@ class DiskTier:
 
         What was worked out is kept with the request.
         """
-        if request.page_keys is None:
-            request.page_keys = [self._root_key(request.cache_salt)]
+        root = self._root_key(request.cache_salt)
+        if request.page_keys is None or request.page_keys[0] != root:
+            request.page_keys = [root]
         keys, step = request.page_keys, self._memory.page_size * TOKEN_BYTES
         for place in range(end):
             if place + 1 == len(keys):
