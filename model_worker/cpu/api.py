@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.cpu.build import COMPILERS, BuildError, build
+from vibe_sgl_lite.model_worker.cpu.build import COMPILERS, BuildError, build, prebuilt
 from vibe_sgl_lite.model_worker.cpu.library import function_name, open_library, structures
 from vibe_sgl_lite.model_worker.cpu.linear import SlabWeights, WeightFormat
 from vibe_sgl_lite.model_worker.cpu.openmp import parallel_function
-from vibe_sgl_lite.model_worker.cpu.targets import choose_target
+from vibe_sgl_lite.model_worker.cpu.targets import Target, choose_target
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +34,33 @@ def load(
     *,
     fixed_order: bool = False,
 ) -> "CpuKernels | None":
-    """Build (at first use) and load the kernels; None, with the reason logged, where that is not possible.
+    """Load the kernels that the installation brings, or else build them (at first use); None, with the reason logged,
+    where neither is possible.
 
     threads: at most this many run a kernel; None: torch.get_num_threads() as it is now. target, flags: a name from
     targets.py, and more flags for the compiler. fixed_order: see `CpuKernels`.
 
     Raises ConfigError for a target that this CPU cannot run.
     """
+    chosen = choose_target(target)
+    library = None if flags else _open_prebuilt(chosen)
     try:
-        path = build(cache_dir, compilers, choose_target(target), flags)
-        library = open_library(path)
+        library = library or open_library(build(cache_dir, compilers, chosen, flags))
     except (BuildError, OSError) as error:
         logger.warning("CPU kernels are not available, plain torch is used: %s", error)
         return None
     return CpuKernels(library, torch.get_num_threads() if threads is None else threads, fixed_order=fixed_order)
+
+
+def _open_prebuilt(target: Target) -> ctypes.CDLL | None:
+    path = prebuilt(target)
+    if path is None:
+        return None
+    try:
+        return open_library(path)
+    except OSError as error:
+        logger.warning("the CPU kernels of this installation cannot be used, so they are compiled: %s", error)
+        return None
 
 
 class LayerCache:

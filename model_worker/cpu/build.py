@@ -1,6 +1,7 @@
 """Compiles the C++ kernels into a shared object, once per source, compiler and CPU, into a per-user cache.
 
-Knows nothing about what the kernels do. The cache folder is private to the user (0700, owner checked), because what
+Wheels for a platform bring objects of their own (tools/build_wheels.py), and `prebuilt` finds them. Knows nothing about
+what the kernels do. The cache folder is private to the user (0700, owner checked), because what
 lies in it is loaded into the process.
 """
 
@@ -33,6 +34,8 @@ WARNINGS = (
 )
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", *WARNINGS)
+PREBUILT_FLAGS = ("-s",)  # without symbols that only a debugger reads
+PREBUILT_DIR = Path(__file__).parent / "prebuilt"
 COMPILE_TIMEOUT_S = 180
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,29 @@ def build(
     return built
 
 
+def prebuilt(target: Target) -> Path | None:
+    """The object that came with this installation; None if there is none of these very sources."""
+    path = PREBUILT_DIR / prebuilt_name(target)
+    return path if path.is_file() else None
+
+
+def prebuilt_name(target: Target) -> str:
+    """Changes with the sources and flags, so that an object of others is never taken for one of these."""
+    digest = _digest_sources()
+    digest.update(str((FLAGS, target.flags)).encode())
+    return f"{target.name}-{digest.hexdigest()[:24]}.so"
+
+
+def compile_prebuilt(compiler: str, target: Target, folder: Path) -> Path:
+    """An object for any CPU of that target, and for other machines than this one; `compiler` may be a cross compiler.
+
+    Raises BuildError when the compiler does not run, or fails.
+    """
+    built = folder / prebuilt_name(target)
+    _compile(compiler, [(*PREBUILT_FLAGS, *target.flags)], built)
+    return built
+
+
 def default_cache_dir() -> Path:
     """The first of `cache_folders()` that can be made private to this user; a warning says why others cannot.
 
@@ -98,11 +124,16 @@ def _find_compiler(compilers: Sequence[str]) -> str:
     raise BuildError(f"no C++ compiler found (looked for $CXX, {', '.join(compilers)})")
 
 
-def _fingerprint(compiler: str, attempts: Sequence[Sequence[str]]) -> str:
-    """Changes with whatever changes the result: sources, flags, compiler, the CPU that `native` stands for."""
+def _digest_sources() -> "hashlib._Hash":
     digest = hashlib.sha256()
     for source in sorted(SOURCE_DIR.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    return digest
+
+
+def _fingerprint(compiler: str, attempts: Sequence[Sequence[str]]) -> str:
+    """Changes with whatever changes the result: sources, flags, compiler, the CPU that `native` stands for."""
+    digest = _digest_sources()
     version = _run([compiler, "--version"])
     for part in (*FLAGS, str(attempts), compiler, version, platform.platform(), _cpu_features()):
         digest.update(part.encode() + b"\0")

@@ -19,40 +19,49 @@ _AVX512_BF16 = f"{_AVX512} avx512_vnni avx512_bf16"
 
 @dataclass(frozen=True)
 class Target:
-    """features: what the CPU must have, as Linux names it. attempts: compiler flags, the first ones that work."""
+    """features: what the CPU must have, as Linux names it. flags: of the compiler, for any such CPU.
+
+    tuning: more of them, each to be tried before, for the very CPU that compiles.
+    """
 
     name: str
     features: frozenset[str]
-    attempts: tuple[tuple[str, ...], ...]
+    flags: tuple[str, ...]
+    tuning: tuple[str, ...] = ("-mtune=native",)
+
+    @property
+    def attempts(self) -> tuple[tuple[str, ...], ...]:
+        """Compiler flags for this CPU, the first that work to be used: not every compiler knows every spelling."""
+        return (*((*self.flags, flag) for flag in self.tuning), self.flags)
 
 
-def _x86(name: str, features: str, *flags: str) -> Target:
-    return Target(name, frozenset(features.split()), ((*flags, "-mtune=native"), flags))
+def _target(name: str, features: str, *flags: str) -> Target:
+    return Target(name, frozenset(features.split()), flags)
 
 
 _BF16_FLAGS = ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16")
+# By architecture, the best one first, the last one for every CPU of it.
 TARGETS = {
-    target.name: target
-    for target in (
-        _x86(
+    "x86_64": (
+        _target(
             "amx", f"{_AVX512_BF16} amx_tile amx_bf16 amx_int8", *_BF16_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8"
         ),
-        _x86("avx512_bf16", _AVX512_BF16, *_BF16_FLAGS),
-        _x86("avx512", _AVX512, "-march=x86-64-v4"),
-        _x86("avx_vnni", f"{_AVX2} avx_vnni", "-march=x86-64-v3", "-mavxvnni"),
-        _x86("avx2", _AVX2, "-march=x86-64-v3"),
-        Target("baseline", frozenset(), ((),)),
-    )
-}  # the best one first
-# Not every compiler knows every spelling, and a kernel for the plain architecture is better than none.
-_OTHER_MACHINES = Target("baseline", frozenset(), (("-mcpu=native",), ("-march=native",), ()))
+        _target("avx512_bf16", _AVX512_BF16, *_BF16_FLAGS),
+        _target("avx512", _AVX512, "-march=x86-64-v4"),
+        _target("avx_vnni", f"{_AVX2} avx_vnni", "-march=x86-64-v3", "-mavxvnni"),
+        _target("avx2", _AVX2, "-march=x86-64-v3"),
+        _target("baseline", ""),
+    ),
+}
+# A kernel for the plain architecture is better than none.
+_OTHER_MACHINES = Target("baseline", frozenset(), (), ("-mcpu=native", "-march=native"))
 
 
 def runnable_targets() -> list[Target]:
     """Those whose instructions this CPU has, the best one first."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return [_OTHER_MACHINES]
-    return [target for target in TARGETS.values() if target.features <= _cpu_features()]
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    features = _cpu_features()
+    return [target for target in TARGETS.get(machine, (_OTHER_MACHINES,)) if target.features <= features]
 
 
 def choose_target(name: str | None = None) -> Target:
@@ -76,4 +85,5 @@ def _cpu_features() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except FileNotFoundError:
         return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split()[2:])
+    line = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())
