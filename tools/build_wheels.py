@@ -54,8 +54,12 @@ def main() -> None:
 
 
 def build_pure(folder: Path, *, isolated: bool) -> Path:
+    """From a copy of the checkout: setuptools leaves files behind, and would put them into the next wheel."""
+    source = folder / "source"
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "runs", "site", "*.egg-info", "__pycache__", "tests")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=left_out)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
-    subprocess.run([*command, *([] if isolated else ["--no-build-isolation"]), str(ROOT)], check=True)
+    subprocess.run([*command, *([] if isolated else ["--no-build-isolation"]), str(source)], check=True)
     (wheel,) = folder.glob("*-none-any.whl")
     return wheel
 

@@ -52,6 +52,11 @@ TARGETS = {
         _target("avx2", _AVX2, "-march=x86-64-v3"),
         _target("baseline", ""),
     ),
+    "aarch64": (
+        _target("neon_bf16", "asimddp bf16 i8mm", "-march=armv8.2-a+dotprod+bf16+i8mm"),
+        _target("neon_dotprod", "asimddp", "-march=armv8.2-a+dotprod"),
+        _target("neon", ""),
+    ),
 }
 # A kernel for the plain architecture is better than none.
 _OTHER_MACHINES = Target("baseline", frozenset(), (), ("-mcpu=native", "-march=native"))
@@ -83,7 +88,7 @@ def choose_target(name: str | None = None) -> Target:
 def _cpu_features() -> frozenset[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except FileNotFoundError:
-        return frozenset()
-    line = next((line for line in lines if line.startswith("flags")), "")
+    except FileNotFoundError:  # a Mac; all of Apple's own CPUs have dot products
+        return frozenset({"asimddp"})
+    line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return frozenset(line.partition(":")[2].split())

@@ -258,7 +258,30 @@ class ChunkAttention {
         const int left = chunk_.head_dim - d;
         return left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
     }
+#elif defined(VSL_PAIRS)
+    void pack_columns(const bf16* const* rows, uint32_t* out) {
+        for (int d = 0; d < padded_dim_; d += 2)
+            for (int i = 0; i < kLanes; i++) *out++ = d < chunk_.head_dim ? pair(rows[i][d], rows[i][d + 1]) : 0;
+    }
 
+    void pack_keys(const bf16* const* rows, int padded, uint32_t* out) {
+        for (int i = 0; i < padded; i++, out += depth_) {
+            std::memcpy(out, rows[i], chunk_.head_dim * sizeof(bf16));
+            std::memset(out + chunk_.head_dim / 2, 0, (padded_dim_ - chunk_.head_dim) * sizeof(bf16));
+        }
+    }
+
+    // [padded_dim_][kBlockKeys / 2] units: pairs of adjacent keys' values. Leaves what is beyond head_dim, zero.
+    void pack_values(const bf16* const* rows, int padded, uint32_t* out) {
+        for (int key = 0; key < padded; key += 2)
+            for (int d = 0; d < chunk_.head_dim; d++)
+                out[d * (kBlockKeys / 2) + key / 2] = pair(rows[key][d], rows[key + 1][d]);
+    }
+
+    static uint32_t pair(bf16 low, bf16 high) { return low.bits | (uint32_t)high.bits << 16; }
+#endif
+
+#if defined(VSL_PAIRS)
     Product<PairDot> value_product(const uint32_t* values) const {
         Product<PairDot> p{};
         p.a = values, p.a_row = kBlockKeys / 2, p.a_depth = 1;
@@ -343,6 +366,19 @@ class ChunkAttention {
         }
         return sums[0] + sums[1];
     }
+#elif defined(VSL_PAIRS)
+    vf weigh(const float* scores, vf scale, vf largest, int keys, uint32_t* weights) {
+        vf sum = {};
+        for (int key = 0; key < keys; key += 2) {
+            if (key % 8 == 0) fetch_ahead(fetch_quota_);
+            const vf even = exp2(load(scores + key * kLanes) * scale - largest);
+            const vf odd = exp2(load(scores + (key + 1) * kLanes) * scale - largest);
+            sum += even + odd;
+            const vf pairs = (vf)((vu)widen(narrow(even)) >> 16 | (vu)widen(narrow(odd)));
+            store((float*)weights + key / 2 * kLanes, pairs);
+        }
+        return sum;
+    }
 #endif
 
     // [padded_dim_][kLanes] sums over their lanes' totals -> the rows of lanes that are not left over.
@@ -403,7 +439,7 @@ inline void attend_chunk(const Chunk<bf16, Stored>& chunk, Scratch& scratch, [[m
         return ChunkAttention<bf16, Stored, PairDot>(chunk, scratch, true).run();
     }
 #endif
-#if defined(VSL_AVX512_BF16)
+#if defined(VSL_PAIRS)
     ChunkAttention<bf16, Stored, PairDot>(chunk, scratch, false).run();
 #else
     ChunkAttention<bf16, Stored, FloatDot>(chunk, scratch, false).run();

@@ -13,6 +13,11 @@
 namespace vsl {
 
 constexpr int kBlockTokens = 16;    // a multiple of kLanes; small, as two blocks' pages should fit the first-level TLB
+#if defined(VSL_NEON)
+constexpr int kSums = 16;  // scores that are summed side by side, each in a register
+#else
+constexpr int kSums = kLanes;
+#endif
 constexpr float kNoScore = -1e30f;  // a maximum below every score, yet finite: infinities subtract to NaN
 
 // One request's cached tokens. Stored: the model's type, or int8_t.
@@ -77,11 +82,11 @@ inline void prefetch(const T* row, int d, int n) {
     for (int i = 0; i < n * (int)sizeof(T); i += 64) __builtin_prefetch((const char*)(row + d) + i, 0, 2);
 }
 
-// sums[g * tokens + i] += query g . key i, lane by lane, for kLanes / G tokens. Prefetches the rows at `ahead`.
+// sums[g * tokens + i] += query g . key i, lane by lane, for kSums / G tokens. Prefetches the rows at `ahead`.
 template <int G, class T, class Stored>
 inline void multiply_keys(const T* query, const Stored* keys, const int64_t* offsets, const int64_t* ahead,
                           int head_dim, vf* sums) {
-    constexpr int kTokens = kLanes / G, kLine = 64 / sizeof(Stored);
+    constexpr int kTokens = kSums / G, kLine = 64 / sizeof(Stored);
     for (int d = 0; d < head_dim; d += kLanes) {
         const int n = head_dim - d < kLanes ? head_dim - d : kLanes;
         vf q[G];
@@ -102,7 +107,7 @@ inline void multiply_keys(const T* query, const Stored* keys, const int64_t* off
 template <int G>
 inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* offsets, const int64_t* ahead,
                           int head_dim, vf* sums) {
-    constexpr int kTokens = kLanes / G;
+    constexpr int kTokens = kSums / G;
     for (int d = 0; d < head_dim; d += 32) {
         const __mmask32 mask = head_dim - d < 32 ? (1u << (head_dim - d)) - 1 : ~0u;
         __m512bh q[G];
@@ -114,6 +119,21 @@ inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* of
                 vf& s = sums[g * kTokens + i];
                 s = (vf)_mm512_dpbf16_ps((__m512)s, q[g], k);
             }
+        }
+    }
+}
+#elif defined(VSL_PAIRS)
+template <int G>
+inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* offsets, const int64_t* ahead,
+                          int head_dim, vf* sums) {
+    constexpr int kTokens = kSums / G;
+    for (int d = 0; d < head_dim; d += 2 * kLanes) {
+        vf q[G];
+        for (int g = 0; g < G; g++) q[g] = load((const float*)(query + g * head_dim + d));
+        for (int i = 0; i < kTokens; i++) {
+            if (d % 32 == 0) prefetch(keys + ahead[i], d, 32);
+            const vf k = load((const float*)(keys + offsets[i] + d));
+            for (int g = 0; g < G; g++) sums[g * kTokens + i] = multiply_bf16(sums[g * kTokens + i], q[g], k);
         }
     }
 }
@@ -144,13 +164,13 @@ inline void attend_block(const T* query, const Stored* keys, const Stored* value
                          const int64_t* ahead, const BlockScales& scales, int count, int head_dim, float scale,
                          float* maximum_out, float* total_out, float* sums) {
     constexpr bool kScaled = CacheView<Stored>::kScaled;
-    constexpr int kTokens = kLanes / G;
+    constexpr int kTokens = kSums / G;
     float scores[G][kBlockTokens], decay[G];
     for (int first = 0; first < count; first += kTokens) {
-        vf products[kLanes] = {};
+        vf products[kSums] = {};
         multiply_keys<G>(query, keys, offsets + first, ahead + first, head_dim, products);
-        float lanes[kLanes];
-        store(lanes, sum_each(products) * splat(scale));
+        float lanes[kSums];
+        for (int i = 0; i < kSums; i += kLanes) store(lanes + i, sum_each(products + i) * splat(scale));
         for (int g = 0; g < G; g++) std::memcpy(scores[g] + first, lanes + g * kTokens, kTokens * sizeof(float));
     }
     if constexpr (kScaled)

@@ -58,6 +58,12 @@ struct PairDot {
         return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
     }
 };
+#elif defined(VSL_PAIRS)
+struct PairDot {
+    using Unit = uint32_t;
+    static constexpr int kDepth = 2;
+    static vf multiply_add(uint32_t a, vf b, vf c) { return multiply_bf16(c, b, (vf)(a - vu{})); }
+};
 #endif
 
 #if defined(VSL_AVX512)

@@ -56,6 +56,12 @@ const char* vsl_instruction_set(Context* context) {
     return "avx_vnni";
 #elif defined(VSL_AVX2)
     return "avx2";
+#elif defined(VSL_NEON_BF16)
+    return "neon_bf16";
+#elif defined(VSL_NEON_DOT)
+    return "neon_dotprod";
+#elif defined(VSL_NEON)
+    return "neon";
 #else
     return "baseline";
 #endif

@@ -160,9 +160,7 @@ inline void quantize_row(const T* x, int64_t inputs, int8_t* codes, float* scale
         // Adding 1.5 x 2^23 rounds to a whole number, to even on ties, in the lowest bits.
         const vi code = (vi)(load(x + i) * factor + splat(12582912.0f)) - splat((int32_t)0x4b400000);
         total += code;
-        typedef int8_t vc __attribute__((vector_size(kLanes)));
-        const vc narrow = __builtin_convertvector(code, vc);
-        std::memcpy(codes + i, &narrow, sizeof narrow);
+        store_bytes(codes + i, code);
     }
     int32_t codes_sum = 0;
     for (int j = 0; j < kLanes; j++) codes_sum += total[j];

@@ -13,6 +13,12 @@ constexpr int kMostTogether = 6, kMostInt4Together = 4;  // rows
 // From here on, weights are brought into the form that is multiplied once a block, and not for each few rows again.
 constexpr int kPreparedRows = 12, kPreparedInt8Rows = 4;
 
+#if defined(VSL_NEON)
+constexpr int kMoreRegisters = 2;  // 32, of which sums take 24 at most
+#else
+constexpr int kMoreRegisters = 1;
+#endif
+
 inline vu load_units(const void* weights) {
     vu units;
     std::memcpy(&units, weights, sizeof units);
@@ -45,17 +51,28 @@ struct ShortUnits {
     static vi multiply_add(vi sum, vi weights, int32_t x) { return multiply_pairs(sum, weights, x); }
 };
 
-#if defined(VSL_AVX_VNNI)
-// Four bytes without a sign, times four with one.
+#if defined(VSL_NEON_BF16)
+// Pairs of bfloat16, of x too.
+struct PairsOfBf16 : FloatUnits {
+    static vf multiply_add(vf sum, vf weights, float x) { return multiply_bf16(sum, weights, splat(x)); }
+};
+#endif
+
+#if defined(VSL_QUADS)
+// Four bytes, times four with a sign.
 struct ByteUnits : ShortUnits {
-    static vi multiply_add(vi sum, vi weights, int32_t x) {
-        return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weights, _mm256_set1_epi32(x));
+    static constexpr int32_t kMiddle = kUnsignedQuads ? 1 : 0;
+    static vi part(int, const uint32_t* weights) {
+        const vu units = load_units(weights);
+        return (vi)(kUnsignedQuads ? units : units ^ 0x80808080u);
     }
+    static vi multiply_add(vi sum, vi weights, int32_t x) { return multiply_quads(sum, weights, x); }
 };
 #else
 // The same as two pairs: of bytes 0 and 2, and of 1 and 3.
 struct ByteUnits : ShortUnits {
     static constexpr int kParts = 2;
+    static constexpr int32_t kMiddle = 1;
     static vi part(int p, const uint32_t* weights) { return (vi)(load_units(weights) >> 8 * p & 0x00ff00ffu); }
 };
 #endif
@@ -97,7 +114,7 @@ inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typen
 template <class Units, int kRows>
 inline void multiply_together(const uint32_t* weights, int64_t steps, const typename Units::Unit* x, int64_t x_stride,
                               typename Units::Unit* sums, bool begin, const char* ahead) {
-    constexpr int kAll = kSlab / kLanes, kRegisters = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;
+    constexpr int kAll = kSlab / kLanes, kRegisters = kMoreRegisters * (kRows == 1 ? 8 : kRows == 2 ? 4 : 2);
     constexpr int kVectors = kAll < 8 || kAll < kRegisters ? kAll : kRegisters;
     for (int j = 0; j < kSlab; j += kVectors * kLanes)
         multiply_vectors<Units, kRows, kVectors>(weights + j, steps, x, x_stride, sums + j, begin, j == 0 ? ahead : nullptr);
@@ -164,6 +181,16 @@ struct Bf16Panels {
     }
 };
 
+#if defined(VSL_NEON_BF16)
+struct Bf16PairPanels {
+    using Direct = PairsOfBf16;
+    using Prepared = PairsOfBf16;
+    static constexpr int kFormat = kBf16, kDepth = 2;
+    static constexpr int64_t kLeastRows = INT64_MAX;
+    static void prepare(const uint8_t*, int64_t, uint32_t*) {}
+};
+#endif
+
 struct Int8Panels {
     using Direct = ByteUnits;
     using Prepared = ShortUnits;
@@ -222,6 +249,12 @@ inline void run_panels(Context& context, const Linear<T>& linear, const typename
     });
 }
 
+// Rounds the sums of a row into place.
+template <class T>
+inline void store_sums(const Linear<T>& into, int64_t slab, int64_t row, const float* sums) {
+    store_slab(sums, into.out + row * into.out_stride + slab * kSlab, into.outputs - slab * kSlab);
+}
+
 // In fp32, from x in fp32.
 template <class T>
 inline void run_float(Context& context, const Linear<T>& linear) {
@@ -232,9 +265,7 @@ inline void run_float(Context& context, const Linear<T>& linear) {
             for (int64_t i = 0; i < inputs; i += kLanes)
                 vsl::store(x + r * stride + i, load(linear.x + r * linear.x_stride + i));
     });
-    const auto store = [&](const Linear<T>& into, int64_t slab, int64_t row, const float* sums) {
-        store_slab(sums, into.out + row * into.out_stride + slab * kSlab, into.outputs - slab * kSlab);
-    };
+    const auto store = store_sums<T>;
     if (linear.format == kInt4) return run_panels<Int4Panels>(context, linear, x, stride, store);
     if (linear.format == kFloat) return run_panels<FloatPanels>(context, linear, x, stride, store);
     run_panels<Bf16Panels>(context, linear, x, stride, store);
@@ -267,7 +298,8 @@ inline void run_bytes(Context& context, const Linear<T>& linear, const Quantized
                                    vi whole;
                                    std::memcpy(&whole, sums + j, sizeof whole);
                                    const vf scale = load(linear.scales + slab * kSlab + j) * splat(rows.scales[row]);
-                                   const vf value = __builtin_convertvector(whole - splat(rows.sums[row]), vf);
+                                   const int32_t shift = rows.sums[row] * ByteUnits::kMiddle;
+                                   const vf value = __builtin_convertvector(whole - splat(shift), vf);
                                    vsl::store(values + j, value * scale);
                                }
                                store_slab(values, into.out + row * into.out_stride + slab * kSlab,
@@ -277,7 +309,7 @@ inline void run_bytes(Context& context, const Linear<T>& linear, const Quantized
 
 // ------------------------------------------------------------------------------------- int4 by rows in 8 bits
 
-#if defined(VSL_AVX2) || defined(VSL_AVX512)
+#if defined(VSL_AVX2) || defined(VSL_AVX512) || defined(VSL_NEON)
 
 // Rows in 8 bits with a scale for each group of inputs, in the order of the bytes that an int4 unit is split into.
 struct QuantizedGroups {
@@ -307,7 +339,7 @@ inline void quantize_groups(const T* x, int64_t inputs, int8_t* codes, float* sc
 template <int kRows, int kVectors>
 inline void multiply_group(const uint8_t* group, int j, const int8_t* codes, int64_t stride, const float* scales,
                            const float* sums, int64_t groups, float* totals) {
-#if defined(VSL_AVX_VNNI)
+#if defined(VSL_QUADS)
     vi into[kRows][kVectors] = {};
 #else
     vs into[kRows][kVectors] = {};
@@ -324,9 +356,9 @@ inline void multiply_group(const uint8_t* group, int j, const int8_t* codes, int
             int32_t x[2];
             std::memcpy(x, codes + r * stride + u * 8, sizeof x);
             for (int v = 0; v < kVectors; v++) {
-#if defined(VSL_AVX_VNNI)
-                into[r][v] = ByteUnits::multiply_add(into[r][v], (vi)low[v], x[0]);
-                into[r][v] = ByteUnits::multiply_add(into[r][v], (vi)high[v], x[1]);
+#if defined(VSL_QUADS)
+                into[r][v] = multiply_quads(into[r][v], (vi)low[v], x[0]);
+                into[r][v] = multiply_quads(into[r][v], (vi)high[v], x[1]);
 #else
                 into[r][v] += multiply_bytes(low[v], x[0]) + multiply_bytes(high[v], x[1]);
 #endif
@@ -337,7 +369,7 @@ inline void multiply_group(const uint8_t* group, int j, const int8_t* codes, int
     for (int v = 0; v < kVectors; v++) {
         const vf scale = load(ends + v * kLanes), offset = load(ends + kSlab + v * kLanes) - scale * splat(8.0f);
         for (int r = 0; r < kRows; r++) {
-#if defined(VSL_AVX_VNNI)
+#if defined(VSL_QUADS)
             const vf product = __builtin_convertvector(into[r][v], vf);
 #else
             const vf product = __builtin_convertvector(add_pairs(into[r][v]), vf);
@@ -350,7 +382,7 @@ inline void multiply_group(const uint8_t* group, int j, const int8_t* codes, int
 
 template <int kRows>
 inline void multiply_groups(const uint8_t* slab, int64_t row, const QuantizedGroups& x, int64_t inputs, float* totals) {
-    constexpr int kVectors = kLanes == 16 || kRows == 1 ? 4 : 2;
+    constexpr int kVectors = kLanes == 16 || kMoreRegisters == 2 || kRows == 1 ? 4 : 2;
     const int64_t groups = inputs / kGroup;
     std::memset(totals, 0, kRows * kSlab * sizeof(float));
     for (int64_t g = 0; g < groups; g++, slab += kGroupBytes) {

@@ -62,7 +62,10 @@ inline void run_linear(Context& context, const Linear<bf16>& linear) {
     if (linear.format == kInt8) return run_int8(context, linear);
 #if defined(VSL_AVX512_BF16)
     run_pairs(context, linear);
-#elif defined(VSL_AVX2) || defined(VSL_AVX512)
+#elif defined(VSL_NEON_BF16)
+    if (linear.format == kInt4) return run_int4_bytes(context, linear);
+    run_panels<Bf16PairPanels>(context, linear, (const float*)linear.x, linear.x_stride / 2, store_sums<bf16>);
+#elif defined(VSL_AVX2) || defined(VSL_AVX512) || defined(VSL_NEON)
     linear.format == kInt4 ? run_int4_bytes(context, linear) : run_float(context, linear);
 #else
     run_float(context, linear);

@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace vsl {
@@ -21,6 +23,9 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
+#if defined(__aarch64__) && defined(__ARM_NEON)
+#define VSL_NEON 1
+#endif
 
 #if defined(VSL_AVX512) && defined(__AVX512BF16__)
 #define VSL_AVX512_BF16 1
@@ -29,6 +34,22 @@ constexpr int kLanes = 4;
 #define VSL_VNNI 1
 #elif defined(VSL_AVX2) && defined(__AVXVNNI__)
 #define VSL_AVX_VNNI 1
+#endif
+
+#if defined(VSL_NEON) && defined(__ARM_FEATURE_DOTPROD)
+#define VSL_NEON_DOT 1
+#endif
+#if defined(VSL_NEON_DOT) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && defined(__ARM_FEATURE_MATMUL_INT8)
+#define VSL_NEON_BF16 1
+#endif
+
+// Instructions that multiply and add pairs of bfloat16.
+#if defined(VSL_AVX512_BF16) || defined(VSL_NEON_BF16)
+#define VSL_PAIRS 1
+#endif
+// Instructions, or a few of them, that multiply and add four bytes at once in vectors of kLanes.
+#if defined(VSL_AVX_VNNI) || defined(VSL_NEON)
+#define VSL_QUADS 1
 #endif
 
 struct bf16 {
@@ -88,6 +109,8 @@ inline vf widen(vh h) {
     return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
 #elif defined(VSL_AVX2)
     return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
+#elif defined(VSL_NEON)
+    return (vf)vshll_n_u16((uint16x4_t)h, 16);
 #else
     return (vf)(__builtin_convertvector(h, vu) << 16);
 #endif
@@ -104,6 +127,11 @@ inline vf load(const int8_t* p) {
     return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 #elif defined(VSL_AVX2)
     return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#elif defined(VSL_NEON)  // compilers know no vectors of four bytes there
+    int32_t four;
+    std::memcpy(&four, p, sizeof four);
+    const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+    return (vf)vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
 #else
     vb b;
     std::memcpy(&b, p, sizeof b);
@@ -115,6 +143,8 @@ inline vf load(const int8_t* p) {
 inline vh narrow(vf x) {
 #if defined(VSL_AVX512_BF16)
     return (vh)_mm512_cvtneps_pbh((__m512)x);
+#elif defined(VSL_NEON_BF16)
+    return (vh)vreinterpret_u16_bf16(vcvt_bf16_f32((float32x4_t)x));
 #else
     vu u = (vu)x;
     vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
@@ -136,14 +166,25 @@ inline void store(bf16* p, vf v) {
     std::memcpy(p, &h, sizeof h);
 }
 
+// The lowest byte of each lane.
+inline void store_bytes(int8_t* p, vi v) {
+#if defined(VSL_NEON)
+    const int16x4_t half = vmovn_s32((int32x4_t)v);
+    const int32_t four = vget_lane_s32(vreinterpret_s32_s8(vmovn_s16(vcombine_s16(half, half))), 0);
+    std::memcpy(p, &four, sizeof four);
+#else
+    const vb b = __builtin_convertvector(v, vb);
+    std::memcpy(p, &b, sizeof b);
+#endif
+}
+
 // Round to nearest even. |v| must be below 128; a NaN becomes some number.
 inline void store(int8_t* p, vf v) {
 #if defined(VSL_AVX512)
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)v)));
 #else
     constexpr float kShift = 12582912.0f;  // 1.5 x 2^23: rounds to a whole number in the low mantissa bits
-    const vb b = __builtin_convertvector((vi)(v + splat(kShift)) - (vi)splat(kShift), vb);
-    std::memcpy(p, &b, sizeof b);
+    store_bytes(p, (vi)(v + splat(kShift)) - (vi)splat(kShift));
 #endif
 }
 
@@ -173,6 +214,8 @@ inline float sum(vf v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#elif defined(VSL_NEON)
+    return vaddvq_f32((float32x4_t)v);
 #else
     float total = 0;
     for (int i = 0; i < kLanes; i++) total += v[i];
@@ -188,6 +231,8 @@ inline float maximum(vf v) {
     __m128 half = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+#elif defined(VSL_NEON)
+    return vmaxvq_f32((float32x4_t)v);
 #else
     float best = v[0];
     for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
@@ -260,6 +305,42 @@ inline vi add_pairs(vs v) {
 }
 #endif
 
+#if defined(VSL_NEON_BF16)
+// sum + the products of pairs of bfloat16, of a and, the same two in all lanes, of x.
+inline vf multiply_bf16(vf sum, vf a, vf x) {
+    return (vf)vbfdotq_f32((float32x4_t)sum, vreinterpretq_bf16_f32((float32x4_t)a),
+                           vreinterpretq_bf16_f32((float32x4_t)x));
+}
+#endif
+
+#if defined(VSL_QUADS)
+// Whether multiply_quads takes bytes of w without a sign. If not, they have one, and must not be -128 where x is.
+#if defined(VSL_AVX_VNNI) || defined(VSL_NEON_BF16)
+constexpr bool kUnsignedQuads = true;
+#else
+constexpr bool kUnsignedQuads = false;
+#endif
+
+// sum + the products of four bytes, of w and, the same four in all lanes and with a sign, of x.
+inline vi multiply_quads(vi sum, vi w, int32_t x) {
+#if defined(VSL_AVX_VNNI)
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, _mm256_set1_epi32(x));
+#else
+    const int8x16_t fours = vreinterpretq_s8_s32(vdupq_n_s32(x));
+#if defined(VSL_NEON_BF16)
+    return (vi)vusdotq_s32((int32x4_t)sum, (uint8x16_t)w, fours);
+#elif defined(VSL_NEON_DOT)
+    return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)w, fours);
+#else
+    // Two products fit 16 bits.
+    const int16x8_t low = vmull_s8(vget_low_s8((int8x16_t)w), vget_low_s8(fours));
+    const int16x8_t high = vmull_high_s8((int8x16_t)w, fours);
+    return (vi)vpadalq_s16((int32x4_t)sum, vpaddq_s16(low, high));
+#endif
+#endif
+}
+#endif
+
 #if defined(__clang__)
 #define VSL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -292,6 +373,9 @@ inline vf sum_each(vf* v) {
     // Each half of v[0] and v[1] has four lanes' sums of its own half.
     return (vf)_mm256_permute2f128_ps((__m256)v[0], (__m256)v[1], 0x20) +
            (vf)_mm256_permute2f128_ps((__m256)v[0], (__m256)v[1], 0x31);
+#elif defined(VSL_NEON)
+    return (vf)vpaddq_f32(vpaddq_f32((float32x4_t)v[0], (float32x4_t)v[1]),
+                          vpaddq_f32((float32x4_t)v[2], (float32x4_t)v[3]));
 #else
     float sums[kLanes];
     for (int i = 0; i < kLanes; i++) sums[i] = sum(v[i]);

@@ -14,6 +14,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 # Of a row's norm. In bf16 the output is rounded; int4 weights may be too; and a value in the middle between two codes
 # of 8 bits may go either way, which moves a row of few inputs by some of 1/127.
 ROUNDING = {FP32: 2e-6, BF16: 4e-3}
+IN_BYTES = {"avx512", "avx_vnni", "avx2", "neon_bf16", "neon_dotprod", "neon"}
 SLACK = {WeightFormat.BF16: 0.0, WeightFormat.FP32: 0.0, WeightFormat.INT4: 2e-3, WeightFormat.INT8: 8e-3}
 # Few and many outputs, whole slabs of 64 and parts of one, inputs that are no multiple of 64; several blocks of rows.
 SHAPES = [(64, 32), (200, 96), (130, 448), (1024, 1024)]
@@ -56,8 +57,8 @@ def dtypes_of(kind: WeightFormat) -> tuple[torch.dtype, ...]:
 
 
 def groups_in_bytes(kernels: CpuKernels, kind: WeightFormat, dtype: torch.dtype) -> bool:
-    """Whether groups of x are rounded to 8 bits: for int4, on a CPU without instructions for bf16."""
-    return kind is WeightFormat.INT4 and dtype is BF16 and kernels.instruction_set in ("avx512", "avx_vnni", "avx2")
+    """Whether groups of x are rounded to 8 bits: for int4, on a CPU without AVX512-BF16."""
+    return kind is WeightFormat.INT4 and dtype is BF16 and kernels.instruction_set in IN_BYTES
 
 
 def as_met(kernels: CpuKernels, kind: WeightFormat, x: Tensor) -> Tensor:
