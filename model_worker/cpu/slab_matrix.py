@@ -45,7 +45,8 @@ class SlabFormat:
 
         int4 rounds to bf16 first, which loses far less than its codes do.
         """
-        matrix = F.pad(matrix, (0, -matrix.shape[1] % INPUT_MULTIPLE)).contiguous()
+        missing = -matrix.shape[1] % INPUT_MULTIPLE
+        matrix = F.pad(matrix, (0, missing)) if missing else matrix.contiguous()  # to pad by nothing is to copy
         if self._format in (WeightFormat.BF16, WeightFormat.FP32):
             return self._interleave(matrix)
         outputs, inputs = matrix.shape
