@@ -73,7 +73,8 @@ def kernel_compute(kernels: CpuKernels) -> Compute:
 class GpuSetup:
     """What GPU kernels are set up for. group: query heads a KV head. graph_rows, chunk_tokens: of the largest steps to
     capture, rows of any and tokens of chunks. fp8: what a KV cache in 8 bits is kept in, and not int8. tp: the ranks
-    that share the vocabulary. drafts: of a row at most, that the device guesses itself."""
+    that share the vocabulary. drafts: of a row at most, that the device guesses itself. fixed_order: see
+    `GpuAttention`."""
 
     group: int
     vocab_size: int
@@ -83,6 +84,7 @@ class GpuSetup:
     fp8: bool = False
     tp: Group = field(default_factory=Group)
     drafts: int = 0
+    fixed_order: bool = False
 
 
 def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
@@ -104,7 +106,15 @@ def gpu_compute(device: torch.device, setup: GpuSetup) -> Compute:
     return Compute(
         f"Triton kernels, graphs of up to {rows} rows" if rows else "Triton kernels",
         GpuOperations(device),
-        lambda pool: GpuAttention(pool, on_device, setup.group, max_rows, fp8=setup.fp8, width=1 + setup.drafts),
+        lambda pool: GpuAttention(
+            pool,
+            on_device,
+            setup.group,
+            max_rows,
+            fp8=setup.fp8,
+            width=1 + setup.drafts,
+            fixed_order=setup.fixed_order,
+        ),
         device=on_device,
         kv_layout=KVLayout.LAYERS,
         graphs=graphs,
@@ -120,7 +130,7 @@ def choose_compute(
     dtype: torch.dtype, device: torch.device, head_dim: int, gpu: GpuSetup | None = None, *, fixed_order: bool = False
 ) -> Compute:
     """The fastest that this machine has for these: compiled kernels on a CPU with a compiler, Triton's on a GPU that is
-    set up, else plain torch. fixed_order: see `CpuKernels`, which alone have it."""
+    set up, else plain torch. fixed_order: see `CpuKernels`; of a GPU `gpu` says it."""
     if device.type == "cuda" and gpu is not None and head_dim in GPU_HEAD_DIMS and find_spec("triton") is not None:
         return gpu_compute(device, gpu)
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and head_dim % 8 == 0:

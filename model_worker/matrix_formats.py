@@ -20,8 +20,9 @@ from vibe_sgl_lite.runtime.errors import ConfigError
 Quantization = Literal["none", "int8", "int4", "fp8"]
 
 
-def choose_formats(model: Qwen3, quantization: str, kernels: CpuKernels | None) -> None:
-    """Let `model` keep its matrices as `quantization` says; call it before the weights are loaded.
+def choose_formats(model: Qwen3, quantization: str, kernels: CpuKernels | None, *, fixed_order: bool = False) -> None:
+    """Let `model` keep its matrices as `quantization` says; call it before the weights are loaded. fixed_order: no
+    row's product may depend on the others; kernels for a CPU know that themselves.
 
     kernels: this machine's, if any; without them matrices stay in torch's own formats.
 
@@ -31,6 +32,9 @@ def choose_formats(model: Qwen3, quantization: str, kernels: CpuKernels | None) 
     assert quantization in get_args(Quantization), quantization
     if quantization == "fp8":
         _keep_in_fp8(model)
+        return
+    if fixed_order and kernels is None:
+        _keep_fixed(model)
         return
     if quantization != "none" and model.device.type != "cpu":
         raise _refused(f"{quantization} runs on CPU only, not on {model.device.type}: use fp8, or --device cpu")
@@ -45,6 +49,17 @@ def choose_formats(model: Qwen3, quantization: str, kernels: CpuKernels | None) 
     matrix_format = SlabFormat(kernels, {"int8": WeightFormat.INT8, "int4": WeightFormat.INT4}.get(quantization, plain))
     for weight in _matrices(model):
         weight.keep_as(matrix_format)
+
+
+def _keep_fixed(model: Qwen3) -> None:
+    from vibe_sgl_lite.model_worker.gpu.fixed_matrix import MULTIPLE, FixedMatrix
+
+    weights = list(_matrices(model))
+    if any(side % MULTIPLE for weight in weights for side in weight.shape):
+        text = f"--deterministic on a GPU needs sides of matrices that are multiples of {MULTIPLE}, and here are others"
+        raise ConfigError(text, field="deterministic")
+    for weight in weights:
+        weight.keep_as(FixedMatrix)
 
 
 def _keep_in_fp8(model: Qwen3) -> None:

@@ -177,7 +177,7 @@ def build_runner(
     if compute.kernels is not None and args.dist_init_addr is None:
         parallel = share_memory(parallel, compute.kernels)
     model = Qwen3(spec.model, parallel, dtype, device, compute.operations, DISPATCH[args.moe_dispatch])
-    choose_formats(model, args.quantization, compute.kernels)
+    choose_formats(model, args.quantization, compute.kernels, fixed_order=args.deterministic)
     progress = _Progress(heartbeat, visible=parallel.rank == 0 and sys.stderr.isatty())
     started = time.monotonic()
     if args.load_format == "dummy":
@@ -239,10 +239,16 @@ def _check(spec: PipelineSpec, compute: Compute) -> None:
             f"--speculative-algorithm {args.speculative_algorithm} on a GPU needs Triton: this is {compute.name}",
             field="speculative_algorithm",
         )
-    if args.deterministic and (compute.kernels is None or spec.model.is_moe):
+    has_kernels = compute.kernels is not None or compute.knows_fp8
+    if args.deterministic and (not has_kernels or spec.model.is_moe):
         what = "a model with experts" if spec.model.is_moe else compute.name
         raise ConfigError(
-            f"--deterministic is for dense models through CPU kernels: this is {what}", field="deterministic"
+            f"--deterministic is for dense models through compiled kernels: this is {what}", field="deterministic"
+        )
+    if args.deterministic and spec.device != "cpu" and (args.tp > 1 or args.quantization != "none"):
+        raise ConfigError(
+            "--deterministic on a GPU is for one rank and plain matrices: leave out --tp and --quantization, or it",
+            field="deterministic",
         )
 
 
@@ -260,6 +266,7 @@ def _gpu_setup(spec: PipelineSpec, parallel: ParallelState) -> GpuSetup:
         fp8=args.kv_cache_dtype == "fp8",
         tp=parallel.tp,
         drafts=_device_drafts(spec),
+        fixed_order=args.deterministic,
     )
 
 

@@ -60,7 +60,7 @@ class Speculation:
         least = MARGIN * self._cost.one_more(context // rows) / worth if worth > 0.0 else 1.0
         if least >= 1.0:
             return None
-        least_gain = self._room_s(rows) / worth if self._cost.measured else 0.0
+        least_gain = self._least_gain(rows, worth) if self._cost.measured else 0.0
         self._shortest = min(max(SHORTEST_REST, int(TRIES * least_gain / TRIES_SHARE)), DEAREST_REST)
         rooms = [self._room(request, least, least_gain, most) for request in requests]
         self._with_room = max(1, len(rooms) - rooms.count(0))
@@ -72,12 +72,12 @@ class Speculation:
         if seconds > 0.0:
             self._seconds[key] = known + (1 - FADE) * (min(seconds, 2 * known) - known)
 
-    def _room_s(self, rows: int) -> float:
-        """What room costs a row that has some."""
+    def _least_gain(self, rows: int, worth: float) -> float:
+        """Tokens that room must bring a row. worth: seconds of one, where steps without drafts do not say it."""
         plain, drafting = self._seconds.get((rows, False)), self._seconds.get((rows, True))
         if plain is None or drafting is None:
-            return ROOM_S
-        return max(ROOM_S, (drafting - plain) / self._with_room)
+            return ROOM_S / worth
+        return max(ROOM_S, (drafting - plain) / self._with_room) * rows / plain
 
     def observe(self, request: Request, drafted: int, accepted: int) -> None:
         """A row with room had so many drafts, of which so many held."""

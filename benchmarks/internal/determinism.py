@@ -1,4 +1,4 @@
-"""Whether surroundings change a bit under `--deterministic`: one scheduler and one rank on a CPU, embedded model, bf16.
+"""Whether surroundings change a bit under `--deterministic`: one scheduler and one rank, embedded model, bf16.
 
     python benchmarks/internal/determinism.py --requests 2000 --surroundings 20
 
@@ -28,7 +28,7 @@ from benchmarks.speculation import EMBEDDED, make_prompts  # noqa: E402
 from vibe_sgl_lite.model_worker.ngram import NgramDrafter  # noqa: E402
 from vibe_sgl_lite.runtime.settings.sampling_params import DEFAULTS, ResolvedSampling  # noqa: E402
 
-END = 2041
+END, MOST_DRAFTS = 2041, 6
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 1.0},
@@ -58,12 +58,17 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, help="how many of the requests (all)")
     parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     prompts, last = make_prompts(options.requests), options.requests
     tested = range(options.first, last if options.count is None else min(last, options.first + options.count))
-    engines = [InProcess(EMBEDDED, torch.bfloat16, fixed_order=True, pages=n, page_size=4) for n in (4000, 160)]
+    on_gpu = options.device == "cuda"
+    gpu: dict[str, Any] = {"device": torch.device("cuda", 0), "drafts": MOST_DRAFTS} if on_gpu else {}
+    engines = [
+        InProcess(EMBEDDED, torch.bfloat16, fixed_order=True, pages=pages, page_size=4, **gpu) for pages in (4000, 160)
+    ]
     alone = {}
     for number in tested:
         [sample] = engines[0].serve([prompts[number]], [sampling(number, options.new_tokens)], timed=False)
@@ -77,9 +82,10 @@ def main() -> None:
         lengths = dict.fromkeys(tested, options.new_tokens)
         asked = [sampling(number, lengths.get(number, rng.randint(1, 40))) for number in order]
         engine = engines[surrounding % 3 == 2]
-        drafter = NgramDrafter(rng.randint(1, 6)) if rng.random() < 0.5 else None
+        drafts = rng.randint(1, MOST_DRAFTS) if rng.random() < 0.5 else 0
+        drafter = NgramDrafter(drafts) if drafts and not on_gpu else None
         samples = engine.serve(
-            [prompts[number] for number in order], asked, drafter,
+            [prompts[number] for number in order], asked, drafter, drafts=drafts,
             chunked_prefill_size=rng.choice([7, 32, 64, 500]), max_running_requests=rng.choice([2, 5, 16, 32]),
             conservativeness=0.1, base_tokens=2000.0, timed=False, max_queued_requests=len(order) + 1,
         )  # fmt: skip

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/gpu_step.py
 from benchmarks.gpu_offline import measure_card  # noqa: E402
 from vibe_sgl_lite.model_worker.compute import GpuSetup, choose_compute  # noqa: E402
 from vibe_sgl_lite.model_worker.kv_pool import KVPool, bytes_per_token  # noqa: E402
+from vibe_sgl_lite.model_worker.matrix_formats import choose_formats  # noqa: E402
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner  # noqa: E402
 from vibe_sgl_lite.model_worker.pending_step import PendingStep  # noqa: E402
 from vibe_sgl_lite.model_worker.weights import load_dummy_weights  # noqa: E402
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8", "int8"))
     parser.add_argument("--chunk", default="0")
     parser.add_argument("--kernels", type=int, default=0)
+    parser.add_argument("--deterministic", action="store_true")
     options = parser.parse_args()
     counts = [int(count) for count in options.rows.split(",")]
     card = measure_card()
@@ -123,9 +125,11 @@ def main() -> None:
     group, most = config.num_attention_heads // config.num_key_value_heads, max(counts)
     chunk_sizes = [int(tokens) for tokens in options.chunk.split(",")]
     most_tokens = max(chunk_sizes)
-    setup = GpuSetup(group, config.vocab_size, most + 1, most + 1, most_tokens, fp8=options.kv_cache_dtype == "fp8")
+    fixed, fp8 = options.deterministic, options.kv_cache_dtype == "fp8"
+    setup = GpuSetup(group, config.vocab_size, most + 1, most + 1, most_tokens, fp8=fp8, fixed_order=fixed)
     compute = choose_compute(torch.bfloat16, device, config.head_dim, setup)
     model = Qwen3(config, ParallelState(), torch.bfloat16, device, compute.operations)
+    choose_formats(model, "none", None, fixed_order=fixed)
     load_dummy_weights(model, 0, lambda done, total: None)
     pages = (most + 1) * CONTEXT // PAGE
     pool = KVPool(config, 1, pages, PAGE, torch.bfloat16, device, int8=eight_bits, layout=compute.kv_layout)

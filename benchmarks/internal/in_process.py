@@ -66,11 +66,15 @@ class InProcess:
         if not dummy:
             config = settle(config, folder)
         group = config.num_attention_heads // config.num_key_value_heads
-        setup = GpuSetup(group, config.vocab_size, rows, rows, drafts=drafts) if device.type == "cuda" else None
+        setup = (
+            GpuSetup(group, config.vocab_size, rows, rows, 512, drafts=drafts, fixed_order=fixed_order)
+            if device.type == "cuda"
+            else None
+        )
         self._compute = choose_compute(dtype, device, config.head_dim, setup, fixed_order=fixed_order)
         self._rows, self._drafts = rows, drafts
         self.model = Qwen3(config, ParallelState(), dtype, device, self._compute.operations)
-        choose_formats(self.model, quantization, self._compute.kernels)
+        choose_formats(self.model, quantization, self._compute.kernels, fixed_order=fixed_order)
         if dummy:
             load_dummy_weights(self.model, 0)
         else:

@@ -31,6 +31,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import (
     FEW_TOKENS,
     PrefillTiles,
     choose_prefill_tiles,
+    fixed_prefill_tiles,
     plan_tiles,
     prefill_attention,
 )
@@ -72,10 +73,19 @@ class GpuAttention:
     """A `StepBackend` (model_worker/device_batch.py) for a pool of the model's dtype, or of bytes."""
 
     def __init__(
-        self, pool: KVPool, device: Device, group: int, max_rows: int, *, fp8: bool = False, width: int = 1
+        self,
+        pool: KVPool,
+        device: Device,
+        group: int,
+        max_rows: int,
+        *,
+        fp8: bool = False,
+        width: int = 1,
+        fixed_order: bool = False,
     ) -> None:
         """group: query heads a KV head. max_rows: of a step, padding rows included. fp8: what bytes are, not int8.
-        width: tokens of a row that decodes at most, its drafts included."""
+        width: tokens of a row that decodes at most, its drafts included. fixed_order: all tokens take the kernel for
+        chunks, cut the same, so that no row's bits depend on the others."""
         self.pool = pool
         self.device = device
         self.group = group
@@ -92,6 +102,7 @@ class GpuAttention:
         self._max_rows = max_rows
         self._compiled = False
         self._width = width
+        self.fixed_order = fixed_order
         self._chunk_tiles = Fields(device, 2 * CHUNK_TILES, tiles=np.int32)
 
     def prepare(self, batch: DeviceBatch) -> GpuMetadata:
@@ -104,17 +115,22 @@ class GpuAttention:
         if batch.fills_bucket:  # for so many rows or fewer, of any length
             places, longest = batch.num_rows, LONG_CONTEXT + 1
         self._sort(batch.host_context_lengths[:decode_rows], places)
-        tiles = choose_tiles(places, self.pool.kv_heads, self.pool.data.dtype, longest)
-        chunks = None if batch.decodes_only else self._plan_chunks(batch)
+        wide = batch.width > 1
+        tiles = choose_tiles(places, self.pool.kv_heads, self.pool.data.dtype, longest, wide=wide)
+        chunks = None if batch.decodes_only and not self.fixed_order else self._plan_chunks(batch)
         order = self._order.device["rows"][:places]
         return GpuMetadata(batch, order, tiles, chunks, choose_chain_tiles(batch.max_context) if chain else None)
 
     def graph_key(self, batch: DeviceBatch) -> Hashable | None:
+        if self.fixed_order and batch.decodes_only:
+            return "any"
         if not batch.decodes_only:
             return batch.num_rows if self._num_tiles(batch, self._cut(batch.num_tokens)) <= CHUNK_TILES else None
         return choose_chain_tiles(batch.max_context) if self._runs_as_chain(batch) else batch.max_context > LONG_CONTEXT
 
     def graph_contexts(self) -> Sequence[int]:
+        if self.fixed_order:
+            return (1,)
         return (*CHAIN_CONTEXTS, LONG_CONTEXT + 1) if self.has_chain else (1, LONG_CONTEXT + 1)
 
     def forward(
@@ -137,7 +153,7 @@ class GpuAttention:
         rope_store(qkv, *norms, angles.cos, angles.sin, batch.slot_mapping, cache, query, pdl=self.pdl)
         attended = qkv.view(-1)[: query.numel()].view(query.shape)  # qkv is spent
         decoding = len(metadata.order) * batch.width
-        if decoding:
+        if decoding and not self.fixed_order:
             positions = batch.positions if batch.width > 1 else None
             decode_attention(
                 query[:decoding], cache, *rows, attended[:decoding], tiles=metadata.tiles, pdl=self.pdl,
@@ -154,6 +170,7 @@ class GpuAttention:
                 metadata.chunks.cut,
                 attended,
                 pdl=self.pdl,
+                positions=batch.positions if self.fixed_order else None,
             )
         return attended
 
@@ -171,22 +188,28 @@ class GpuAttention:
         new = NewTokens(query, query, (1.0, 1.0), half, half, zeros[:2].view(torch.int64))
         qkv = query.new_zeros((1, wide))
         cache, table, dtype = self.caches[0], batch.page_table[:1], self.pool.data.dtype
-        for tiles in {
-            choose_tiles(rows, self.pool.kv_heads, dtype, context)
-            for rows in range(1, self._max_rows + 1)
-            for context in (1, LONG_CONTEXT + 1)
-        }:
-            rows = table, zeros, zeros[:1], self.scratch, output
-            decode_attention(query, cache, *rows, tiles=tiles, pdl=self.pdl)
-            decode_attention(qkv, cache, *rows, tiles=tiles, pdl=self.pdl, new=new)
-            for width in widths(self._width - 1) if self._width > 1 else ():
-                wide = query.expand(width, -1).contiguous()
+        rows = table, zeros, zeros[:1], self.scratch
+
+        def decode_tiles(*, wide: bool) -> set[DecodeTiles]:
+            return {
+                choose_tiles(rows, self.pool.kv_heads, dtype, context, wide=wide)
+                for rows in range(1, self._max_rows + 1)
+                for context in (1, LONG_CONTEXT + 1)
+                if not self.fixed_order
+            }
+
+        for tiles in decode_tiles(wide=False):
+            decode_attention(query, cache, *rows, output, tiles=tiles, pdl=self.pdl)
+            decode_attention(qkv, cache, *rows, output, tiles=tiles, pdl=self.pdl, new=new)
+        for tiles in decode_tiles(wide=True) if self._width > 1 else ():
+            for width in widths(self._width - 1):
+                several = query.expand(width, -1).contiguous()
                 decode_attention(
-                    wide, cache, *rows[:-1], torch.empty_like(wide), tiles=tiles, pdl=self.pdl, positions=zeros
+                    several, cache, *rows, torch.empty_like(several), tiles=tiles, pdl=self.pdl, positions=zeros
                 )  # fmt: skip
         for cut in {self._cut(1), self._cut(FEW_TOKENS + 1)}:
-            no_tokens = zeros[:2].view(1, 2)
-            prefill_attention(query, cache, table, zeros, zeros, no_tokens, cut, output, pdl=self.pdl)
+            rest = table, zeros, zeros, zeros[:2].view(1, 2), cut, output
+            prefill_attention(query, cache, *rest, pdl=self.pdl, positions=zeros if self.fixed_order else None)
 
     def _sort(self, lengths: IntArray, places: int) -> None:
         """Bring the order to the device, NO_ROW behind it up to `places`; unless the one that is there is as good:
@@ -201,6 +224,8 @@ class GpuAttention:
         self._order.send(places)
 
     def _cut(self, tokens: int) -> PrefillTiles:
+        if self.fixed_order:
+            return fixed_prefill_tiles(self.group, self.pool.data.dtype)
         return choose_prefill_tiles(tokens, self.group, self.pool.data.dtype)
 
     def _num_tiles(self, batch: DeviceBatch, cut: PrefillTiles) -> int:
@@ -209,10 +234,11 @@ class GpuAttention:
 
     def _plan_chunks(self, batch: DeviceBatch) -> ChunkPlan:
         cut = self._cut(batch.num_tokens)
-        rows = np.arange(batch.num_decode_rows, batch.num_rows, dtype=np.int32)
+        first = 0 if self.fixed_order else batch.num_decode_rows
+        rows = np.arange(first, batch.num_rows, dtype=np.int32)
         tiles = plan_tiles(batch.host_query_start, rows, cut.rows // self.group)
         count = self._num_tiles(batch, cut)
-        if not batch.fills_bucket or count > CHUNK_TILES:
+        if not (batch.fills_bucket or batch.decodes_only) or count > CHUNK_TILES:
             return ChunkPlan(self.device.tensor(tiles), cut)
         host = self._chunk_tiles.host["tiles"].reshape(-1, 2)
         host[: len(tiles)] = tiles

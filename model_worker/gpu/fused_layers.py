@@ -95,6 +95,14 @@ TILES = (
     ),
 )
 FUSED_ROWS = TILES[-1][0]
+ANY_ROWS = 1 << 30
+# For any number of rows, so that no row's sums depend on how many there are: one split, in each.
+FIXED_TILES = LayerTiles(
+    ProductTiles(64, 64, 128, 1, 4, 4),
+    ProductTiles(64, 32, 128, 1, 4, 6),
+    ProductTiles(64, 64, 128, 1, 4, 4),
+    ProductTiles(64, 32, 128, 1, 4, 6),
+)
 
 
 def adapt(tiles: ProductTiles, outputs: int, inputs: int, dtype: torch.dtype) -> ProductTiles | None:
@@ -109,11 +117,11 @@ def adapt(tiles: ProductTiles, outputs: int, inputs: int, dtype: torch.dtype) ->
     return tiles if tiles.fits(outputs, inputs) else None
 
 
-def plan_tiles(layer: LayerWeights) -> list[tuple[int, LayerTiles]]:
-    """`TILES` for this layer's matrices; empty where there are none."""
+def plan_tiles(layer: LayerWeights, *, fixed_order: bool = False) -> list[tuple[int, LayerTiles]]:
+    """`TILES`, or `FIXED_TILES`, for this layer's matrices; empty where there are none."""
     dtype, hidden = layer.qkv.dtype, layer.down.shape[0]
     planned = []
-    for most, tiles in TILES:
+    for most, tiles in ((ANY_ROWS, FIXED_TILES),) if fixed_order else TILES:
         cuts = {}
         for field in fields(LayerTiles):
             outputs, inputs = getattr(layer, field.name).shape
@@ -127,7 +135,7 @@ def plan_tiles(layer: LayerWeights) -> list[tuple[int, LayerTiles]]:
 
 
 class FusedLayers:
-    """All of a model's layers, for steps that decode; dense, on one rank."""
+    """All of a model's layers, for steps that decode, or with one cut for all of them; dense, on one rank."""
 
     def __init__(
         self, layers: list[LayerWeights], tiles: list[tuple[int, LayerTiles]], attention: GpuAttention
@@ -139,6 +147,8 @@ class FusedLayers:
         sums, count, first = 1, 1, layers[0]
         for most, cuts in tiles:
             for cut, matrix in ((cuts.qkv, first.qkv), (cuts.output, first.output), (cuts.down, first.down)):
+                if cut.splits == 1:
+                    continue
                 sums = max(sums, most * len(matrix) * cut.splits)
                 count = max(count, -(-most // cut.rows) * (len(matrix) // cut.outputs))
         self.scratch = ProductScratch(layers[0].qkv.device, sums, count)

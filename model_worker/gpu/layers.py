@@ -84,7 +84,9 @@ class GpuLayers:
             return self._run_chain(update, context)
         if self.parallel is not None:
             return self.parallel(update, residual, context)
-        if self.fused is not None and metadata.chunks is None and len(update) <= FUSED_ROWS:
+        if self.fused is not None and (
+            self.attention.fixed_order or (metadata.chunks is None and len(update) <= FUSED_ROWS)
+        ):
             return self.fused(update, context)
         for layer in self.layers:
             update = layer(update, residual, context)
@@ -151,13 +153,13 @@ def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
         model.all_layers = parallel
     layers = [weights for layer in model.layers if (weights := _weights(layer)) is not None]
     if len(layers) == len(model.layers):
-        tiles = plan_tiles(layers[0]) if parallel is None else []
+        tiles = plan_tiles(layers[0], fixed_order=attention.fixed_order) if parallel is None else []
         fused = FusedLayers(layers, tiles, attention) if tiles else None
         chain = [ChainLayer.of(layer) for layer in layers]
         model.all_layers = GpuLayers(model.layers, chain, fused, attention, parallel)
         if fused is not None:
             attention.chain_rows = FEW_CHAIN_ROWS
-        attention.has_chain = True
+        attention.has_chain = not attention.fixed_order
 
 
 def _weights(layer: DecoderLayer) -> LayerWeights | None:

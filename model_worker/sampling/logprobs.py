@@ -11,6 +11,8 @@ from vibe_sgl_lite.model_worker.sampling.candidates import BlockMaxima, RowSet, 
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group
 from vibe_sgl_lite.runtime.messages import TokenLogprob
 
+UNITS = 2.0**44  # of a probability over the highest one; times a vocabulary they are an int64
+
 
 @dataclass(frozen=True)
 class Logprobs:
@@ -69,7 +71,11 @@ def token_logprobs(
     every = torch.arange(len(rows), device=logits.device)
     row_set = RowSet(logits, every)
     for part in row_set.parts():
-        mass[part] = row_set.values(part).sub_(best[part, None]).exp_().sum(1)
+        masses = row_set.values(part).sub_(best[part, None]).exp_()
+        if logits.device.type == "cpu":
+            mass[part] = masses.sum(1)
+        else:  # in units of which a sum is exact: a GPU's order of sums depends on how many rows there are
+            mass[part] = masses.mul_(UNITS).round_().to(torch.int64).sum(1).to(torch.float64) / UNITS
     sums = group.all_reduce(torch.stack([mass, torch.where(here, chosen, 0.0)]))
     log_sum = best.to(torch.float64) + sums[0].log()
     k = min(max(top_counts, default=0), vocab_size)

@@ -284,9 +284,9 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     deterministic: Annotated[bool, Spec(
         "a request with a seed, or greedy, has the same tokens and logprobs to the last bit whatever runs beside it, "
         "however its prompt is cut into chunks, cached, retracted or speculated, and after any restart",
-        "On one kind of CPU, with one number of ranks. Prompts take longer: see "
-        "[determinism](scheduling.md#determinism). "
-        "On a CPU with the compiled kernels, for dense models in bf16, fp32 and int8, on at most two ranks.",
+        "On one kind of CPU or GPU, with one number of ranks. Prompts take longer, on a GPU steps of few rows too: see "
+        "[determinism](scheduling.md#determinism). For dense models; on a CPU with the compiled kernels, in bf16, fp32 "
+        "and int8, on at most two ranks; on one GPU in bf16 and fp32.",
         group=MEMORY, aliases=("enable_deterministic_inference",),
     )] = False
     disable_cuda_graph: Annotated[bool, Spec(

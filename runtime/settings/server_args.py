@@ -39,9 +39,9 @@ class ServerArgs(Flags, kw_only=True, frozen=True, forbid_unknown_fields=True):
         _check_address(self)
         _check_nodes(self)
         _check_http(self)
-        if self.deterministic and (self.device == "cuda" or self.quantization == "int4" or self.tp > 2):
+        if self.deterministic and (self.quantization == "int4" or self.tp > (1 if self.device == "cuda" else 2)):
             raise ConfigError(
-                "--deterministic is for a CPU, for at most --tp 2, and not for --quantization int4",
+                "--deterministic is for at most --tp 2, on a GPU --tp 1, and not for --quantization int4",
                 field="deterministic",
             )
         if self.cache_dir is not None and self.disable_radix_cache:

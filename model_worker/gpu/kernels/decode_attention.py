@@ -48,10 +48,11 @@ MANY_ROWS = DecodeTiles(64, 4, 2, 1)
 LONG_CONTEXT = 4096  # tokens; above, few rows are cut in more splits
 LONG_PROGRAMS = 512  # that a launch over long contexts should have at least
 MAX_SPLITS = 32
+WIDE_SPLITS = 8  # at most, of rows with drafts: what merges them has all heads of all tokens at once
 
 
-def choose_tiles(rows: int, kv_heads: int, dtype: torch.dtype, max_context: int) -> DecodeTiles:
-    """The tiles for a launch of `rows` over a cache of this dtype, int8 for 8 bits.
+def choose_tiles(rows: int, kv_heads: int, dtype: torch.dtype, max_context: int, *, wide: bool = False) -> DecodeTiles:
+    """The tiles for a launch of `rows` over a cache of this dtype, int8 for 8 bits. wide: with drafts.
 
     fp32 takes half the keys a block, for shared memory's sake; of 8 bits more blocks fit.
     """
@@ -59,6 +60,8 @@ def choose_tiles(rows: int, kv_heads: int, dtype: torch.dtype, max_context: int)
     if max_context > LONG_CONTEXT:
         wanted = triton.next_power_of_2(-(-LONG_PROGRAMS // max(1, rows * kv_heads)))
         tiles = replace(tiles, splits=min(max(tiles.splits, wanted), MAX_SPLITS))
+    if wide:
+        tiles = replace(tiles, splits=min(tiles.splits, WIDE_SPLITS))
     if dtype == torch.int8:
         return replace(tiles, stages=3)
     return replace(tiles, keys=32, stages=2) if dtype == torch.float32 else tiles
@@ -130,31 +133,32 @@ def _merge(
 
 @triton.jit
 def _merge_wide(
-    output, sums, maxima_and_norms, first, splits, lines, G, WIDE, HEADS, D: tl.constexpr, AT_ONCE: tl.constexpr
-):
-    """`_merge` of the G heads of each of WIDE / G tokens, whose lines of HEADS heads follow each other."""
+    output, sums, maxima_and_norms, first, splits, lines, G, WIDE, HEADS, D: tl.constexpr, GP: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """`_merge` of the G heads of each of WIDE / G tokens, whose lines of HEADS heads follow each other: all at once."""
     dims = tl.arange(0, D)
-    part = tl.arange(0, AT_ONCE)
-    for place in range(WIDE):
-        maximum = -float("inf")
-        norm = 0.0
-        total = tl.zeros([D], tl.float32)
-        for begin in range(0, splits, AT_ONCE):
-            here = begin + part < splits
-            spot = (first + begin + part) * WIDE + place
-            maxima = tl.load(maxima_and_norms + spot * 2, mask=here, other=-float("inf"), cache_modifier=".cg")
-            norms = tl.load(maxima_and_norms + spot * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
-            partial = tl.load(
-                sums + spot[:, None] * D + dims[None, :], mask=here[:, None], other=0.0, cache_modifier=".cg"
-            )
-            higher = tl.maximum(maximum, tl.max(maxima, 0))
-            weight = tl.exp2(maxima - higher)
-            shrink = tl.exp2(maximum - higher)
-            norm = norm * shrink + tl.sum(weight * norms, 0)
-            total = total * shrink + tl.sum(weight[:, None] * partial, 0)
-            maximum = higher
-        line = lines + (place // G * HEADS + place % G) * D + dims
-        tl.store(output + line, (total / norm).to(output.dtype.element_ty))
+    member = tl.arange(0, GP)
+    inside = member < WIDE
+    maximum = tl.full([GP], -float("inf"), tl.float32)
+    norm = tl.zeros([GP], tl.float32)
+    total = tl.zeros([GP, D], tl.float32)
+    for split in tl.static_range(SPLITS):  # their loads are all under way together
+        here = inside & (split < splits)
+        spot = (first + split) * WIDE + member
+        maxima = tl.load(maxima_and_norms + spot * 2, mask=here, other=-float("inf"), cache_modifier=".cg")
+        norms = tl.load(maxima_and_norms + spot * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
+        partial = tl.load(sums + spot[:, None] * D + dims[None, :], mask=here[:, None], other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(maximum, maxima)
+        base = tl.where(higher == -float("inf"), 0.0, higher)
+        weight = tl.exp2(maxima - base)
+        shrink = tl.exp2(maximum - base)
+        norm = norm * shrink + weight * norms
+        total = total * shrink[:, None] + weight[:, None] * partial
+        maximum = higher
+    line = lines + (member // G * HEADS + member % G) * D
+    result = total / tl.where(norm == 0.0, 1.0, norm)[:, None]
+    tl.store(output + line[:, None] + dims[None, :], result.to(output.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -318,7 +322,7 @@ def _decode_attention(
                 if WIDE:
                     _merge_wide(
                         output, sums, maxima_and_norms, first_place, splits, output_group, G, members, KV_HEADS * G, D,
-                        MERGED,
+                        GP, SPLITS,
                     )  # fmt: skip
                 else:
                     _merge(output, sums, maxima_and_norms, first_place, splits, output_group, G, D, MERGED)

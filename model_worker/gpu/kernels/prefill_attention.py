@@ -41,6 +41,11 @@ def choose_prefill_tiles(tokens: int, group: int, dtype: torch.dtype) -> Prefill
     return PrefillTiles(max(128, triton.next_power_of_2(group)), 64, 4, 2)
 
 
+def fixed_prefill_tiles(group: int, dtype: torch.dtype) -> PrefillTiles:
+    """The same for any launch, so that no row's sums depend on what else there is."""
+    return choose_prefill_tiles(1, group, dtype)
+
+
 def plan_tiles(query_start: IntArray, rows: IntArray, tokens: int) -> IntArray:
     """[tiles, 2] int32: row and first new token of each tile, where a tile takes `tokens` new ones.
 
@@ -109,13 +114,13 @@ def _attend_blocks(
 
 @triton.jit
 def _prefill_attention(
-    query, keys, values, output, page_table, context_lengths, query_start, tiles, key_scales, value_scales,
+    query, keys, values, output, page_table, context_lengths, query_start, tiles, key_scales, value_scales, positions,
     query_stride, table_stride, page_stride, token_stride, head_stride, scale_stride, scale,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G: tl.constexpr, KV_HEADS: tl.constexpr,
     D: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
-    IN_CODES: tl.constexpr, INTEGERS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    IN_CODES: tl.constexpr, INTEGERS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (KV_HEADS, tiles). W: as in `_decode_attention`."""
+    """Grid (KV_HEADS, tiles). W: as in `_decode_attention`. FIXED: tokens lie at `positions`, all blocks are masked."""
     head = tl.program_id(0)
     tile = tl.program_id(1)
     listed = tl.load(tiles + tile * 2)
@@ -131,7 +136,8 @@ def _prefill_attention(
     index = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, W)
     token = first + index // G
-    here = ((token < count) & (index < BLOCK_M // G * G))[:, None]
+    inside = (token < count) & (index < BLOCK_M // G * G)
+    here = inside[:, None]
     heads = (head * G + index % G)[:, None] * D + dims[None, :] * (D // W)
     line = (row_start + token).to(tl.int64)[:, None]
     q = tl.load(query + line * query_stride + heads, mask=here, other=0.0)
@@ -147,16 +153,23 @@ def _prefill_attention(
     last_seen = cached + token
     seen_by_all = (cached + first + 1) // BLOCK_N * BLOCK_N
     end = cached + tl.minimum(first + BLOCK_M // G, count)
-    maximum, norm, total, odd = _attend_blocks(
-        q, q_odd, maximum, norm, total, odd, 0, seen_by_all, last_seen, table, keys, values, key_scales, value_scales,
-        head, page_stride, token_stride, head_stride, scale_stride, scale,
-        PAGE, BLOCK_N, W, False, STAGES, PRECISION, UNIT, IN_CODES, INTEGERS, ASM,
-    )  # fmt: skip
+    if FIXED:  # no row's path depends on the others of its tile
+        seen_by_all = seen_by_all * 0
+        last_seen = tl.load(positions + row_start + token, mask=inside, other=0)
+        end = tl.minimum(tl.max(tl.where(inside, last_seen, -1), 0) + 1, cached + count)
+    else:
+        maximum, norm, total, odd = _attend_blocks(
+            q, q_odd, maximum, norm, total, odd, 0, seen_by_all, last_seen, table, keys, values, key_scales,
+            value_scales, head, page_stride, token_stride, head_stride, scale_stride, scale,
+            PAGE, BLOCK_N, W, False, STAGES, PRECISION, UNIT, IN_CODES, INTEGERS, ASM,
+        )  # fmt: skip
     maximum, norm, total, odd = _attend_blocks(
         q, q_odd, maximum, norm, total, odd, seen_by_all, end, last_seen, table, keys, values, key_scales, value_scales,
         head, page_stride, token_stride, head_stride, scale_stride, scale,
         PAGE, BLOCK_N, W, True, STAGES, PRECISION, UNIT, IN_CODES, INTEGERS, ASM,
     )  # fmt: skip
+    if FIXED:
+        norm = tl.where(norm == 0.0, 1.0, norm)  # a row without context gets zeros
     place = output + line * (KV_HEADS * G * D) + heads
     if IN_CODES:
         norm = norm * (WEIGHT_UNIT / UNIT)
@@ -175,8 +188,12 @@ def prefill_attention(
     output: Tensor,
     *,
     pdl: bool,
+    positions: Tensor | None = None,
 ) -> None:
     """Fill the lines of `output`, [T, heads x D], that `tiles` lists, for query of the same shape.
+
+    positions: [T] int32, where tokens lie, and not at the end of their row's context: then no other token of the launch
+    has a part in what one gets. A row of context length 0 gets zeros.
 
     page_table, context_lengths: as in `decode_attention`. query_start: [R + 1] int32.
     tiles: [n, 2] int32 on the device, `plan_tiles` for cut.rows // group tokens a tile; NO_ROW twice is none.
@@ -189,9 +206,10 @@ def prefill_attention(
     options = {"launch_pdl": True} if pdl else {}
     _prefill_attention[(kv_heads, len(tiles))](
         query, keys, values, output, page_table, context_lengths, query_start, tiles, *cache.scale_arguments[:2],
+        query_start if positions is None else positions,
         query.stride(0), page_table.stride(0), *keys.stride()[:3], cache.scale_arguments[2], head_dim**-0.5 * LOG2_E,
         PAGE=page_size, BLOCK_M=cut.rows, BLOCK_N=cut.keys, G=group, KV_HEADS=kv_heads, D=head_dim, W=elements,
         STAGES=cut.stages, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", UNIT=cache.unit,
         IN_CODES=cache.in_codes, INTEGERS=cache.integers, ASM=query.is_cuda, PDL=pdl,
-        num_warps=cut.warps, num_stages=cut.stages, **options,
+        FIXED=positions is not None, num_warps=cut.warps, num_stages=cut.stages, **options,
     )  # fmt: skip

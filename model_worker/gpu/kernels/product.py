@@ -182,6 +182,12 @@ def _launch(
     )  # fmt: skip
 
 
+def plain_product(x: Tensor, matrix: Tensor, output: Tensor, tiles: ProductTiles, *, pdl: bool) -> None:
+    """output [R, N] = x [R, K] times matrix [N, K], transposed. tiles have one split."""
+    assert tiles.splits == 1
+    _launch(x, matrix, output, tiles, ProductScratch(x.device, 1, 1), pdl=pdl)
+
+
 def normed_product(
     gained: Tensor,
     squares: Tensor,

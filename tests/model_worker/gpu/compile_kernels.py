@@ -94,13 +94,14 @@ def main() -> None:
         dtype = torch.int8 if cache.in_codes else torch.bfloat16
         for rows in (4, 256):
             tiles = choose_tiles(rows, KV_HEADS, dtype, 1)
+            wide = choose_tiles(rows, KV_HEADS, dtype, 1, wide=True)
             rest = cache, table, ints, ints[:ROWS], scratch, output
             decode_attention(query, *rest, tiles=tiles, pdl=True)
             new = NewTokens(norm, norm, (1e-6, 1e-6), angles, angles, longs)
             decode_attention(qkv, *rest, tiles=tiles, pdl=True, new=new)
             for order in (ints[:2], ints[:1]):  # rows of 4 and of 8 tokens
                 decode_attention(
-                    query, cache, table, ints, order, scratch, output, tiles=tiles, pdl=True, positions=ints
+                    query, cache, table, ints, order, scratch, output, tiles=wide, pdl=True, positions=ints
                 )  # fmt: skip
         for tokens in (1, FEW_TOKENS + 1):
             cut = choose_prefill_tiles(tokens, GROUP, dtype)

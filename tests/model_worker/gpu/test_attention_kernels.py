@@ -172,6 +172,45 @@ def test_rows_with_drafts_equal_torch(
         torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+def test_tokens_at_positions_have_the_same_bits_in_any_launch(dtype: torch.dtype, device: torch.device) -> None:
+    """A chunk, a decode row, one with drafts of which two are nobody's and padding together; and each token alone."""
+    page, kv_heads, group, dim = 16, 2, 2, 32
+    lengths, counts = [45, 9, 30, 1], [40, 1, 6, 1]
+    case, dtype = made(lengths, page, kv_heads, dim, dtype, device)
+    case.lengths[2], case.lengths[3] = 28, 0
+    starts = np.cumsum([0, *counts]).astype(np.int32)
+    query = torch.randn((int(starts[-1]), kv_heads * group, dim), device=device).to(dtype)
+    positions = torch.zeros(len(query), dtype=torch.int32)
+    positions[:40], positions[40], positions[41:45] = torch.arange(5, 45), 8, torch.arange(24, 28)
+    cut = PrefillTiles(16, 16, 4, 2)
+
+    def attend(lines: slice, row: int | None) -> Tensor:
+        x, at = query[lines].flatten(1), positions[lines].to(device)
+        output = torch.full_like(x, float("nan"))
+        rows = np.arange(4, dtype=np.int32) if row is None else np.array([row], np.int32)
+        query_start = starts.copy()
+        if row is not None:
+            query_start[: row + 1], query_start[row + 1 :] = 0, len(x)
+        tiles = torch.from_numpy(plan_tiles(query_start, rows, cut.rows // group)).to(device)
+        lengths_now = case.lengths.clone()
+        if row is not None and row < 3:
+            lengths_now[row] = at.max() + 1
+        prefill_attention(
+            x, case.cache, case.table, lengths_now, torch.from_numpy(query_start).to(device), tiles, cut, output,
+            pdl=False, positions=at,
+        )  # fmt: skip
+        return output
+
+    together = attend(slice(None), None)
+    assert torch.isfinite(together).all()
+    assert not together[47].any()
+    for row, index in [(0, 0), (0, 7), (0, 23), (0, 39), (1, 40), (2, 41), (2, 44)]:
+        assert torch.equal(attend(slice(index, index + 1), row)[0], together[index])
+        expected = case.expected(query[index : index + 1], row, int(positions[index]) + 1)[0]
+        torch.testing.assert_close(together[index].double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("splits", [1, 4])
 def test_a_decode_row_without_context_gets_zeros(splits: int, device: torch.device) -> None:
     case = Case.make([5, 3], 16, 1, 32, torch.float32, device)

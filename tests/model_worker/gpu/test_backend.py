@@ -12,6 +12,7 @@ from tests.model_worker.test_model_runner import Driver, expected_tokens, new_sl
 from tests.qwen3.harness import DENSE, make_checkpoint, random_tokens
 from vibe_sgl_lite.model_worker.compute import Compute, GpuSetup, gpu_compute, torch_compute
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
+from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
 from vibe_sgl_lite.model_worker.weights import load_weights
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
@@ -32,10 +33,12 @@ def runner_of(
     fake: FakeGraphs | None = None,
     drafts: int = 0,
     max_tokens: int = 17,
+    fixed_order: bool = False,
 ) -> ModelRunner:
     """fake: graphs, on a device that works behind the host's back, where there is no such device."""
     config = ModelConfig.from_folder(folder)
     model = Qwen3(config, ParallelState(), torch.float32, device, compute.operations)
+    choose_formats(model, "none", None, fixed_order=fixed_order)
     load_weights(model, folder)
     pool = KVPool(config, 1, SLOTS * PAGES_A_SLOT, PAGE, torch.float32, device, int8=int8, layout=compute.kv_layout)
     pool.data.fill_(-1 if int8 else float("nan"))  # whatever is read without having been written shows: -1 is NaN too
@@ -49,10 +52,12 @@ def runner_of(
     return runner
 
 
-def gpu(device: torch.device, drafts: int = 0) -> Compute:
+def gpu(device: torch.device, drafts: int = 0, *, fixed_order: bool = False) -> Compute:
     """With graphs where there is a GPU to capture them on."""
     rows, tokens = (4, 60) if device.type == "cuda" else (0, 0)
-    return gpu_compute(device, GpuSetup(GROUP, DENSE["vocab_size"], SLOTS, rows, tokens, drafts=drafts))
+    return gpu_compute(
+        device, GpuSetup(GROUP, DENSE["vocab_size"], SLOTS, rows, tokens, drafts=drafts, fixed_order=fixed_order)
+    )
 
 
 def run(driver: Driver, prompts: list[list[int]], count: int, params: list[Any]) -> dict[int, list[int]]:
@@ -122,6 +127,36 @@ def test_seeds_give_the_tokens_of_plain_torch(tmp_path: Path, device: torch.devi
         params = [sampling(temperature=0.9, top_p=1.0, seed=2**63 + 5), sampling(temperature=1.3, seed=9, **extra)]
         got = run(Driver(runner_of(tmp_path, device, gpu(device))), prompts, 3, params)
         assert got == run(Driver(runner_of(tmp_path, torch.device("cpu"), torch_compute())), prompts, 3, params)
+
+
+@pytest.mark.slow
+def test_in_a_fixed_order_a_request_has_the_same_bits_alone_and_beside_others(
+    tmp_path: Path, device: torch.device
+) -> None:
+    """Whole or in chunks, its tokens those of transformers; one slot stands for cache and companions of all lengths."""
+    reference = make_checkpoint(tmp_path, DENSE | {"num_hidden_layers": 1})
+    prompt, others = random_tokens(19, seed=4), [random_tokens(n, seed=n) for n in (23, 5)]
+    params = sampling(logprobs=True, top_logprobs=2)
+    seen = []
+    for chunks, companions in (([19], 0), ([7, 1, 11], 2), ([18, 1], 1)):
+        runner = runner_of(
+            tmp_path, device, gpu(device, fixed_order=True), fake=None if device.type == "cuda" else FakeGraphs(()),
+            max_tokens=60, fixed_order=True,
+        )  # fmt: skip
+        driver, bits = Driver(runner), []
+        for number, count in enumerate([*chunks, 1, 1, 1]):
+            beside = list(range(1, 1 + companions)) if number else []
+            new = [new_slot(0, prompt, params)] if number == 0 else []
+            new += [new_slot(slot, others[slot - 1], params) for slot in beside if number == 1]
+            rows = [(slot, len(others[slot - 1]) if number == 1 else 1) for slot in beside]
+            rows = sorted([*rows, (0, count)], key=lambda row: row[1] != 1)
+            result = driver.run(rows, new=new)
+            at = [slot for slot, _ in rows].index(0)
+            bits += [entry.sampled for entry in result.logprobs if entry.row == at]
+        assert driver.tokens[0] == expected_tokens(reference, prompt, 4)
+        seen.append(bits)
+    assert len(seen[0]) == 4
+    assert seen[0] == seen[1] == seen[2]
 
 
 PLAIN: list[Any] = [sampling(), sampling(temperature=1.0, seed=3), sampling()]
