@@ -65,13 +65,14 @@ class TierContents(Message, frozen=True):
 
 class TierCounts(msgspec.Struct):
     """Since the scheduler's start, in pages. failed: loads and stores that came to nothing. messages: to the ranks that
-    are answered; their numbers."""
+    are answered; their numbers. closed: the weights are others than those that the folder's root stands for."""
 
     loaded: int = 0
     stored: int = 0
     evicted: int = 0
     failed: int = 0
     messages: int = 0
+    closed: bool = False
 
 
 class _File(NamedTuple):
@@ -131,8 +132,8 @@ class DiskTier:
         parent = node.parent
         assert parent is not None
         key = self._keys.get(parent.pages[-1]) if parent.pages else self._root_key(node.cache_salt)
-        if key is None:
-            return  # it was there before the root that keys begin with now
+        if key is None or self._counts.closed:
+            return
         self._uses += 1
         step = self._memory.page_size * TOKEN_BYTES
         for place, page in enumerate(node.pages):
@@ -150,8 +151,10 @@ class DiskTier:
                 self._queue.pop(key, None)
 
     def cleared(self) -> None:
+        """The tree is not what its keys stand for any more, while the ranks live: they have other weights."""
         self._keys.clear()
         self._queue.clear()
+        self._counts.closed = True
 
     def used_by(self, request: Request) -> None:
         """A request got its slot and reads these pages."""
@@ -194,6 +197,8 @@ class DiskTier:
         Begins the load if there is one to begin. room: pages that a newcomer may have.
         """
         page_size = self._memory.page_size
+        if self._counts.closed:
+            return False
         first, end = depth // page_size, self._memory.readable(request) // page_size
         if first >= end or not self._index or (request.load_depth == depth and now >= request.load_until):
             return False

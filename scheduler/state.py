@@ -145,9 +145,10 @@ class SchedulerState:
             self.memory.reserve(request)
 
     def open_tier(self, tier: DiskTier) -> None:
-        """Ranks that have run nothing yet work with it."""
-        self.tier = tier
-        self.memory.cache.watchers.append(tier)
+        """Ranks that have run nothing yet work with it, unless its root stands for other weights than theirs."""
+        if not self.tier_counts.closed:
+            self.tier = tier
+            self.memory.cache.watchers.append(tier)
 
     def retract(self, request: Request) -> None:
         """Take the slot and pages of a running request; it waits again and resumes with all it has generated."""
@@ -203,10 +204,10 @@ class SchedulerState:
                 gained = request.num_tokens > request.tokens_at_loss
                 request.losses = 1 if gained else request.losses + 1
                 request.tokens_at_loss = request.num_tokens
-        self.memory.lose(holders.values())
         if self.tier is not None:
             self.memory.cache.watchers.remove(self.tier)
             self.tier = None
+        self.memory.lose(holders.values())
         for place in (self.prefilling, self.decoding, self.ending, self.leaving):
             place.clear()
         for request in holders.values():

@@ -350,3 +350,26 @@ def test_a_run_with_a_folder_is_repeated_exactly(tmp_path: Path) -> None:
     _, core = replay(path)
     assert core.stats() == harness.scheduler.stats()
     assert int(core.stats()["disk_loaded_tokens_total"]) > 0
+
+
+def test_with_other_weights_nothing_is_stored_or_loaded() -> None:
+    """They make other pages of the same tokens; what is still on its way does no harm."""
+    folder = warm_folder()
+    harness, before = Harness(config(), folder=folder), dict(folder.files)
+    harness.add(request(0, STORY))
+    harness.schedule()
+    assert loads(harness) == 9
+    for watcher in harness.scheduler.state.memory.cache.watchers:
+        watcher.cleared()
+    while harness.answer():
+        pass
+    assert loads(harness) == 0
+    harness.add(request(1, OTHER))
+    harness.run()
+    harness.lose_ranks()
+    harness.ranks_ready()
+    harness.add(request(2, OTHER))
+    harness.add(request(3, STORY))
+    harness.run()
+    assert folder.files == before
+    assert harness.scheduler.stats()["disk_pages"] == 0
