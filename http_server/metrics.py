@@ -42,6 +42,7 @@ OWN_COUNTERS = {
     "requests_resumed_total": ("requests_resumed", "Samples that went on after such a loss, or that of a process."),
     "num_retractions": ("retractions", "Requests taken back to the queue for want of pages."),
     "evicted_pages_total": ("evicted_pages", "Pages that the cache gave up."),
+    "host_restored_tokens_total": ("host_cache_restored_tokens", "Tokens whose KV came back from --hicache-size."),
     "disk_loaded_tokens_total": ("disk_cache_loaded_tokens", "Tokens whose KV was loaded from --cache-dir."),
     "disk_stored_tokens_total": ("disk_cache_stored_tokens", "Tokens whose KV was stored there."),
     "disk_evicted_tokens_total": ("disk_cache_evicted_tokens", "Tokens whose KV was removed there, for want of room."),
@@ -61,6 +62,7 @@ HISTOGRAMS = {
 OWN_GAUGES = {
     "kv_pages_free": "Pages nobody uses.",
     "kv_pages_cached": "Pages in the radix tree.",
+    "host_pages": "Pages in host memory beside a GPU's.",
     "disk_pages": "Pages in --cache-dir that are whole.",
     "disk_bytes": "What the files there take.",
     "radix_nodes": "Nodes of the radix tree.",

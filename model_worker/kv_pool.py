@@ -126,16 +126,30 @@ class KVPool:
         pinned = self.data.device.type == "cuda"
         return [*torch.empty((len(pages), self.page_bytes), dtype=torch.uint8, pin_memory=pinned)]
 
-    def filled(self, pages: Sequence[int], memory: Sequence[Tensor]) -> None:
-        """`host_memory` is filled: the pages hold it when this returns. From any thread; steps go on meanwhile."""
+    def mark(self) -> torch.cuda.Event | None:
+        """What is enqueued so far, for `filled`."""
+        return torch.cuda.current_stream(self.data.device).record_event() if self.data.is_cuda else None
+
+    def filled(self, pages: Sequence[int], memory: Sequence[Tensor], after: torch.cuda.Event | None) -> None:
+        """`host_memory` is filled: the pages hold it when this returns. From any thread; steps go on meanwhile, but for
+        those up to `after`, which may still read what the pages held."""
         if self.data.device.type == "cpu" and self.data.is_contiguous():
             return
         stream = torch.cuda.Stream(self.data.device) if self.data.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
-            host = torch.stack(tuple(memory)).view(self.data.dtype).view(len(pages), *self.data.shape[1:])
-            self.data.index_copy_(0, self._index(pages), host.to(self.data.device, non_blocking=True))
+            if stream is not None and after is not None:
+                stream.wait_event(after)
+            self.fill(pages, memory)
         if stream is not None:
             stream.synchronize()
+
+    def fill(self, pages: Sequence[int], memory: Sequence[Tensor]) -> None:
+        """Enqueue copies, uint8 [bytes] a page in pinned memory of the host, into pages."""
+        rows = torch.empty((len(pages), self.page_bytes), dtype=torch.uint8, device=self.data.device)
+        for row, host in zip(rows, memory, strict=True):
+            row.copy_(host, non_blocking=True)
+        shape = (len(pages), *self.data.shape[1:])
+        self.data.index_copy_(0, self._index(pages), rows.view(self.data.dtype).view(shape))
 
     def _index(self, pages: Sequence[int]) -> Tensor:
         return torch.tensor(pages, dtype=torch.int64).to(self.data.device, non_blocking=True)

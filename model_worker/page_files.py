@@ -12,8 +12,12 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+
+import torch
+from torch import Tensor
 
 from vibe_sgl_lite.model_worker.device import Device, ReadBack
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
@@ -28,6 +32,7 @@ from vibe_sgl_lite.runtime.page_folder import (
     write_page,
 )
 
+READERS = 2  # threads: reading and checking a page takes about a millisecond of one
 CLOSE_S = 1.0  # for what is still to be written when the rank ends
 
 Send = Callable[[PagesMoved], None]
@@ -48,7 +53,8 @@ class PageFiles:
         self._rank, self._ranks = rank, ranks
         self._new = make_new_folder(folder, rank, ranks)
         self._to_write: SimpleQueue[tuple[PageMoves, ReadBack | None] | None] = SimpleQueue()
-        self._to_load: SimpleQueue[PageMoves] = SimpleQueue()
+        self._to_load: SimpleQueue[tuple[PageMoves, torch.cuda.Event | None]] = SimpleQueue()
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="page-reader")
         self._broken: BaseException | None = None
         self._writer = threading.Thread(target=self._run, args=(connect, self._write), name="page-writer", daemon=True)
         self._loader = threading.Thread(target=self._run, args=(connect, self._load), name="page-loader", daemon=True)
@@ -60,7 +66,7 @@ class PageFiles:
         if self._broken is not None:
             raise RuntimeError("a thread that moves pages has failed") from self._broken
         if moves.load:
-            self._to_load.put(moves)
+            self._to_load.put((moves, self._pool.mark()))
         else:
             copies = (
                 self._device.read_back([self._pool.copy_of(unpack_ids(moves.store_pages))]) if moves.store else None
@@ -71,6 +77,7 @@ class PageFiles:
         """Give what is still to be written a moment."""
         self._to_write.put(None)
         self._writer.join(CLOSE_S)
+        self._readers.shutdown(wait=False, cancel_futures=True)
         with contextlib.suppress(OSError):
             self._new.rmdir()
 
@@ -116,14 +123,16 @@ class PageFiles:
 
     def _load(self, send: Send) -> bool:
         """The loader's next message."""
-        moves = self._to_load.get()
-        began, failed = time.monotonic(), []
+        moves, mark = self._to_load.get()
+        began = time.monotonic()
         pages = unpack_ids(moves.load_pages)
         memory = self._pool.host_memory(pages)
-        for place, key in enumerate(_split(moves.load)):
-            if not read_page(self._path(key), key, self._rank, self._ranks, memory[place].numpy().data):
-                failed.append(place)
-        self._pool.filled(pages, memory)
+
+        def read(key: bytes, page: Tensor) -> bool:
+            return read_page(self._path(key), key, self._rank, self._ranks, page.numpy().data)
+
+        failed = [place for place, good in enumerate(self._readers.map(read, _split(moves.load), memory)) if not good]
+        self._pool.filled(pages, memory, mark)
         send(self._answer(moves, failed, began, ""))
         return True
 

@@ -19,6 +19,7 @@ import zmq
 
 from vibe_sgl_lite.model_worker.compute import Compute, GpuSetup, choose_compute
 from vibe_sgl_lite.model_worker.cpu.shared_memory import share_memory
+from vibe_sgl_lite.model_worker.host_pages import HostPages, host_slots
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.memory_plan import plan_memory
@@ -91,7 +92,9 @@ def main(child: Child) -> None:
         parallel = time_collectives(parallel, timer)
     runner = build_runner(spec, parallel, device, child.heartbeat, timer or NO_TIMER)
     results = spec.endpoints.results
-    files = None
+    files, host = None, None
+    if args.hicache_size:
+        host = HostPages(runner.pool, host_slots(args.hicache_size, runner.pool.page_bytes, args.tp))
     if args.cache_dir is not None:
         folder = Path(args.cache_dir)
         files = PageFiles(
@@ -108,7 +111,7 @@ def main(child: Child) -> None:
         outbox.send(
             RankReady(
                 runner.pool.num_pages, spec.device, spec.dtype, spec.endpoints.epoch, runner.pool.page_bytes,
-                f"{runner.compute_name}: {runner.pool.format}",
+                f"{runner.compute_name}: {runner.pool.format}", 0 if host is None else host.slots,
             )
         )  # fmt: skip
     child.ready()
@@ -118,7 +121,7 @@ def main(child: Child) -> None:
         assert relay is not None
         _follow(child, steps, relay)
     else:
-        _serve(child, steps, inbox, relay, files)
+        _serve(child, steps, inbox, relay, files, host)
         inbox.close()
     if files is not None:
         files.close()
@@ -349,6 +352,7 @@ def _serve(
     inbox: Receiver[RankInput],
     relay: BatchRelay | None,
     files: PageFiles | None,
+    host: HostPages | None,
 ) -> None:
     """Run the scheduler's batches until StopRank, and pass them on. Sleeps in a poll while there is nothing to do.
 
@@ -384,8 +388,9 @@ def _serve(
         if message.epoch != child.spec.endpoints.epoch:
             continue
         if isinstance(message, PageMoves):
-            assert files is not None
-            files.take(message)
+            mover = host if message.host else files
+            assert mover is not None
+            mover.take(message)
             continue
         timer.mark("relay")
         if relay is not None:

@@ -47,6 +47,7 @@ from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.cost import CostModel
 from vibe_sgl_lite.scheduler.disk_tier import DiskTier, TierContents
 from vibe_sgl_lite.scheduler.histogram import Histogram
+from vibe_sgl_lite.scheduler.host_tier import HostTier
 from vibe_sgl_lite.scheduler.observer import Call, SchedulerObserver
 from vibe_sgl_lite.scheduler.planner import StepPlanner
 from vibe_sgl_lite.scheduler.policies import make_policy
@@ -192,14 +193,21 @@ class Scheduler:
         assert state.tier is None
         state.open_tier(DiskTier(contents, state.memory, self.cost, state.tier_counts, state.epoch))
 
+    @observed
+    def open_host(self, slots: int, now: float) -> None:
+        """The ranks, which have run nothing yet, have memory beside their pools for so many pages."""
+        state = self.state
+        assert state.host is None
+        state.open_host(HostTier(slots, state.memory, state.tier_counts, state.epoch))
+
     def has_moves(self, now: float) -> bool:
-        return self.state.tier is not None and self.state.tier.has_moves(now)
+        return self.state.host is not None or (self.state.tier is not None and self.state.tier.has_moves(now))
 
     @observed
     def moves(self, now: float) -> list[PageMoves]:
         """What the ranks have to be told before the step that was scheduled last; if `has_moves`."""
-        assert self.state.tier is not None
-        return self.state.tier.moves(now)
+        host, tier = self.state.host, self.state.tier
+        return ([] if host is None else host.moves()) + ([] if tier is None else tier.moves(now))
 
     @observed
     def pages_moved(self, answer: PagesMoved, now: float) -> None:
@@ -302,7 +310,10 @@ class Scheduler:
             return None
         if self.state.tier is not None:
             self.state.tier.forget_all()
-        return self.state.memory.cache.flush()
+        freed = self.state.memory.cache.flush()
+        if self.state.host is not None:
+            self.state.host.forget_all()
+        return freed
 
     def snapshot(self) -> Snapshot:
         """For a person who watches."""
@@ -310,7 +321,7 @@ class Scheduler:
 
     def stats(self) -> dict[str, int | float | str | bool]:
         """Counters and gauges; pages and tokens as counts."""
-        state, memory, disk = self.state, self.state.memory, self.state.tier_counts
+        state, memory, counts = self.state, self.state.memory, self.state.tier_counts
         tier = state.tier
         return {
             "kv_pages_total": memory.num_pages,
@@ -340,11 +351,13 @@ class Scheduler:
             "steps_in_flight": len(state.in_flight),
             "ranks_ready": state.has_ranks,
             "new_token_ratio": self._ratio.value,
+            "host_pages": 0 if state.host is None else state.host.num_pages,
+            "host_restored_tokens_total": counts.restored * memory.page_size,
             "disk_pages": 0 if tier is None else tier.num_pages,
             "disk_bytes": 0 if tier is None else tier.used,
             "disk_stores": tier is not None and not tier.problem,
-            "disk_loaded_tokens_total": disk.loaded * memory.page_size,
-            "disk_stored_tokens_total": disk.stored * memory.page_size,
-            "disk_evicted_tokens_total": disk.evicted * memory.page_size,
-            "disk_failed_tokens_total": disk.failed * memory.page_size,
+            "disk_loaded_tokens_total": counts.loaded * memory.page_size,
+            "disk_stored_tokens_total": counts.stored * memory.page_size,
+            "disk_evicted_tokens_total": counts.evicted * memory.page_size,
+            "disk_failed_tokens_total": counts.failed * memory.page_size,
         }

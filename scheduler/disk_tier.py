@@ -1,8 +1,7 @@
 """The second tier of the prefix cache: pages on disk (`--cache-dir`), which outlive the engine.
 
-The ranks move the bytes (model_worker/page_files.py), the scheduler knows which pages have files. A page's key is a
-hash of its parent's key and its own tokens, and of what all its values depend on before the first: weights, formats,
-ranks, cache salt. So a key stands for all tokens from the root, and nobody can make two prefixes that share one.
+The ranks move the bytes (model_worker/page_files.py), the scheduler knows which pages have files, by their keys
+(page_keys.py): of weights, formats, ranks, cache salt and all tokens from the root.
 
     radix tree ──stored──▶ queue ──moves──▶ ranks write files ──answers──▶ index, least recently used first
         ▲                                                                     │
@@ -21,20 +20,20 @@ Knows no files and no clock. Dies with the ranks: the next ones begin with a new
 
 from __future__ import annotations
 
-import hashlib
 import math
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
 
 from vibe_sgl_lite.runtime.messages import Message, PageMoves, PagesMoved, pack_ids, unpack_ids
-from vibe_sgl_lite.runtime.page_folder import KEY_BYTES, file_name
+from vibe_sgl_lite.runtime.page_folder import file_name
 from vibe_sgl_lite.scheduler.cost import CostModel, chunk_work
 from vibe_sgl_lite.scheduler.memory import KVMemory
+from vibe_sgl_lite.scheduler.page_keys import PageKeys
 from vibe_sgl_lite.scheduler.radix_cache import TOKEN_BYTES, RadixNode
 from vibe_sgl_lite.scheduler.request import Request
 
@@ -64,13 +63,15 @@ class TierContents(Message, frozen=True):
 
 
 class TierCounts(msgspec.Struct):
-    """Since the scheduler's start, in pages. failed: loads and stores that came to nothing. messages: to the ranks that
-    are answered; their numbers. closed: the weights are others than those that the folder's root stands for."""
+    """Since the scheduler's start, in pages. failed: loads and stores that came to nothing. restored: from host memory.
+    messages: to the ranks that are answered; their numbers. closed: the weights are others than those that the folder's
+    root stands for."""
 
     loaded: int = 0
     stored: int = 0
     evicted: int = 0
     failed: int = 0
+    restored: int = 0
     messages: int = 0
     closed: bool = False
 
@@ -111,10 +112,9 @@ class DiskTier:
         self._counts = counts
         self._epoch = epoch
         self.problem = ""  # why nothing is stored any more
-        self._root = contents.root
         self._index = OrderedDict((key, _File(size, ranks, 0)) for key, size, ranks in contents.pages)
         self.used = sum(size for _, size, _ in contents.pages)  # bytes, files being written or removed included
-        self._keys: dict[int, bytes] = {}  # of every page in the tree
+        self._keys = PageKeys(contents.root, memory.page_size)
         self._queue: dict[bytes, tuple[int, int]] = {}  # keys to store: where they are, and since when
         self._doomed: dict[bytes, _File] = {}  # out of the index, and still to be removed
         self._storing: dict[bytes, int] = {}  # since when they are in the tree
@@ -129,15 +129,10 @@ class DiskTier:
     # ------------------------------------------------------------------------------------------------ the tree's pages
 
     def stored(self, node: RadixNode) -> None:
-        parent = node.parent
-        assert parent is not None
-        key = self._keys.get(parent.pages[-1]) if parent.pages else self._root_key(node.cache_salt)
-        if key is None or self._counts.closed:
+        if self._counts.closed:
             return
         self._uses += 1
-        step = self._memory.page_size * TOKEN_BYTES
-        for place, page in enumerate(node.pages):
-            key = self._keys[page] = _next_key(key, node.key[place * step : (place + 1) * step])
+        for key, page in self._keys.enter(node):
             self._want(key, page)
         walk: RadixNode | None = node
         while walk is not None:
@@ -146,13 +141,13 @@ class DiskTier:
 
     def removed(self, pages: Iterable[int]) -> None:
         for page in pages:
-            key = self._keys.pop(page, None)
+            key = self._keys.of.pop(page, None)
             if key is not None:
                 self._queue.pop(key, None)
 
     def cleared(self) -> None:
         """The tree is not what its keys stand for any more, while the ranks live: they have other weights."""
-        self._keys.clear()
+        self._keys.of.clear()
         self._queue.clear()
         self._counts.closed = True
 
@@ -161,15 +156,15 @@ class DiskTier:
         self._uses += 1
         pages = request.pages[: request.num_shared_pages]
         for page in pages:
-            if page in self._keys:
-                self._want(self._keys[page], page)  # its file may have been removed meanwhile
+            if page in self._keys.of:
+                self._want(self._keys.of[page], page)  # its file may have been removed meanwhile
         for key in self._use(pages):
             self._touched.pop(key, None)
             self._touched[key] = None
 
     def _want(self, key: bytes, page: int) -> None:
         """It should have a file."""
-        known = key in self._index or key in self._queue or key in self._storing or key in self._doomed
+        known = key in self._index or key in self._queue or key in self._storing
         if not known and not self.problem and self._contents.page_bytes <= self._contents.limit:
             self._queue[key] = page, self._uses
 
@@ -177,7 +172,7 @@ class DiskTier:
         """They count as used now, the end of a prefix before its beginning. Their keys, of those that have files."""
         found = []
         for page in reversed(pages):
-            key = self._keys.get(page)
+            key = self._keys.of.get(page)
             file = None if key is None else self._index.get(key)
             if key is not None and file is not None:
                 self._index[key] = file._replace(used=self._uses)
@@ -202,7 +197,7 @@ class DiskTier:
         first, end = depth // page_size, self._memory.readable(request) // page_size
         if first >= end or not self._index or (request.load_depth == depth and now >= request.load_until):
             return False
-        keys = self._keys_in_index(request, first, end)
+        keys = self._keys.of_request(request, first, end, self._index)
         if not keys:
             return False
         compute_s = self._cost.added(chunk_work(depth, len(keys) * page_size)) if self._cost.measured else math.inf
@@ -251,6 +246,8 @@ class DiskTier:
                 moves.append(self._remove())
         size, keys, pages = self._contents.page_bytes, [], []
         for key, (page, since) in self._queue.items():
+            if key in self._doomed:
+                continue  # its old file first
             busy = bool(self._storing) and (len(self._storing) + 1) * size > STORE_BYTES
             if busy or self.used + size > self._contents.limit:
                 break
@@ -361,30 +358,7 @@ class DiskTier:
         self._moves[number] = move
         return PageMoves(number, epoch=self._epoch, **fields)  # type: ignore[arg-type]
 
-    def _keys_in_index(self, request: Request, first: int, end: int) -> list[bytes]:
-        """The keys of a request's pages from `first` on, up to `end` or the first that has no file.
-
-        What was worked out is kept with the request.
-        """
-        root = self._root_key(request.cache_salt)
-        if request.page_keys is None or request.page_keys[0] != root:
-            request.page_keys = [root]
-        keys, step = request.page_keys, self._memory.page_size * TOKEN_BYTES
-        for place in range(end):
-            if place + 1 == len(keys):
-                keys.append(_next_key(keys[-1], bytes(request.tokens[place * step : (place + 1) * step])))
-            if place >= first and keys[place + 1] not in self._index:
-                return keys[first + 1 : place + 1]
-        return keys[first + 1 : end + 1]
-
-    def _root_key(self, cache_salt: Hashable) -> bytes:
-        return hashlib.blake2b(repr(cache_salt).encode(), key=self._root, digest_size=KEY_BYTES).digest()
-
     @property
     def num_pages(self) -> int:
         """That have files."""
         return len(self._index)
-
-
-def _next_key(parent: bytes, tokens: bytes) -> bytes:
-    return hashlib.blake2b(parent + tokens, digest_size=KEY_BYTES).digest()

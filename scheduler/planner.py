@@ -281,6 +281,9 @@ class StepPlanner:
             if request.slot != NO_SLOT:
                 return  # just retracted, and its last token is still in flight: others must not take its place
             depth = state.memory.cached_length(request)
+            if state.host is not None and state.free_slots:
+                state.host.restore(request, depth)
+                depth = state.memory.cached_length(request)
             if state.leaders.should_wait(request, depth) or self._waits_for_pages(request, now):
                 continue
             if not state.free_slots:

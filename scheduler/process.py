@@ -198,7 +198,9 @@ class SchedulerProcess:
             raise ConfigError(f"--kv-events {where}: {error.strerror}; choose another", field="kv_events") from error
 
     def open_folder(self, core: Scheduler, ready: RankReady) -> None:
-        """Ranks have come: with `--cache-dir`, they have what the folder has."""
+        """Ranks have come: with `--cache-dir`, they have what the folder has; with `--hicache-size`, empty memory."""
+        if ready.host_slots:
+            core.open_host(ready.host_slots, time.monotonic())
         contents = self._folder.contents(ready) if self._folder is not None else None
         if contents is not None:
             core.open_tier(contents, time.monotonic())

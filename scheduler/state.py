@@ -21,6 +21,7 @@ from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.disk_tier import DiskTier, TierCounts
 from vibe_sgl_lite.scheduler.fairness import FairShares
 from vibe_sgl_lite.scheduler.histogram import Histogram
+from vibe_sgl_lite.scheduler.host_tier import HostTier
 from vibe_sgl_lite.scheduler.memory import KVMemory
 from vibe_sgl_lite.scheduler.request import NO_SLOT, Request
 from vibe_sgl_lite.scheduler.sharing import PrefixLeaders
@@ -76,6 +77,7 @@ class SchedulerState:
         self.epoch = config.epoch
         self.has_ranks = True
         self.tier: DiskTier | None = None
+        self.host: HostTier | None = None
         self.tier_counts = TierCounts()
         self.builder = BatchBuilder(config.epoch)
         self.leaders = PrefixLeaders(config.page_size)
@@ -140,9 +142,14 @@ class SchedulerState:
         self.leaders.begin(request)
         if self.tier is not None:
             self.tier.used_by(request)
-            request.page_keys = None
+        request.page_keys = None
         if request.guaranteed:
             self.memory.reserve(request)
+
+    def open_host(self, host: HostTier) -> None:
+        """Ranks that have run nothing yet work with it."""
+        self.host = host
+        self.memory.cache.watchers.append(host)
 
     def open_tier(self, tier: DiskTier) -> None:
         """Ranks that have run nothing yet work with it, unless its root stands for other weights than theirs."""
@@ -204,9 +211,10 @@ class SchedulerState:
                 gained = request.num_tokens > request.tokens_at_loss
                 request.losses = 1 if gained else request.losses + 1
                 request.tokens_at_loss = request.num_tokens
-        if self.tier is not None:
-            self.memory.cache.watchers.remove(self.tier)
-            self.tier = None
+        for watcher in (self.tier, self.host):
+            if watcher is not None:
+                self.memory.cache.watchers.remove(watcher)
+        self.tier = self.host = None
         self.memory.lose(holders.values())
         for place in (self.prefilling, self.decoding, self.ending, self.leaving):
             place.clear()

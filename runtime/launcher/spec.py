@@ -51,6 +51,12 @@ def make_spec(args: ServerArgs, endpoints: Endpoints) -> PipelineSpec:
         model = msgspec.structs.replace(model, eos_token_ids=(*model.eos_token_ids, end))
     device = _device(args.device)
     _check_kv_cache(args, model, device)
+    if args.hicache_size and device == "cpu":
+        raise ConfigError(
+            f"--hicache-size {args.hicache_size:g} is for a GPU: on a CPU the KV cache is in the host's memory, and "
+            "--max-total-tokens makes it larger",
+            field="hicache_size",
+        )
     dtype = (model.dtype or DUMMY_DTYPE) if args.dtype == "auto" else args.dtype
     if device == "cpu":
         _check_memory(args, model, dtype)

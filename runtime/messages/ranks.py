@@ -81,7 +81,9 @@ class PageMoves(Message, frozen=True):
 
     number: of the answers, one `PagesMoved` a rank. store, load: 32 bytes a key, and as many pages in store_pages or
     load_pages, int32 bytes. remove: names of files, for rank 0. touch: keys that were used, the last of them last, for
-    the order in which a later start finds them; a message of these alone has number -1 and no answer.
+    the order in which a later start finds them; a message of these alone has number -1 and no answer. host: int32
+    bytes of 0 for pool to host or 1 for host to pool, the place in host memory, the page, and so on, to be copied in
+    this order on the stream of the steps; such a message has nothing else, and no answer.
     """
 
     number: int
@@ -92,6 +94,7 @@ class PageMoves(Message, frozen=True):
     remove: list[str] = msgspec.field(default_factory=list)
     touch: bytes = b""
     epoch: int = 0
+    host: bytes = b""
 
 
 class StopRank(Message, frozen=True):
@@ -168,7 +171,8 @@ class RankReady(Message, frozen=True):
     """Rank 0 -> scheduler, once an epoch, after the weights are loaded and the KV pool stands on all ranks.
 
     kv_pages: usable pages, ids 0..kv_pages-1; the padding page is not among them. page_bytes: of a page on one rank.
-    kv_format: what its bytes mean and how they were computed, beyond the model and the settings.
+    kv_format: what its bytes mean and how they were computed, beyond the model and the settings. host_slots: pages that
+    host memory beside the pool holds.
     """
 
     kv_pages: int
@@ -177,6 +181,7 @@ class RankReady(Message, frozen=True):
     epoch: int = 0
     page_bytes: int = 0
     kv_format: str = ""
+    host_slots: int = 0
 
 
 class PagesMoved(Message, frozen=True):

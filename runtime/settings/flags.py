@@ -264,6 +264,13 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "what the files in `--cache-dir` may take; the least recently used ones are removed",
         unit="GB", group=MEMORY, low=0, high=1_000_000, above_low=True, aliases=("max_local_disk_size",),
     )] = 10.0
+    hicache_size: Annotated[float, Spec(
+        "on a GPU, host memory for pages of the prefix cache that have to leave the GPU's; they are copied back when a "
+        "request needs them. 0 is none",
+        "All ranks share it. It is taken at the start, and pinned.",
+        unit="GB", group=MEMORY, low=0, high=1_000_000,
+        like=("enable_hierarchical_cache", "hicache_ratio", "kv_offloading_size", "max_local_cpu_size"),
+    )] = 0.0
     disable_overlap: Annotated[bool, Spec(
         "plan a step only when the result of the one before it is back: slower, and simpler to debug",
         group=MEMORY, aliases=("disable_overlap_schedule",),

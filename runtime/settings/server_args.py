@@ -44,10 +44,11 @@ class ServerArgs(Flags, kw_only=True, frozen=True, forbid_unknown_fields=True):
                 "--deterministic is for at most --tp 2, on a GPU --tp 1, and not for --quantization int4",
                 field="deterministic",
             )
-        if self.cache_dir is not None and self.disable_radix_cache:
-            raise _bad("cache_dir", self.cache_dir, "keeps the prefix cache, which --disable-radix-cache turns off")
-        if self.cache_dir is not None and self.nnodes > 1:
-            raise _bad("cache_dir", self.cache_dir, "is for one machine: leave it out, or --nnodes")
+        for name in ("cache_dir", "hicache_size"):
+            if getattr(self, name) and self.disable_radix_cache:
+                raise _bad(name, getattr(self, name), "keeps the prefix cache, which --disable-radix-cache turns off")
+            if getattr(self, name) and self.nnodes > 1:
+                raise _bad(name, getattr(self, name), "is for one machine: leave it out, or --nnodes")
         if self.quantization in ("int8", "int4") and self.device == "cuda":
             raise _bad("quantization", self.quantization, "runs on CPU only: use fp8, or --device cpu, or leave it out")
         if self.quantization == "fp8" and self.device == "cpu":

@@ -148,7 +148,7 @@ def write_for_ever(folder: Path, seed: int) -> None:
         memory.cache.insert(node, rng.randbytes(16 * count), pages)
         for page in pages:
             memory_of = pool.data[page].view(-1).view(torch.uint8).numpy().data
-            memory_of[:] = (tier._keys[page] * (len(memory_of) // 32 + 1))[: len(memory_of)]
+            memory_of[:] = (tier._keys.of[page] * (len(memory_of) // 32 + 1))[: len(memory_of)]
         for moves in tier.moves(0.0):
             files.take(moves)
         while tier._moves and (rng.random() < 0.9 or tier.has_moves(0.0)):
@@ -162,6 +162,7 @@ def test_killed_while_writing_any_page_is_whole_and_the_bound_holds(tmp_path: Pa
     rng, kept, bound = random.Random(0), 0, 0
     with FolderClaim(str(tmp_path)):
         for kill in range(KILLS):
+            before = {*pages_folder(tmp_path).iterdir()}
             pid = os.fork()
             if pid == 0:
                 try:
@@ -169,7 +170,8 @@ def test_killed_while_writing_any_page_is_whole_and_the_bound_holds(tmp_path: Pa
                 finally:
                     os._exit(1)
             deadline = time.monotonic() + LIMIT_S
-            while not any(tmp_path.glob("new.*")) and time.monotonic() < deadline:
+            while {*pages_folder(tmp_path).iterdir()} == before:  # it has begun to write
+                assert time.monotonic() < deadline
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.05))
             os.kill(pid, signal.SIGKILL)

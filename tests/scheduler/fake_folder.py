@@ -27,13 +27,15 @@ def split(keys: bytes) -> list[bytes]:
 
 @dataclass
 class FakeFolder:
-    """limit: in pages. failing: how often, at random, a store or a load fails. files: by name, the oldest first."""
+    """limit: in pages, 0 for no folder; host_slots: of host memory beside it, 0 for none. failing: how often, at
+    random, a store or a load fails. files: by name, the oldest first."""
 
     rng: random.Random
     limit: int = 8
     ranks: int = 1
     failing: float = 0.0
     page_bytes: int = 8192
+    host_slots: int = 0
     root: bytes = b"root"
     files: dict[str, Content] = field(default_factory=dict)
     meanings: dict[bytes, Content] = field(default_factory=dict)  # what each key has ever stood for
@@ -74,11 +76,20 @@ class FakeMover:
         self._folder, self._rank, self._pages, self._epoch = folder, rank, pages, epoch
         self._writer: deque[tuple[PageMoves, list[Content]]] = deque()
         self._loader: deque[PageMoves] = deque()
+        self._host: dict[int, Content] = {}
 
     def take(self, moves: PageMoves) -> None:
         """In the order of all messages: what is to be stored is copied now."""
         assert moves.epoch == self._epoch
-        if moves.load:
+        if moves.host:
+            ops = unpack_ids(moves.host) if self._rank == 0 else []
+            for kind, slot, page in zip(ops[::3], ops[1::3], ops[2::3], strict=True):
+                if kind == 0:
+                    assert not {None, GARBAGE, -1} & {*self._pages[page]}, "a page that is not whole is saved"
+                    self._host[slot] = list(self._pages[page])
+                else:
+                    self._pages[page][:] = self._host[slot]
+        elif moves.load:
             self._loader.append(moves)
             for page in unpack_ids(moves.load_pages):
                 self._pages[page][:] = [GARBAGE] * len(self._pages[page])

@@ -395,7 +395,10 @@ class Harness:
                 if not loader and self.rng.random() < 0.5:
                     mover.work(loader)
         self.movers = [FakeMover(folder, rank, self.rank.pages, self.rank.epoch) for rank in range(folder.ranks)]
-        self.scheduler.open_tier(folder.contents(), self.now)
+        if folder.limit:
+            self.scheduler.open_tier(folder.contents(), self.now)
+        if folder.host_slots:
+            self.scheduler.open_host(folder.host_slots, self.now)
 
     def answer(self) -> bool:
         """One of the ranks' threads does its next message, and the scheduler hears of it. False: none has any."""

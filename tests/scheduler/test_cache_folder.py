@@ -51,7 +51,15 @@ def test_the_root_stands_for_all_that_values_depend_on(tmp_path: Path) -> None:
 
 def test_every_fact_about_the_ranks_was_thought_of() -> None:
     """Whoever tells more of them: a page that depends on it must have it in its key (scheduler/cache_folder.py)."""
-    assert RankReady.__struct_fields__ == ("kv_pages", "device", "dtype", "epoch", "page_bytes", "kv_format")
+    assert RankReady.__struct_fields__ == (
+        "kv_pages",
+        "device",
+        "dtype",
+        "epoch",
+        "page_bytes",
+        "kv_format",
+        "host_slots",
+    )
     assert PipelineSpec.__struct_fields__ == (
         "args", "endpoints", "model", "model_name", "model_folder", "tokenizer_folder", "context_length",
         "chunked_prefill_size", "page_size", "device", "dtype", "epoch",

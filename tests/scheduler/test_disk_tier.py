@@ -16,7 +16,9 @@ from tests.scheduler.harness import Harness, config, request
 from vibe_sgl_lite.runtime.messages import PageMoves, PagesMoved, pack_ids, unpack_ids
 from vibe_sgl_lite.scheduler.cost import CostModel, chunk_work
 from vibe_sgl_lite.scheduler.disk_tier import DiskTier, TierContents, TierCounts
+from vibe_sgl_lite.scheduler.host_tier import HostTier
 from vibe_sgl_lite.scheduler.memory import KVMemory
+from vibe_sgl_lite.scheduler.page_keys import PageKeys
 from vibe_sgl_lite.scheduler.radix_cache import RadixNode
 from vibe_sgl_lite.scheduler.request import Request, samples_of
 from vibe_sgl_lite.scheduler.tools.replay import replay
@@ -31,6 +33,7 @@ def run_at_random(seed: int, rules: int = 60) -> dict[str, int]:
     """Prompts that share beginnings, a small pool, and whatever may happen to ranks, files and cache."""
     rng = random.Random(seed)
     folder = FakeFolder(rng, rng.choice([3, 12, 60]), rng.choice([1, 2]), rng.choice([0, 0.2, 0.5]))
+    folder.host_slots = rng.choice([0, 1, 5, 100])
     harness = Harness(config(num_pages=rng.choice([14, 40]), max_running_requests=3), folder=folder, seed=seed)
     for uid in range(rules):
         match rng.randrange(10):
@@ -70,10 +73,11 @@ def test_no_token_changes_and_no_page_is_lost() -> None:
     totals = run_many(RUNS)
     for what in ("loaded", "stored", "evicted", "failed"):
         assert sum(total[f"disk_{what}_tokens_total"] for total in totals) > 100, f"nothing was ever {what}"
+    assert sum(total["host_restored_tokens_total"] for total in totals) > 100
 
 
 BEGIN_LOAD, END_LOAD = KVMemory.begin_load, KVMemory.end_load
-REMOVE, ROOT_KEY, WAIT_FOR = DiskTier._remove, DiskTier._root_key, DiskTier.wait_for
+REMOVE, ROOT_KEY, DISPLACED = DiskTier._remove, PageKeys.root_key, HostTier._displaced
 
 
 def load_what_failed(memory: KVMemory, node: RadixNode, key: bytes, pages: array[int], good: int) -> None:
@@ -92,7 +96,7 @@ def load_without_a_lock(memory: KVMemory, request: Request, depth: int, count: i
 
 def store_what_is_gone(tier: DiskTier, pages: Iterable[int]) -> None:
     for page in pages:
-        tier._keys.pop(page)
+        tier._keys.of.pop(page)
 
 
 def count_removed_at_once(tier: DiskTier) -> PageMoves:
@@ -102,13 +106,19 @@ def count_removed_at_once(tier: DiskTier) -> PageMoves:
     return moves
 
 
-def forget_the_salt(tier: DiskTier, cache_salt: object) -> bytes:
-    return ROOT_KEY(tier, "")
+def forget_the_salt(keys: PageKeys, cache_salt: object) -> bytes:
+    return ROOT_KEY(keys, "")
 
 
-def wait_for_ever(tier: DiskTier, request: Request, *rest: Any) -> bool:
-    request.load_until = 1e18
-    return WAIT_FOR(tier, request, *rest)
+def displace_what_is_coming(host: HostTier) -> int | None:
+    host._coming.clear()
+    return DISPLACED(host)
+
+
+def save_too_late(host: Any) -> list[PageMoves]:
+    late, host._copies = host._copies, []
+    moves, host.late = [PageMoves(-1, host=pack_ids(getattr(host, "late", [])))], late
+    return moves if moves[0].host else []
 
 
 def nothing(*args: Any) -> None:
@@ -121,7 +131,9 @@ PLANTED: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "a load does not lock its prefix": (KVMemory, "begin_load", load_without_a_lock),
     "an evicted page is stored": (DiskTier, "removed", store_what_is_gone),
     "room counts before the files are gone": (DiskTier, "_remove", count_removed_at_once),
-    "keys have no salt": (DiskTier, "_root_key", forget_the_salt),
+    "keys have no salt": (PageKeys, "root_key", forget_the_salt),
+    "what is restored displaces itself": (HostTier, "_displaced", displace_what_is_coming),
+    "pages are saved after the next step": (HostTier, "moves", save_too_late),
     "a flush leaves files": (DiskTier, "forget_all", nothing),
 }
 
@@ -168,7 +180,7 @@ class Alone:
         for node in cache.nodes():
             path = paths[id(node)] = paths.get(id(node.parent), []) + unpack_ids(node.key)
             for place, page in enumerate(reversed(node.pages)):
-                if tier._keys[page] in tier._index:
+                if tier._keys.of[page] in tier._index:
                     found.add(tuple(path[: len(path) - place * PAGE]))
         return found
 
@@ -203,6 +215,15 @@ def test_a_prompt_that_is_longer_than_the_bound_keeps_its_beginning() -> None:
     assert alone.files() == {tuple(range(end)) for end in range(PAGE, 6 * PAGE, PAGE)}
 
 
+def test_a_page_whose_damaged_file_is_yet_to_be_removed_gets_another() -> None:
+    alone, story = Alone(9), range(4 * PAGE)
+    alone.use(story)
+    alone.tier._doom([*alone.tier._index])
+    assert alone.files() == set()
+    alone.use(story)
+    assert len(alone.files()) == 4
+
+
 def test_a_key_is_of_weights_salt_and_every_token_before() -> None:
     def keys(tokens: Sequence[int], root: bytes = b"root", salt: str = "") -> list[bytes]:
         contents = TierContents(root, 1, 8192, 8192, 10**9)
@@ -210,7 +231,7 @@ def test_a_key_is_of_weights_salt_and_every_token_before() -> None:
         pages = array("i", alone.memory.allocator.allocate(len(tokens) // PAGE))
         node, _ = alone.memory.cache.match(salt, b"", 0)
         alone.memory.cache.insert(node, pack_ids(tokens), pages)
-        return [alone.tier._keys[page] for page in pages]
+        return [alone.tier._keys.of[page] for page in pages]
 
     plain = keys(range(12))
     assert plain == keys(range(12))
