@@ -40,9 +40,9 @@ log = logging.getLogger(__name__)
 class _Sample:
     """One open sample. `stop_specials`: stop strings that are special tokens, by id, which the text leaves out and a
     match must not miss. `count`: tokens received so far. `cached`: prompt tokens that came from the radix cache.
-    `length`: characters decoded so far."""
+    `length`: characters decoded so far. `version`: of the weights, as the client was told."""
 
-    __slots__ = ("cached", "chat", "count", "length", "options", "stop", "stop_specials", "stream")
+    __slots__ = ("cached", "chat", "count", "length", "options", "stop", "stop_specials", "stream", "version")
 
     def __init__(self, options: OpenText, vocabulary: Vocabulary) -> None:
         self.options = options
@@ -53,6 +53,7 @@ class _Sample:
         self.count = 0
         self.length = 0
         self.cached = options.cached_tokens
+        self.version: str | None = None
 
     def add(self, ids: Sequence[int], offsets: list[int] | None, hidden: int | None) -> tuple[str, int, str | None]:
         """(text to show, how many of `ids` count, the stop string found). Ids behind a match do not count.
@@ -101,10 +102,12 @@ class _Sample:
 
 
 class Detokenizer:
-    """late: outputs that came for samples already ended (expected after stop matches)."""
+    """late: outputs that came for samples already ended (expected after stop matches). weight_version: of the weights
+    that make what comes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.late = 0
+        self.weight_version = "default"
         self._vocabulary = Vocabulary(tokenizer)
         self._samples: dict[int, _Sample] = {}
         self._encoder = msgspec.msgpack.Encoder()
@@ -116,6 +119,7 @@ class Detokenizer:
     def open(self, options: OpenText) -> None:
         """Opening a sample that is open changes nothing. What its client has already is not said again: the text after
         k tokens follows from these tokens alone."""
+        self.weight_version = options.weight_version
         if options.uid not in self._samples:
             sample = self._samples[options.uid] = _Sample(options, self._vocabulary)
             ids = unpack_ids(options.resume_ids)
@@ -177,6 +181,10 @@ class Detokenizer:
         usage = None
         if finish is not None:
             usage = Usage(sample.options.prompt_tokens, sample.count, sample.cached)
+        versions: tuple[tuple[int, str], ...] = ()
+        if sample.version != self.weight_version:
+            sample.version = self.weight_version
+            versions = ((first, self.weight_version),)
         return Chunk(
             sample.options.rid,
             sample.options.index,
@@ -190,6 +198,7 @@ class Detokenizer:
             parsed.reasoning,
             parsed.tool_calls,
             output.pooled,
+            versions,
         )
 
     def _entries(self, logprobs: Sequence[TokenLogprob], offsets: Sequence[int]) -> tuple[LogprobEntry, ...]:

@@ -15,7 +15,7 @@ import zmq
 from vibe_sgl_lite.detokenizer.core import Detokenizer
 from vibe_sgl_lite.runtime.chrome_trace import DETOKENIZER, ChromeTrace
 from vibe_sgl_lite.runtime.launcher.child import HEARTBEAT_S, Child, run_child
-from vibe_sgl_lite.runtime.messages import DetokenizerInput, OpenText, Shutdown
+from vibe_sgl_lite.runtime.messages import DetokenizerInput, NewWeights, OpenText, Shutdown
 from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 
@@ -46,6 +46,9 @@ def main(child: Child) -> None:
         for message in receiver.drain(AT_ONCE):
             if isinstance(message, OpenText):
                 detokenizer.open(message)
+                continue
+            if isinstance(message, NewWeights):
+                detokenizer.weight_version = message.version
                 continue
             began = time.monotonic()
             batch, matches = detokenizer.step(message)

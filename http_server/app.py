@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 
-from vibe_sgl_lite.http_server import info, native
+from vibe_sgl_lite.http_server import control, info, native
 from vibe_sgl_lite.http_server.anthropic_messages import count_tokens, messages
 from vibe_sgl_lite.http_server.errors import RETRY_AFTER_S, ApiError, from_engine
 from vibe_sgl_lite.http_server.exchange import DisconnectedError, Exchange, Receive, Scope, Send
@@ -37,6 +37,19 @@ ROUTES: dict[tuple[str, str], Handler] = {
     ("POST", "/detokenize"): native.detokenize,
     ("POST", "/abort_request"): native.abort_request,
     ("POST", "/flush_cache"): native.flush_cache,
+    ("POST", "/pause_generation"): control.pause_generation,
+    ("POST", "/continue_generation"): control.continue_generation,
+    ("POST", "/update_weights_from_disk"): control.update_weights_from_disk,
+    ("POST", "/release_memory_occupation"): control.release_memory,
+    ("POST", "/resume_memory_occupation"): control.resume_memory,
+    ("POST", "/pause"): control.pause,
+    ("POST", "/resume"): control.resume,
+    ("POST", "/sleep"): control.sleep,
+    ("POST", "/wake_up"): control.wake_up,
+    ("GET", "/is_paused"): control.is_paused,
+    ("GET", "/is_sleeping"): control.is_sleeping,
+    ("GET", "/weight_version"): control.weight_version,
+    ("GET", "/get_weight_version"): control.weight_version,
     ("GET", "/v1/models"): info.models,
     ("GET", "/"): page,
     ("GET", "/watch"): watch,

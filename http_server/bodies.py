@@ -27,12 +27,18 @@ class BodyReader:
         self._counts = metrics.unknown_fields
 
     def read(
-        self, body: bytes, kind: type[T], refused: Mapping[str, tuple[object, ...]], ignored: Collection[str] = ()
+        self,
+        body: bytes,
+        kind: type[T],
+        refused: Mapping[str, tuple[object, ...]],
+        ignored: Collection[str] = (),
+        *,
+        strict: bool = False,
     ) -> T:
         """Raises ApiError naming the field.
 
         refused: fields that are not supported, with values besides OFF that ask for nothing. ignored: fields that
-        change nothing of the output, by their nature.
+        change nothing of the output, by their nature. strict: refuse unknown fields too.
         """
         try:
             fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
@@ -43,6 +49,8 @@ class BodyReader:
             if name in known or name in ignored:
                 continue
             if name not in refused:
+                if strict:
+                    raise bad_request(f"{name:.80} is no field of this call", name[:80], "unknown_parameter")
                 self._note_unknown(name)
             elif (value := msgspec.json.decode(raw)) not in OFF and value not in refused[name]:
                 told = f"use {INSTEAD[name]}" if name in INSTEAD else "leave it out"

@@ -13,14 +13,13 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from vibe_sgl_lite.http_server.timing import CallTimes
 from vibe_sgl_lite.runtime.client.connection import Connection, QueryAnswer
 from vibe_sgl_lite.runtime.client.in_flight import Event
 from vibe_sgl_lite.runtime.client.requests import ClientRequest
 from vibe_sgl_lite.runtime.errors import EngineError, VibeError, error_from_code
-from vibe_sgl_lite.runtime.messages import Accepted, Chunk, Finish, ModelInfo, QueryReply, Welcome
+from vibe_sgl_lite.runtime.messages import Accepted, Chunk, ControlArgs, Finish, ModelInfo, QueryReply, Welcome, What
 
 READY_POLL_S = 0.05
 REFUSAL_S = 0.05  # after it was accepted: the scheduler refuses at once what it has no room for
@@ -56,11 +55,11 @@ class Engine:
             except VibeError:
                 await asyncio.sleep(READY_POLL_S)
 
-    async def query(self, what: Literal["stats", "health", "flush_cache", "watch"]) -> Values:
+    async def query(self, what: What, args: ControlArgs | None = None) -> Values:
         """Raises VibeError."""
 
         def ask(deliver: Callable[[QueryAnswer], None]) -> None:
-            self._connection.query(what, deliver)
+            self._connection.query(what, deliver, args)
 
         reply = await self._ask(ask)
         assert isinstance(reply, QueryReply)
@@ -68,9 +67,9 @@ class Engine:
             raise error_from_code(reply.error.code, reply.error.message, reply.error.field)
         return reply.values
 
-    def submit(self, requests: Sequence[ClientRequest], times: CallTimes) -> Call:
+    def submit(self, requests: Sequence[ClientRequest], times: CallTimes, *, keep_aborted: bool = False) -> Call:
         """Send requests whose outputs make one answer."""
-        call = Call(self, requests, times)
+        call = Call(self, requests, times, keep_aborted=keep_aborted)
         for position, request in enumerate(requests):
             self._connection.submit(request, self._receiver(call, position))
         self.calls.add(call)
@@ -143,9 +142,13 @@ class Call:
     """Requests in flight whose samples are numbered through: of requests with n samples each, sample j of i is i n + j.
 
     For one task: `start`, then `take` until `running` is 0; `close` at the end, which aborts what still runs.
+    keep_aborted: what was aborted has ended, with what it has; else the call fails.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[ClientRequest], times: CallTimes) -> None:
+    def __init__(
+        self, engine: Engine, requests: Sequence[ClientRequest], times: CallTimes, *, keep_aborted: bool = False
+    ) -> None:
+        self._whole = ("stop", "length", "abort") if keep_aborted else ("stop", "length")
         self.requests = requests
         self.n = requests[0].n
         self.running = len(requests) * self.n
@@ -198,7 +201,7 @@ class Call:
                 self._chunks.append((index, event))
                 if event.finish is None:
                     pass
-                elif event.finish.reason in ("stop", "length"):
+                elif event.finish.reason in self._whole:
                     self.running -= 1
                 else:
                     self._error = self._error or _failure(event.finish)

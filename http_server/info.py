@@ -20,13 +20,13 @@ TEXT = b"text/plain; version=0.0.4; charset=utf-8"
 
 
 async def health(service: Service, exchange: Exchange) -> None:
-    """200 while the engine serves; 503 while it loads, drains, does not answer, or makes no progress."""
+    """200 while the engine serves or sleeps; 503 while it loads, drains, does not answer, or makes no progress."""
     service.check_ready()
     try:
         values = await service.engine.query("health")
     except VibeError as error:
         raise ApiError(503, str(error), code=error.code) from error
-    if values.get("status") != "ok":
+    if values.get("status") not in ("ok", "sleeping"):
         raise ApiError(503, f"the engine is not serving: {values.get('status')}", code="not_serving")
     busy = bool(values.get("steps_in_flight"))
     stuck = service.progress.stuck_for(int(values.get("steps_total", 0)), busy, time.monotonic())
@@ -103,10 +103,11 @@ async def server_info(service: Service, exchange: Exchange) -> None:
 
 
 async def model_info(service: Service, exchange: Exchange) -> None:
-    spec = service.spec
+    spec, stats = service.spec, await service.engine.query("stats")
     await exchange.answer_json(
         {
             "model_path": spec.model_name,
+            "weight_version": stats["weight_version"],
             "tokenizer_path": spec.tokenizer_folder,
             "is_generation": spec.model.has_head,
             "context_length": spec.context_length,

@@ -14,6 +14,7 @@ from vibe_sgl_lite.http_server.errors import ApiError, bad_request
 from vibe_sgl_lite.http_server.exchange import Exchange
 from vibe_sgl_lite.http_server.service import Service
 from vibe_sgl_lite.http_server.streaming import Collected, deliver
+from vibe_sgl_lite.runtime.client.outputs import weight_spans
 from vibe_sgl_lite.runtime.client.requests import plan_generate
 from vibe_sgl_lite.runtime.errors import VibeError
 from vibe_sgl_lite.runtime.messages import Chunk, Finish, LogprobEntry
@@ -117,7 +118,7 @@ async def generate(service: Service, exchange: Exchange) -> None:
     )
     if isinstance(given, list) and len({request.n for request in plan.requests}) > 1:
         raise bad_request("n must be the same for all prompts", "sampling_params")
-    call = service.submit(exchange, plan.requests)
+    call = service.submit(exchange, plan.requests, keep_aborted=True)
     answer = _Answer(call, many or call.n > 1, bool(body.return_logprob))
     await deliver(exchange, call, answer, streamed=body.stream)
 
@@ -172,6 +173,8 @@ class _Answer:
             "completion_tokens": len(sample.token_ids),
             "cached_tokens": sample.usage.cached_tokens,
             "e2e_latency": self._call.times.last - self._call.times.began,
+            "weight_version": sample.versions[-1][1] if sample.versions else None,
+            "weight_versions": [span.to_dict() for span in weight_spans(sample.versions, len(sample.token_ids))],
         }
         if self._logprobs:
             meta["output_token_logprobs"] = [_triple(entry) for entry in sample.logprobs]
@@ -190,6 +193,8 @@ def _triple(entry: LogprobEntry | None) -> list[object]:
 def _finish(finish: Finish, tokens: int) -> dict[str, object] | None:
     if finish.reason == "length":
         return {"type": "length", "length": tokens}
+    if finish.reason == "abort":
+        return {"type": "abort", "message": "it was aborted before its end"}
     return {"type": "stop", "matched": finish.matched} if finish.reason == "stop" else None
 
 

@@ -47,6 +47,11 @@ class OpenAIAnswer:
     def _usage(self) -> dict[str, object]:
         return usage_of(self._count.prompt, self._count.completion, self._count.cached)
 
+    @staticmethod
+    def _metadata(version: str) -> dict[str, object]:
+        """As SGLang's answers have it."""
+        return {"metadata": {"weight_version": version}}
+
     def _stop_reason(self, finish: Finish) -> int | str | None:
         """The stop string, or the id among those asked for, that ended a sample; None for the model's own end."""
         return finish.matched if isinstance(finish.matched, str) or finish.matched in self._stop_ids else None

@@ -20,7 +20,7 @@ from vibe_sgl_lite.http_server.requests import (
     sampling_values,
 )
 from vibe_sgl_lite.http_server.service import Service
-from vibe_sgl_lite.http_server.streaming import Collected, deliver
+from vibe_sgl_lite.http_server.streaming import Collected, deliver, last_version
 from vibe_sgl_lite.http_server.tools import function_tool, read_calls, tool_options
 from vibe_sgl_lite.runtime.client.requests import ClientRequest, plan_chat, single
 from vibe_sgl_lite.runtime.messages import Chunk, Finish, unpack_ids
@@ -156,7 +156,7 @@ class _Answer(OpenAIAnswer):
         if chunk.finish is not None and chunk.finish.reason in ("stop", "length"):
             reason = self._finish_reason(chunk.finish, self._calls[index])
             end = self._choice(index, {}, finish_reason=reason, stop_reason=self._stop_reason(chunk.finish))
-            data += self._event(end)
+            data += self._event(end, **self._metadata(self._count.version))
         return data
 
     def _tool_calls(self, index: int, chunk: Chunk) -> list[dict[str, object]]:
@@ -178,6 +178,7 @@ class _Answer(OpenAIAnswer):
             "object": "chat.completion",
             "choices": [self._whole_choice(index, sample) for index, sample in enumerate(samples)],
             "usage": usage_of_samples([sample.usage for sample in samples], len(samples)),
+            **self._metadata(last_version(samples)),
             **more,
         }
 

@@ -18,7 +18,7 @@ from vibe_sgl_lite.http_server.requests import (
     several_prompts,
 )
 from vibe_sgl_lite.http_server.service import Service
-from vibe_sgl_lite.http_server.streaming import Collected, deliver
+from vibe_sgl_lite.http_server.streaming import Collected, deliver, last_version
 from vibe_sgl_lite.runtime.client.requests import plan_generate
 from vibe_sgl_lite.runtime.messages import Chunk, unpack_ids
 
@@ -111,7 +111,7 @@ class _Answer(OpenAIAnswer):
         if finish is None or finish.reason not in ("stop", "length"):
             return self._event(self._choice(index, text, None, **more)) if text or more else b""
         more["stop_reason"] = self._stop_reason(finish)
-        return self._event(self._choice(index, text, finish.reason, **more))
+        return self._event(self._choice(index, text, finish.reason, **more), **self._metadata(self._count.version))
 
     def _usage(self) -> dict[str, object]:
         return usage_of(self._count.prompt, 0 if self._only_prompt else self._count.completion, self._count.cached)
@@ -123,7 +123,7 @@ class _Answer(OpenAIAnswer):
         if self._only_prompt:
             usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
         choices = [self._whole_choice(index, sample) for index, sample in enumerate(samples)]
-        return {**self._head, "choices": choices, "usage": usage}
+        return {**self._head, "choices": choices, "usage": usage, **self._metadata(last_version(samples))}
 
     def _whole_choice(self, index: int, sample: Collected) -> dict[str, object]:
         echo = self._echo_of(index)

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from vibe_sgl_lite.http_server.anthropic_messages import CountBody, MessagesBody
+from vibe_sgl_lite.http_server.control import MemoryBody, NoBody, PauseBody, UpdateBody
 from vibe_sgl_lite.http_server.exchange import Exchange
 from vibe_sgl_lite.http_server.info import package_version
 from vibe_sgl_lite.http_server.native import AbortBody, DetokenizeBody, GenerateBody, TokenizeBody
@@ -15,6 +16,13 @@ from vibe_sgl_lite.http_server.openai_responses import ResponsesBody
 from vibe_sgl_lite.http_server.openai_types import ChatBody, CompletionBody
 from vibe_sgl_lite.http_server.service import Service
 
+CONTROL_BODIES: dict[str, type[msgspec.Struct]] = {
+    "/pause_generation": PauseBody,
+    "/continue_generation": NoBody,
+    "/update_weights_from_disk": UpdateBody,
+    "/release_memory_occupation": MemoryBody,
+    "/resume_memory_occupation": MemoryBody,
+}
 BODIES: dict[str, type[msgspec.Struct]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
@@ -36,6 +44,16 @@ GETS = {
     "/version": "The version of this package.",
     "/server_info": "Settings and counters.",
     "/model_info": "The model that is served.",
+    "/is_paused": "Whether generation is paused.",
+    "/is_sleeping": "Whether the engine sleeps.",
+    "/weight_version": "The version of the weights in force.",
+}
+POSTS = {
+    "/flush_cache": "Empty the prefix cache.",
+    "/pause": "Pause generation; parameters mode and clear_cache.",
+    "/resume": "End a pause.",
+    "/sleep": "Free memory; parameters level and mode.",
+    "/wake_up": "End a sleep; parameter tags.",
 }
 ERROR = {
     "type": "object",
@@ -57,14 +75,15 @@ ERROR = {
 
 def document() -> dict[str, Any]:
     template = "#/components/schemas/{name}"
-    _, components = msgspec.json.schema_components(BODIES.values(), ref_template=template)
+    bodies = BODIES | CONTROL_BODIES
+    _, components = msgspec.json.schema_components(bodies.values(), ref_template=template)
     paths: dict[str, Any] = {path: {"get": _operation(path, text)} for path, text in GETS.items()}
-    for path, kind in BODIES.items():
+    for path, kind in bodies.items():
         reference = {"$ref": template.format(name=kind.__name__)}
         body = {"required": True, "content": {"application/json": {"schema": reference}}}
         text = (kind.__doc__ or path).splitlines()[0].replace("`", "")
         paths[path] = {"post": _operation(path, text) | {"requestBody": body}}
-    paths["/flush_cache"] = {"post": _operation("/flush_cache", "Empty the prefix cache.")}
+    paths |= {path: {"post": _operation(path, text)} for path, text in POSTS.items()}
     return {
         "openapi": "3.1.0",
         "info": {"title": "vibe-sgl-lite", "version": package_version()},

@@ -79,10 +79,10 @@ class Service:
         sender = f"{exchange.client} {given_key(exchange)}".encode()
         return hashlib.blake2b(sender, key=self.spec.epoch.encode()[:64], digest_size=12).hexdigest()
 
-    def submit(self, exchange: Exchange, requests: Sequence[ClientRequest]) -> Call:
-        """The caller closes the call."""
+    def submit(self, exchange: Exchange, requests: Sequence[ClientRequest], *, keep_aborted: bool = False) -> Call:
+        """The caller closes the call. keep_aborted: see `Call`."""
         payer = self._payer(exchange)
         requests = [with_payer(request, payer) for request in requests]
         times = CallTimes(self.metrics.own, asyncio.get_running_loop().time(), requests[0].rid)
         exchange.times = times
-        return self.engine.submit(requests, times)
+        return self.engine.submit(requests, times, keep_aborted=keep_aborted)

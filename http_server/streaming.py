@@ -84,6 +84,7 @@ class Collected:
         self.pooled = b""
         self.finish = Finish("error")
         self.usage = Usage(0, 0)
+        self.versions: list[tuple[int, str]] = []
 
     def add(self, chunk: Chunk) -> None:
         self.chunks.append(chunk)
@@ -96,6 +97,7 @@ class Collected:
         self.pooled = chunk.pooled or self.pooled
         self.finish = chunk.finish or self.finish
         self.usage = chunk.usage or self.usage
+        self.versions += chunk.weight_versions
 
 
 async def collect(exchange: Exchange, call: Call) -> list[Collected]:
@@ -115,14 +117,23 @@ async def collect(exchange: Exchange, call: Call) -> list[Collected]:
     return samples
 
 
+def last_version(samples: Sequence[Collected]) -> str:
+    """Of the weights that made the last tokens of one of them."""
+    return next((sample.versions[-1][1] for sample in reversed(samples) if sample.versions), "")
+
+
 class UsageCounter(msgspec.Struct):
-    """Tokens of a stream so far. prompt: of all its requests, each counted once."""
+    """Tokens of a stream so far. prompt: of all its requests, each counted once. version: of the weights that made the
+    last of them."""
 
     prompt: int
     completion: int = 0
     cached: int = 0
+    version: str = ""
 
     def add(self, chunk: Chunk) -> None:
+        if chunk.weight_versions:
+            self.version = chunk.weight_versions[-1][1]
         self.completion += len(chunk.token_ids) // ID_BYTES
         if chunk.usage is not None and chunk.index == 0:
             self.cached += chunk.usage.cached_tokens

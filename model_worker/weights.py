@@ -1,4 +1,5 @@
-"""Fills a model's weights, from safetensors files or, for `--load-format dummy`, from seeded random numbers.
+"""Fills a model's weights, from safetensors files or, for `--load-format dummy`, from seeded random numbers. A model
+that has weights takes the new ones in place.
 
 Each rank reads only its own slices, one weight at a time into one buffer in its final layout, so the peak is what the
 rank keeps plus one weight. Files are mapped for one weight and unmapped again, which gives their pages back.
@@ -29,13 +30,14 @@ CPU = torch.device("cpu")
 Progress = Callable[[int, int], None]  # weights done, weights in all
 
 
-def load_weights(model: Qwen3, folder: str | Path, progress: Progress | None = None) -> None:
+def load_weights(model: Qwen3, folder: str | Path, progress: Progress | None = None, *, finite: bool = False) -> None:
     """Fill every weight of `model` from the *.safetensors files of `folder`, one file or a sharded index.
 
-    Raises WeightsError naming file and tensor (runtime/settings/checkpoint.py).
+    Raises WeightsError naming file and tensor (runtime/settings/checkpoint.py): before anything is filled, where the
+    files' headers show it; and with `finite` for NaN and inf.
     """
     tensors = find_tensors(model.config, folder)
-    _fill(model, _Checkpoint(tensors, model.config.quantized).read, CPU, progress)
+    _fill(model, _Checkpoint(tensors, model.config.quantized, finite).read, CPU, progress)
 
 
 def load_dummy_weights(model: Qwen3, seed: int, progress: Progress | None = None) -> None:
@@ -71,9 +73,10 @@ def _fill(
 class _Checkpoint:
     """Reads weights' parts from the safetensors files of one folder."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], quantized: QuantizedForm | None) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensor], quantized: QuantizedForm | None, finite: bool) -> None:
         self._tensors = tensors
         self._quantized = quantized
+        self._finite = finite
 
     def read(self, item: LoadItem, buffer: Tensor) -> None:
         """Copy every part of `item` into its place in `buffer`, converting to its dtype."""
@@ -93,7 +96,13 @@ class _Checkpoint:
                 return tensor
 
             for part in item.parts:
-                buffer[part.target].copy_(self._part(part, read))
+                target = buffer[part.target]
+                target.copy_(self._part(part, read))
+                if self._finite and not torch.stack(torch.aminmax(target)).isfinite().all():  # these let a NaN through
+                    raise WeightsError(
+                        f"{part.name} has NaN or inf as {str(buffer.dtype).removeprefix('torch.')}: save numbers",
+                        field=part.name,
+                    )
 
     def _part(self, part: Part, read: Callable[..., Tensor]) -> Tensor:
         if self._quantized is None or not self._quantized.applies(part.name):

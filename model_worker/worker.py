@@ -31,8 +31,8 @@ from vibe_sgl_lite.model_worker.parallel import init_parallel, join_peers
 from vibe_sgl_lite.model_worker.pending_step import PendingStep
 from vibe_sgl_lite.model_worker.rank_digest import RankDigest
 from vibe_sgl_lite.model_worker.relay import BatchRelay
+from vibe_sgl_lite.model_worker.resident import Resident, fill
 from vibe_sgl_lite.model_worker.step_timer import StepTimer, time_collectives
-from vibe_sgl_lite.model_worker.weights import load_dummy_weights, load_weights
 from vibe_sgl_lite.qwen3.checkpoint import weight_bytes
 from vibe_sgl_lite.qwen3.layers.moe import DispatchKind
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
@@ -43,13 +43,19 @@ from vibe_sgl_lite.runtime.launcher.child import HEARTBEAT_S, Child, PipelineSpe
 from vibe_sgl_lite.runtime.launcher.spawn import RANK_PREFIX
 from vibe_sgl_lite.runtime.messages import (
     ForwardBatch,
+    LoadWeights,
+    Message,
     PageMoves,
+    RankDone,
     RankInput,
     RankReady,
     Shutdown,
+    SleepRank,
     StepResult,
     StepTimes,
     StopRank,
+    WakeRank,
+    Weights,
 )
 from vibe_sgl_lite.runtime.settings.address import split_host_port
 from vibe_sgl_lite.runtime.settings.machine import usable_cores
@@ -90,38 +96,60 @@ def main(child: Child) -> None:
     timer = StepTimer() if args.profile is not None and rank == 0 else None
     if timer is not None:
         parallel = time_collectives(parallel, timer)
-    runner = build_runner(spec, parallel, device, child.heartbeat, timer or NO_TIMER)
-    results = spec.endpoints.results
-    files, host = None, None
-    if args.hicache_size:
-        host = HostPages(runner.pool, host_slots(args.hicache_size, runner.pool.page_bytes, args.tp))
-    if args.cache_dir is not None:
-        folder = Path(args.cache_dir)
-        files = PageFiles(
-            folder, runner.pool, runner.device, rank, args.tp, lambda: Sender(child.context, results).send
-        )
-    try:
-        runner.warm_up()
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(too_little_left(args.mem_fraction_static), field="mem_fraction_static") from error
-    if timer is not None:
-        timer.mark(OTHER)
-        timer.take()  # a profile begins with the first request
-    if outbox is not None:
-        outbox.send(
+
+    def build(spec: PipelineSpec, model: Qwen3 | None) -> ModelRunner:
+        runner = build_runner(spec, parallel, device, child.heartbeat, timer or NO_TIMER, model)
+        try:
+            runner.warm_up()
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(too_little_left(args.mem_fraction_static), field="mem_fraction_static") from error
+        if timer is not None:
+            timer.mark(OTHER)
+            timer.take()  # a profile begins with the first request
+        return runner
+
+    def answer(message: Message) -> None:
+        if outbox is not None:
+            outbox.send(message)
+
+    def ready(runner: ModelRunner, weights: Weights) -> StepPipeline:
+        answer(
             RankReady(
                 runner.pool.num_pages, spec.device, spec.dtype, spec.endpoints.epoch, runner.pool.page_bytes,
-                f"{runner.compute_name}: {runner.pool.format}", 0 if host is None else host.slots,
+                f"{runner.compute_name}: {runner.pool.format}", 0 if host is None else host.slots, weights,
             )
         )  # fmt: skip
-    child.ready()
+        return StepPipeline(runner, answer, digest)
+
     digest = RankDigest(parallel.tp, device) if args.debug_rank_digest else None
-    steps = StepPipeline(runner, (lambda _: None) if outbox is None else lambda r: outbox.send(r), digest)
+    resident = Resident(spec, build, parallel.tp, device, _Progress(child.heartbeat, visible=False))
+    assert resident.runner is not None
+    files, host = None, None  # only where the ranks never sleep
+    if args.hicache_size:
+        slots = host_slots(args.hicache_size, resident.runner.pool.page_bytes, args.tp)
+        host = HostPages(resident.runner.pool, slots)
+    if args.cache_dir is not None:
+        files = PageFiles(
+            Path(args.cache_dir), resident.runner.pool, resident.runner.device, rank, args.tp,
+            lambda: Sender(child.context, spec.endpoints.results).send,
+        )  # fmt: skip
+    steps: StepPipeline | None = ready(resident.runner, spec.weights)
+    child.ready()
     if inbox is None:
         assert relay is not None
+        assert steps is not None
         _follow(child, steps, relay)
     else:
-        _serve(child, steps, inbox, relay, files, host)
+        while (message := _serve(child, steps, inbox, relay, files, host)) is not None:
+            match message:
+                case LoadWeights():
+                    answer(RankDone(resident.load(message), spec.endpoints.epoch))
+                case SleepRank(level=level):
+                    steps = None
+                    resident.sleep(level)
+                    answer(RankDone(epoch=spec.endpoints.epoch))
+                case WakeRank(weights=weights):
+                    steps = ready(resident.wake(weights), weights)
         inbox.close()
     if files is not None:
         files.close()
@@ -166,8 +194,10 @@ def build_runner(
     device: torch.device,
     heartbeat: Callable[[], None],
     timer: PartTimer = NO_TIMER,
+    model: Qwen3 | None = None,
 ) -> ModelRunner:
     """Load this rank's weights and take its KV pool; all ranks together. `heartbeat` is called while it goes on.
+    model: one with weights, which is then the runner's.
 
     Raises UserError for what is wrong with the model folder or with the settings.
     """
@@ -177,16 +207,14 @@ def build_runner(
         dtype, device, spec.model.head_dim, _gpu_setup(spec, parallel), fixed_order=args.deterministic
     )
     _check(spec, compute)
-    if compute.kernels is not None and args.dist_init_addr is None:
-        parallel = share_memory(parallel, compute.kernels)
-    model = Qwen3(spec.model, parallel, dtype, device, compute.operations, DISPATCH[args.moe_dispatch])
-    choose_formats(model, args.quantization, compute.kernels, fixed_order=args.deterministic)
-    progress = _Progress(heartbeat, visible=parallel.rank == 0 and sys.stderr.isatty())
     started = time.monotonic()
-    if args.load_format == "dummy":
-        load_dummy_weights(model, args.seed, progress)
-    else:
-        load_weights(model, spec.model_folder, progress)
+    if model is None:
+        if compute.kernels is not None and args.dist_init_addr is None:
+            parallel = share_memory(parallel, compute.kernels)
+        model = Qwen3(spec.model, parallel, dtype, device, compute.operations, DISPATCH[args.moe_dispatch])
+        choose_formats(model, args.quantization, compute.kernels, fixed_order=args.deterministic)
+        progress = _Progress(heartbeat, visible=parallel.rank == 0 and sys.stderr.isatty())
+        fill(model, spec.weights, args.seed, progress)
     eight_bits = args.kv_cache_dtype != "auto"
     plan = plan_memory(
         spec.model,
@@ -348,13 +376,14 @@ class StepPipeline:
 
 def _serve(
     child: Child,
-    steps: StepPipeline,
+    steps: StepPipeline | None,
     inbox: Receiver[RankInput],
     relay: BatchRelay | None,
     files: PageFiles | None,
     host: HostPages | None,
-) -> None:
-    """Run the scheduler's batches until StopRank, and pass them on. Sleeps in a poll while there is nothing to do.
+) -> LoadWeights | SleepRank | WakeRank | None:
+    """Run the scheduler's batches until StopRank, and pass them on; or until it wants something else: returns that.
+    Sleeps in a poll while there is nothing to do. steps: None while there is nothing to run them with.
 
     The launcher's Shutdown alone ends the loop a little later: the scheduler gets one too, and its StopRank comes after
     the last batch, so that no rank leaves in the middle of a step.
@@ -362,10 +391,10 @@ def _serve(
     poller = zmq.Poller()
     poller.register(inbox.socket, zmq.POLLIN)
     poller.register(child.control, zmq.POLLIN)
-    device = steps.device
-    if device.completion_fd is not None:
+    device = None if steps is None else steps.device
+    if device is not None and device.completion_fd is not None:
         poller.register(device.completion_fd, zmq.POLLIN)
-    timer, leave_at = steps.timer, math.inf
+    timer, leave_at = NO_TIMER if steps is None else steps.timer, math.inf
     while time.monotonic() < leave_at:
         timer.mark("idle")
         ready = dict(poller.poll(int(HEARTBEAT_S * 1000)))
@@ -373,8 +402,8 @@ def _serve(
         child.heartbeat()
         if child.control in ready and any(isinstance(command, Shutdown) for command in child.commands()):
             leave_at = time.monotonic() + SHUTDOWN_GRACE_S
-        if device.completion_fd in ready:
-            device.acknowledge()
+        if steps is not None and steps.device.completion_fd in ready:
+            steps.device.acknowledge()
             steps.collect_done()
         if inbox.socket not in ready:
             if relay is not None and not ready:
@@ -397,8 +426,12 @@ def _serve(
             relay.send(msgspec.msgpack.encode(message))
         timer.mark(OTHER)
         if isinstance(message, StopRank):
-            return
+            return None
+        if not isinstance(message, ForwardBatch):
+            return message
+        assert steps is not None, "a step while the rank sleeps"
         steps.launch(message)
+    return None
 
 
 def _follow(child: Child, steps: StepPipeline, relay: BatchRelay) -> None:

@@ -23,6 +23,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     draft_tokens: what a decode row may run beyond its one known token at most; the ranks propose and check them.
     draft_budget: of all rows of a step; what is sampled for them takes memory on the ranks.
     epoch: the number of the first rank group.
+    weight_version: of the first weights.
     base_tokens: a guess, until steps are measured, at how many tokens' work an empty step costs.
     """
 
@@ -45,3 +46,4 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     draft_tokens: int = 0
     draft_budget: int = 64
     epoch: int = 0
+    weight_version: str = "default"

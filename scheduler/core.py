@@ -55,7 +55,7 @@ from vibe_sgl_lite.scheduler.request import TOKEN_BYTES, samples_of
 from vibe_sgl_lite.scheduler.results import Outputs, ResultApplier
 from vibe_sgl_lite.scheduler.snapshot import Snapshot, take
 from vibe_sgl_lite.scheduler.speculation import Speculation
-from vibe_sgl_lite.scheduler.state import SchedulerState
+from vibe_sgl_lite.scheduler.state import PauseMode, SchedulerState
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -216,6 +216,47 @@ class Scheduler:
         if answer.epoch == state.epoch and state.tier is not None and state.tier.answered(answer):
             state.num_released += 1
 
+    # ---------------------------------------------------------------------------------------- pauses and new weights
+
+    @observed
+    def pause(self, mode: PauseMode, now: float) -> Outputs:
+        """Begin no more requests until `resume`. Those that run: end now ("abort", and those that wait too), run to
+        their end ("wait"), stop where they are ("keep"), or wait again, with their tokens ("retract")."""
+        state, outputs = self.state, Outputs()
+        state.pause = mode
+        if mode == "abort":
+            for request in list(state.requests.values()):
+                self._results.end(request, Finish("abort"), outputs)
+        elif mode == "retract":
+            for request in [*state.decoding.values(), *state.prefilling.values()]:
+                state.requeue(request)
+        return outputs
+
+    @observed
+    def resume(self, now: float) -> None:
+        self.state.pause = None
+
+    @property
+    def quiet(self) -> bool:
+        """A pause has come about: no step is in flight, and none comes before `resume`."""
+        return self.state.pause is not None and not self.state.in_flight and self._holds
+
+    @property
+    def _holds(self) -> bool:
+        state = self.state
+        return state.pause != "wait" or not any(request.begun for request in state.requests.values())
+
+    @observed
+    def sleep(self, now: float) -> None:
+        """The ranks are about to free the KV pool: every request that ran waits again, until `ranks_ready`."""
+        assert self.quiet
+        self.state.lose_ranks(self.state.epoch)
+
+    @observed
+    def change_weights(self, version: str, flush: bool, now: float) -> None:
+        """The ranks have other weights; see `SchedulerState.change_weights`."""
+        self.state.change_weights(version, flush=flush)
+
     # --------------------------------------------------------------------------------------------------------- steps
 
     def schedule(self, now: float) -> ForwardBatch | None:
@@ -250,7 +291,9 @@ class Scheduler:
     def can_schedule(self) -> bool:
         """There are ranks, and fewer steps in flight than may be: three if they are short, see `SchedulerConfig`."""
         steps = self.state.in_flight
-        return self.state.has_ranks and (len(steps) < self._max_in_flight or self._is_soon_done(steps))
+        if not self.state.has_ranks or (self.state.pause is not None and self._holds):
+            return False
+        return len(steps) < self._max_in_flight or self._is_soon_done(steps)
 
     def _is_soon_done(self, steps: Sequence[Step]) -> bool:
         return len(steps) == 2 == self._max_in_flight and sum(step.estimate_s for step in steps) < self.config.ahead_s
@@ -304,9 +347,10 @@ class Scheduler:
     def flush_cache(self, now: float) -> int | None:
         """Empty the radix cache, and the folder behind it; returns the pages freed.
 
-        None: refused, requests run, wait or are winding down.
+        None: refused, requests run, are winding down, or wait without a pause.
         """
-        if not self.idle:
+        paused = self.quiet and not (self.state.num_running or self.state.memory.num_loading)
+        if not (self.idle or paused):
             return None
         if self.state.tier is not None:
             self.state.tier.forget_all()
@@ -350,6 +394,8 @@ class Scheduler:
             "rank_restarts_total": state.epoch,
             "steps_in_flight": len(state.in_flight),
             "ranks_ready": state.has_ranks,
+            "paused": state.pause is not None,
+            "weight_version": state.weight_version,
             "new_token_ratio": self._ratio.value,
             "host_pages": 0 if state.host is None else state.host.num_pages,
             "host_restored_tokens_total": counts.restored * memory.page_size,

@@ -59,11 +59,11 @@ class KvEvents:
 
     def stored(self, node: RadixNode) -> None:
         """`node` is new below its parent."""
-        if node.cache_salt != "":
+        above = node.parent.pages if node.parent is not None else None
+        if node.cache_salt != "" or (above and above[-1] not in self._hashes):  # the latter: weights came back to it
             return
         hashes = [next(self._numbers) for _ in node.pages]
         self._hashes.update(zip(node.pages, hashes, strict=True))
-        above = node.parent.pages if node.parent is not None else None
         parent = self._hashes[above[-1]] if above else None
         self._events.append(BlockStored(hashes, parent, unpack_ids(node.key), self._page_size))
 

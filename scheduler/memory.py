@@ -105,7 +105,7 @@ class KVMemory:
     def detach(self, request: Request) -> None:
         """Take back every page of a request that is in no step in flight; what is computed stays in the cache."""
         if request.uses_cache:
-            if not request.failed:
+            if not request.tainted:
                 self.store(request, min(request.num_computed_tokens, request.num_tokens), in_flight=False)
             assert request.node is not None
             self.allocator.free(request.pages[request.num_shared_pages :])

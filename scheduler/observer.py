@@ -12,6 +12,7 @@ from vibe_sgl_lite.scheduler.batch import Step
 Call = Literal[
     "add", "abort", "stop_matched", "expire", "plan", "complete", "lose_ranks", "ranks_ready", "flush_cache",
     "open_host", "open_tier", "moves", "pages_moved",
+    "pause", "resume", "sleep", "change_weights",
 ]  # fmt: skip
 
 

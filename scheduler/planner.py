@@ -251,7 +251,10 @@ class StepPlanner:
         if suspect is not None:
             yield from (suspect,) if suspect.queued else ()
             return
-        order = self._policy.order(state.waiting.snapshot(), state.memory, now)
+        waiting = state.waiting.snapshot()
+        if state.pause is not None:
+            waiting = [request for request in waiting if request.begun]
+        order = self._policy.order(waiting, state.memory, now)
         if self._sessions_take_turns:
             order = state.shares.order(order, state.memory, by_priority=self._policy.preempts)
         yield from order

@@ -26,7 +26,10 @@ from vibe_sgl_lite.runtime.messages import (
     AddRequest,
     ClientsLost,
     ErrorInfo,
+    Message,
+    NewWeights,
     PagesMoved,
+    RankDone,
     RankOutput,
     RankReady,
     RanksLost,
@@ -38,10 +41,13 @@ from vibe_sgl_lite.runtime.messages import (
     StepResult,
     StopMatched,
     StopRank,
+    Weights,
+    WeightsKept,
 )
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 from vibe_sgl_lite.scheduler.cache_folder import CacheFolder
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
+from vibe_sgl_lite.scheduler.control import Control
 from vibe_sgl_lite.scheduler.core import Scheduler
 from vibe_sgl_lite.scheduler.kv_events import KvEventPublisher, KvEvents
 from vibe_sgl_lite.scheduler.observer import SchedulerObserver
@@ -86,6 +92,7 @@ def make_config(spec: PipelineSpec, ready: RankReady) -> SchedulerConfig:
         ahead_s=AHEAD_S[device],
         fairness=args.fairness == "sessions",
         epoch=ready.epoch,
+        weight_version=ready.weights.version,
         base_tokens=BASE_TOKENS[device],
         draft_tokens=args.draft_tokens,
     )
@@ -120,6 +127,8 @@ class SchedulerProcess:
         self._connect_ranks()
         self._encoder = msgspec.msgpack.Encoder()
         self.kv_events: KvEventPublisher | None = None
+        self.control: Control | None = None  # while it serves
+        self._untold: list[Outputs] = []
         self._to_do: deque[SchedulerInput] = deque()  # inputs that are read but not yet acted on
         self._shutdown = False
         self._hung = False
@@ -143,8 +152,7 @@ class SchedulerProcess:
         return None
 
     def stop_ranks(self) -> None:
-        for rank in self.ranks:
-            rank.send(StopRank(self.epoch))
+        self.to_ranks(StopRank(self.epoch))
 
     def _connect_ranks(self) -> None:
         """To the group of `epoch`, there already or not; what the last one was still to get is thrown away."""
@@ -153,34 +161,37 @@ class SchedulerProcess:
         endpoints = self.child.spec.endpoints.of_epoch(self.epoch)
         self.ranks = [Sender(self.child.context, endpoints.rank(rank)) for rank in self.child.spec.args.local_ranks]
 
-    def _lose_ranks(self, core: Scheduler | None, epoch: int) -> list[Outputs]:
+    def _lose_ranks(self, core: Scheduler | None, epoch: int) -> None:
         """Whoever says it first, the launcher or the new ranks: those of an older epoch than this are gone."""
         if epoch <= self.epoch:
-            return []
+            return
         self.epoch, self._hung = epoch, False
         self._connect_ranks()
-        return [] if core is None else [core.lose_ranks(epoch, time.monotonic())]
+        if core is not None:
+            self._untold.append(core.lose_ranks(epoch, time.monotonic()))
 
     # ------------------------------------------------------------------------------------------------------------ loop
 
-    def serve(self, core: Scheduler) -> None:
-        """Until the launcher says `Shutdown`."""
+    def serve(self, core: Scheduler, weights: Weights) -> None:
+        """Until the launcher says `Shutdown`. weights: of the ranks."""
+        control = self.control = Control(core, self.child.spec, weights, self)
         replay = self.kv_events.replay if self.kv_events is not None else None
         poller = self._poller(self.inputs.socket, self.results.socket, *([] if replay is None else [replay]))
         status = StatusLine(core.stats, log.info, time.monotonic())
         while not self._shutdown:
             until_deadline_ms = max(0.0, core.next_deadline - time.monotonic()) * 1e3
             poller.poll(math.ceil(min(POLL_MS, until_deadline_ms)))
-            outputs = self._take_results(core)
-            outputs += self._launcher(core)
+            outputs = self._untold
+            self._take_results(core, control)
+            self._launcher(core)
             if core.next_deadline <= time.monotonic():
                 outputs.append(core.expire(time.monotonic()))
-            self._take_inputs(core, outputs)
+            self._take_inputs(core, control)
+            outputs.append(control.advance(time.monotonic()))
             if not self._hung:
                 self._send_steps(core)  # before the outputs: the ranks wait, clients hardly notice
                 self._watch_ranks(core)
-            for output in outputs:
-                self._tell(output)
+            self._tell_all()
             if self.kv_events is not None:
                 self.kv_events.flush()
             status.look(time.monotonic())
@@ -205,48 +216,50 @@ class SchedulerProcess:
         if contents is not None:
             core.open_tier(contents, time.monotonic())
 
-    def _launcher(self, core: Scheduler | None) -> list[Outputs]:
+    def _launcher(self, core: Scheduler | None) -> None:
         """A heartbeat to the launcher, and what it commands. core: None before the first ranks are ready."""
-        outputs = []
         self.child.heartbeat()
         for command in self.child.commands():
             match command:
                 case Shutdown():
                     self._shutdown = True
                 case RanksLost(epoch=epoch):
-                    outputs += self._lose_ranks(core, epoch)
+                    self._lose_ranks(core, epoch)
+                case WeightsKept(number=number) if self.control is not None:
+                    self.control.on_kept(number, time.monotonic())
                 case ClientsLost():
                     self._to_do.clear()
                     while self.inputs.drain():
                         pass  # of the tokenizer manager that died
                     if core is not None:
-                        outputs += [core.abort(uid, time.monotonic()) for uid in core.client_requests]
-        return outputs
+                        self._untold += [core.abort(uid, time.monotonic()) for uid in core.client_requests]
 
-    def _take_results(self, core: Scheduler) -> list[Outputs]:
-        outputs = []
+    def _take_results(self, core: Scheduler, control: Control) -> None:
         for message in self.results.drain():
             now = time.monotonic()
-            outputs += self._lose_ranks(core, message.epoch)
+            self._lose_ranks(core, message.epoch)
             if isinstance(message, StepResult):
                 self._last_result_at = now
-                outputs.append(core.complete(message, now))
+                self._untold.append(core.complete(message, now))
             elif isinstance(message, PagesMoved):
                 core.pages_moved(message, now)
                 if message.error and self._folder is not None:
                     self._folder.cannot_store(message.error)
-            elif message.epoch == self.epoch:
+            elif message.epoch != self.epoch:
+                pass  # last words
+            elif isinstance(message, RankDone):
+                control.on_done(message, now)
+            elif control.on_ready(message, now):
                 log.info(
                     "the ranks are back, with %d KV pages; %d requests go on",
                     message.kv_pages,
                     len(core.client_requests),
                 )
-                outputs.append(core.ranks_ready(message.kv_pages, now))
+                self._untold.append(core.ranks_ready(message.kv_pages, now))
                 self.open_folder(core, message)
-        return outputs
 
-    def _take_inputs(self, core: Scheduler, outputs: list[Outputs]) -> None:
-        """Aborts append to `outputs`: what ends a request must not overtake the tokens it was just given.
+    def _take_inputs(self, core: Scheduler, control: Control) -> None:
+        """What ends a request must not overtake the tokens it was just given.
 
         A flush that comes while the last step is still on its way back waits for it, and what comes later for both.
         """
@@ -264,14 +277,16 @@ class SchedulerProcess:
                     if rejected is not None:
                         self.tokenizer_manager.send(rejected)
                 case AbortRequest():
-                    outputs.append(core.abort(message.uid, now))
+                    self._untold.append(core.abort(message.uid, now))
                 case StopMatched():
                     core.stop_matched(message.uid, now)
                 case SchedulerQuery(what="flush_cache") if core.winding_down:
                     self._to_do.appendleft(message)
                     return
+                case SchedulerQuery(what="stats" | "flush_cache" | "watch"):
+                    self.tokenizer_manager.send(self._answer(core, message, control.sleep_level))
                 case SchedulerQuery():
-                    self.tokenizer_manager.send(self._answer(core, message))
+                    self._untold.append(control.take(message, now))
 
     def _send_steps(self, core: Scheduler) -> None:
         while True:
@@ -284,6 +299,25 @@ class SchedulerProcess:
             if batch is None:
                 return
 
+    def to_ranks(self, message: Message) -> None:
+        for rank in self.ranks:
+            rank.send(message)
+
+    def to_launcher(self, weights: Weights) -> None:
+        self.child.keep_weights(weights, self.epoch)
+
+    def reply(self, reply: SchedulerReply) -> None:
+        self.tokenizer_manager.send(reply)
+
+    def new_weights(self, version: str) -> None:
+        self._tell_all()
+        self.detokenizer.send(NewWeights(version))
+
+    def _tell_all(self) -> None:
+        for outputs in self._untold:
+            self._tell(outputs)
+        self._untold.clear()
+
     def _tell(self, outputs: Outputs) -> None:
         for opened in outputs.opens:
             self.detokenizer.send(opened)
@@ -291,9 +325,9 @@ class SchedulerProcess:
             self.detokenizer.send(StepOutput(outputs.tokens))
 
     @staticmethod
-    def _answer(core: Scheduler, query: SchedulerQuery) -> SchedulerReply:
+    def _answer(core: Scheduler, query: SchedulerQuery, sleep_level: int) -> SchedulerReply:
         if query.what == "stats":
-            return SchedulerReply(query.qid, core.stats())
+            return SchedulerReply(query.qid, core.stats() | {"sleep_level": sleep_level})
         if query.what == "watch":
             return SchedulerReply(query.qid, {"snapshot": msgspec.json.encode(core.snapshot()).decode()})
         freed = core.flush_cache(time.monotonic())
@@ -342,7 +376,7 @@ def main(child: Child) -> None:
             process.tell_routers(core, args.kv_events)
         child.ready(kv_pages=ready.kv_pages, device=ready.device, dtype=ready.dtype, page_size=child.spec.page_size)
         try:
-            process.serve(core)
+            process.serve(core, ready.weights)
         finally:
             core.close()
     process.stop_ranks()

@@ -14,7 +14,8 @@ child's. Eviction trims the tail of the least recently used unlocked leaf, no mo
 children becomes a candidate. Candidates wait in a heap, at most one entry a node, keyed by an access number that is
 never above the node's real one; a stale entry is pushed back when it comes up, so the order is exactly LRU.
 
-Every cache salt has a root of its own. A root without children and users is forgotten.
+Every cache salt has a root of its own. A root without children and users is forgotten. When the model's weights change,
+all roots are parked: nothing matches them any more, until the weights that made their pages are back, if ever.
 
 Knows nothing of requests or of who computes pages. Method: radix tree KV reuse as in "SGLang: Efficient Execution of
 Structured Language Model Programs" (Zheng et al., 2024), section 3.
@@ -25,7 +26,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 TOKEN_BYTES = 4
 
@@ -44,6 +45,13 @@ class RadixNode:
         self.locks = 0
         self.last_access = 0
         self.queued = False  # has an entry in the eviction heap
+
+
+class Parked(NamedTuple):
+    """The salt of a root that is out of reach. name: of the weights that its pages belong to."""
+
+    name: Hashable
+    cache_salt: Hashable
 
 
 class CacheWatcher(Protocol):
@@ -222,6 +230,30 @@ class RadixCache:
         if freed:
             self.version += 1
         return freed
+
+    def park(self, name: Hashable | None) -> None:
+        """What is here, in use or not, matches nothing until `unpark` of the same name. None: it never does again, and
+        what nobody has locked is given back."""
+        if name is None:
+            self.evict(self.num_cached)
+        roots, self._roots = self._roots, {}
+        for salt, root in roots.items():
+            if name is None:
+                root.cache_salt = Parked(object(), salt)
+            elif not isinstance(salt, Parked):
+                root.cache_salt = Parked(name, salt)
+            self._roots[root.cache_salt] = root
+        self.version += 1
+        for watcher in self.watchers:
+            watcher.cleared()
+
+    def unpark(self, name: Hashable) -> None:
+        """The weights of this name are back."""
+        for salt in [salt for salt in self._roots if isinstance(salt, Parked) and salt.name == name]:
+            root = self._roots.pop(salt)
+            root.cache_salt = salt.cache_salt
+            self._roots[salt.cache_salt] = root
+        self.version += 1
 
     # ------------------------------------------------------------------------------------------------------- checks
 

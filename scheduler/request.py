@@ -75,7 +75,8 @@ class Request:
     queued: bool = False  # in the waiting queue
     opened: bool = False
     finished: bool = False
-    failed: bool = False  # a row of it had NaN or inf: nothing more of it may enter the cache
+    # Nothing more of it may enter the cache: a row of it had NaN or inf, or its KV is of weights that are gone.
+    tainted: bool = False
 
     # How its drafts fared, for scheduler/speculation.py: those that held and the firsts that did not, old ones fading;
     # tokens gained by a row with room, below 0 before the first; until which step it rests; how many rows it may try
@@ -97,6 +98,11 @@ class Request:
         return self.num_tokens - self.num_prompt_tokens
 
     @property
+    def begun(self) -> bool:
+        """It has had a slot, here or before a loss."""
+        return self.cached_tokens >= 0 or self.num_generated > 0
+
+    @property
     def pools(self) -> bool:
         """It ends with its prompt, and gets a vector in place of tokens."""
         return self.sampling.pooling is not None
@@ -104,7 +110,7 @@ class Request:
     def usage(self) -> Usage:
         return Usage(self.num_prompt_tokens, self.num_generated, max(0, self.cached_tokens))
 
-    def open_text(self) -> OpenText:
+    def open_text(self, weight_version: str) -> OpenText:
         """The message that introduces it to the detokenizer, to be sent before its first output."""
         s = self.sampling
         return OpenText(
@@ -118,6 +124,7 @@ class Request:
             max(0, self.cached_tokens),
             self.text_format,
             bytes(self.tokens[TOKEN_BYTES * self.num_prompt_tokens :]),
+            weight_version,
         )
 
     def __repr__(self) -> str:

@@ -173,7 +173,7 @@ class ResultApplier:
             self._state.finish(request)
 
     def _fail(self, request: Request, code: str, outputs: Outputs) -> None:
-        request.failed = True
+        request.tainted = True
         if not request.finished:
             message = (
                 "NaN or inf in the hidden states or logits of this request" if code == NumericalError.code else code
@@ -187,11 +187,10 @@ class ResultApplier:
             return None
         return tuple(request.prompt_logprobs.get(position) for position in range(request.num_prompt_tokens))
 
-    @staticmethod
-    def _open(request: Request, outputs: Outputs) -> None:
+    def _open(self, request: Request, outputs: Outputs) -> None:
         if not request.opened:
             request.opened = True
-            outputs.opens.append(request.open_text())
+            outputs.opens.append(request.open_text(self._state.weight_version))
 
 
 def tokens_by_row(result: StepResult, num_rows: int) -> list[bytes]:

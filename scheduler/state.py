@@ -15,6 +15,7 @@ import heapq
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator
+from typing import Literal
 
 from vibe_sgl_lite.scheduler.batch import BatchBuilder, Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
@@ -26,6 +27,7 @@ from vibe_sgl_lite.scheduler.memory import KVMemory
 from vibe_sgl_lite.scheduler.request import NO_SLOT, Request
 from vibe_sgl_lite.scheduler.sharing import PrefixLeaders
 
+PauseMode = Literal["abort", "wait", "keep", "retract"]
 MAX_RETRACTIONS = 3
 MAX_LOSSES = 3  # rank groups that one request may be suspected of having killed
 
@@ -69,6 +71,7 @@ class SchedulerState:
     """`requests`: every live sample by uid. `groups`: the live samples' uids of each client request.
 
     epoch: the number of the rank group that runs the steps, or, unless `has_ranks`, of the one to come.
+    pause: how running requests are treated while no others begin; None while there is none.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -79,6 +82,8 @@ class SchedulerState:
         self.tier: DiskTier | None = None
         self.host: HostTier | None = None
         self.tier_counts = TierCounts()
+        self.pause: PauseMode | None = None
+        self.weight_version = config.weight_version
         self.builder = BatchBuilder(config.epoch)
         self.leaders = PrefixLeaders(config.page_size)
         self.shares = FairShares()
@@ -165,6 +170,26 @@ class SchedulerState:
         self.num_retractions += 1
         self._leave(request)
         self.waiting.add(request)
+
+    def requeue(self, request: Request) -> None:
+        """Take the slot and pages of a running request for another reason than want of memory."""
+        self._leave(request)
+        self.waiting.add(request)
+
+    def change_weights(self, version: str, *, flush: bool) -> None:
+        """Between steps: what begins from now on shares no page with what came before. Requests that decode keep their
+        KV, those that have yielded nothing yet begin anew. flush: give back what is cached; else it is kept for the day
+        when the weights of its version come back."""
+        assert not self.in_flight
+        assert self.tier is None is self.host, "its pages belong to the weights before"
+        for request in list(self.prefilling.values()):
+            self.requeue(request)
+        for request in self.decoding.values():
+            request.tainted = True
+        self.memory.cache.park(None if flush else self.weight_version)
+        if not flush:
+            self.memory.cache.unpark(version)
+        self.weight_version = version
 
     def finish(self, request: Request) -> None:
         """The sample's terminal event is out (or another process sends it): forget it, and free what it holds."""
@@ -270,6 +295,7 @@ class SchedulerState:
         request.slot = NO_SLOT
         request.prefill_end = request.num_tokens
         request.cached_version = -1
+        request.tainted = False
 
     def _forget_private_prefix(self, request: Request) -> None:
         """Without the radix cache, only the samples of one request share; nothing of it stays after them."""

@@ -60,7 +60,7 @@ def test_the_path_through_the_code_names_files_that_are_there() -> None:
     lines = [len((ROOT / name).read_text().splitlines()) for name in table]
     assert len(lines) == 8
     assert max(lines) <= 450
-    assert sum(lines) == pytest.approx(2100, rel=0.1)
+    assert sum(lines) == pytest.approx(2300, rel=0.1)
 
 
 @pytest.mark.parametrize("path", charts.CHARTS, ids=lambda path: path.name)

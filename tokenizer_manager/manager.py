@@ -275,7 +275,7 @@ class TokenizerManager:
             self._send(session, QueryReply(query.qid, {}, error))
             return
         number = self._queries.ask(session, query.qid, query.what, self._now())
-        self._to_scheduler(SchedulerQuery(number, "stats" if query.what == "health" else query.what))
+        self._to_scheduler(SchedulerQuery(number, "stats" if query.what == "health" else query.what, query.args))
 
     # --------------------------------------------------------------------------------------------- from the engine
 
@@ -369,6 +369,11 @@ class TokenizerManager:
             if request.uid is not None:
                 self._to_scheduler(AbortRequest(request.uid))
             self._end_request(request, finish)
+
+    def lose_scheduler(self, error: ErrorInfo) -> None:
+        """Nobody will answer what it was asked to do."""
+        for pending in self._queries.take_control():
+            self._send(pending.session, QueryReply(pending.qid, {}, error))
 
     def take_drained(self) -> bool:
         """Whether nothing is left after a `drain` or `abort_all`; true once."""

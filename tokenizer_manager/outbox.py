@@ -97,5 +97,6 @@ def merge_chunks(payloads: list[bytes]) -> bytes:
             reasoning="".join(chunk.reasoning for chunk in chunks),
             tool_calls=tuple(raw for chunk in chunks for raw in chunk.tool_calls),
             pooled=chunks[-1].pooled,
+            weight_versions=tuple(change for chunk in chunks for change in chunk.weight_versions),
         )
     )

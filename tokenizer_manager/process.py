@@ -191,7 +191,9 @@ class Service:
                     self._manager.drain()
                 case AbortAll(error=error):
                     self._manager.abort_all(error)
-                case EngineLost(error=error):
+                case EngineLost(error=error, scheduler=scheduler):
+                    if scheduler:
+                        self._manager.lose_scheduler(error)
                     log.info(
                         "%d requests are lost with a process; clients send them again", len(self._manager.requests)
                     )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+import time
+from typing import get_args
 
 import msgspec
 
 from vibe_sgl_lite.runtime.errors import EngineError
-from vibe_sgl_lite.runtime.messages import ErrorInfo, QueryReply
+from vibe_sgl_lite.runtime.messages import ControlCall, ErrorInfo, QueryReply, What
 from vibe_sgl_lite.tokenizer_manager.sessions import Session
 
 ANSWER_S = 2.0
 MAX_PENDING = 1024
 
 Values = dict[str, int | float | str | bool]
-What = Literal["stats", "health", "flush_cache", "watch"]
+CONTROL = frozenset(get_args(ControlCall))  # these wait for running requests, or for files to be read
 
 
 class Pending(msgspec.Struct, frozen=True):
@@ -30,7 +32,7 @@ class Queries:
     """Questions asked and not answered yet, by the number that the scheduler sees."""
 
     def __init__(self) -> None:
-        self._next = 1
+        self._next = time.monotonic_ns() // 1000  # beyond those of a predecessor that died
         self._pending: dict[int, Pending] = {}
 
     @property
@@ -40,8 +42,13 @@ class Queries:
     def ask(self, session: Session, qid: int, what: What, now: float) -> int:
         """The number to ask the scheduler under."""
         number, self._next = self._next, self._next + 1
-        self._pending[number] = Pending(session, qid, what, now + ANSWER_S)
+        self._pending[number] = Pending(session, qid, what, math.inf if what in CONTROL else now + ANSWER_S)
         return number
+
+    def take_control(self) -> list[Pending]:
+        """Those without a time limit; takes them out."""
+        numbers = [number for number, pending in self._pending.items() if pending.what in CONTROL]
+        return [self._pending.pop(number) for number in numbers]
 
     def answered(self, number: int) -> Pending | None:
         """None for an answer that came too late."""
@@ -55,7 +62,7 @@ class Queries:
 
 def health_values(values: Values, draining: bool) -> Values:
     """What the scheduler answered, as an answer to `health`: while it awaits ranks, requests wait too."""
-    serving = "ok" if values.get("ranks_ready", True) else "recovering"
+    serving = "ok" if values.get("ranks_ready", True) else "sleeping" if values.get("sleep_level") else "recovering"
     return values | {"status": "draining" if draining else serving, "draining": draining}
 
 

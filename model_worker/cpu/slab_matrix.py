@@ -29,6 +29,9 @@ class SlabMatrix:
     def rows(self, ids: Tensor) -> Tensor:
         return self._kernels.gather_rows(self.weights, ids)[:, : self._inputs]
 
+    def refill(self, matrix: Tensor) -> None:
+        SlabFormat(self._kernels, self.weights.format).pack(matrix, into=self.weights)
+
 
 class SlabFormat:
     """A `MatrixFormat` (qwen3/layers/weight.py): makes matrices of one format for `kernels`, all in the same memory."""
@@ -40,15 +43,19 @@ class SlabFormat:
     def __call__(self, matrix: Tensor) -> SlabMatrix:
         return SlabMatrix(self._kernels, self.pack(matrix), matrix.shape[1])
 
-    def pack(self, matrix: Tensor) -> SlabWeights:
-        """matrix: [O, I] bf16 or fp32, as the format has it; int8 and int4 take both.
+    def pack(self, matrix: Tensor, into: SlabWeights | None = None) -> SlabWeights:
+        """matrix: [O, I] bf16 or fp32, as the format has it; int8 and int4 take both. into: a packed one of its shape,
+        whose place it takes.
 
         int4 rounds to bf16 first, which loses far less than its codes do.
         """
         missing = -matrix.shape[1] % INPUT_MULTIPLE
         matrix = F.pad(matrix, (0, missing)) if missing else matrix.contiguous()  # to pad by nothing is to copy
         if self._format in (WeightFormat.BF16, WeightFormat.FP32):
-            return self._interleave(matrix)
+            return self._interleave(matrix, into)
+        if into is not None:
+            self._kernels.pack(matrix, into)
+            return into
         outputs, inputs = matrix.shape
         slabs = -(-outputs // SLAB)
         scales = None
@@ -61,11 +68,14 @@ class SlabFormat:
         self._kernels.pack(matrix, weights)
         return weights
 
-    def _interleave(self, matrix: Tensor) -> SlabWeights:
+    def _interleave(self, matrix: Tensor, into: SlabWeights | None) -> SlabWeights:
         outputs, inputs = matrix.shape
         missing = -outputs % SLAB
         units = (F.pad(matrix, (0, 0, 0, missing)) if missing else matrix).view(torch.int32)
         slabs = units.view(-1, SLAB, units.shape[1])
+        if into is not None:
+            into.data.copy_(slabs.transpose(1, 2))
+            return into
         data = self._memory.empty((slabs.shape[0], slabs.shape[2], SLAB), torch.int32)
         data.copy_(slabs.transpose(1, 2))
         return SlabWeights(self._format, outputs, inputs, data)

@@ -30,6 +30,11 @@ class Fp8Matrix(ProductOnly):
         self.nbytes = self.codes.nbytes + self.scales.nbytes
         self._pdl = has_dependent_launch(matrix.device)
 
+    def refill(self, matrix: Tensor) -> None:
+        codes, scales = encode_matrix(matrix)
+        self.codes.copy_(codes)
+        self.scales.copy_(scales)
+
     def multiply(self, x: Tensor) -> Tensor:
         rows, outputs = len(x), len(self.codes)
         if rows <= FEW_ROWS:

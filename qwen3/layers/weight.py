@@ -46,6 +46,10 @@ class Matrix(Protocol):
         """Rows of the matrix with the bits that it was made of: [n] int32 or int64 -> [n, in]."""
         ...
 
+    def refill(self, matrix: Tensor) -> None:
+        """Take the values of another plain one of the same shape and dtype; programs and graphs of it stay valid."""
+        ...
+
 
 MatrixFormat = Callable[[Tensor], Matrix]  # makes one of a plain matrix, which the caller then drops
 
@@ -64,6 +68,9 @@ class PlainMatrix:
 
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.tensor)
+
+    def refill(self, matrix: Tensor) -> None:
+        self.tensor.copy_(matrix)
 
 
 class ProductOnly:
@@ -89,6 +96,9 @@ class PackedMatrix(ProductOnly):
         output: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, None, "none", [], "")
         return output
 
+    def refill(self, matrix: Tensor) -> None:
+        self._packed = pack(matrix)  # nothing holds its address
+
 
 def fastest_format(dtype: torch.dtype, device: torch.device) -> MatrixFormat:
     """The fastest one that keeps all bits of a matrix."""
@@ -111,9 +121,13 @@ class Weight:
         return self._tensor
 
     def install(self, tensor: Tensor) -> None:
-        """Take ownership of `tensor`, of exactly this weight's shape, dtype and device."""
+        """Take ownership of `tensor`, of exactly this weight's shape, dtype and device. Where there is one already,
+        take its values alone: programs and graphs hold the address."""
         self._check(tensor)
-        self._tensor = tensor
+        if self._tensor is None:
+            self._tensor = tensor
+        else:
+            self._tensor.copy_(tensor)
 
     @property
     def nbytes(self) -> int:
@@ -157,7 +171,10 @@ class MatrixWeight(Weight):
 
     def install(self, tensor: Tensor) -> None:
         self._check(tensor)
-        self._matrix = self._format(tensor)
+        if self._matrix is None:
+            self._matrix = self._format(tensor)
+        else:
+            self._matrix.refill(tensor)
 
     def multiply(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""
@@ -216,6 +233,10 @@ class ExpertWeight(Weight):
 
     def install(self, tensor: Tensor) -> None:
         self._check(tensor)
+        if self._matrices:
+            for kept, matrix in zip(self._matrices, tensor, strict=True):
+                kept.refill(matrix)
+            return
         self._matrices = [self._format(matrix) for matrix in tensor]
         if self._format is PlainMatrix:
             self._tensor = tensor  # which the matrices are views of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -13,12 +14,21 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from vibe_sgl_lite.runtime.client.connection import Connection
-from vibe_sgl_lite.runtime.client.core import Call, Requests, StreamState, Values, check_rid, connect, values_of
+from vibe_sgl_lite.runtime.client.core import (
+    Call,
+    Requests,
+    StreamState,
+    Values,
+    check_rid,
+    connect,
+    update_args,
+    values_of,
+)
 from vibe_sgl_lite.runtime.client.in_flight import Event
 from vibe_sgl_lite.runtime.client.outputs import Embedding, Output, OutputChunk
 from vibe_sgl_lite.runtime.client.requests import ClientRequest, Plan
 from vibe_sgl_lite.runtime.errors import VibeError
-from vibe_sgl_lite.runtime.messages import ModelInfo, Welcome
+from vibe_sgl_lite.runtime.messages import ControlArgs, ControlCall, ModelInfo, Welcome
 
 T = TypeVar("T")
 
@@ -77,6 +87,42 @@ class AsyncClient(
         """As `Client.watch`."""
         values = values_of(await _answer(partial(self._connection.query, "watch")))
         return dict(msgspec.json.decode(str(values["snapshot"])))
+
+    async def pause_generation(self, mode: str = "abort") -> None:
+        """As `Client.pause_generation`."""
+        await self._control("pause", {"mode": mode})
+
+    async def continue_generation(self) -> None:
+        """As `Client.continue_generation`."""
+        await self._control("continue", {})
+
+    async def update_weights_from_disk(
+        self,
+        path: str | os.PathLike[str],
+        weight_version: str | None = None,
+        *,
+        flush_cache: bool = True,
+        abort_all_requests: bool = False,
+    ) -> str:
+        """As `Client.update_weights_from_disk`."""
+        options = {"flush_cache": flush_cache, "abort_all_requests": abort_all_requests}
+        values = await self._control("update_weights", update_args(path, weight_version, options))
+        return str(values["weight_version"])
+
+    async def weight_version(self) -> str:
+        """As `Client.weight_version`."""
+        return str((await self.stats())["weight_version"])
+
+    async def sleep(self, level: int = 1, mode: str = "keep") -> None:
+        """As `Client.sleep`."""
+        await self._control("sleep", {"level": level, "mode": mode})
+
+    async def wake_up(self) -> None:
+        """As `Client.wake_up`."""
+        await self._control("wake", {})
+
+    async def _control(self, what: ControlCall, args: ControlArgs) -> Values:
+        return values_of(await _answer(partial(self._connection.query, what, args=args)))
 
     async def close(self) -> None:
         """As `Client.close`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,12 +13,21 @@ from typing import Any, TypeVar
 import msgspec
 
 from vibe_sgl_lite.runtime.client.connection import Connection
-from vibe_sgl_lite.runtime.client.core import Call, Requests, StreamState, Values, check_rid, connect, values_of
+from vibe_sgl_lite.runtime.client.core import (
+    Call,
+    Requests,
+    StreamState,
+    Values,
+    check_rid,
+    connect,
+    update_args,
+    values_of,
+)
 from vibe_sgl_lite.runtime.client.in_flight import Event
 from vibe_sgl_lite.runtime.client.outputs import Embedding, Output, OutputChunk
 from vibe_sgl_lite.runtime.client.requests import ClientRequest, Plan
 from vibe_sgl_lite.runtime.errors import VibeError
-from vibe_sgl_lite.runtime.messages import ModelInfo, Welcome
+from vibe_sgl_lite.runtime.messages import ControlArgs, ControlCall, ModelInfo, Welcome
 
 T = TypeVar("T")
 
@@ -81,6 +91,58 @@ class Client(Requests[Output, list[Output], "Stream", Embedding, list[Embedding]
         """What the engine does now: running and waiting requests, pages, the radix tree (scheduler/snapshot.py)."""
         values = values_of(_answer(partial(self._connection.query, "watch")))
         return dict(msgspec.json.decode(str(values["snapshot"])))
+
+    def pause_generation(self, mode: str = "abort") -> None:
+        """Begin no more requests until `continue_generation`; returns when no step runs.
+
+        mode: what becomes of those that run: "abort" (they end with what they have, and those that wait do too), "wait"
+        (they run to their end), "keep" (they stop, and go on from their KV cache), or "retract" (they stop, and compute
+        it anew). Requests that come meanwhile wait; deadlines hold.
+        """
+        self._control("pause", {"mode": mode})
+
+    def continue_generation(self) -> None:
+        """End a pause."""
+        self._control("continue", {})
+
+    def update_weights_from_disk(
+        self,
+        path: str | os.PathLike[str],
+        weight_version: str | None = None,
+        *,
+        flush_cache: bool = True,
+        abort_all_requests: bool = False,
+    ) -> str:
+        """Take the weights of another folder in place of those that are served; returns the version in force then.
+
+        path: a folder on the engine's machine with config.json and *.safetensors of the same shape. RequestError, with
+        the weights as before, for one that does not fit, cannot be read or has NaN. weight_version: what answers call
+        them, by default as before. Without a pause, requests that run are finished first; in one of mode "keep", they
+        go on with the new weights. flush_cache: forget cached prefixes; False keeps those of the old weights for the
+        day when their version comes back. abort_all_requests: end what runs and waits first.
+        """
+        options = {"flush_cache": flush_cache, "abort_all_requests": abort_all_requests}
+        values = self._control("update_weights", update_args(path, weight_version, options))
+        return str(values["weight_version"])
+
+    def weight_version(self) -> str:
+        """Of the weights in force."""
+        return str((self.stats())["weight_version"])
+
+    def sleep(self, level: int = 1, mode: str = "keep") -> None:
+        """Free the KV pool (level 1), or the weights too (level 2), until `wake_up`; returns when they are free.
+
+        mode: as in `pause_generation`; with "keep", requests that run wait and then compute their KV anew. So do those
+        that come meanwhile.
+        """
+        self._control("sleep", {"level": level, "mode": mode})
+
+    def wake_up(self) -> None:
+        """End a sleep. Weights that were freed are those of the folder in force: of the start, or of an update."""
+        self._control("wake", {})
+
+    def _control(self, what: ControlCall, args: ControlArgs) -> Values:
+        return values_of(_answer(partial(self._connection.query, what, args=args)))
 
     def close(self) -> None:
         """End the session; requests that still run are aborted, and calls that wait for them raise ClosedError."""

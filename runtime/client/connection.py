@@ -19,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import msgspec
 import zmq
@@ -42,6 +41,7 @@ from vibe_sgl_lite.runtime.messages import (
     Accepted,
     Chunk,
     ClientMessage,
+    ControlArgs,
     ErrorInfo,
     Goodbye,
     Hello,
@@ -52,6 +52,7 @@ from vibe_sgl_lite.runtime.messages import (
     Refused,
     ServerMessage,
     Welcome,
+    What,
 )
 from vibe_sgl_lite.runtime.settings.address import check_address
 from vibe_sgl_lite.runtime.transport.curve import ClientKeys
@@ -145,11 +146,9 @@ class Connection:
         """
         self._post_or_raise(lambda: self._submit(request, deliver, patient))
 
-    def query(
-        self, what: Literal["stats", "health", "flush_cache", "watch"], deliver: Callable[[QueryAnswer], None]
-    ) -> None:
+    def query(self, what: What, deliver: Callable[[QueryAnswer], None], args: ControlArgs | None = None) -> None:
         """Raises ClosedError."""
-        self._post_or_raise(lambda: self._query(what, deliver))
+        self._post_or_raise(lambda: self._query(what, deliver, args or {}))
 
     def abort(self, rid: str) -> None:
         """Ask the engine to end a request; its terminal event comes as always. Unknown rids are ignored."""
@@ -290,12 +289,10 @@ class Connection:
         self._connect()
         self._flush()
 
-    def _query(
-        self, what: Literal["stats", "health", "flush_cache", "watch"], deliver: Callable[[QueryAnswer], None]
-    ) -> None:
+    def _query(self, what: What, deliver: Callable[[QueryAnswer], None], args: ControlArgs) -> None:
         self._next_qid += 1
         self._queries[self._next_qid] = deliver
-        self._send(Query(qid=self._next_qid, what=what))
+        self._send(Query(qid=self._next_qid, what=what, args=args))
         self._connect()
 
     def _abort(self, rid: str) -> None:

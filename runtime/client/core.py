@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -25,7 +26,7 @@ from vibe_sgl_lite.runtime.client.requests import (
     single,
 )
 from vibe_sgl_lite.runtime.errors import ConfigError, EngineDeadError, RequestError, UserError, error_from_code
-from vibe_sgl_lite.runtime.messages import Chunk, QueryReply
+from vibe_sgl_lite.runtime.messages import Chunk, ControlArgs, QueryReply
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams
 from vibe_sgl_lite.runtime.settings.schema import shown
 from vibe_sgl_lite.runtime.transport.curve import client_keys
@@ -271,6 +272,15 @@ def connect(
             raise ConfigError(f"{field}={shown(value)} is a {type(value).__name__}: must be a text", field=field)
     address = default_address(name) if address is None else address
     return Connection(address, keys=client_keys(address, server_key, client_key), resume=resume)
+
+
+def update_args(path: str | os.PathLike[str], weight_version: str | None, options: Mapping[str, bool]) -> ControlArgs:
+    """Of `update_weights_from_disk`. Raises RequestError."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise RequestError(f"path={shown(path)} must name a folder", field="path")
+    if not isinstance(weight_version, str | None):
+        raise RequestError(f"weight_version={shown(weight_version)} must be a text", field="weight_version")
+    return {"path": os.path.abspath(os.fspath(path)), "weight_version": weight_version, **options}
 
 
 def check_rid(rid: str) -> str:

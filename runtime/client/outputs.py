@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -41,12 +41,22 @@ class _Plain(msgspec.Struct, frozen=True):
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
 
+class WeightSpan(_Plain, frozen=True):
+    """Tokens `start` up to `end` (not included) of a sample were made by the weights of this version."""
+
+    version: str
+    start: int
+    end: int
+
+
 class OutputChunk(_Plain, frozen=True, kw_only=True):
     """What is new of sample `index` since its chunk before. Its last one has `finish_reason`, `matched` and `usage`.
 
     token_ids: new tokens; text: new text, which may lag behind the tokens (characters that are not complete yet, text
     that may become a stop string or a tag). reasoning, tool_calls: of chats, as in `Output`; a call comes when it is
     complete. prompt_logprobs: in the first chunk. error: why this sample of several ended with "error".
+    weight_versions: in the first chunk, and where the model's weights have changed: (index of the first token that they
+    made, their version).
     """
 
     rid: str
@@ -61,6 +71,7 @@ class OutputChunk(_Plain, frozen=True, kw_only=True):
     reasoning: str = ""
     tool_calls: list[ToolCall] = []
     error: VibeError | None = None
+    weight_versions: list[tuple[int, str]] = []
 
     def __repr__(self) -> str:
         """What it brings; `to_dict` has all of it."""
@@ -88,6 +99,8 @@ class Output(_Plain, frozen=True, kw_only=True):
     None when the request was never accepted.
     logprobs: one entry a token (token_id, logprob, text, top), if asked for. prompt_logprobs: one a prompt token, the
     first of which is None.
+    weight_versions: which version of the weights made which tokens; several where they changed under way.
+    weight_version: the last of them; None when nothing has come.
     """
 
     rid: str
@@ -103,6 +116,8 @@ class Output(_Plain, frozen=True, kw_only=True):
     index: int = 0
     reasoning: str = ""
     tool_calls: list[ToolCall] = []
+    weight_versions: list[WeightSpan] = []
+    weight_version: str | None = None
 
     @property
     def hint(self) -> str | None:
@@ -135,7 +150,8 @@ class Embedding(_Plain, frozen=True, kw_only=True):
     """What one text or prompt was embedded as.
 
     vector: float32, of length 1; numpy and torch read it without a copy (`numpy.asarray`, `torch.frombuffer`). Empty
-    unless finish_reason is "stop": "abort", or "error" (`error` says why). usage: its prompt's tokens.
+    unless finish_reason is "stop": "abort", or "error" (`error` says why). usage: its prompt's tokens. weight_version:
+    as in `Output`.
     """
 
     rid: str
@@ -143,6 +159,7 @@ class Embedding(_Plain, frozen=True, kw_only=True):
     finish_reason: str
     usage: Usage | None = None
     error: VibeError | None = None
+    weight_version: str | None = None
 
     def __repr__(self) -> str:
         """What it is; `to_dict` has all of it."""
@@ -165,6 +182,7 @@ def chunk_from_message(chunk: Chunk) -> OutputChunk:
         reasoning=chunk.reasoning,
         tool_calls=_tool_calls(chunk),
         error=_error(finish),
+        weight_versions=list(chunk.weight_versions),
     )
 
 
@@ -204,7 +222,10 @@ class Collector:
         """The same of a request for what a prompt gives without new tokens; an embedding, or probabilities."""
         out = self._samples[0].output(0, self)
         vector = array("f", self._samples[0].pooled)
-        return Embedding(rid=out.rid, vector=vector, finish_reason=out.finish_reason, usage=out.usage, error=out.error)
+        return Embedding(
+            rid=out.rid, vector=vector, finish_reason=out.finish_reason, usage=out.usage, error=out.error,
+            weight_version=out.weight_version,
+        )  # fmt: skip
 
     def failure(self) -> VibeError:
         """The error to raise; an engine's error carries what was generated before it as `output`."""
@@ -228,12 +249,14 @@ class _Sample:
         self._prompt_logprobs: list[LogprobEntry | None] | None = None
         self._finish: Finish | None = None
         self._usage: Usage | None = None
+        self._versions: list[tuple[int, str]] = []
 
     def add(self, chunk: Chunk) -> None:
         self._texts.append(chunk.text)
         self._reasoning.append(chunk.reasoning)
         self._tool_calls += _tool_calls(chunk)
         self._ids += chunk.token_ids
+        self._versions += chunk.weight_versions
         if chunk.logprobs is not None:
             self._logprobs = self._logprobs or []
             self._logprobs.extend(chunk.logprobs)
@@ -249,10 +272,11 @@ class _Sample:
         sampling = request.sampling
         if index and sampling is not None:
             sampling = msgspec.structs.replace(sampling, seed=(sampling.seed + index) % 2**64)
+        token_ids = unpack_ids(bytes(self._ids))
         return Output(
             rid=request.rid,
             text="".join(self._texts),
-            token_ids=unpack_ids(bytes(self._ids)),
+            token_ids=token_ids,
             finish_reason=finish.reason,
             matched=finish.matched,
             usage=self._usage,
@@ -263,7 +287,23 @@ class _Sample:
             index=index,
             reasoning="".join(self._reasoning),
             tool_calls=self._tool_calls,
+            weight_versions=weight_spans(self._versions, len(token_ids)),
+            weight_version=self._versions[-1][1] if self._versions else None,
         )
+
+
+def weight_spans(changes: Iterable[tuple[int, str]], count: int) -> list[WeightSpan]:
+    """Of `count` tokens, from what a sample's chunks say, in order."""
+    spans: list[WeightSpan] = []
+    for first, version in changes:
+        if spans:
+            last = spans.pop()
+            if last.version == version:
+                first = last.start
+            elif last.start < first:
+                spans.append(WeightSpan(last.version, last.start, first))
+        spans.append(WeightSpan(version, first, count))
+    return [span for span in spans if span.start < span.end]
 
 
 def _tool_calls(chunk: Chunk) -> list[ToolCall]:

@@ -25,7 +25,16 @@ import zmq
 from vibe_sgl_lite.runtime.errors import UserError
 from vibe_sgl_lite.runtime.launcher.boot import prepare_child
 from vibe_sgl_lite.runtime.logs import setup_logging
-from vibe_sgl_lite.runtime.messages import ChildFailed, ChildMessage, ChildReady, Drained, Heartbeat, LauncherMessage
+from vibe_sgl_lite.runtime.messages import (
+    ChildFailed,
+    ChildMessage,
+    ChildReady,
+    Drained,
+    Heartbeat,
+    KeepWeights,
+    LauncherMessage,
+    Weights,
+)
 from vibe_sgl_lite.runtime.settings.machine import available_memory
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
@@ -40,7 +49,7 @@ class PipelineSpec(msgspec.Struct, frozen=True):
     """All that a child needs to start, written by the launcher as JSON into the private directory.
 
     model_folder: resolved local folder. context_length, chunked_prefill_size, page_size, device, dtype: resolved
-    from "auto". epoch: random, one per start of the pipeline.
+    from "auto". epoch: random, one per start of the pipeline. new_weights: what took the place of the folder's since.
     """
 
     args: ServerArgs
@@ -55,6 +64,13 @@ class PipelineSpec(msgspec.Struct, frozen=True):
     device: str
     dtype: str
     epoch: str
+    new_weights: Weights | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """Those in force when this was written."""
+        folder = "" if self.args.load_format == "dummy" else self.model_folder
+        return self.new_weights or Weights(folder, self.args.weight_version)
 
 
 class Child:
@@ -86,6 +102,9 @@ class Child:
 
     def failed(self, message: str, *, user: bool = False, culprit: str | None = None) -> None:
         self._send(ChildFailed(self.name, message, user, culprit, self._pid))
+
+    def keep_weights(self, weights: Weights, rank_epoch: int) -> None:
+        self._send(KeepWeights(self.name, weights, rank_epoch, self._pid))
 
     def heartbeat(self) -> None:
         """Call once per turn of the work loop; sends at most one message every HEARTBEAT_S seconds."""

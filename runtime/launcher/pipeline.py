@@ -24,6 +24,7 @@ from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.launcher.spawn import ChildSpec, pipeline_children
 from vibe_sgl_lite.runtime.launcher.spec import make_spec, threads_per_rank
 from vibe_sgl_lite.runtime.launcher.watch import DRAIN_S, HEARTBEAT_LOST_S, Facts, Watch
+from vibe_sgl_lite.runtime.messages import Weights
 from vibe_sgl_lite.runtime.page_folder import FolderClaim
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
@@ -158,7 +159,12 @@ class Pipeline:
             standby=restarts > 0 and not self.args.no_standby,
             on_ready=self._note_facts,
             on_progress=self._on_progress,
+            keep_weights=self._set_weights,
         )
+
+    def _set_weights(self, weights: Weights) -> None:
+        assert self._spec is not None
+        self._spec = msgspec.structs.replace(self._spec, new_weights=weights)
 
     def _write_spec(self, epoch: int) -> Path:
         """The spec file of processes that start now; those that start again find the pool as large as it was.

@@ -36,9 +36,12 @@ from vibe_sgl_lite.runtime.messages import (
     Drained,
     EngineLost,
     ErrorInfo,
+    KeepWeights,
     LauncherMessage,
     RanksLost,
     Shutdown,
+    Weights,
+    WeightsKept,
 )
 
 POLL_S = 0.05  # an exit is noticed after this long at most, plus SETTLE_S
@@ -95,7 +98,8 @@ class Watch:
     children are ranks of an engine whose other processes are on another node. on_ready: called with each child's facts
     once all are ready. rank_silence_s: how long a rank may be busy in one step without a heartbeat. max_restarts: of a
     child within WINDOW_S; 0 never restarts. standby: keep spare processes for the ranks. rejoin_s: how long ranks that
-    start again may wait for those of other nodes; None where there are none.
+    start again may wait for those of other nodes; None where there are none. keep_weights: told which weights are in
+    force from now on, for the spec file.
     """
 
     def __init__(
@@ -112,6 +116,7 @@ class Watch:
         standby: bool,
         on_ready: Callable[[Mapping[str, Facts]], None],
         on_progress: Callable[[int, int], None],
+        keep_weights: Callable[[Weights], None],
     ) -> None:
         self.failure: str | None = None
         self.users_mistake = False  # whether the failure is one that the user can fix
@@ -129,6 +134,7 @@ class Watch:
         self._hosts_only = hosts_only
         self._on_ready = on_ready
         self._on_progress = on_progress
+        self._keep_weights = keep_weights
         self._control = ControlLine(control_address)
         self._children: dict[str, _Child] = {}
         self._drained = False
@@ -271,9 +277,8 @@ class Watch:
             self._epoch += 1
             self._send(SCHEDULER, RanksLost(self._epoch))
         if SCHEDULER in ended or DETOKENIZER in ended:
-            self._send(
-                TOKENIZER_MANAGER, EngineLost(ErrorInfo(EngineLostError.code, f"{failure}; the engine restarts"))
-            )
+            error = ErrorInfo(EngineLostError.code, f"{failure}; the engine restarts")
+            self._send(TOKENIZER_MANAGER, EngineLost(error, scheduler=SCHEDULER in ended))
         if TOKENIZER_MANAGER in ended:
             self._send(SCHEDULER, ClientsLost())
 
@@ -336,6 +341,10 @@ class Watch:
                     log.debug("%s is ready: %s", message.name, facts)
                 case Drained():
                     self._drained = True
+                case KeepWeights(weights=weights, epoch=epoch):
+                    if epoch == self._epoch:
+                        self._keep_weights(weights)
+                        self._send(SCHEDULER, WeightsKept(weights.number))
                 case ChildFailed(culprit=culprit):
                     if culprit is None:
                         child.failed = child.failed or message

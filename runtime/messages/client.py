@@ -9,6 +9,7 @@ import msgspec
 
 from vibe_sgl_lite.runtime.messages.base import Message
 from vibe_sgl_lite.runtime.messages.parts import ErrorInfo, Finish, Usage
+from vibe_sgl_lite.runtime.messages.scheduler import ControlArgs, ControlCall
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 from vibe_sgl_lite.runtime.settings.schema import Spec
 
@@ -129,12 +130,16 @@ class Abort(Message, frozen=True):
     fellows: bool = False
 
 
+What = Literal["stats", "health", "flush_cache", "watch"] | ControlCall
+
+
 class Query(Message, frozen=True):
     """Answered by a `QueryReply` with the same qid. `watch`: its value `snapshot` is the JSON text of
-    scheduler/snapshot.py."""
+    scheduler/snapshot.py. args: of a `ControlCall`, see scheduler/control.py."""
 
     qid: int
-    what: Literal["stats", "health", "flush_cache", "watch"]
+    what: What
+    args: ControlArgs = msgspec.field(default_factory=dict)
 
 
 class Goodbye(Message, frozen=True):
@@ -186,7 +191,8 @@ class Chunk(Message, frozen=True):
     first: index of the chunk's first token among the sample's generated tokens; receivers drop what they already have.
     token_ids: int32 bytes. reasoning: new text of the thinking block, in chats. tool_calls: the raw JSON of those that
     are complete now, in chats with tools; all of them can be parsed. pooled: float32 bytes, what a `Pooling` gives; it
-    comes with the end.
+    comes with the end. weight_versions: where another version than before begins, and in the first chunk: the index of
+    the first token that it made, and the version.
     """
 
     rid: str
@@ -201,6 +207,7 @@ class Chunk(Message, frozen=True):
     reasoning: str = ""
     tool_calls: tuple[str, ...] = ()
     pooled: bytes | None = None
+    weight_versions: tuple[tuple[int, str], ...] = ()
 
 
 class Chunks(Message, frozen=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vibe_sgl_lite.runtime.messages.base import Message
-from vibe_sgl_lite.runtime.messages.parts import ErrorInfo
+from vibe_sgl_lite.runtime.messages.parts import ErrorInfo, Weights
 
 
 class ChildReady(Message, frozen=True):
@@ -41,7 +41,17 @@ class Drained(Message, frozen=True):
     pid: int = 0
 
 
-ChildMessage = ChildReady | Heartbeat | ChildFailed | Drained
+class KeepWeights(Message, frozen=True):
+    """Scheduler: the ranks of `epoch` have these now, and so shall all that start from here on. Answered by
+    `WeightsKept`; dropped when that group is lost already, for then the weights before are in force."""
+
+    name: str
+    weights: Weights
+    epoch: int
+    pid: int = 0
+
+
+ChildMessage = ChildReady | Heartbeat | ChildFailed | Drained | KeepWeights
 
 
 class Drain(Message, frozen=True):
@@ -67,13 +77,20 @@ class ClientsLost(Message, frozen=True):
 
 class EngineLost(Message, frozen=True):
     """To the tokenizer manager: a process behind it died with the state of every request. End them all with `error`,
-    which clients resume from, and go on taking new ones."""
+    which clients resume from, and go on taking new ones. scheduler: it is among them, with what it was asked."""
 
     error: ErrorInfo
+    scheduler: bool = True
+
+
+class WeightsKept(Message, frozen=True):
+    """To the scheduler: see `KeepWeights`. number: of the weights."""
+
+    number: int
 
 
 class Shutdown(Message, frozen=True):
     """To every child: leave the work loop and exit 0."""
 
 
-LauncherMessage = Drain | AbortAll | RanksLost | ClientsLost | EngineLost | Shutdown
+LauncherMessage = Drain | AbortAll | RanksLost | ClientsLost | EngineLost | WeightsKept | Shutdown

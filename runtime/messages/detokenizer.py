@@ -12,7 +12,7 @@ from vibe_sgl_lite.runtime.messages.scheduler import RequestRejected, SchedulerR
 class OpenText(Message, frozen=True):
     """Scheduler -> detokenizer: text options of a sample, sent once before its first output. `uid` is the sample's.
 
-    resume_ids: int32 bytes of tokens whose text the client has already.
+    resume_ids: int32 bytes of tokens whose text the client has already. weight_version: of what makes its first tokens.
     cached_tokens: of the prompt, from the radix cache; for the usage of a sample that a stop string ends. A later
     `TokenOutput.usage` overrides it.
     """
@@ -27,6 +27,7 @@ class OpenText(Message, frozen=True):
     cached_tokens: int = 0
     text_format: TextFormat | None = None
     resume_ids: bytes = b""
+    weight_version: str = "default"
 
 
 class TokenOutput(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -50,7 +51,13 @@ class StepOutput(Message, frozen=True):
     outputs: list[TokenOutput]
 
 
-DetokenizerInput = OpenText | StepOutput
+class NewWeights(Message, frozen=True):
+    """Scheduler -> detokenizer: what follows was made by weights of this version."""
+
+    version: str
+
+
+DetokenizerInput = OpenText | StepOutput | NewWeights
 
 
 class RoutedChunk(msgspec.Struct, array_like=True, frozen=True):

@@ -15,6 +15,15 @@ class ErrorInfo(msgspec.Struct, array_like=True, frozen=True):
     field: str | None = None
 
 
+class Weights(msgspec.Struct, array_like=True, frozen=True):
+    """Which weights: a folder, "" for made-up ones; the version that users know them by; how many changes came before
+    them since the start."""
+
+    folder: str
+    version: str
+    number: int = 0
+
+
 class Finish(msgspec.Struct, array_like=True, frozen=True):
     """Why a request ended. `matched`: the end/stop token id or the stop string. `error`: only with reason "error"."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from vibe_sgl_lite.runtime.messages.base import Message
-from vibe_sgl_lite.runtime.messages.parts import TokenLogprob
+from vibe_sgl_lite.runtime.messages.parts import ErrorInfo, TokenLogprob, Weights
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 
 
@@ -103,7 +103,31 @@ class StopRank(Message, frozen=True):
     epoch: int = 0
 
 
-RankInput = ForwardBatch | PageMoves | StopRank
+class LoadWeights(Message, frozen=True):
+    """Scheduler -> rank, while no step runs: take `weights` in place of those in force, which are to be had again if
+    any rank cannot. Answered by `RankDone`."""
+
+    weights: Weights
+    in_force: Weights
+    epoch: int = 0
+
+
+class SleepRank(Message, frozen=True):
+    """Scheduler -> rank, while no step runs: free the KV pool (level 1), or the weights too (2). Answered by
+    `RankDone`."""
+
+    level: int
+    epoch: int = 0
+
+
+class WakeRank(Message, frozen=True):
+    """Scheduler -> rank: have a KV pool again, and `weights` if they were freed. Answered by another `RankReady`."""
+
+    weights: Weights
+    epoch: int = 0
+
+
+RankInput = ForwardBatch | PageMoves | StopRank | LoadWeights | SleepRank | WakeRank
 
 
 class FailedRow(msgspec.Struct, array_like=True, frozen=True):
@@ -168,11 +192,12 @@ class StepResult(Message, frozen=True):
 
 
 class RankReady(Message, frozen=True):
-    """Rank 0 -> scheduler, once an epoch, after the weights are loaded and the KV pool stands on all ranks.
+    """Rank 0 -> scheduler, once an epoch and after sleep, when weights and KV pool stand on all ranks.
 
     kv_pages: usable pages, ids 0..kv_pages-1; the padding page is not among them. page_bytes: of a page on one rank.
     kv_format: what its bytes mean and how they were computed, beyond the model and the settings. host_slots: pages that
     host memory beside the pool holds.
+    weights: what all ranks have.
     """
 
     kv_pages: int
@@ -182,6 +207,7 @@ class RankReady(Message, frozen=True):
     page_bytes: int = 0
     kv_format: str = ""
     host_slots: int = 0
+    weights: Weights = Weights("", "default")
 
 
 class PagesMoved(Message, frozen=True):
@@ -199,4 +225,11 @@ class PagesMoved(Message, frozen=True):
     epoch: int = 0
 
 
-RankOutput = RankReady | StepResult | PagesMoved
+class RankDone(Message, frozen=True):
+    """Rank 0 -> scheduler: all ranks have done it; or, with `error`, all have the weights that they had before."""
+
+    error: ErrorInfo | None = None
+    epoch: int = 0
+
+
+RankOutput = RankReady | StepResult | PagesMoved | RankDone

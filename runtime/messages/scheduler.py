@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from vibe_sgl_lite.runtime.messages.base import Message
 from vibe_sgl_lite.runtime.messages.parts import ErrorInfo, TextFormat
 from vibe_sgl_lite.runtime.messages.ranks import RowAttributes
@@ -44,9 +46,15 @@ class StopMatched(Message, frozen=True):
     uid: int
 
 
+# What stops the steps for a while (scheduler/control.py); its answer may take long.
+ControlCall = Literal["pause", "continue", "update_weights", "sleep", "wake"]
+ControlArgs = dict[str, str | int | bool | None]
+
+
 class SchedulerQuery(Message, frozen=True):
     qid: int
-    what: Literal["stats", "flush_cache", "watch"]
+    what: Literal["stats", "flush_cache", "watch"] | ControlCall
+    args: ControlArgs = msgspec.field(default_factory=dict)
 
 
 SchedulerInput = AddRequest | AbortRequest | StopMatched | SchedulerQuery

@@ -138,6 +138,28 @@ def settle(config: ModelConfig, folder: str | Path) -> ModelConfig:
     return config
 
 
+# Of config.json, what may differ between checkpoints that take each other's place.
+FREE_FIELDS = frozenset({"dtype", "eos_token_ids", "bos_token_id", "generation_defaults", "initializer_range"})
+
+
+def check_fits(config: ModelConfig, folder: str | Path) -> None:
+    """Whether the checkpoint in `folder` can take the place of one of `config`'s, its files whole by their headers.
+
+    Raises ModelConfigError and WeightsError as a start does, and WeightsError naming a field that is not the same.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"path={folder} is no model folder: it has no config.json", field="path")
+    new = settle(ModelConfig.from_folder(folder), folder)
+    for field in ModelConfig.__struct_fields__:
+        if field not in FREE_FIELDS and getattr(new, field) != getattr(config, field):
+            raise WeightsError(
+                f"{folder}: {field}={getattr(new, field)} where the model that is served has "
+                f"{getattr(config, field)}: only weights of the same shape can take its place",
+                field=field,
+            )
+
+
 def _tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, dim = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim

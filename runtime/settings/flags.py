@@ -41,6 +41,10 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "That is to measure speed without a checkpoint.",
         group=MODEL, choices=("auto", "dummy"),
     )] = "auto"
+    weight_version: Annotated[str, Spec(
+        "what answers call the weights of the start, until others take their place",
+        group=MODEL, chars=256,
+    )] = "default"
     dtype: Annotated[str, Spec(
         "number format of weights and activations: `auto` is the checkpoint's own, else `float32`, `bfloat16` or "
         "`float16`",

@@ -36,7 +36,7 @@ class Event(Message, frozen=True):
     """A call of the core: its arguments by position, and a digest of its decision."""
 
     call: Call
-    args: tuple[AddRequest | StepResult | PagesMoved | TierContents | int | float, ...]
+    args: tuple[AddRequest | StepResult | PagesMoved | TierContents | int | float | str | bool, ...]
     digest: bytes
 
 

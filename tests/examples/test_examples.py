@@ -43,6 +43,13 @@ def test_offline() -> None:
     assert re.fullmatch(r"usage: Usage\(prompt_tokens=\d+, completion_tokens=\d+, cached_tokens=\d+\)", lines[4])
 
 
+def test_rollouts() -> None:
+    lines = run("rollouts.py", "--steps", "2").splitlines()
+    for step, line in enumerate(lines[:2], 1):
+        assert re.fullmatch(rf"weights {step}: reward 0\.\d+, logprob of the samples -\d+\.\d", line)
+    assert re.fullmatch(r"weights best: '.+'", lines[2])
+
+
 def test_structured() -> None:
     lines = run("structured.py").splitlines()
     assert re.fullmatch(r"json_schema -> \{'name': '.{0,12}', 'legs': [0-8]\}", lines[0])

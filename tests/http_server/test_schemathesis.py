@@ -23,7 +23,10 @@ LENGTHS = {"max_tokens", "max_completion_tokens", "max_output_tokens"} & {
 def described(*, coverage: bool) -> OpenApiSchema:
     document = schemathesis.openapi.from_dict(openapi.document())
     document.config.phases.coverage.enabled = coverage
-    return document
+    # Not what stops the engine that other tests share: test_rollouts.py has its own.
+    safe = document.exclude(path=[*openapi.CONTROL_BODIES, *set(openapi.POSTS) - {"/flush_cache"}])
+    assert isinstance(safe, OpenApiSchema)
+    return safe
 
 
 def examples(count: int) -> settings:

@@ -152,7 +152,10 @@ def test_ranks_serve_and_leave(tmp_path: Path, shape: dict[str, Any], tp: int, e
     prompt = random_tokens(13)
     with launched(tmp_path, tp=tp, ep=ep) as launcher:
         assert all(isinstance(message, ChildReady) for message in launcher.control_messages(tp))
-        assert launcher.results.receive(LIMIT_S) == RankReady(kv_pages=64, device="cpu", dtype="float32")
+        ready = launcher.results.receive(LIMIT_S)
+        assert isinstance(ready, RankReady)
+        assert (ready.kv_pages, ready.device, ready.dtype) == (64, "cpu", "float32")
+        assert ready.weights.version == "default"
         assert generate(launcher, prompt, 9) == expected_tokens(reference, prompt, 9)
         for rank in range(tp):
             if rank == 0:

@@ -41,7 +41,7 @@ from vibe_sgl_lite.scheduler.policies import POLICIES
 from vibe_sgl_lite.scheduler.radix_cache import RadixCache
 from vibe_sgl_lite.scheduler.request import Request
 from vibe_sgl_lite.scheduler.results import Outputs, ResultApplier
-from vibe_sgl_lite.scheduler.state import SchedulerState
+from vibe_sgl_lite.scheduler.state import PauseMode, SchedulerState
 
 EXAMPLES = int(os.environ.get("SCHEDULER_EXAMPLES", "1000"))
 RULES = int(os.environ.get("SCHEDULER_RULES", "50"))
@@ -239,6 +239,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def ranks_ready(self, more: int) -> None:
         self.harness.ranks_ready(max(1, self.num_pages + more))
 
+    @rule(mode=st.sampled_from(["abort", "wait", "wait", "keep", "retract"]))
+    def pause(self, mode: PauseMode) -> None:
+        self.harness._take(self.harness.scheduler.pause(mode, self.harness.now))
+
+    @precondition(lambda self: self.harness.scheduler.state.pause)
+    @rule()
+    def resume(self) -> None:
+        self.harness.scheduler.resume(self.harness.now)
+
     @property
     def num_pages(self) -> int:
         return self.harness.scheduler.state.memory.num_pages
@@ -252,7 +261,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler = self.harness.scheduler
         freed = scheduler.flush_cache(0.0)
         loading = scheduler.state.memory.num_loading
-        assert (freed is None) == bool(self.harness.live() or self.harness.due() or loading)
+        unused = scheduler.quiet and not scheduler.state.num_running
+        assert (freed is None) == bool((self.harness.live() and not unused) or self.harness.due() or loading)
         if freed is not None:
             assert scheduler.stats()["kv_pages_free"] == self.num_pages
             assert scheduler.stats()["disk_pages"] == 0
@@ -265,6 +275,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "harness"):
             return
+        self.harness.scheduler.resume(self.harness.now)
         self.harness.run(checked=False)
         self.harness.check()
         stats = self.harness.scheduler.stats()

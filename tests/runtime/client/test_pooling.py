@@ -64,7 +64,7 @@ def test_what_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert np.asarray(one.vector).dtype == np.float32
         assert torch.frombuffer(one.vector, dtype=torch.float32).tolist() == [0.0, 1.0, 2.0]
         assert json.loads(one.to_json()) == {
-            "rid": "mine", "vector": [0.0, 1.0, 2.0], "finish_reason": "stop", "error": None,
+            "rid": "mine", "vector": [0.0, 1.0, 2.0], "finish_reason": "stop", "error": None, "weight_version": None,
             "usage": {"prompt_tokens": 5, "completion_tokens": 0, "cached_tokens": 3},
         }  # fmt: skip
         assert repr(one) == "Embedding(dimensions=3, finish_reason='stop')"
