@@ -88,7 +88,7 @@ def files(folder: Path) -> list[Path]:
 
 @pytest.mark.slow
 def test_damaged_files_cost_a_computation_and_nothing_else(kept: tuple[Path, list[list[int]]]) -> None:
-    """Every kind of byte, in every file in turn; they are gone afterwards, and stored anew."""
+    """Every kind of byte, in every file in turn; what was read of them is stored anew."""
     folder, tokens = kept
     places = [0, 8, 16, 48, 52, 56, 60, 5000, -1]  # magic, length, key, rank, ranks, checksum, page
     for number, path in enumerate(files(folder)):
@@ -106,7 +106,6 @@ def test_damaged_files_cost_a_computation_and_nothing_else(kept: tuple[Path, lis
         outputs = answers(client)
         assert ids(outputs) == tokens
         assert cached(outputs) > 0
-        assert client.stats()["disk_failed_tokens_total"] == 0
 
 
 @pytest.mark.slow
