@@ -72,12 +72,12 @@ class CacheFolder:
             log.warning("--cache-dir %s gets no more pages: %s", self._path, why)
 
     def _work_out_digest(self) -> None:
-        args = self._spec.args
-        if args.load_format == "dummy":
-            self._digest = dummy_digest(args.seed)
+        folder = self._spec.weights.folder
+        if not folder:
+            self._digest = dummy_digest(self._spec.args.seed)
             return
         try:
-            self._digest = weights_digest(Path(self._spec.model_folder), self._path / "digests")
+            self._digest = weights_digest(Path(folder), self._path / "digests")
         except (VibeError, OSError) as error:
             self._problem = str(error)
 

@@ -62,7 +62,7 @@ def test_every_fact_about_the_ranks_was_thought_of() -> None:
     )
     assert PipelineSpec.__struct_fields__ == (
         "args", "endpoints", "model", "model_name", "model_folder", "tokenizer_folder", "context_length",
-        "chunked_prefill_size", "page_size", "device", "dtype", "epoch",
+        "chunked_prefill_size", "page_size", "device", "dtype", "epoch", "new_weights",
     )  # fmt: skip
 
 
