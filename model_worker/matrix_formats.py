@@ -5,6 +5,7 @@ multiplied), norms, and the router of MoE layers (tiny, and a wrong choice of ex
 """
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -12,10 +13,13 @@ import torch
 from vibe_sgl_lite.model_worker.cpu import CpuKernels
 from vibe_sgl_lite.model_worker.cpu.linear import WeightFormat
 from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabFormat
+from vibe_sgl_lite.qwen3.checkpoint import load_items
 from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, MatrixWeight
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import ConfigError
+from vibe_sgl_lite.runtime.settings.checkpoint import EMBEDDING, HEAD
+from vibe_sgl_lite.runtime.settings.quantized_form import GPTQ
 
 Quantization = Literal["none", "int8", "int4", "fp8"]
 
@@ -26,8 +30,9 @@ def choose_formats(model: Qwen3, quantization: str, kernels: CpuKernels | None, 
 
     kernels: this machine's, if any; without them matrices stay in torch's own formats.
 
-    Raises ConfigError (field quantization) for int8 and int4 on a GPU or without the kernels, and for fp8 elsewhere
-    than on a GPU, in another dtype than bfloat16, or for a model with experts or odd sizes.
+    Raises ConfigError (field quantization) for int8 on a GPU, int8 and int4 without the kernels, int4 on a GPU for a
+    model with experts, and for fp8 elsewhere than on a GPU, in another dtype than bfloat16, or for a model with experts
+    or odd sizes.
     """
     assert quantization in get_args(Quantization), quantization
     if quantization == "fp8":
@@ -36,8 +41,13 @@ def choose_formats(model: Qwen3, quantization: str, kernels: CpuKernels | None, 
     if fixed_order and kernels is None:
         _keep_fixed(model)
         return
-    if quantization != "none" and model.device.type != "cpu":
-        raise _refused(f"{quantization} runs on CPU only, not on {model.device.type}: use fp8, or --device cpu")
+    if quantization == "int8" and model.device.type != "cpu":
+        raise _refused(f"int8 runs on CPU only, not on {model.device.type}: use int4 or fp8, or --device cpu")
+    if model.device.type == "cuda":
+        if quantization == "int4" and model.config.is_moe:
+            raise _refused("int4 on a GPU is for dense models, and this one has experts: use none")
+        keep_as_codes(model, everything=quantization == "int4")
+        return
     if kernels is None:
         if quantization != "none":
             raise _refused(
@@ -60,6 +70,28 @@ def _keep_fixed(model: Qwen3) -> None:
         raise ConfigError(text, field="deterministic")
     for weight in weights:
         weight.keep_as(FixedMatrix)
+
+
+def keep_as_codes(model: Qwen3, *, everything: bool) -> None:
+    """Let `model` keep the matrices of its quantised checkpoint as codes, where there are kernels for these; and, of
+    `everything`, all in 4 bits. Experts stay plain."""
+    form = model.config.quantized
+    bits = 4 if everything else 0 if form is None or (form.method == GPTQ and form.bits != 4) else form.bits
+    if not bits or find_spec("triton") is None:
+        return
+    from vibe_sgl_lite.model_worker.gpu.grouped_matrix import GroupedFormat
+
+    grouped = GroupedFormat(bits, model.device)
+    for item in load_items(model):
+        weight = item.weights[0]
+        quantized = form is not None and all(form.applies(part.name) for part in item.parts)
+        if isinstance(weight, MatrixWeight) and (quantized or (everything and _is_linear(item.parts[0].name))):
+            weight.keep_as(grouped)
+
+
+def _is_linear(name: str) -> bool:
+    """Whether it is multiplied by, and not the router of experts."""
+    return "_proj." in name or name in (HEAD, EMBEDDING)
 
 
 def _keep_in_fp8(model: Qwen3) -> None:

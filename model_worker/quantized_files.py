@@ -1,13 +1,17 @@
-"""Plain values of matrices that are published quantised (runtime/settings/quantized_form.py), a slice at a time.
+"""Matrices that are published quantised (runtime/settings/quantized_form.py), a slice at a time: codes, scales.
 
-A rank makes a slice plain, in fp32, and keeps it in whatever format its backend has. O outputs, I inputs, G groups.
+A rank keeps them as they are where its backend can (`CodedFormat`), else makes them plain, in fp32, and keeps them in
+whatever format it has. O outputs, I inputs, G groups of inputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from vibe_sgl_lite.qwen3.layers.weight import CodedMatrix
 from vibe_sgl_lite.runtime.settings.quantized_form import AWQ, FP8, QuantizedForm
 
 # AWQ's order of outputs within 32 bits: its kernels take even ones first.
@@ -15,38 +19,70 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 Read = Callable[..., Tensor]  # (suffix of a tensor's name, a slice a dimension) -> the tensor's part
 
 
-def plain_slice(form: QuantizedForm, read: Read, rows: slice, columns: slice) -> Tensor:
-    """[rows, columns] of the [O, I] matrix, fp32. read: of the tensors that stand for it."""
+@dataclass(frozen=True)
+class Codes:
+    """A matrix [O, I] whose values are (codes - zeros) x scales, exactly.
+
+    codes: [O, I], e4m3 or int32 from 0 to 2 ** bits - 1. scales: [O, G]. zeros: [O, G] int32; None of e4m3. group_of:
+    [I] int64, an input's group. bits: of a code.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    group_of: Tensor
+    bits: int
+
+    def plain(self) -> Tensor:
+        """fp32."""
+        codes = self.codes if self.zeros is None else self.codes - self.zeros[:, self.group_of]
+        return codes.to(torch.float32) * self.scales[:, self.group_of].to(torch.float32)
+
+
+@runtime_checkable
+class CodedFormat(Protocol):
+    """A `MatrixFormat` (qwen3/layers/weight.py) that can also keep codes of so many bits as they are."""
+
+    bits: int
+
+    def of_codes(self, parts: Sequence[Codes]) -> CodedMatrix | None:
+        """A matrix of parts with the same inputs, one's outputs below the other's; None of such as it cannot keep."""
+        ...
+
+
+def coded_slice(form: QuantizedForm, read: Read, rows: slice, columns: slice) -> Codes:
+    """[rows, columns] of the [O, I] matrix. read: of the tensors that stand for it.
+
+    Raises ValueError where these contradict each other.
+    """
     if form.method == FP8:
         return _fp8(form, read, rows, columns)
     return _awq(form, read, rows, columns) if form.method == AWQ else _gptq(form, read, rows, columns)
 
 
-def _fp8(form: QuantizedForm, read: Read, rows: slice, columns: slice) -> Tensor:
+def _fp8(form: QuantizedForm, read: Read, rows: slice, columns: slice) -> Codes:
     """weight [O, I] e4m3 times weight_scale_inv, a scale for each block of `group` x `group`."""
-    scales = read(".weight_scale_inv", _over(rows, form.group), _over(columns, form.group)).to(torch.float32)
-    for dim, part in enumerate((rows, columns)):
-        scales = scales.repeat_interleave(form.group, dim)
-        scales = scales.narrow(dim, part.start % form.group, part.stop - part.start)
-    return read(".weight", rows, columns).to(torch.float32) * scales
+    codes, groups = read(".weight", rows, columns), _over(columns, form.group)
+    scales = read(".weight_scale_inv", _over(rows, form.group), groups).to(torch.float32)
+    scales = scales.repeat_interleave(form.group, 0).narrow(0, rows.start % form.group, rows.stop - rows.start)
+    return Codes(codes, scales, None, _groups_of(columns, form, codes) - groups.start, 8)
 
 
-def _awq(form: QuantizedForm, read: Read, rows: slice, columns: slice) -> Tensor:
+def _awq(form: QuantizedForm, read: Read, rows: slice, columns: slice) -> Codes:
     """qweight [I, O / 8], qzeros [G, O / 8], scales [G, O]: (code - zero) x scale."""
     words, groups = _over(rows, 32 // form.bits), _over(columns, form.group)
-    group_of = torch.arange(columns.start, columns.stop) // form.group - groups.start
     first = rows.start - words.start * (32 // form.bits)
 
     def codes(tensor: Tensor) -> Tensor:
         unpacked = _unpack(tensor, form.bits)[..., torch.tensor(AWQ_ORDER).argsort()]
-        return unpacked.flatten(1)[:, first : first + rows.stop - rows.start]
+        return unpacked.flatten(1)[:, first : first + rows.stop - rows.start].t()
 
-    zeros = codes(read(".qzeros", groups, words))
-    scales = read(".scales", groups, rows).to(torch.float32)
-    return ((codes(read(".qweight", columns, words)) - zeros[group_of]) * scales[group_of]).t()
+    matrix, zeros = codes(read(".qweight", columns, words)), codes(read(".qzeros", groups, words))
+    scales = read(".scales", groups, rows).t()
+    return Codes(matrix, scales, zeros, _groups_of(columns, form, matrix) - groups.start, form.bits)
 
 
-def _gptq(form: QuantizedForm, read: Read, rows: slice, columns: slice) -> Tensor:
+def _gptq(form: QuantizedForm, read: Read, rows: slice, columns: slice) -> Codes:
     """qweight [I x bits / 32, O], qzeros [G, O x bits / 32], scales [G, O], g_idx [I]: an input's group."""
     packed = 32 // form.bits
     words, zero_words = _over(columns, packed), _over(rows, packed)
@@ -55,15 +91,19 @@ def _gptq(form: QuantizedForm, read: Read, rows: slice, columns: slice) -> Tenso
     group_of = read(".g_idx", columns).to(torch.int64)
     zeros = _unpack(read(".qzeros", slice(None), zero_words), form.bits).flatten(1) + form.zero_offset
     zeros = zeros.narrow(1, rows.start - zero_words.start * packed, rows.stop - rows.start)
-    scales = read(".scales", slice(None), rows).to(torch.float32)
+    scales = read(".scales", slice(None), rows)
     if int(group_of.min()) < 0 or int(group_of.max()) >= len(scales):
         raise ValueError(f"g_idx has groups beyond the {len(scales)} that have scales")
-    return ((codes - zeros[group_of]) * scales[group_of]).t()
+    return Codes(codes.t(), scales.t(), zeros.t(), group_of, form.bits)
+
+
+def _groups_of(columns: slice, form: QuantizedForm, like: Tensor) -> Tensor:
+    return torch.arange(columns.start, columns.stop, device=like.device) // form.group
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
     """[..., n] int32 -> [..., n, 32 / bits] int32, the lowest bits first."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     return (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
 
 

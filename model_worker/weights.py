@@ -5,9 +5,10 @@ Each rank reads only its own slices, one weight at a time into one buffer in its
 rank keeps plus one weight. Files are mapped for one weight and unmapped again, which gives their pages back.
 """
 
+import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.quantized_files import plain_slice
+from vibe_sgl_lite.model_worker.quantized_files import CodedFormat, Codes, coded_slice
 from vibe_sgl_lite.qwen3.checkpoint import LoadItem, Part, load_items
+from vibe_sgl_lite.qwen3.layers.weight import CodedMatrix, MatrixWeight, PlainMatrix
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import WeightsError
 from vibe_sgl_lite.runtime.settings.checkpoint import find_tensors
@@ -26,6 +28,7 @@ from vibe_sgl_lite.runtime.settings.safetensors_files import StoredTensor
 # Dummy weights repeat a block of this many random numbers. A prime, so that no two rows of a matrix are the same.
 DUMMY_BLOCK = 1_048_573
 CPU = torch.device("cpu")
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # weights done, weights in all
 
@@ -36,8 +39,8 @@ def load_weights(model: Qwen3, folder: str | Path, progress: Progress | None = N
     Raises WeightsError naming file and tensor (runtime/settings/checkpoint.py): before anything is filled, where the
     files' headers show it; and with `finite` for NaN and inf.
     """
-    tensors = find_tensors(model.config, folder)
-    _fill(model, _Checkpoint(tensors, model.config.quantized, finite).read, CPU, progress)
+    checkpoint = _Checkpoint(find_tensors(model.config, folder), model.config.quantized, finite)
+    _fill(model, checkpoint.read, CPU, progress, checkpoint.matrix)
 
 
 def load_dummy_weights(model: Qwen3, seed: int, progress: Progress | None = None) -> None:
@@ -53,14 +56,22 @@ def load_dummy_weights(model: Qwen3, seed: int, progress: Progress | None = None
 
 
 def _fill(
-    model: Qwen3, read: Callable[[LoadItem, Tensor], None], where: torch.device, progress: Progress | None
+    model: Qwen3,
+    read: Callable[[LoadItem, Tensor], None],
+    where: torch.device,
+    progress: Progress | None,
+    made: Callable[[LoadItem], CodedMatrix | None] = lambda item: None,
 ) -> None:
-    """where: the device of the buffers that `read` fills."""
+    """where: the device of the buffers that `read` fills. made: the matrix of an item, where it isn't made of one."""
     items = list(load_items(model))
     for done, item in enumerate(items):
         if progress is not None:
             progress(done, len(items))
         weight = item.weights[0]
+        if (matrix := made(item)) is not None:
+            assert isinstance(weight, MatrixWeight)
+            weight.install_matrix(matrix)
+            continue
         buffer = torch.empty(weight.shape, dtype=weight.dtype, device=where)
         read(item, buffer)
         buffer = buffer.to(weight.device)
@@ -82,39 +93,83 @@ class _Checkpoint:
         """Copy every part of `item` into its place in `buffer`, converting to its dtype."""
         with ExitStack() as stack:
             opened: dict[Path, Any] = {}
-
-            def read(name: str, *source: slice) -> Tensor:
-                stored = self._tensors[name]
-                try:
-                    if stored.path not in opened:
-                        opened[stored.path] = stack.enter_context(safe_open(stored.path, framework="pt"))
-                    tensor: Tensor = opened[stored.path].get_slice(stored.name)[source]
-                except (SafetensorError, OSError) as error:
-                    raise WeightsError(
-                        f"{stored.path} is not a whole safetensors file: {error}; download it again"
-                    ) from error
-                return tensor
-
             for part in item.parts:
                 target = buffer[part.target]
-                target.copy_(self._part(part, read))
-                if self._finite and not torch.stack(torch.aminmax(target)).isfinite().all():  # these let a NaN through
-                    raise WeightsError(
-                        f"{part.name} has NaN or inf as {str(buffer.dtype).removeprefix('torch.')}: save numbers",
-                        field=part.name,
-                    )
+                if self._is_quantized(part):
+                    target.copy_(self._codes(part, CPU, stack, opened).plain())
+                else:
+                    assert self._tensors[part.name].shape == part.shape, part.name
+                    target.copy_(self._slice(part.name, part.source, stack, opened))
+                self._check(part, target)
 
-    def _part(self, part: Part, read: Callable[..., Tensor]) -> Tensor:
-        if self._quantized is None or not self._quantized.applies(part.name):
-            assert self._tensors[part.name].shape == part.shape, part.name
-            return read(part.name, *part.source)
+    def matrix(self, item: LoadItem) -> CodedMatrix | None:
+        """The matrix of `item` made of its codes; None where it is to be made of plain values, or its codes cannot be
+        kept: then its weight is to be as plain as they are, and no longer what it was to be."""
+        weight = item.weights[0]
+        if not isinstance(weight, MatrixWeight) or not isinstance(weight.format, CodedFormat):
+            return None
+        if not all(self._is_quantized(part) for part in item.parts):
+            return None
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+            parts = [self._codes(part, weight.device, stack, opened) for part in item.parts]
+        if any(part.bits != weight.format.bits for part in parts):
+            return None
+        for read, part in zip(parts, item.parts, strict=True):
+            self._check(part, read.scales)
+        with self._blame(item.parts[0]):
+            matrix = weight.format.of_codes(parts)
+            if matrix is None and weight.loaded:
+                raise ValueError("groups of inputs are others than those of the weights before")
+        if matrix is None:
+            log.warning(
+                "%s: a part of its groups of inputs, which cannot be kept in %d bits; it is kept plain",
+                item.parts[0].name, weight.format.bits,
+            )  # fmt: skip
+            weight.keep_as(PlainMatrix)
+        return matrix
+
+    def _check(self, part: Part, values: Tensor) -> None:
+        """Raises WeightsError for values that are no numbers, where that is looked for."""
+        if self._finite and not torch.stack(torch.aminmax(values)).isfinite().all():  # these let a NaN through
+            raise WeightsError(
+                f"{part.name} has NaN or inf as {str(values.dtype).removeprefix('torch.')}: save numbers",
+                field=part.name,
+            )
+
+    def _is_quantized(self, part: Part) -> bool:
+        return self._quantized is not None and self._quantized.applies(part.name)
+
+    def _codes(self, part: Part, where: torch.device, stack: ExitStack, opened: dict[Path, Any]) -> Codes:
+        assert self._quantized is not None
         base = part.name.removesuffix(".weight")
+
+        def read(suffix: str, *source: slice) -> Tensor:
+            return self._slice(base + suffix, source, stack, opened).to(where)
+
+        with self._blame(part):
+            return coded_slice(self._quantized, read, *part.source)
+
+    @contextmanager
+    def _blame(self, part: Part) -> Iterator[None]:
+        """Whatever contradicts itself is the fault of this part's file."""
         try:
-            return plain_slice(self._quantized, lambda suffix, *source: read(base + suffix, *source), *part.source)
+            yield
         except ValueError as error:
             if isinstance(error, WeightsError):
                 raise
+            base = part.name.removesuffix(".weight")
             raise WeightsError(f"{base}: {error}; download the weights again", field=part.name) from error
+
+    def _slice(self, name: str, source: tuple[slice, ...], stack: ExitStack, opened: dict[Path, Any]) -> Tensor:
+        stored = self._tensors[name]
+        try:
+            if stored.path not in opened:
+                opened[stored.path] = stack.enter_context(safe_open(stored.path, framework="pt"))
+            tensor: Tensor = opened[stored.path].get_slice(stored.name)[source]
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{stored.path} is not a whole safetensors file: {error}; download it again") from error
+        return tensor
 
 
 class _DummySource:

@@ -3,19 +3,24 @@ r"""How long a step of decode rows takes on a GPU, and which kernels take it; th
     python benchmarks/internal/gpu_step.py --model-path qwen3-0.6b
     python benchmarks/internal/gpu_step.py --model-path qwen3-0.6b --rows 256,64 --kv-cache-dtype int8 --kernels 20
     python benchmarks/internal/gpu_step.py --model-path qwen3-0.6b --rows 64 --chunk 512,1024
+    python benchmarks/internal/gpu_step.py --model-path qwen3-8b --rows 256,64,1 --form plain,awq,fp8
 
 Random weights, in bf16; rows of 200 to 1,520 tokens, 860 on average, in scattered pages of 64; temperature 0.6. Three
 steps are in flight, as in the engine. The floor is the step's bytes over the rate that `gpu_offline.py` measures on the
-same card. --chunk: with a prompt of so many tokens in every step, without a floor. --kernels: also the kernels that
-take most, microseconds a step. Prints a line for each number of rows.
+same card. --chunk: with a prompt of so many tokens in every step, without a floor. --form: matrices as those of such a
+checkpoint are kept, `awq` as GPTQ's with 4 bits; `int4` is `--quantization int4`. --kernels: also those that take most,
+microseconds a step. Prints a line for each number of rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
+import json
 import random
 import sys
+import tempfile
 import time
 from collections import deque
 from pathlib import Path
@@ -41,6 +46,10 @@ from vibe_sgl_lite.runtime.settings.model_config import ModelConfig  # noqa: E40
 from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams, resolve  # noqa: E402
 
 PAGE, CONTEXT, IN_FLIGHT, STEPS = 64, 2048, 3, 200
+FORMS: dict[str, dict[str, Any]] = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+}
 
 
 class Rows:
@@ -117,11 +126,30 @@ def main() -> None:
     parser.add_argument("--chunk", default="0")
     parser.add_argument("--kernels", type=int, default=0)
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--form", default="plain", help=f"plain, {', '.join(FORMS)}, int4, with commas between")
     options = parser.parse_args()
-    counts = [int(count) for count in options.rows.split(",")]
     card = measure_card()
+    for form in options.form.split(","):
+        measure(options, form, card)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def config_of(folder: Path, form: str) -> ModelConfig:
+    """That of the folder, with the quantization_config of a form."""
+    if form not in FORMS:
+        return ModelConfig.from_folder(folder)
+    with tempfile.TemporaryDirectory() as made:
+        config = json.loads((folder / "config.json").read_text()) | {"quantization_config": FORMS[form]}
+        (Path(made) / "config.json").write_text(json.dumps(config))
+        return ModelConfig.from_folder(made)
+
+
+def measure(options: argparse.Namespace, form: str, card: dict[str, Any]) -> None:
+    """Prints a line for each number of rows."""
+    counts = [int(count) for count in options.rows.split(",")]
     device, eight_bits = torch.device("cuda", 0), options.kv_cache_dtype != "auto"
-    config = ModelConfig.from_folder(options.model_path)
+    config = config_of(options.model_path, form)
     group, most = config.num_attention_heads // config.num_key_value_heads, max(counts)
     chunk_sizes = [int(tokens) for tokens in options.chunk.split(",")]
     most_tokens = max(chunk_sizes)
@@ -129,7 +157,7 @@ def main() -> None:
     setup = GpuSetup(group, config.vocab_size, most + 1, most + 1, most_tokens, fp8=fp8, fixed_order=fixed)
     compute = choose_compute(torch.bfloat16, device, config.head_dim, setup)
     model = Qwen3(config, ParallelState(), torch.bfloat16, device, compute.operations)
-    choose_formats(model, "none", None, fixed_order=fixed)
+    choose_formats(model, form if form == "int4" else "none", None, fixed_order=fixed)
     load_dummy_weights(model, 0, lambda done, total: None)
     pages = (most + 1) * CONTEXT // PAGE
     pool = KVPool(config, 1, pages, PAGE, torch.bfloat16, device, int8=eight_bits, layout=compute.kv_layout)
@@ -138,7 +166,9 @@ def main() -> None:
     compute.plan_layers(model, runner.backend)
     began = time.perf_counter()
     runner.warm_up()
-    print(f"{card}; warm-up {time.perf_counter() - began:.1f} s; {options.kv_cache_dtype}", flush=True)
+    took = time.perf_counter() - began
+    size = weight_bytes(model) / 2**30
+    print(f"{form}, {size:.2f} GiB, {card}; warm-up {took:.1f} s; {options.kv_cache_dtype}", flush=True)
     kv_bytes = bytes_per_token(config, 1, torch.bfloat16, int8=eight_bits)
     for count, tokens in itertools.product(counts, chunk_sizes):
         rows = Rows(runner, count, pages)

@@ -14,6 +14,7 @@ from torch import Tensor
 from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention, GpuMetadata
 from vibe_sgl_lite.model_worker.gpu.experts import plan_experts
 from vibe_sgl_lite.model_worker.gpu.fused_layers import FUSED_ROWS, FusedLayers, LayerWeights, plan_tiles
+from vibe_sgl_lite.model_worker.gpu.grouped_layers import plan_grouped
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import FEW_CHAIN_ROWS, chain_attention
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
 from vibe_sgl_lite.model_worker.gpu.parallel_layers import FusedSums, ParallelLayers
@@ -143,6 +144,7 @@ def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
     """Give `model`, whose weights are loaded, its ways to decode, if there are any for it: dense, with sums over ranks
     of which its kernels can do without NCCL; for more than a few rows, on one rank alone."""
     plan_experts(model, pdl=attention.pdl)
+    plan_grouped(model, attention)
     group, parallel = model.parallel.tp, None
     if group.size > 1:
         if not isinstance(group.peers, FusedSums) or not group.peers.takes(

@@ -6,7 +6,7 @@ matrices are kept only in oneDNN's packed layout; the plain copy is dropped. In 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,15 @@ class Matrix(Protocol):
 
     def refill(self, matrix: Tensor) -> None:
         """Take the values of another plain one of the same shape and dtype; programs and graphs of it stay valid."""
+        ...
+
+
+@runtime_checkable
+class CodedMatrix(Matrix, Protocol):
+    """One that can be made of a quantised checkpoint's own codes."""
+
+    def take(self, other: Any) -> None:
+        """`refill` from another one of this kind; ValueError where that is of another form."""
         ...
 
 
@@ -145,7 +154,7 @@ class MatrixWeight(Weight):
 
     def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__((out_features, in_features), dtype, device)
-        self._format = fastest_format(dtype, device)
+        self.format = fastest_format(dtype, device)
         self._matrix: Matrix | None = None
 
     @property
@@ -153,6 +162,10 @@ class MatrixWeight(Weight):
         """The plain tensor; only after `install` and where that keeps it."""
         assert isinstance(self._matrix, PlainMatrix), "no plain matrix is kept"
         return self._matrix.tensor
+
+    @property
+    def loaded(self) -> bool:
+        return self._matrix is not None
 
     @property
     def matrix(self) -> Matrix:
@@ -167,14 +180,22 @@ class MatrixWeight(Weight):
     def keep_as(self, matrix_format: MatrixFormat) -> None:
         """Choose what `install` makes of the matrix."""
         assert self._matrix is None
-        self._format = matrix_format
+        self.format = matrix_format
 
     def install(self, tensor: Tensor) -> None:
         self._check(tensor)
         if self._matrix is None:
-            self._matrix = self._format(tensor)
+            self._matrix = self.format(tensor)
         else:
             self._matrix.refill(tensor)
+
+    def install_matrix(self, matrix: CodedMatrix) -> None:
+        """Take one that was made of something else than a plain one, in place of `install`."""
+        if self._matrix is None:
+            self._matrix = matrix
+        else:
+            assert isinstance(self._matrix, CodedMatrix)
+            self._matrix.take(matrix)
 
     def multiply(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""

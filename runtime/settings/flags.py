@@ -55,11 +55,11 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     )] = "auto"
     quantization: Annotated[str, Spec(
         "keep matrices in fewer bits than `none`, made while loading. On a CPU: `int8` (with activations in 8 bits "
-        "too) is faster at any batch size, `int4` (weights only) the fastest for one request. On a GPU: `fp8` (e4m3, "
-        "with activations too)",
+        "too) is faster at any batch size, `int4` (weights only) the fastest for one request. On a GPU: `int4`, for "
+        "dense models, and `fp8` (e4m3, with activations too)",
         "`int8`: weights with a scale an output, activations with a scale a row; answers close to those of `none`. "
-        "`int4`: in groups of 32; the least memory, with a visible loss. `fp8`: scales as `int8`; for dense models in "
-        "bfloat16. Embedding, norms and MoE routers keep their format.",
+        "`int4`: in groups of 32, on a GPU of 128; the least memory, with a visible loss. `fp8`: scales as `int8`; for "
+        "dense models in bfloat16. Embedding, norms and MoE routers keep their format.",
         group=MODEL, choices=("none", "int8", "int4", "fp8"),
         allowed="the form of a checkpoint (FP8, AWQ, GPTQ) is found by itself",
     )] = "none"

@@ -49,8 +49,10 @@ class ServerArgs(Flags, kw_only=True, frozen=True, forbid_unknown_fields=True):
                 raise _bad(name, getattr(self, name), "keeps the prefix cache, which --disable-radix-cache turns off")
             if getattr(self, name) and self.nnodes > 1:
                 raise _bad(name, getattr(self, name), "is for one machine: leave it out, or --nnodes")
-        if self.quantization in ("int8", "int4") and self.device == "cuda":
-            raise _bad("quantization", self.quantization, "runs on CPU only: use fp8, or --device cpu, or leave it out")
+        if self.quantization == "int8" and self.device == "cuda":
+            raise _bad(
+                "quantization", self.quantization, "runs on CPU only: use int4 or fp8, or --device cpu, or leave it out"
+            )
         if self.quantization == "fp8" and self.device == "cpu":
             raise _bad("quantization", self.quantization, "runs on a GPU only: use int8 or int4, or leave it out")
 

@@ -38,6 +38,38 @@ def encode_rows(x: Tensor, codes: Tensor, scales: Tensor, *, pdl: bool) -> None:
 
 
 @triton.jit
+def _encode_groups(x, codes, scales, stride, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Grid (R, blocks of BLOCK groups)."""
+    group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.arange(0, 128)
+    column = group[:, None] * 128 + (place // 2 + place % 2 * 64)[None, :]
+    row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    value = tl.load(x + row * K + column, mask=column < K, other=0.0).to(tl.float32)
+    code, scale = encode(value, False)
+    here = group < KP // 128
+    tl.store(codes + row * KP + group[:, None] * 128 + place[None, :], code, mask=here[:, None])
+    tl.store(scales + group * stride + row, scale, mask=here)
+
+
+def encode_groups(x: Tensor, codes: Tensor, scales: Tensor, *, pdl: bool) -> None:
+    """x [R, K], filled up with zeros, as codes [R, G x 128] fp8 times scales [G, R] fp32, one for each 128 inputs; both
+    may have more rows. Of
+    each 128 codes the even ones are the first 64, as in the words of grouped_product.py."""
+    rows, columns = x.shape
+    assert x.is_contiguous()
+    assert codes.is_contiguous()
+    assert scales.is_contiguous()
+    groups, stride = scales.shape
+    options = {"launch_pdl": True} if pdl else {}
+    _encode_groups[(rows, triton.cdiv(groups, 8))](
+        x, codes.view(torch.int8), scales, stride, K=columns, KP=groups * 128, BLOCK=8, PDL=pdl, num_warps=4, **options
+    )
+
+
+@triton.jit
 def _fp8_gemv(
     x, words, scales, output, N, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ASM: tl.constexpr, PDL: tl.constexpr,

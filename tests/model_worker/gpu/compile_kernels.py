@@ -14,6 +14,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from vibe_sgl_lite.model_worker.gpu.fused_layers import TILES
+from vibe_sgl_lite.model_worker.gpu.grouped_matrix import choose_tiles as choose_grouped_tiles
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, all_gather, all_reduce
 from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import chain_attention, choose_chain_tiles
@@ -26,7 +27,9 @@ from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (
 from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm, embed, silu_multiply
 from vibe_sgl_lite.model_worker.gpu.kernels.expand_rows import expand_rows
 from vibe_sgl_lite.model_worker.gpu.kernels.experts import choose_expert_tiles, route, run_experts
+from vibe_sgl_lite.model_worker.gpu.kernels.fp8_product import encode_groups
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
+from vibe_sgl_lite.model_worker.gpu.kernels.grouped_product import GroupedCodes, grouped_product, plain_matrix
 from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import (
     FEW_TOKENS,
     choose_prefill_tiles,
@@ -138,6 +141,20 @@ def main() -> None:
         normed_product(gained, squares, 1e-6, matrix, inner, cuts.gate_up, sums, pdl=True, silu=True)
         down = zeros(HIDDEN, INNER)
         added_product(inner, down, stream, gain, gained, squares, cuts.down, sums, pdl=True)
+    for bits, units in ((4, 8), (8, 16)):
+        words = zeros(2 * HIDDEN, 2048 * bits // 16, dtype=torch.int16)
+        scales = zeros(16, 2 * HIDDEN, dtype=torch.int32 if bits == 4 else torch.float32)
+        codes = GroupedCodes(words, scales, None, 2 * HIDDEN, 2048, bits, 64, 128)
+        for most in (1, 32):
+            x, silu = zeros(most, 2048), zeros(most, HIDDEN)
+            grouped_cut, parts = choose_grouped_tiles(most, 2 * HIDDEN, units), zeros(most, 40, dtype=torch.float32)
+            grouped_product(x, codes, silu, grouped_cut, sums, pdl=True, squares=parts, eps=1e-6, silu=True)
+            parts = zeros(most, 2 * HIDDEN // grouped_cut.outputs, dtype=torch.float32)
+            grouped_product(
+                x, codes, zeros(most, 2 * HIDDEN), grouped_cut, sums, pdl=True, gain=x, gained=x, new_squares=parts
+            )  # fmt: skip
+        plain_matrix(codes, torch.bfloat16, pdl=True)
+    encode_groups(x, zeros(32, 2048, dtype=torch.float8_e4m3fn), zeros(16, 32, dtype=torch.float32), pdl=True)
     slots, tokens_of = ints[:2], zeros(ROWS, 100, dtype=torch.int32)
     expand_rows(longs[:2], slots, tokens_of, table, slots, slots, longs, table, longs, longs, PAGE, PAGES)
     look_up(longs[:2], slots, slots, ints, tokens_of, slots, slots, 12)

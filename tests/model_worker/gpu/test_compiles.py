@@ -12,6 +12,7 @@ KERNELS = (
     "_silu_multiply", "_embed", "_expand_rows", "_chunk_maxima", "_draw", "_product", "_begin_stream",
     "_all_reduce", "_all_reduce_small", "_all_gather", "_route", "_sort_pairs", "_grouped", "_combine",
     "_look_up", "_expand_drafts", "_accept",
+    "_grouped_product", "_plain", "_encode_groups",
 )  # fmt: skip
 
 

@@ -146,8 +146,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--quantization int4 needs the CPU kernels, which could not be built"):
         choose_formats(model, "int4", None)
     meta = Qwen3(config, ParallelState(), torch.float32, torch.device("meta"), TorchOperations())
-    with pytest.raises(ConfigError, match="--quantization int4 runs on CPU only, not on meta"):
-        choose_formats(meta, "int4", None)
+    with pytest.raises(ConfigError, match="--quantization int8 runs on CPU only, not on meta: use int4 or fp8"):
+        choose_formats(meta, "int8", None)
     with pytest.raises(ConfigError, match="--quantization fp8 runs on a GPU only, not on cpu: use int8 or int4"):
         choose_formats(model, "fp8", None)
 
