@@ -29,6 +29,7 @@ class CacheFolder:
     """The folder that the settings name. The digest of the weights is worked out while the ranks load them."""
 
     def __init__(self, spec: PipelineSpec, heartbeat: Callable[[], None]) -> None:
+        """spec: with the weights in force; others are refused where there is a folder."""
         assert spec.args.cache_dir is not None
         self._spec = spec
         self._heartbeat = heartbeat

@@ -59,6 +59,7 @@ def test_every_fact_about_the_ranks_was_thought_of() -> None:
         "page_bytes",
         "kv_format",
         "host_slots",
+        "weights",
     )
     assert PipelineSpec.__struct_fields__ == (
         "args", "endpoints", "model", "model_name", "model_folder", "tokenizer_folder", "context_length",
