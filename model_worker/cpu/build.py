@@ -36,7 +36,7 @@ COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", *WARNINGS)
 PREBUILT_FLAGS = ("-s",)  # without symbols that only a debugger reads
 PREBUILT_DIR = Path(__file__).parent / "prebuilt"
-COMPILE_TIMEOUT_S = 180
+COMPILE_TIMEOUT_S = 900  # half a minute of CPU time, of which a busy machine may give little
 
 log = logging.getLogger(__name__)
 
