@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,7 @@ def difference(got: Tensor, expected: Tensor) -> float:
     return float((got.float() - expected.float()).norm() / expected.float().norm())
 
 
-def collectives(rank: int, ranks: int, store: Path) -> list[dict[str, Any]]:
+def collectives(rank: int, ranks: int, store: Path, widths: Sequence[int]) -> list[dict[str, Any]]:
     """One rank of them."""
     import torch.distributed as dist
 
@@ -73,7 +73,7 @@ def collectives(rank: int, ranks: int, store: Path) -> list[dict[str, Any]]:
     alone = init_parallel(rank, ranks, 1, device, store).tp
     group = join_peers(init_state(alone), device).tp
     peers, results = group.peers, list[dict[str, Any]]()
-    for width in WIDTHS:
+    for width in widths:
         for rows in ROWS:
             generator = torch.Generator(device).manual_seed(rank)
             given = (torch.randn((rows, width), device=device, generator=generator) * 0.1).bfloat16()
@@ -94,13 +94,18 @@ def collectives(rank: int, ranks: int, store: Path) -> list[dict[str, Any]]:
                 result["symmetric_us"] = in_graph_us(partial(peers.all_reduce, x))
                 x.copy_(given)
                 residual.fill_(0.5)
-                peers.all_reduce_add_norm(x, residual, weight, 1e-6)
+                norm = partial(peers.all_reduce_add_norm, x, residual, weight, 1e-6, sent=False)
+                norm()
                 expected = F.rms_norm((total + 0.5).bfloat16().float(), (width,))
                 result["norm_error"] = difference(x, expected)
-                result["symmetric_norm_us"] = in_graph_us(partial(peers.all_reduce_add_norm, x, residual, weight, 1e-6))
+                result["symmetric_norm_us"] = in_graph_us(
+                    partial(peers.all_reduce_add_norm, x, residual, weight, 1e-6, sent=False)
+                )
                 if given.nbytes <= peers.layout.small:
                     layout, peers.layout = peers.layout, replace(peers.layout, small=0)
-                    result["read_norm_us"] = in_graph_us(partial(peers.all_reduce_add_norm, x, residual, weight, 1e-6))
+                    result["read_norm_us"] = in_graph_us(
+                        partial(peers.all_reduce_add_norm, x, residual, weight, 1e-6, sent=False)
+                    )
                     peers.layout = layout
                 gathered = peers.all_gather(given)
                 if gathered is not None:
@@ -111,6 +116,8 @@ def collectives(rank: int, ranks: int, store: Path) -> list[dict[str, Any]]:
                 same = [torch.empty_like(x) for _ in range(ranks)]
                 dist.all_gather(same, x)
                 assert all(torch.equal(other, x) for other in same)
+            if isinstance(peers, PeerMemory):
+                result |= sent_product(peers, given, residual, weight, rank)
             results.append(result)
             if rank == 0:
                 print({key: round(v, 4) if isinstance(v, float) else v for key, v in result.items()}, flush=True)
@@ -119,18 +126,54 @@ def collectives(rank: int, ranks: int, store: Path) -> list[dict[str, Any]]:
     return results
 
 
+def sent_product(peers: Any, given: Tensor, residual: Tensor, weight: Tensor, rank: int) -> dict[str, float]:
+    """A product that sends itself and the sum behind it, and both one after the other."""
+    import torch.distributed as dist
+
+    from vibe_sgl_lite.model_worker.gpu.kernels.product import ProductScratch
+    from vibe_sgl_lite.model_worker.gpu.kernels.rank_product import rank_product
+    from vibe_sgl_lite.model_worker.gpu.rank_products import choose_cut
+
+    (rows, width), inputs = given.shape, 4096
+    cut = choose_cut(rows, width, inputs, given.dtype, silu=False)
+    if cut is None or not peers.outbox.takes(given.numel(), given.dtype):
+        return {}
+    generator = torch.Generator(given.device).manual_seed(100 + rank)
+    x = torch.randn((rows, inputs), device=given.device, generator=generator).bfloat16()
+    matrices = torch.randn((4, width, inputs), device=given.device, generator=generator).bfloat16() / inputs**0.5
+    scratch, output, number = ProductScratch(given.device, 1 << 21, 1 << 9), torch.empty_like(given), 0
+    total = x.float() @ matrices[0].float().T
+    dist.all_reduce(total)
+    residual.fill_(0.5)
+
+    def both(sends: bool) -> None:
+        nonlocal number
+        box = peers.outbox if sends else None
+        rank_product(x, matrices[number % 4], output, cut, scratch, pdl=True, outbox=box)
+        peers.all_reduce_add_norm(output, residual, weight, 1e-6, sent=sends)
+        number += 1
+
+    both(sends=True)
+    error = difference(residual, total + 0.5)
+    assert error < 1e-2, error
+    return {f"{name}_us": in_graph_us(partial(both, sends)) for name, sends in (("sent", True), ("unsent", False))} | {
+        "sent_error": error
+    }
+
+
 def init_state(group: Any) -> Any:
     from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
 
     return ParallelState(group.rank, tp=group, expert_tp=group)
 
 
-def run_ranks(ranks: int) -> list[dict[str, Any]]:
+def run_ranks(ranks: int, widths: Sequence[int]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "collectives", "--ranks", str(ranks), "--store", f"{folder}/store"]
+        command += ["--widths", ",".join(map(str, widths))]
         others = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(1, ranks)]
         try:
-            return collectives(0, ranks, Path(folder) / "store")
+            return collectives(0, ranks, Path(folder) / "store", widths)
         finally:
             for other in others:
                 other.kill()
@@ -249,14 +292,16 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--only-compile", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--widths", default=",".join(map(str, WIDTHS)))
     options = parser.parse_args()
+    widths = [int(width) for width in options.widths.split(",")]
     if options.rank is not None:
-        collectives(options.rank, options.ranks, options.store)
+        collectives(options.rank, options.ranks, options.store, widths)
         return
     if options.only_compile is not None:
         compile_experts(options.only_compile)
         return
-    results = experts() if options.what == "experts" else run_ranks(options.ranks)
+    results = experts() if options.what == "experts" else run_ranks(options.ranks, widths)
     print(json.dumps(results))
 
 

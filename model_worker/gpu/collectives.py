@@ -13,7 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import MAX_COLUMNS, MAX_RANKS, Layout, all_gather, all_reduce
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import (
+    MAX_COLUMNS,
+    MAX_RANKS,
+    Layout,
+    Outbox,
+    all_gather,
+    all_reduce,
+)
 from vibe_sgl_lite.model_worker.gpu.operations import has_dependent_launch
 
 HALF_BYTES = 32 << 20  # of the largest sum; above it NCCL is as fast
@@ -35,6 +42,7 @@ class PeerMemory:
         self._regions = torch.tensor(addresses, dtype=torch.int64, device=device)
         self._calls = torch.zeros(2, dtype=torch.int64, device=device)
         self._rank = rank
+        self.outbox: Outbox | None = Outbox(self._regions, self._calls, layout, rank)
         self.layout = layout
         self._keep = keep
         self._pdl = has_dependent_launch(device)
@@ -59,8 +67,8 @@ class PeerMemory:
     def all_reduce_add(self, x: Tensor, residual: Tensor) -> None:
         self._reduce(x, residual=residual)
 
-    def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
-        self._reduce(x, residual=residual, weight=weight, eps=eps)
+    def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, sent: bool) -> None:
+        self._reduce(x, residual=residual, weight=weight, eps=eps, sent=sent)
 
     def _reduce(self, x: Tensor, **rest: Any) -> None:
         two_shot = len(self._regions) > 2 and x.nbytes >= TWO_SHOT_BYTES

@@ -18,6 +18,7 @@ from vibe_sgl_lite.model_worker.gpu.grouped_layers import plan_grouped
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import FEW_CHAIN_ROWS, chain_attention
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
 from vibe_sgl_lite.model_worker.gpu.parallel_layers import FusedSums, ParallelLayers
+from vibe_sgl_lite.model_worker.gpu.rank_products import RankProducts
 from vibe_sgl_lite.qwen3.attention_backend import ForwardContext
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight, PlainMatrix
@@ -151,7 +152,8 @@ def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
             torch.empty((1, model.config.hidden_size), dtype=model.dtype, device=model.device)
         ):
             return
-        parallel = ParallelLayers(model.layers, group, group.peers, model.operations)
+        products = RankProducts(model.operations, model.device, pdl=attention.pdl)
+        parallel = ParallelLayers(model.layers, group, group.peers, model.operations, products)
         model.all_layers = parallel
     layers = [weights for layer in model.layers if (weights := _weights(layer)) is not None]
     if len(layers) == len(model.layers):

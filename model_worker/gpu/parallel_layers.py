@@ -1,64 +1,98 @@
-"""A model's decoder layers on one of several GPUs: each sum over the ranks is one kernel with residual and norm."""
+"""A model's decoder layers on one of several GPUs: each sum over the ranks is one kernel with residual and norm.
 
+The products before it send what is to be summed by themselves, where they can (kernels/rank_product.py).
+"""
+
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox
+from vibe_sgl_lite.model_worker.gpu.rank_products import RankProducts
 from vibe_sgl_lite.qwen3.attention_backend import ForwardContext
+from vibe_sgl_lite.qwen3.layers.linear import RowParallelLinear
 from vibe_sgl_lite.qwen3.layers.moe import AllReduceDispatch, MoEBlock
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, PeerCollectives
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import DecoderLayer
-from vibe_sgl_lite.qwen3.steps import run_block
 
 
 @runtime_checkable
 class FusedSums(PeerCollectives, Protocol):
     """Sums over the ranks with what follows them in a layer. For tensors that it takes."""
 
+    outbox: Outbox | None
+    """For kernels that send what the next sum is of, while they make it."""
+
     def all_reduce_add(self, x: Tensor, residual: Tensor) -> None:
         """residual += the sum over the ranks of `x`, which is spent. Both [T, N]."""
         ...
 
-    def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
-        """The same; then x = residual / rms(residual) * weight, [N]."""
+    def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, sent: bool) -> None:
+        """The same; then x = residual / rms(residual) * weight, [N]. sent: by way of the outbox."""
         ...
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is to be added to the residual stream, [T, H]. partial: it is this rank's part of a sum. sent: that is sent
+    to the others already."""
+
+    x: Tensor
+    partial: bool = False
+    sent: bool = False
 
 
 class ParallelLayers:
     """A `vibe_sgl_lite.qwen3.model.AllLayers`. What the peers do not take goes through the group."""
 
-    def __init__(self, layers: list[DecoderLayer], group: Group, peers: FusedSums, operations: LayerOperations) -> None:
+    def __init__(
+        self,
+        layers: list[DecoderLayer],
+        group: Group,
+        peers: FusedSums,
+        operations: LayerOperations,
+        products: RankProducts,
+    ) -> None:
         self.layers = layers
         self.group = group
         self.peers = peers
         self.operations = operations
+        self.products = products
+        last = layers[-1].feed_forward
+        self._last = last.down if isinstance(last, MLP) else None  # its sum is the group's
 
     def __call__(self, update: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
-        partial = False  # whether `update` is still to be summed over the ranks
+        new = Update(update)
         for layer in self.layers:
-            x = self._add_norm(update, residual, layer.attention_norm, partial=partial)
-            x = run_block(layer.attention.steps[:-1], x, residual, context)
-            update = layer.attention.output.partial(x, context.attributes)
-            x = self._add_norm(update, residual, layer.feed_forward_norm, partial=True)
-            update, partial = _feed_forward(layer.feed_forward, x, residual, context)
-        return self.group.all_reduce(update) if partial else update
+            attention = layer.attention
+            x = self._add_norm(new, residual, layer.attention_norm)
+            x = attention.steps[1](self.products.multiply(x, attention.qkv.weight), residual, context)
+            new = self._part(x, attention.output)
+            x = self._add_norm(new, residual, layer.feed_forward_norm)
+            new = self._feed_forward(layer.feed_forward, x, context)
+        return self.group.all_reduce(new.x) if new.partial else new.x
 
-    def _add_norm(self, update: Tensor, residual: Tensor, norm: RMSNorm, *, partial: bool) -> Tensor:
+    def _add_norm(self, update: Update, residual: Tensor, norm: RMSNorm) -> Tensor:
         """residual += update, in place, summed over the ranks if it is one's part; returns the norm of the sum."""
-        if partial and self.peers.takes(update):
-            self.peers.all_reduce_add_norm(update, residual, norm.weight.tensor, norm.eps)
-            return update
-        total = self.group.all_reduce(update) if partial else update
-        return self.operations.add_rms_norm(total, residual, norm.weight.tensor, norm.eps)
+        x, weight = update.x, norm.weight.tensor
+        if update.partial and self.peers.takes(x):
+            self.peers.all_reduce_add_norm(x, residual, weight, norm.eps, sent=update.sent)
+            return x
+        total = self.group.all_reduce(x) if update.partial else x
+        return self.operations.add_rms_norm(total, residual, weight, norm.eps)
 
+    def _feed_forward(self, block: MLP | MoEBlock, x: Tensor, context: ForwardContext) -> Update:
+        if isinstance(block, MLP):
+            return self._part(self.products.multiply_silu(x, block.gate_up.weight), block.down)
+        if isinstance(block.dispatch, AllReduceDispatch):
+            return Update(block.dispatch.partial(x, block.router, block.experts, context.timer), partial=True)
+        return Update(block(x, context.timer))
 
-def _feed_forward(block: MLP | MoEBlock, x: Tensor, residual: Tensor, context: ForwardContext) -> tuple[Tensor, bool]:
-    """Its output, and whether that is only this rank's part."""
-    if isinstance(block, MLP):
-        return block.down.partial(run_block(block.steps[:-1], x, residual, context), context.attributes), True
-    if isinstance(block.dispatch, AllReduceDispatch):
-        return block.dispatch.partial(x, block.router, block.experts, context.timer), True
-    return block(x, context.timer, context.attributes), False
+    def _part(self, x: Tensor, linear: RowParallelLinear) -> Update:
+        outbox = None if linear is self._last else self.peers.outbox
+        x, sent = self.products.multiply_and_send(x, linear.weight, outbox)
+        return Update(x, partial=True, sent=sent)

@@ -46,6 +46,24 @@ class Layout:
     def nbytes(self) -> int:
         return self.words + 2 * self.ranks * 2 * self.small
 
+    def sends(self, count: int, dtype: torch.dtype) -> bool:
+        """Whether a sum of so many numbers is of words."""
+        return count * dtype.itemsize <= self.small and dtype in (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Outbox:
+    """What a kernel needs that sends to the others what the next call will sum: see `all_reduce`."""
+
+    regions: Tensor
+    calls: Tensor
+    layout: Layout
+    rank: int
+
+    def takes(self, count: int, dtype: torch.dtype) -> bool:
+        """Whether so many numbers may be sent; all ranks say the same."""
+        return self.layout.sends(count, dtype)
+
 
 @triton.jit
 def _tell_all(regions, place, call, RANKS: tl.constexpr, RANKS_P: tl.constexpr, ASM: tl.constexpr):
@@ -173,7 +191,7 @@ def _all_reduce(
 
 
 @triton.jit
-def _send(regions, start, packed, word, there, RANK: tl.constexpr, RANKS: tl.constexpr):
+def send_words(regions, start, packed, word, there, RANK: tl.constexpr, RANKS: tl.constexpr):
     """Words to all other ranks' regions, from their byte `start` on."""
     for peer in tl.static_range(RANKS):
         if peer != RANK:
@@ -194,11 +212,11 @@ def _receive(start, number, word, there):
 @triton.jit
 def _all_reduce_small(
     x, words, residual, weight, output, regions, calls, first, size, eps, N: tl.constexpr, NP: tl.constexpr,
-    RANK: tl.constexpr, RANKS: tl.constexpr, PAIRS: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
-    PDL: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, PAIRS: tl.constexpr, SENT: tl.constexpr, ADD: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program a row. words: x as int32; PAIRS: of two bf16 each, else of one fp32. first: where in a region the words
-    begin; size: bytes of those from one rank."""
+    begin; size: bytes of those from one rank. SENT: by the kernel before this one."""
     SPAN: tl.constexpr = NP // 2 if PAIRS else NP
     COUNT: tl.constexpr = N // 2 if PAIRS else N
     row = tl.program_id(0)
@@ -213,9 +231,9 @@ def _all_reduce_small(
     call = tl.load(calls) + 1
     mine = tl.load(words + row * COUNT + word, mask=there, other=0)
     number = call & 0xFFFFFFFF
-    packed = (mine.to(tl.int64) << 32) | number
     start = first + (call & 1) * (RANKS * size) + row * (COUNT * 8)
-    _send(regions, start + RANK * size, packed, word, there, RANK, RANKS)
+    if not SENT:
+        send_words(regions, start + RANK * size, (mine.to(tl.int64) << 32) | number, word, there, RANK, RANKS)
     _count_call(calls, call)
     even, odd = tl.zeros([SPAN], tl.float32), tl.zeros([SPAN], tl.float32)
     for rank in tl.static_range(RANKS):
@@ -246,7 +264,7 @@ def _all_gather(
     number = call & 0xFFFFFFFF
     mine = tl.load(words + word, mask=there, other=0)
     start = first + (call & 1) * (RANKS * size)
-    _send(regions, start + RANK * size, (mine.to(tl.int64) << 32) | number, word, there, RANK, RANKS)
+    send_words(regions, start + RANK * size, (mine.to(tl.int64) << 32) | number, word, there, RANK, RANKS)
     _count_call(calls, call)
     for rank in tl.static_range(RANKS):
         inbox = tl.load(regions + RANK) + start + rank * size
@@ -263,11 +281,14 @@ def all_reduce(
     *,
     pdl: bool,
     two_shot: bool = False,
+    sent: bool = False,
     residual: Tensor | None = None,
     weight: Tensor | None = None,
     eps: float = 0.0,
 ) -> None:
     """x, [T, N] of any float: the sum over the ranks, in place. All ranks call it with the same shapes, in order.
+
+    sent: the kernel that made x has sent it, for an `Outbox` that takes it.
 
     residual: [T, N], to which the sum is added instead, in place; x is then spent. weight: [N], with residual: x
     becomes residual / rms(residual) * weight. regions: [ranks] int64, the addresses of all ranks' regions as this one
@@ -283,11 +304,12 @@ def all_reduce(
     warps = 4 if columns <= 4096 else 8
     rest = x if residual is None else residual, x if weight is None else weight
     parts = {"ADD": residual is not None, "NORM": weight is not None, "PDL": pdl, "N": columns}
-    if x.nbytes <= layout.small and x.dtype in (torch.bfloat16, torch.float32):
+    assert not sent or layout.sends(x.numel(), x.dtype)
+    if layout.sends(x.numel(), x.dtype):
         _all_reduce_small[(rows,)](
             x, x.view(torch.int32), *rest, x, regions, calls, layout.words, 2 * layout.small, eps, **parts,
             NP=triton.next_power_of_2(columns), RANK=rank, RANKS=len(regions), PAIRS=x.dtype == torch.bfloat16,
-            num_warps=warps, **options,
+            SENT=sent, num_warps=warps, **options,
         )  # fmt: skip
         return
     _all_reduce[(min(rows, MAX_PROGRAMS),)](

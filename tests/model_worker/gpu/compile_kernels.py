@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from vibe_sgl_lite.model_worker.gpu.fused_layers import TILES
 from vibe_sgl_lite.model_worker.gpu.grouped_matrix import choose_tiles as choose_grouped_tiles
-from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, all_gather, all_reduce
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, Outbox, all_gather, all_reduce
 from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import chain_attention, choose_chain_tiles
 from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (
@@ -41,9 +41,11 @@ from vibe_sgl_lite.model_worker.gpu.kernels.product import (
     begin_stream,
     normed_product,
 )
+from vibe_sgl_lite.model_worker.gpu.kernels.rank_product import rank_product
 from vibe_sgl_lite.model_worker.gpu.kernels.rope_store import rope_store
 from vibe_sgl_lite.model_worker.gpu.kernels.sample import num_chunks, sample
 from vibe_sgl_lite.model_worker.gpu.kernels.speculate import accept, expand_drafts, look_up
+from vibe_sgl_lite.model_worker.gpu.rank_products import choose_cut
 
 KV_HEADS, GROUP, DIM, HIDDEN, INNER, VOCAB = 8, 2, 128, 1024, 3072, 151_936
 PAGE, PAGES, ROWS = 64, 4, 8
@@ -155,6 +157,14 @@ def main() -> None:
             )  # fmt: skip
         plain_matrix(codes, torch.bfloat16, pdl=True)
     encode_groups(x, zeros(32, 2048, dtype=torch.float8_e4m3fn), zeros(16, 32, dtype=torch.float32), pdl=True)
+    outbox = Outbox(longs[:2], longs[:2], Layout(1 << 16, 1 << 20, 2), 1)
+    for rows in (16, 32, 64, 128):  # as one of two ranks of the 8B shape
+        for outputs, inputs, gated in ((4096, 6144, False), (6144, 4096, True)):
+            rank_cut = choose_cut(rows, outputs, inputs, stream.dtype, silu=gated)
+            if rank_cut is not None:
+                matrix, box = zeros(outputs * (2 if gated else 1), inputs), None if gated else outbox
+                result = zeros(rows, outputs)
+                rank_product(zeros(rows, inputs), matrix, result, rank_cut, sums, pdl=True, silu=gated, outbox=box)
     slots, tokens_of = ints[:2], zeros(ROWS, 100, dtype=torch.int32)
     expand_rows(longs[:2], slots, tokens_of, table, slots, slots, longs, table, longs, longs, PAGE, PAGES)
     look_up(longs[:2], slots, slots, ints, tokens_of, slots, slots, 12)

@@ -10,7 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.model_worker.gpu.peer_ranks import CALLS, EPS, LAYOUT, PAIRED, inputs, residual_of, weight_of
+from tests.model_worker.gpu.peer_ranks import (
+    CALLS,
+    EPS,
+    LAYOUT,
+    NORMED,
+    PAIRED,
+    factors,
+    inputs,
+    residual_of,
+    weight_of,
+)
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
@@ -28,18 +38,21 @@ def test_sums_are_those_of_torch_and_the_same_on_all_ranks(tmp_path: Path, ranks
         for process in started:
             process.kill()
     results = [np.load(tmp_path / f"{rank}.npz") for rank in range(ranks)]
-    gathered = torch.stack([inputs(rank, PAIRED).float() for rank in range(ranks)])
+    gathered = torch.stack([inputs(rank, PAIRED[-1]).float() for rank in range(ranks)])
     assert all(np.array_equal(result["gathered"], gathered.numpy()) for result in results)
     for number, (_, _, kind, _) in enumerate(CALLS):
-        x = torch.stack([inputs(rank, number).float() for rank in range(ranks)]).sum(0)
+        parts = [inputs(rank, number).float() for rank in range(ranks)]
+        if kind == "sent":
+            parts = [x @ matrix.T for x, matrix in (factors(rank, number) for rank in range(ranks))]
+        x = torch.stack(parts).sum(0)
         residual, gain = residual_of(number).float(), weight_of(number).float()
         if kind != "sum":
             residual = residual + x
-        if kind == "norm":
+        if kind in NORMED:
             x = F.rms_norm(residual, residual.shape[1:], gain, EPS)
         for name, expected in (("x", x), ("residual", residual)):
             if kind == "add" and name == "x":
                 continue  # spent
             got = [result[f"{name}{number}"] for result in results]
-            assert np.abs(got[0] - expected.numpy()).max() < (0.1 if number == PAIRED else 1e-5), (number, name)
+            assert np.abs(got[0] - expected.numpy()).max() < (0.1 if number in PAIRED else 1e-5), (number, name)
             assert all(np.array_equal(other, got[0]) for other in got)

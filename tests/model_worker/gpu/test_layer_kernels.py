@@ -16,6 +16,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.product import (
     begin_stream,
     normed_product,
 )
+from vibe_sgl_lite.model_worker.gpu.kernels.rank_product import ProductCut, rank_product
 from vibe_sgl_lite.model_worker.gpu.kernels.rope_store import rope_store
 from vibe_sgl_lite.qwen3.layers.rotary import RotaryEmbedding
 
@@ -181,4 +182,28 @@ def test_products_with_norm_sum_and_silu(
     whole = replace(tiles, splits=1)
     normed_product(gained, parts, eps, matrix, output, whole, scratch, pdl=False, silu=True)
     close(output, F.silu(normal[:, :outputs]) * normal[:, outputs:])
+    assert not scratch.arrived.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "cut"),
+    [
+        (5, ProductCut(16, 32, 32, 1, 4, 2)),
+        (21, ProductCut(16, 32, 16, 4, 4, 3)),  # six steps in four splits
+        (70, ProductCut(64, 16, 16, 2, 4, 2, matrix_first=True)),
+    ],
+)
+def test_products_of_a_rank(rows: int, cut: ProductCut, dtype: torch.dtype, device: torch.device) -> None:
+    inputs, outputs = 96, 64
+    x = torch.randn((rows, inputs), device=device).to(dtype)
+    matrix = (torch.randn((2 * outputs, inputs), device=device) * inputs**-0.5).to(dtype)
+    scratch = ProductScratch(device, 2 * rows * outputs * cut.splits, 100)
+    output = torch.empty((rows, outputs), dtype=dtype, device=device)
+    product = x.double() @ matrix.double().T
+    for _ in range(2):  # the second finds what the first left behind
+        rank_product(x, matrix[outputs:], output, cut, scratch, pdl=False)
+        close(output, product[:, outputs:])
+    rank_product(x, matrix, output, replace(cut, splits=1), scratch, pdl=False, silu=True)
+    close(output, F.silu(product[:, :outputs]) * product[:, outputs:])
     assert not scratch.arrived.any()

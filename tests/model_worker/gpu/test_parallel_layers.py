@@ -13,7 +13,9 @@ from torch import Tensor
 from tests.distributed.cases import steps_logits
 from tests.model_worker.sampling.reference import on_ranks
 from tests.qwen3.harness import DENSE, MOE, PagedRun, load_model, make_checkpoint
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox
 from vibe_sgl_lite.model_worker.gpu.parallel_layers import ParallelLayers
+from vibe_sgl_lite.model_worker.gpu.rank_products import RankProducts
 from vibe_sgl_lite.qwen3.layers.moe import DispatchKind
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
 
@@ -25,6 +27,7 @@ class ThreadPeers:
 
     def __init__(self, group: Group) -> None:
         self.group = group
+        self.outbox: Outbox | None = None
         self.called: Counter[str] = Counter()
 
     def takes(self, x: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> bool:
@@ -40,7 +43,8 @@ class ThreadPeers:
         self.called["add"] += 1
         residual.add_(self.group.all_reduce(x))
 
-    def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+    def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, sent: bool) -> None:
+        assert not sent
         self.called["add_norm"] += 1
         residual.add_(self.group.all_reduce(x))
         x.copy_(F.rms_norm(residual, weight.shape, weight, eps))
@@ -56,7 +60,8 @@ def test_logits_are_those_of_layers_one_by_one(tmp_path: Path, shape: dict[str, 
         model = load_model(tmp_path, parallel=parallel, dispatch=dispatch)
         peers = ThreadPeers(group)
         if fused:
-            model.all_layers = ParallelLayers(model.layers, group, peers, model.operations)
+            products = RankProducts(model.operations, model.device, pdl=False)
+            model.all_layers = ParallelLayers(model.layers, group, peers, model.operations, products)
         with torch.inference_mode():
             result = steps_logits(PagedRun(model))
         layers = len(model.layers)

@@ -1,0 +1,269 @@
+r"""How long steps take on one GPU and on several, and which kernels take it; the runners alone, without the engine.
+
+    python benchmarks/internal/parallel_steps.py --shapes 32B,8B,4B
+    python benchmarks/internal/parallel_steps.py --shapes 32B --rows 64 --kernels 12 --variants ours,cublas,unsent
+    python benchmarks/internal/parallel_steps.py --shapes 30B-A3B --groups tp1,tp,ep,all-to-all
+
+Dummy weights in bf16 of published shapes. Decode: rows of 24 to some 100 tokens, captured, three steps in flight as in
+the engine; prefill: a step of 4 prompts of 1,024, not captured. groups: tp1 one GPU alone, tp all, ep the same with
+experts split, all-to-all the same with tokens sent to experts. variants, of several GPUs: cublas without the products
+of kernels/rank_product.py, unsent with sums that send by themselves, earlyN with N lines asked for before the wait.
+--kernels: also what takes the first rank's time, microseconds a step. The floor is reading a rank's weights, of experts
+those that tokens at random touch. Prints a line for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/parallel_steps.py` finds the packages
+
+from benchmarks.gpu_offline import measure_card  # noqa: E402
+from benchmarks.parallel_gpu import SHAPES, floor_ms  # noqa: E402
+from vibe_sgl_lite.model_worker.compute import GpuSetup, choose_compute  # noqa: E402
+from vibe_sgl_lite.model_worker.gpu import rank_products  # noqa: E402
+from vibe_sgl_lite.model_worker.gpu.graphs import CudaGraphs  # noqa: E402
+from vibe_sgl_lite.model_worker.kv_pool import KVPool  # noqa: E402
+from vibe_sgl_lite.model_worker.model_runner import ModelRunner  # noqa: E402
+from vibe_sgl_lite.model_worker.parallel import build_state, init_parallel, join_peers  # noqa: E402
+from vibe_sgl_lite.model_worker.pending_step import PendingStep  # noqa: E402
+from vibe_sgl_lite.model_worker.weights import load_dummy_weights  # noqa: E402
+from vibe_sgl_lite.qwen3.layers.moe import DispatchKind  # noqa: E402
+from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState  # noqa: E402
+from vibe_sgl_lite.qwen3.model import Qwen3  # noqa: E402
+from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, pack_ids  # noqa: E402
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig  # noqa: E402
+from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams, resolve  # noqa: E402
+
+PAGE, CONTEXT, IN_FLIGHT, LENGTH, STEPS, PROMPTS, PROMPT = 64, 2048, 3, 24, 25, 4, 1024
+PARTS = {  # of kernels' names, for the table
+    "sums": ("all_reduce", "all_gather", "nccl"),
+    "attention": ("attention", "rope"),
+    "experts": ("grouped", "sort_pairs", "combine", "route"),
+    "sampling": ("chunk_maxima", "draw", "expand"),
+    "norm, SiLU": ("rms_norm", "silu"),
+}
+
+
+class Steps:
+    """A runner, driven as a scheduler does."""
+
+    def __init__(self, runner: ModelRunner, pages: int) -> None:
+        self.runner, self.pages, self.step = runner, pages, 0
+
+    def _new(self, slot: int, length: int, computed: int, first_page: int, count: int) -> NewSlot:
+        sampling = resolve(
+            SamplingParams(max_new_tokens=1, temperature=0.6, top_p=1.0, top_k=-1, min_p=0.0, seed=slot),
+            model_defaults={}, end_token_ids=(), prompt_tokens=1, context_length=CONTEXT,
+            vocab_size=self.runner.model.config.vocab_size,
+        )  # fmt: skip
+        pages = [(first_page + page) % self.pages for page in range(count)]
+        ids = pack_ids((slot * 997 + place * 31) % 10_000 for place in range(length))
+        return NewSlot(slot, slot, ids, length, computed, pack_ids(pages), sampling)
+
+    def _run(self, batches: Iterator[dict[str, Any]]) -> float:
+        pending: deque[PendingStep] = deque()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for batch in batches:
+            self.step += 1
+            if len(pending) == IN_FLIGHT:
+                self.runner.collect(pending.popleft())
+            pending.append(self.runner.launch(ForwardBatch(self.step, **batch)))
+        while pending:
+            self.runner.collect(pending.popleft())
+        return time.perf_counter() - begin
+
+    def decode(self, rows: int, kernels: int) -> tuple[float, list[str]]:
+        """Seconds a step, and a table."""
+        new = [self._new(slot, LENGTH, LENGTH - 1, 2 * slot, 2) for slot in range(rows)]
+        same = {"row_slots": pack_ids(range(rows)), "row_tokens": pack_ids([1] * rows)}
+        self._run(iter([{"new": new, **same}, *[same] * 4]))
+        took = [self._run(iter([same] * STEPS)) / STEPS for _ in range(3)]
+        table = list[str]()
+        if kernels:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                self._run(iter([same] * 4))
+            table = describe(profile, 4, kernels)
+        self._run(iter([{"released": same["row_slots"], "row_slots": b"", "row_tokens": b""}]))
+        return min(took), table
+
+    def prefill(self) -> float:
+        """Seconds a step."""
+        same = {"row_slots": pack_ids(range(PROMPTS)), "row_tokens": pack_ids([PROMPT] * PROMPTS)}
+        each = PROMPT // PAGE + 1
+        new = [self._new(slot, PROMPT, 0, each * slot, each) for slot in range(PROMPTS)]
+        again = {"released": same["row_slots"], "new": new, **same}
+        self._run(iter([{"new": new, **same}, again]))
+        took = [self._run(iter([again] * 3)) / 3 for _ in range(2)]
+        self._run(iter([{"released": same["row_slots"], "row_slots": b"", "row_tokens": b""}]))
+        return min(took)
+
+
+def describe(profile: Any, steps: int, most: int) -> list[str]:
+    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    parts = dict.fromkeys([*PARTS, "products and the rest"], 0.0)
+    for event in events:
+        name = event.key.lower()
+        part = next((part for part, words in PARTS.items() if any(word in name for word in words)), [*parts][-1])
+        parts[part] += event.self_device_time_total / steps
+    lines = ["    " + ", ".join(f"{part} {took:.0f}" for part, took in parts.items() if took) + " us, overlaps twice"]
+    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:most]:
+        took = event.self_device_time_total / steps
+        lines.append(f"    {took:9.1f} us {event.count / steps:7.1f} x {event.key[:90]}")
+    return lines
+
+
+def vary(variant: str) -> Any:
+    """What a variant changes."""
+    choose = rank_products.choose_cut
+    if variant == "cublas":
+        return patch.object(rank_products, "choose_cut", lambda *_, **__: None)
+    if variant.startswith("early"):
+        lines = int(variant.removeprefix("early"))
+
+        def earlier(*shape: Any, **options: Any) -> Any:
+            cut = choose(*shape, **options)
+            return cut and replace(cut, early=min(lines, shape[2] // cut.splits // 64))
+
+        return patch.object(rank_products, "choose_cut", earlier)
+    if variant == "unsent":
+        return patch("vibe_sgl_lite.model_worker.gpu.kernels.all_reduce.Outbox.takes", lambda *_: False)
+    assert variant == "ours"
+    return patch.dict({}, {})
+
+
+def model_of(shape: str, parallel: ParallelState, device: torch.device, dispatch: DispatchKind) -> tuple[Qwen3, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
+        config = ModelConfig.from_folder(Path(folder))
+    size = parallel.tp.size
+    group = config.num_attention_heads // size // config.local_kv_heads(size)
+
+    def compute(rows: tuple[int, ...]) -> Any:
+        setup = GpuSetup(group, config.vocab_size, max(rows) + 1, max(rows) + 1, tp=parallel.tp)
+        made = choose_compute(torch.bfloat16, device, config.head_dim, setup)
+        graphs = None if dispatch == "all_to_all" else CudaGraphs(rows, ())
+        return replace(made, graphs=graphs)
+
+    model = Qwen3(config, parallel, torch.bfloat16, device, compute((1,)).operations, dispatch)
+    load_dummy_weights(model, 0, lambda done, total: None)
+    return model, compute
+
+
+def measure(model: Qwen3, compute: Any, rows: tuple[int, ...], kernels: int) -> dict[str, Any]:
+    made = compute(rows)
+    pages = 2 * max(rows) + 2 + PROMPTS * (PROMPT // PAGE + 1)
+    size, device = model.parallel.tp.size, model.device
+    pool = KVPool(model.config, size, pages, PAGE, torch.bfloat16, device, layout=made.kv_layout)
+    pool.data.normal_()
+    slots, most_tokens = max(*rows, PROMPTS) + 1, PROMPTS * PROMPT + max(rows)
+    runner = ModelRunner(model, pool, made, max_slots=slots, context_length=CONTEXT, max_tokens=most_tokens)
+    made.plan_layers(model, runner.backend)
+    runner.warm_up()
+    steps = Steps(runner, pages)
+    result: dict[str, Any] = {str(count): steps.decode(count, kernels) for count in rows}
+    result["prompt tok/s"] = PROMPTS * PROMPT / steps.prefill()
+    return result
+
+
+def work(rank: int, options: Any, store_path: Path) -> None:
+    device, ranks = torch.device("cuda", rank), options.ranks
+    torch.cuda.set_device(device)
+    parallel = join_peers(init_parallel(rank, ranks, 1, device, store_path), device)
+    store = FileStore(f"{store_path}-turns", ranks)
+    card = measure_card() if rank == 0 else {"read_gb_s": 1.0}
+    if rank == 0:
+        print(card, flush=True)
+    rows = tuple(int(count) for count in options.rows.split(","))
+    base: dict[str, float] = {}
+    for shape, group in itertools.product(options.shapes.split(","), options.groups.split(",")):
+        turn = f"{shape} {group}"
+        if group == "tp1" and rank > 0:
+            store.wait([turn])
+            continue
+        state = ParallelState() if group == "tp1" else parallel
+        if group in ("ep", "all-to-all"):
+            state = replace(build_state(rank, ranks, ranks), tp=parallel.tp)
+        dispatch: DispatchKind = "all_to_all" if group == "all-to-all" else "all_reduce"
+        model, compute = model_of(shape, state, device, dispatch)
+        for variant in ["ours"] if group == "tp1" else options.variants.split(","):
+            with vary(variant):
+                result = measure(model, compute, rows, options.kernels)
+            gc.collect()
+            torch.cuda.empty_cache()
+            if rank == 0:
+                report(turn, variant, result, base, card, state.tp.size)
+        del model, compute
+        gc.collect()
+        torch.cuda.empty_cache()
+        if group == "tp1":
+            store.set(turn, "done")
+    if ranks > 1:
+        dist.barrier()
+
+
+def report(
+    turn: str, variant: str, result: dict[str, Any], base: dict[str, float], card: dict[str, Any], ranks: int
+) -> None:
+    shape, cells, tables = turn.split()[0], [], []
+    for name, value in result.items():
+        if name == "prompt tok/s":
+            ratio = value / base.setdefault(f"{shape} {name}", value)
+            cells.append(f"{name} {value:,.0f} {ratio:.2f} x")
+            continue
+        took, table = value
+        ratio = base.setdefault(f"{shape} {name}", took) / took
+        share = floor_ms(SHAPES[shape], int(name), card["read_gb_s"]) / ranks / took / 1e3
+        cells.append(f"{name}: {took * 1e3:.3f} ms {ratio:.2f} x {share:.0%}")
+        tables += [f"  {name} rows:", *table] if table else []
+    print(f"{turn} {variant} | " + " | ".join(cells), *tables, sep="\n", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--shapes", default="32B,8B,4B")
+    parser.add_argument("--groups", default="tp1,tp")
+    parser.add_argument("--rows", default="1,16,64,256")
+    parser.add_argument("--variants", default="ours")
+    parser.add_argument("--kernels", type=int, default=0)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank is not None:
+        work(options.rank, options, options.store)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        others = [
+            subprocess.Popen([sys.executable, *sys.argv, "--rank", str(rank), "--store", str(store)])
+            for rank in range(1, options.ranks)
+        ]
+        try:
+            work(0, options, store)
+        finally:
+            for other in others:
+                other.kill()
+
+
+if __name__ == "__main__":
+    main()

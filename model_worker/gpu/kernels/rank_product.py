@@ -1,0 +1,162 @@
+"""Products of up to some hundred rows with a rank's part of a wide matrix.
+
+What a product adds to the time in which its matrix is read is mostly its beginning and end. So all programs fit on the
+card at once: the matrix's outputs are cut in blocks, and the inputs in as many splits as there is room for. The last
+split of a block to arrive adds the others up, in order, so that the same input gives the same bits. While the kernel
+before this one ends (the sum over the ranks, say), the first lines of the matrix come to the second-level cache.
+
+A product whose result is to be summed over the ranks sends each block to the others as soon as it is there, and the
+sum (all_reduce.py) has only to receive.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox, send_words
+from vibe_sgl_lite.model_worker.gpu.kernels.product import LINE, ProductScratch, prefetch
+
+MAX_ROWS = 128
+
+
+@dataclass(frozen=True)
+class ProductCut:
+    """How a product is cut. rows, outputs: of a block; inputs: a step's; splits: of the inputs; warps and pipeline
+    stages of a program. matrix_first: the matrix's rows are those of the matrix instruction, which has 64 at least.
+    early: lines of each of its rows of the matrix that a program asks for before it waits.
+    """
+
+    rows: int
+    outputs: int
+    inputs: int
+    splits: int
+    warps: int
+    stages: int
+    matrix_first: bool = False
+    early: int = 0
+
+
+@triton.jit(do_not_specialize=["rows", "splits", "early"])
+def _rank_product(
+    x, matrix, output, sums, arrived, regions, calls, inbox, size, rows, N, K, splits, early,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SILU: tl.constexpr,
+    MATRIX_FIRST: tl.constexpr, SEND: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of rows, blocks of N, splits). inbox, size: as in `_all_reduce_small`."""
+    line = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    out = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
+    real = line < rows
+    steps = K // BLOCK_K
+    first, last = steps * split // splits, steps * (split + 1) // splits
+    if PDL:
+        gdc_launch_dependents()
+        if tl.program_id(0) == 0:
+            for number in range(0, early):
+                place = matrix + out * K + first * BLOCK_K + number * LINE
+                prefetch(place)
+                if SILU:
+                    prefetch(place + N * K)
+        gdc_wait()
+    if MATRIX_FIRST:
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in tl.range(first, last, num_stages=STAGES):
+        column = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        a = tl.load(x + line[:, None] * K + column[None, :], mask=real[:, None], other=0.0)
+        w = tl.load(matrix + out[:, None] * K + column[None, :])
+        if MATRIX_FIRST:
+            total = tl.dot(w, a.T, total, input_precision=PRECISION)
+        else:
+            total = tl.dot(a, w.T, total, input_precision=PRECISION)
+        if SILU:
+            w = tl.load(matrix + (out + N)[:, None] * K + column[None, :])
+            if MATRIX_FIRST:
+                up = tl.dot(w, a.T, up, input_precision=PRECISION)
+            else:
+                up = tl.dot(a, w.T, up, input_precision=PRECISION)
+    if MATRIX_FIRST:
+        total, up = total.T, up.T
+    here = real[:, None] & (out < N)[None, :]
+    place = line[:, None] * N + out[None, :]
+    is_last = splits == 1
+    if splits > 1:
+        part_size = rows * N
+        tl.store(sums + split * part_size + place, total, mask=here)
+        tl.debug_barrier()  # all of this program's threads have stored before it counts as arrived
+        block = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        is_last = tl.atomic_add(arrived + block, 1, sem="acq_rel", scope="gpu") == splits - 1
+        if is_last:
+            total = tl.load(sums + place, mask=here, other=0.0, cache_modifier=".cg")
+            for part in range(1, splits):
+                total += tl.load(sums + part * part_size + place, mask=here, other=0.0, cache_modifier=".cg")
+            tl.store(arrived + block, 0)
+    if is_last:
+        if SILU:
+            total = total / (1.0 + tl.exp(-total)) * up
+        result = total.to(output.dtype.element_ty)
+        tl.store(output + place, result, mask=here)
+        if SEND:
+            call = tl.load(calls) + 1
+            if output.dtype.element_ty == tl.float32:
+                word, count, at = result.to(tl.int32, bitcast=True), N, out
+            else:  # two to a word
+                bits = result.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+                low, high = tl.split(tl.reshape(bits, [BLOCK_M, BLOCK_N // 2, 2]))
+                word, count = low | (high << 16), N // 2
+                at = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            packed = (word.to(tl.int64) << 32) | (call & 0xFFFFFFFF)
+            start = inbox + (call & 1) * (RANKS * size) + RANK * size
+            there = real[:, None] & (at < count)[None, :]
+            send_words(regions, start, packed, line[:, None] * count + at[None, :], there, RANK, RANKS)
+
+
+def rank_product(
+    x: Tensor,
+    matrix: Tensor,
+    output: Tensor,
+    cut: ProductCut,
+    scratch: ProductScratch,
+    *,
+    pdl: bool,
+    silu: bool = False,
+    outbox: Outbox | None = None,
+) -> None:
+    """output [R, N] = x [R, K] times matrix [N, K], transposed.
+
+    silu: matrix is [2 x N, K], and the result silu(first N) * second N; the cut then has one split. outbox: the result
+    is sent to the other ranks, and the next call of all is the `all_reduce` of it that takes it as sent.
+    """
+    (rows, inputs), outputs = x.shape, output.shape[1]
+    assert matrix.shape == (outputs * (2 if silu else 1), inputs)
+    assert cut.splits == 1 or not silu
+    assert matrix.numel() < 1 << 31
+    assert outputs % cut.outputs == 0
+    assert inputs % cut.inputs == 0
+    assert x.is_contiguous()
+    assert matrix.is_contiguous()
+    assert output.is_contiguous()
+    blocks = triton.cdiv(rows, cut.rows), outputs // cut.outputs
+    assert cut.splits == 1 or (
+        blocks[0] * blocks[1] <= len(scratch.arrived) and rows * outputs * cut.splits <= len(scratch.sums)
+    )
+    options = {"launch_pdl": True} if pdl else {}
+    regions, calls = (scratch.arrived, scratch.arrived) if outbox is None else (outbox.regions, outbox.calls)
+    assert outbox is None or outbox.takes(output.numel(), output.dtype)
+    inbox, size = (0, 0) if outbox is None else (outbox.layout.words, 2 * outbox.layout.small)
+    _rank_product[(*blocks, cut.splits)](
+        x, matrix, output, scratch.sums, scratch.arrived, regions, calls, inbox, size, rows, outputs, inputs,
+        cut.splits, cut.early, BLOCK_M=cut.rows, BLOCK_N=cut.outputs, BLOCK_K=cut.inputs, STAGES=cut.stages, SILU=silu,
+        MATRIX_FIRST=cut.matrix_first, SEND=outbox is not None, RANK=0 if outbox is None else outbox.rank,
+        RANKS=1 if outbox is None else len(outbox.regions),
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl, num_warps=cut.warps, num_stages=cut.stages,
+        **options,
+    )  # fmt: skip

@@ -1,0 +1,81 @@
+"""How the products of one of several ranks are cut (kernels/rank_product.py), for as many rows as that beats cuBLAS."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox
+from vibe_sgl_lite.model_worker.gpu.kernels.product import ProductScratch
+from vibe_sgl_lite.model_worker.gpu.kernels.rank_product import ProductCut, rank_product
+from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
+from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight, PlainMatrix
+
+PLACES = 132  # multiprocessors of an H100
+MOST_ROWS, MOST_SILU_ROWS = 64, 128
+LONG_INPUTS = 8192
+
+
+def choose_cut(rows: int, outputs: int, inputs: int, dtype: torch.dtype, *, silu: bool) -> ProductCut | None:
+    """For a matrix [outputs, inputs], or twice that with silu; None where torch's product is as good, or none fits.
+
+    Measured on an H100 (benchmarks/internal/rank_products.py).
+    """
+    if dtype == torch.float32:  # to be right
+        cut, places = ProductCut(32, 32, 32, 1, 4, 2), 1
+    elif rows <= 16:
+        cut, places = ProductCut(16, 64, 128, 1, 4, 5 if silu else 6, matrix_first=True, early=4), PLACES
+    elif rows <= 32:
+        cut, places = ProductCut(32, 64, 128, 1, 4, 4 if silu else 5, matrix_first=True, early=4), PLACES
+    elif rows <= MOST_ROWS and silu:
+        cut, places = ProductCut(64, 64, 128, 1, 8, 4, early=4), PLACES
+    elif rows <= MOST_ROWS and inputs < LONG_INPUTS:
+        cut, places = ProductCut(64, 64, 128, 1, 4, 4, matrix_first=True, early=4), PLACES
+    elif rows <= MOST_ROWS:
+        cut, places = ProductCut(64, 64, 128, 1, 4, 3, early=12), 2 * PLACES
+    else:
+        cut, places = ProductCut(128, 64, 64, 1, 8, 6, early=4), PLACES
+    if rows > (MOST_SILU_ROWS if silu else MOST_ROWS) or outputs % cut.outputs or inputs % cut.inputs:
+        return None
+    splits = 1 if silu else max(1, min(places // (outputs // cut.outputs), inputs // cut.inputs // 2))
+    return replace(cut, splits=splits)
+
+
+class RankProducts:
+    """Products with the matrices of one of several ranks: by our kernel where it is faster."""
+
+    def __init__(self, operations: LayerOperations, device: torch.device, *, pdl: bool) -> None:
+        self.operations = operations
+        self.pdl = pdl
+        self._scratch = ProductScratch(device, 2 * PLACES * MOST_ROWS * 64, 2 * PLACES)
+
+    def multiply(self, x: Tensor, weight: MatrixWeight) -> Tensor:
+        """[R, K] -> [R, N]."""
+        product = self._ours(x, weight)
+        return weight.multiply(x) if product is None else product
+
+    def multiply_silu(self, x: Tensor, weight: MatrixWeight) -> Tensor:
+        """[R, K] -> [R, N], of 2 x N outputs: silu(the first N) times the others."""
+        product = self._ours(x, weight, silu=True)
+        return self.operations.silu_multiply(weight.multiply(x)) if product is None else product
+
+    def multiply_and_send(self, x: Tensor, weight: MatrixWeight, outbox: Outbox | None) -> tuple[Tensor, bool]:
+        """As `multiply`, and whether it is sent: then the next sum is of this."""
+        rows, outputs = len(x), weight.shape[0]
+        if outbox is not None and not outbox.takes(rows * outputs, x.dtype):
+            outbox = None
+        product = self._ours(x, weight, outbox=outbox)
+        return (weight.multiply(x), False) if product is None else (product, outbox is not None)
+
+    def _ours(
+        self, x: Tensor, weight: MatrixWeight, *, silu: bool = False, outbox: Outbox | None = None
+    ) -> Tensor | None:
+        if type(weight.matrix) is not PlainMatrix or len(x) == 0:
+            return None
+        outputs = weight.shape[0] // (2 if silu else 1)
+        cut = choose_cut(len(x), outputs, x.shape[1], x.dtype, silu=silu)
+        if cut is None:
+            return None
+        output = x.new_empty((len(x), outputs))
+        rank_product(x, weight.tensor, output, cut, self._scratch, pdl=self.pdl, silu=silu, outbox=outbox)
+        return output
