@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -49,6 +50,7 @@ class StepPlanner:
         # of the step being planned
         self._tokens_left = 0
         self._cost_left = math.inf
+        self._decode_tokens = 0
         self._chunks: list[PrefillChunk] = []
         self._retracted = False
 
@@ -62,6 +64,7 @@ class StepPlanner:
         stalled = self._secure_decode_pages() if tokens is None else set()
         decode, work = self._decode_rows(stalled, tokens)
         self._chunks = []
+        self._decode_tokens = work.tokens
         self._tokens_left = state.config.chunked_prefill_size
         self._cost_left = math.inf
         if decode:
@@ -216,15 +219,17 @@ class StepPlanner:
 
     def _affordable(self, start: int, wanted: int) -> int:
         """Tokens, at most `wanted`, after `start` computed ones, that this step's budgets leave room for."""
-        count = min(wanted, self._tokens_left)
+        room, config = self._tokens_left, self._state.config
+        planned = sum(chunk.count for chunk in self._chunks)
         if self._cost_left < math.inf:
             affordable = self._cost.tokens_within(self._cost_left, start)
-            config = self._state.config
-            smallest = max(config.smallest_chunk, config.fresh_chunk if start <= config.fresh_chunk else 0)
-            if affordable < min(count, smallest):
-                affordable = max(0, smallest - sum(chunk.count for chunk in self._chunks))
-            count = min(count, affordable)
-        return count
+            fresh = min(config.fresh_chunk - planned, config.fresh_chunk // 2 - start)
+            room = min(room, max(affordable, config.smallest_chunk - planned, fresh, 0))
+        planned += self._decode_tokens
+        size = bisect_right(config.step_sizes, planned + room)
+        if size and (self._chunks or config.step_sizes[size - 1] > planned):
+            room = max(0, config.step_sizes[size - 1] - planned)
+        return min(wanted, room)
 
     # ----------------------------------------------------------------------------------------------------- admission
 

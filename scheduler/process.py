@@ -44,6 +44,7 @@ from vibe_sgl_lite.runtime.messages import (
     Weights,
     WeightsKept,
 )
+from vibe_sgl_lite.runtime.settings.step_sizes import step_sizes
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 from vibe_sgl_lite.scheduler.cache_folder import CacheFolder
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
@@ -66,7 +67,7 @@ LULL_MS = 1
 GATHER_S = 0.005
 AHEAD_S = {"cpu": 0.0, "cuda": 0.003}  # a step of one request is 0.7 ms on an H100, the way there and back as long
 SMALLEST_CHUNK = {"cpu": 8, "cuda": 1024}  # tokens
-FRESH_CHUNK = {"cpu": 8, "cuda": 2048}
+FRESH_CHUNK = {"cpu": 8, "cuda": 4096}
 BASE_TOKENS = {"cpu": 16.0, "cuda": 800.0}  # an empty step costs about as much as so many tokens
 FLUSH_REFUSED = ErrorInfo("flush_refused", "flush_cache is refused while requests run or wait; try again when idle")
 
@@ -77,6 +78,8 @@ def make_config(spec: PipelineSpec, ready: RankReady) -> SchedulerConfig:
     """The core's settings from the pipeline's, with what the ranks found."""
     args = spec.args
     device = "cuda" if ready.device.startswith("cuda") else "cpu"
+    graph_rows = args.cuda_graph_max_bs or args.max_running_requests
+    captures = device == "cuda" and not args.disable_cuda_graph
     return SchedulerConfig(
         num_pages=ready.kv_pages,
         page_size=spec.page_size,
@@ -85,6 +88,7 @@ def make_config(spec: PipelineSpec, ready: RankReady) -> SchedulerConfig:
         chunked_prefill_size=spec.chunked_prefill_size,
         smallest_chunk=SMALLEST_CHUNK[device],
         fresh_chunk=FRESH_CHUNK[device],
+        step_sizes=step_sizes(spec.chunked_prefill_size + graph_rows) if captures else (),
         max_step_stretch=args.max_step_stretch,
         policy=args.schedule_policy,
         radix_cache=not args.disable_radix_cache,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.device_batch import ChunkBucket
+from vibe_sgl_lite.runtime.settings.step_sizes import step_sizes
 
 Result = TypeVar("Result")
 FEW_TOKENS, FEW_ROWS = 512, (4, 64)
@@ -21,16 +22,13 @@ def row_buckets(most: int) -> tuple[int, ...]:
 
 
 def chunk_buckets(most_tokens: int, most_rows: int) -> tuple[ChunkBucket, ...]:
-    """Tokens and rows of steps with chunks to capture; above 512 tokens in steps of at most a quarter.
+    """Tokens and rows of steps with chunks to capture: of the numbers that the scheduler makes steps for.
 
     Few rows only beside few tokens: else what rows cost that are not there is little to what tokens cost.
     """
-    few = [32, 64, 128, 192, 256, 384, FEW_TOKENS]
-    many = [(4 + part) << power for power in range(7, 30) for part in range(4) if (4 + part) << power > FEW_TOKENS]
-    tokens = sorted({min(count, most_tokens) for count in (*few, *many)})
     return tuple(
         (count, rows)
-        for count in tokens
+        for count in step_sizes(most_tokens)
         for rows in sorted({min(rows, most_rows, count) for rows in (*FEW_ROWS, most_rows)})
         if count <= FEW_TOKENS or rows == most_rows
     )

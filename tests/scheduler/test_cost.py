@@ -133,11 +133,11 @@ def test_chunks_shrink_beside_running_rows_and_with_their_context(stretch: float
 
 @pytest.mark.parametrize(
     ("fresh", "expected"),
-    [(8, [[(2, 100)], [(2, 100)], [(2, 50), (3, 50)]]), (120, [[(2, 120)], [(2, 120)], [(2, 10), (3, 110)]])],
+    [(8, [[(2, 100)], [(2, 100)], [(2, 50), (3, 50)]]), (300, [[(2, 150), (3, 150)], [(2, 100)], [(3, 100)]])],
 )
 def test_chunks_have_a_least_size_whatever_they_cost(fresh: int, expected: list[list[tuple[int, int]]]) -> None:
-    """All of a step's together; beyond that they get what the budget still has, which is nothing. Up to as many tokens
-    behind their prompt's start they may have a larger one."""
+    """All of a step's together; beyond that they get what the budget still has, which is nothing. The beginnings of
+    prompts may have a larger one."""
     h = Harness(
         config(
             num_pages=2000, page_size=4, chunked_prefill_size=512, smallest_chunk=100, fresh_chunk=fresh,
@@ -157,3 +157,34 @@ def test_chunks_have_a_least_size_whatever_they_cost(fresh: int, expected: list[
         sizes.append([(chunk.request.uid, chunk.count) for chunk in step.chunks])
         h.complete()
     assert sizes == expected
+
+
+def test_a_chunk_that_is_cut_makes_its_step_one_of_the_devices_sizes() -> None:
+    """With all that decodes; a prompt's last chunk is as long as it is, and what is left over is not given to the next
+    prompt if it takes the step beyond its size."""
+    h = Harness(
+        config(
+            num_pages=2000, page_size=4, chunked_prefill_size=512, smallest_chunk=100, step_sizes=(32, 64, 96, 128),
+            max_step_stretch=1.01,
+        )
+    )  # fmt: skip
+    h.scheduler.cost.observe(decode_work(1, 21), 1.0)
+    for uid in (1, 2, 3):
+        h.add(request(uid, [uid] * 20, max_new_tokens=400))
+    assert h.schedule()
+    for uid in (4, 5, 6):
+        h.add(request(uid, [uid] * 130, max_new_tokens=400))
+    sizes = []
+    for _ in range(5):
+        assert h.schedule()
+        step = h.scheduler.newest_step
+        assert step is not None
+        sizes.append((len(step.decode), [(chunk.request.uid, chunk.count) for chunk in step.chunks]))
+        h.complete()
+    assert sizes == [
+        (3, [(4, 93)]),
+        (3, [(4, 37), (5, 56)]),
+        (4, [(5, 74), (6, 18)]),
+        (5, [(6, 91)]),
+        (5, [(6, 21)]),
+    ]
