@@ -38,7 +38,7 @@ FRAMES_AT_ONCE = 256  # of one socket, before the others have their turn
 TICK_S = 0.25
 RETRY_S = 0.02  # while a client or the scheduler does not take what is there for it
 GOODBYE_S = 0.3
-READ_S = 0.05  # for clients' frames, before the others have their turn
+READ_S = 0.005  # for clients' frames, before the others have their turn
 
 log = logging.getLogger(__name__)
 

@@ -309,6 +309,7 @@ class Call:
         self._connection = connection
         self._plan = plan
         self._collectors = [Collector(request.rid, request.n) for request in plan.requests]
+        self._outputs: dict[int, Any] = {}  # by position, put together while others still run
         self._open = set(range(len(plan.requests)))
         self._ended = ended
 
@@ -327,9 +328,11 @@ class Call:
         self._open.remove(position)
         if self._plan.progress is not None:
             self._plan.progress(len(self._collectors) - len(self._open), len(self._collectors))
-        error = self._collectors[position].error
-        if isinstance(error, UserError):
-            raise error
+        collector = self._collectors[position]
+        if isinstance(collector.error, UserError):
+            raise collector.error
+        if self._plan.outcome is Collector.result:
+            self._outputs[position] = collector.result()
 
     def abandon(self) -> None:
         """Have the engine end what still runs."""
@@ -347,7 +350,10 @@ class Call:
             for collector in self._collectors:
                 if collector.error is not None:
                     raise collector.failure()
-        outputs = [self._plan.outcome(collector) for collector in self._collectors]
+        outputs = [
+            self._outputs[position] if position in self._outputs else self._plan.outcome(collector)
+            for position, collector in enumerate(self._collectors)
+        ]
         return outputs if self._plan.many else outputs[0]
 
     def _deliver(self, position: int, collector: Collector, event: Event) -> None:
