@@ -1,9 +1,10 @@
 """Draws a token a row from its logits: the maximum, or Gumbel-max with the noise of `sampling/noise.py`.
 
-The noise is exact and dear: a 64-bit hash and two logarithms in fp64. So a first pass makes every score in fp32, with
-an error far below BOUND, and keeps each chunk's best; a second one makes exact scores only in the chunks whose best may
-be the row's, one chunk as a rule. The token is the one that exact scores everywhere would give, the lowest id of
-equals.
+The noise is exact and dear: a 64-bit hash and two logarithms in fp64. So a first pass makes of every score what it is
+at most, which takes one logarithm in fp32, as -log(-log(u)) < -log(1 - u), and nearly equal where it is large; it keeps
+each chunk's highest. A second one makes exact scores, chunk after chunk from the highest of these on, until no other
+can hold a better one: one chunk as a rule. The token is the one that exact scores everywhere would give, the lowest id
+of equals.
 """
 
 import torch
@@ -16,7 +17,7 @@ from vibe_sgl_lite.qwen3.layers.parallel_state import Group
 
 ONE_RANK = Group()
 CHUNK = 2048  # logits a program
-# Above what a score in fp32 may be off: at noise of up to 37, and in proportion to the score.
+# Above what fp32 may be off: at noise of up to 37, and in proportion to the score.
 BOUND = tl.constexpr(1e-3)
 RELATIVE_BOUND = tl.constexpr(2e-6)
 NONE = tl.constexpr(-1)
@@ -66,16 +67,10 @@ def _log2(x, ASM: tl.constexpr):
 
 
 @triton.jit
-def _gumbel_fp32(bits, ASM: tl.constexpr):
-    """The same within 1e-4: -log(u) near u = 1 by its series in 1 - u, which fp32 holds to its last bits."""
-    near_one = bits >= 0xF000000000000
-    # The smaller one of u and 1 - u: (n + 0.5) / 2**52 both.
-    bits = tl.where(near_one, 0xFFFFFFFFFFFFF - bits, bits)
-    high = (bits >> 20).to(tl.uint32)
-    low = (bits & 0xFFFFF).to(tl.int32)
-    small = high.to(tl.float32) * 2.3283064365386963e-10 + (low.to(tl.float32) + 0.5) * 2.220446049250313e-16
-    series = small * (1.0 + small * (0.5 + small * (0.33333334 + small * (0.25 + small * 0.2))))
-    return _log2(tl.where(near_one, series, _log2(small, ASM) * -LN_2), ASM) * -LN_2
+def _most_gumbel(bits, ASM: tl.constexpr):
+    """fp32: what `_gumbel` is at most, by the 32 highest bits of 1 - u. If these are 0, it is 2**-53 or more."""
+    rest = (0xFFFFFFFFFFFFF - bits >> 20).to(tl.uint32).to(tl.float32)
+    return (32.0 - _log2(tl.maximum(rest, 4.76837158203125e-07), ASM)) * LN_2
 
 
 @triton.jit
@@ -83,7 +78,7 @@ def _chunk_maxima(
     logits, maxima, slots, positions, inverse_temperatures, seeds, columns, first,
     CHUNK: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, chunks): the highest fp32 score of each chunk. first: the token of the first column."""
+    """Grid (rows, chunks): what no score of each chunk is above. first: the token of the first column."""
     row = tl.program_id(0)
     token = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     inside = token < columns
@@ -95,7 +90,7 @@ def _chunk_maxima(
     score = tl.load(logits + row.to(tl.int64) * columns + token, mask=inside, other=-float("inf")).to(tl.float32)
     if inverse != 0.0:
         key = _row_key(tl.load(seeds + slot), tl.load(positions + row))
-        score = score * inverse.to(tl.float32) + _gumbel_fp32(_uniform_bits(key, first + token), ASM)
+        score = score * inverse.to(tl.float32) + _most_gumbel(_uniform_bits(key, first + token), ASM)
         score = tl.where(inside, score, -float("inf"))
     tl.store(maxima + row * tl.num_programs(1) + tl.program_id(1), tl.max(score, 0))
 
@@ -106,7 +101,8 @@ def _draw(
     chunks, first, PART: tl.constexpr, ADVANCE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program a row: exact scores of the chunks that may hold the highest. PART: that goes to `winners`, no token."""
+    """A program a row: exact scores of the chunks that may hold the highest. PART: that goes to `winners`, no token.
+    A row with a score that is infinite has no token."""
     row = tl.program_id(0)
     chunk = tl.arange(0, CHUNKS)
     slot = tl.load(slots + row)
@@ -114,17 +110,16 @@ def _draw(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    best_of = tl.load(maxima + row * chunks + chunk, mask=chunk < chunks, other=-float("inf"))
-    highest = tl.max(best_of, 0)
-    lowest = highest
-    if inverse != 0.0:
-        lowest = highest - BOUND - RELATIVE_BOUND * tl.abs(highest)
+    most = tl.load(maxima + row * chunks + chunk, mask=chunk < chunks, other=-float("inf"))
+    peak = tl.max(most, 0)
+    most = tl.where(tl.abs(most) < float("inf"), most, -float("inf"))
+    highest = tl.where(peak < float("inf"), tl.max(most, 0), -float("inf"))
     key = _row_key(tl.load(seeds + slot), tl.load(positions + row))
     best = tl.full([], -float("inf"), tl.float64)
     best_token = tl.full([], NONE, tl.int32)
-    candidate = (best_of >= lowest) & (tl.abs(best_of) < float("inf"))
-    at = tl.min(tl.where(candidate, chunk, CHUNKS), 0)
-    while at < CHUNKS:
+    error = tl.where(inverse != 0.0, BOUND + RELATIVE_BOUND * tl.abs(highest), 0.0)
+    while highest > -float("inf"):
+        at = tl.argmax(most, 0)
         token = at * CHUNK + tl.arange(0, CHUNK)
         inside = token < columns
         score = tl.load(logits + row.to(tl.int64) * columns + token, mask=inside, other=-float("inf")).to(tl.float64)
@@ -132,10 +127,13 @@ def _draw(
             score = score * inverse + _gumbel(_uniform_bits(key, first + token))
             score = tl.where(inside, score, -float("inf"))
         higher = tl.max(score, 0)
-        if higher > best:
+        its_token = tl.min(tl.where(score == higher, token, 2147483647), 0)
+        if (higher > best) | ((higher == best) & (its_token < best_token)):
             best = higher
-            best_token = tl.min(tl.where(score == higher, token, 2147483647), 0)
-        at = tl.min(tl.where(candidate & (chunk > at), chunk, CHUNKS), 0)
+            best_token = its_token
+        most = tl.where(chunk == at, -float("inf"), most)
+        highest = tl.max(most, 0)
+        highest = tl.where((highest + error).to(tl.float64) < best, -float("inf"), highest)
     if PART:
         tl.store(winners + row * 2, best)
         tl.store(winners + row * 2 + 1, tl.where(best_token == NONE, NONE, first + best_token).to(tl.float64))
