@@ -28,7 +28,8 @@ PIECE_BYTES = 32 << 20
 
 class KVLayout(Enum):
     """Which attention backends choose from. PAGES: all layers of a page lie together. LAYERS: all pages of a layer's
-    keys lie together, and all of its values: a page is then a few kilobytes, and offsets within a layer are small."""
+    keys lie together, and all of its values: a page is then a few kilobytes, and offsets within a layer are small; in 8
+    bits a page's tokens lie together for each KV head."""
 
     PAGES = auto()
     LAYERS = auto()
@@ -72,6 +73,7 @@ class KVPool:
             dtype, page_shape = torch.int8, (page_size * self.kv_heads * (self.head_dim + SCALE_BYTES),)
         shape = (num_pages + 1, self.num_layers, 2, *page_shape)
         self._commit: CommitAhead | None = None
+        self._by_layer = layout is KVLayout.LAYERS
         if layout is KVLayout.LAYERS:
             by_layer = torch.empty((self.num_layers, 2, num_pages + 1, *page_shape), dtype=dtype, device=device)
             self.data = by_layer.movedim(2, 0)
@@ -174,6 +176,8 @@ class KVPool:
         if not self.int8:
             return pages
         codes = pages[:, : self.page_size * self.kv_heads * self.head_dim]
+        if self._by_layer:
+            return codes.view(-1, self.kv_heads, self.page_size, self.head_dim).transpose(1, 2)
         return codes.view(-1, self.page_size, self.kv_heads, self.head_dim)
 
     def _scales(self, pages: Tensor) -> Tensor | None:

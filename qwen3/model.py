@@ -3,6 +3,7 @@
 Knows nothing of requests, caches and sampling. Everything a forward needs is an argument. T tokens, H hidden size.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from vibe_sgl_lite.qwen3.layers.moe import DispatchKind, MoEBlock
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
 from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER, OTHER, PartTimer
-from vibe_sgl_lite.qwen3.layers.rotary import RotaryEmbedding
+from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles, RotaryEmbedding
 from vibe_sgl_lite.qwen3.layers.setup import Setup
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.steps import AddNorm, Block, RunExperts, run_block
@@ -56,6 +57,11 @@ class AllLayers(Protocol):
         ...
 
 
+# What the layers start from: the first update, [T, H], of a residual stream that starts at zero, the second; and the
+# angles of the positions.
+Begin = Callable[[Tensor, Tensor, PartTimer], tuple[Tensor, Tensor, RopeAngles]]
+
+
 class Qwen3:
     """The model of one rank. Its weights are empty until a loader has filled `qwen3.checkpoint.load_items(model)`."""
 
@@ -81,6 +87,7 @@ class Qwen3:
         self.layers = [DecoderLayer(layer, setup, dispatch) for layer in range(config.num_hidden_layers)]
         self.norm = setup.norm(config.hidden_size)
         self.all_layers: AllLayers | None = None
+        self.begin: Begin = self._begin
 
     def forward(
         self,
@@ -97,12 +104,8 @@ class Qwen3:
         `backend` as it is. attributes: where not all tokens are plain. Returns [T, H] in the model's dtype, the same on
         every rank.
         """
-        timer.mark("rope")
-        context = ForwardContext(self.rotary(positions), backend, metadata, timer, attributes)
-        timer.mark("embedding")
-        update = self.embedding(token_ids)  # the first one, to a residual stream that starts at zero
-        timer.mark(OTHER)
-        residual = torch.zeros_like(update)
+        update, residual, angles = self.begin(token_ids, positions, timer)
+        context = ForwardContext(angles, backend, metadata, timer, attributes)
         if self.all_layers is not None and attributes is None:
             update = self.all_layers(update, residual, context)
         else:
@@ -110,6 +113,14 @@ class Qwen3:
                 update = layer(update, residual, context)
         timer.mark("norm")
         return self.operations.add_rms_norm(update, residual, self.norm.weight.tensor, self.norm.eps)
+
+    def _begin(self, token_ids: Tensor, positions: Tensor, timer: PartTimer) -> tuple[Tensor, Tensor, RopeAngles]:
+        timer.mark("rope")
+        angles = self.rotary(positions)
+        timer.mark("embedding")
+        update = self.embedding(token_ids)
+        timer.mark(OTHER)
+        return update, torch.zeros_like(update), angles
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, H] final hidden states -> [rows, vocab / tp], this rank's range `embedding.vocab` of the vocabulary.

@@ -105,15 +105,20 @@ def chunks(count: int, new: int, before: int, kind: str) -> None:
     cache = caches(pages, layers, kind)
     query = torch.randn((count * new, HEADS * DIM), device="cuda", dtype=torch.bfloat16)
     output = torch.empty_like(query)
+    fresh = None
+    if kind != "bf16":
+        fresh = torch.randn((count * new, (HEADS + 2 * KV_HEADS) * DIM), device="cuda", dtype=torch.bfloat16)
     starts = np.arange(count + 1, dtype=np.int32) * new
     start = torch.from_numpy(starts).cuda()
     for tokens in (1, FEW_TOKENS + 1):
-        cut = choose_prefill_tiles(tokens, HEADS // KV_HEADS, torch.bfloat16)
+        dtype = torch.bfloat16 if kind == "bf16" else torch.int8
+        cut = choose_prefill_tiles(tokens, HEADS // KV_HEADS, dtype)
         planned = plan_tiles(starts, np.arange(count, dtype=np.int32), cut.rows // (HEADS // KV_HEADS))
         tiles = torch.from_numpy(planned).cuda()
 
         def work(layer: int) -> None:
-            prefill_attention(query, cache[layer], table, on_device, start, tiles, cut, output, pdl=True)  # noqa: B023
+            rows = query, cache[layer], table, on_device, start
+            prefill_attention(*rows, tiles, cut, output, pdl=True, fresh=fresh)  # noqa: B023
 
         took = seconds(work, layers)
         pairs = count * (new * before + new * (new + 1) // 2)
@@ -129,6 +134,7 @@ def main() -> None:
     for count, new, before in ((28, 640, 0), (1, 16_384, 0), (1, 2_048, 8_192)):
         chunks(count, new, before, "bf16")
     for kind in ("fp8", "int8"):
+        chunks(28, 640, 0, kind)
         chunks(1, 2_048, 8_192, kind)
 
 

@@ -29,6 +29,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (
 )
 from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import (
     FEW_TOKENS,
+    SOME_TOKENS,
     PrefillTiles,
     choose_prefill_tiles,
     fixed_prefill_tiles,
@@ -43,7 +44,7 @@ from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
 
 IntArray = npt.NDArray[np.int32]
 CHUNK_TILES = 4096  # at most, of a step with chunks that is captured
-CODES_ROWS = 4  # up to which attention over a cache in 8 bits stores the new tokens: its registers are dear
+CODES_ROWS = 8  # up to which attention over a cache in 8 bits stores the new tokens: its registers are dear
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,10 @@ class GpuAttention:
             new = NewTokens(*norms, angles.cos, angles.sin, batch.slot_mapping)
             decode_attention(qkv, cache, *rows, query, tiles=metadata.tiles, pdl=self.pdl, new=new)
             return query
-        rope_store(qkv, *norms, angles.cos, angles.sin, batch.slot_mapping, cache, query, pdl=self.pdl)
-        attended = qkv.view(-1)[: query.numel()].view(query.shape)  # qkv is spent
+        keep = cache.in_codes and metadata.chunks is not None and not self.fixed_order
+        rope_store(qkv, *norms, angles.cos, angles.sin, batch.slot_mapping, cache, query, pdl=self.pdl, keep=keep)
+        # Unless it is read once more, qkv is spent.
+        attended = torch.empty_like(query) if keep else qkv.view(-1)[: query.numel()].view(query.shape)
         decoding = len(metadata.order) * batch.width
         if decoding and not self.fixed_order:
             positions = batch.positions if batch.width > 1 else None
@@ -171,6 +174,7 @@ class GpuAttention:
                 attended,
                 pdl=self.pdl,
                 positions=batch.positions if self.fixed_order else None,
+                fresh=qkv if keep else None,
             )
         return attended
 
@@ -207,9 +211,11 @@ class GpuAttention:
                 decode_attention(
                     several, cache, *rows, torch.empty_like(several), tiles=tiles, pdl=self.pdl, positions=zeros
                 )  # fmt: skip
-        for cut in {self._cut(1), self._cut(FEW_TOKENS + 1)}:
+        positions = zeros if self.fixed_order else None
+        fresh = qkv if cache.in_codes and not self.fixed_order else None
+        for cut in {self._cut(1), self._cut(FEW_TOKENS + 1), self._cut(SOME_TOKENS + 1)}:
             rest = table, zeros, zeros, zeros[:2].view(1, 2), cut, output
-            prefill_attention(query, cache, *rest, pdl=self.pdl, positions=zeros if self.fixed_order else None)
+            prefill_attention(query, cache, *rest, pdl=self.pdl, positions=positions, fresh=fresh)
 
     def _sort(self, lengths: IntArray, places: int) -> None:
         """Bring the order to the device, NO_ROW behind it up to `places`; unless the one that is there is as good:

@@ -16,11 +16,14 @@ from vibe_sgl_lite.model_worker.gpu.experts import plan_experts
 from vibe_sgl_lite.model_worker.gpu.fused_layers import FUSED_ROWS, FusedLayers, LayerWeights, plan_tiles
 from vibe_sgl_lite.model_worker.gpu.grouped_layers import plan_grouped
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import FEW_CHAIN_ROWS, chain_attention
+from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import begin
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
 from vibe_sgl_lite.model_worker.gpu.parallel_layers import FusedSums, ParallelLayers
 from vibe_sgl_lite.model_worker.gpu.rank_products import RankProducts
 from vibe_sgl_lite.qwen3.attention_backend import ForwardContext
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
+from vibe_sgl_lite.qwen3.layers.part_timer import OTHER, PartTimer
+from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
 from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight, PlainMatrix
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import DecoderLayer, Qwen3
@@ -147,6 +150,10 @@ def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
     plan_experts(model, pdl=attention.pdl)
     plan_grouped(model, attention)
     group, parallel = model.parallel.tp, None
+    head = model.head.weight
+    has_rows = _plain(head) is not None or not (model.config.tie_word_embeddings and head.matrix.keeps_rows)
+    if group.size == 1 and model.rotary.table is not None and has_rows:
+        model.begin = GpuBegin(model.embedding.weight.tensor, model.rotary.table, pdl=attention.pdl)
     if group.size > 1:
         if not isinstance(group.peers, FusedSums) or not group.peers.takes(
             torch.empty((1, model.config.hidden_size), dtype=model.dtype, device=model.device)
@@ -163,7 +170,40 @@ def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
         model.all_layers = GpuLayers(model.layers, chain, fused, attention, parallel)
         if fused is not None:
             attention.chain_rows = FEW_CHAIN_ROWS
+        if (matrix := _plain(head)) is not None and not attention.fixed_order:
+            head.replace(FewRowsMatrix(matrix, pdl=attention.pdl))
         attention.has_chain = not attention.fixed_order
+
+
+class GpuBegin:
+    """A `vibe_sgl_lite.qwen3.model.Begin` in one kernel, for one rank."""
+
+    def __init__(self, matrix: Tensor, table: Tensor, *, pdl: bool) -> None:
+        """matrix: the embedding. table: of the angles, see `RotaryEmbedding`."""
+        self._matrix, self._table, self._pdl = matrix, table, pdl
+
+    def __call__(self, token_ids: Tensor, positions: Tensor, timer: PartTimer) -> tuple[Tensor, Tensor, RopeAngles]:
+        timer.mark("embedding")
+        update = self._matrix.new_empty((len(token_ids), self._matrix.shape[1]))
+        residual, angles = torch.empty_like(update), self._table.new_empty((len(token_ids), *self._table.shape[1:]))
+        begin(token_ids, positions, self._matrix, self._table, update, residual, angles, pdl=self._pdl)
+        timer.mark(OTHER)
+        return update, residual, RopeAngles(angles[:, 0], angles[:, 1])
+
+
+class FewRowsMatrix(PlainMatrix):
+    """A plain one, whose products with a few rows let the matrix be read before the kernel before them has ended."""
+
+    def __init__(self, matrix: Tensor, *, pdl: bool) -> None:
+        super().__init__(matrix)
+        self._product, self._pdl = Product.of(matrix, 128, 8), pdl
+
+    def multiply(self, x: Tensor) -> Tensor:
+        if len(x) > FEW_CHAIN_ROWS:
+            return super().multiply(x)
+        output = x.new_empty((len(x), len(self.tensor)))
+        _multiply(x, self._product, output, pdl=self._pdl)
+        return output
 
 
 def _weights(layer: DecoderLayer) -> LayerWeights | None:

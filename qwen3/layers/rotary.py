@@ -53,15 +53,15 @@ class RotaryEmbedding:
             # In transformers' order of operations: a bit's difference is 0.01 rad after 131,072 tokens.
             self.inverse_frequencies = 1.0 / (yarn.factor * periods) * (1 - kept) + self.inverse_frequencies * kept
             self.scale = _attention_factor(yarn)
-        self._table: Tensor | None = None  # [positions, 2, head_dim / 2]
+        self.table: Tensor | None = None  # [positions, 2, head_dim / 2]
         if positions:
             known = self(torch.arange(positions, device=device))
-            self._table = torch.stack((known.cos, known.sin), dim=1)
+            self.table = torch.stack((known.cos, known.sin), dim=1)
 
     def __call__(self, positions: Tensor) -> RopeAngles:
         """positions: [T] integers."""
-        if self._table is not None:
-            cos, sin = self._table.index_select(0, positions).unbind(1)
+        if self.table is not None:
+            cos, sin = self.table.index_select(0, positions).unbind(1)
             return RopeAngles(cos, sin)
         angles = positions.to(torch.float32).unsqueeze(-1) * self.inverse_frequencies
         cos, sin = angles.cos(), angles.sin()

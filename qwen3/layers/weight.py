@@ -197,6 +197,10 @@ class MatrixWeight(Weight):
             assert isinstance(self._matrix, CodedMatrix)
             self._matrix.take(matrix)
 
+    def replace(self, matrix: Matrix) -> None:
+        """Keep it so from now on: another form of the same values."""
+        self._matrix = matrix
+
     def multiply(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""
         return self.matrix.multiply(x)

@@ -85,6 +85,17 @@ def encode(x, INTEGERS: tl.constexpr):
 
 
 @triton.jit
+def decode(codes, scale, INTEGERS: tl.constexpr):
+    """What codes, [H, D] int8, and scales, [H], say: fp32."""
+    if INTEGERS:
+        values = codes.to(tl.float32)
+    else:
+        wide = codes.to(tl.int16)
+        values = ((wide & -32768) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return values * scale[:, None]
+
+
+@triton.jit
 def even_dims(words, INTEGERS: tl.constexpr, ASM: tl.constexpr):
     """int16 words -> fp16: what each low byte is, over the format's unit. ASM: two words an instruction."""
     if ASM:

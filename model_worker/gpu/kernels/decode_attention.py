@@ -63,7 +63,7 @@ def choose_tiles(rows: int, kv_heads: int, dtype: torch.dtype, max_context: int,
     if wide:
         tiles = replace(tiles, splits=min(tiles.splits, WIDE_SPLITS))
     if dtype == torch.int8:
-        return replace(tiles, stages=3)
+        return replace(tiles, stages=5 if tiles == MANY_ROWS else 3)
     return replace(tiles, keys=32, stages=2) if dtype == torch.float32 else tiles
 
 

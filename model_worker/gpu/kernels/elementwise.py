@@ -1,4 +1,4 @@
-"""What lies between a layer's matrix products: residual and RMSNorm, SiLU times up, and the embedding's rows."""
+"""What a step begins with, and what lies between a layer's matrix products: residual and RMSNorm, SiLU times up."""
 
 import triton
 import triton.language as tl
@@ -70,23 +70,48 @@ def silu_multiply(gate_up: Tensor, output: Tensor, *, pdl: bool) -> None:
 
 
 @triton.jit
-def _embed(token_ids, matrix, output, N: tl.constexpr, NP: tl.constexpr, PDL: tl.constexpr):
+def _begin(
+    token_ids, positions, matrix, table, update, residual, angles, N: tl.constexpr, NP: tl.constexpr, D: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """A program a token."""
+    row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, NP)
+    inside = column < N
+    dim = tl.arange(0, D)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    token = tl.load(token_ids + tl.program_id(0)).to(tl.int64)
-    row = tl.load(matrix + token * N + column, mask=column < N, other=0.0)
-    tl.store(output + tl.program_id(0).to(tl.int64) * N + column, row, mask=column < N)
+    token = tl.load(token_ids + row).to(tl.int64)
+    position = tl.load(positions + row).to(tl.int64)
+    value = tl.load(matrix + token * N + column, mask=inside, other=0.0)
+    angle = tl.load(table + position * D + dim)
+    tl.store(update + row * N + column, value, mask=inside)
+    tl.store(residual + row * N + column, tl.zeros_like(value), mask=inside)
+    tl.store(angles + row * D + dim, angle)
 
 
-def embed(token_ids: Tensor, matrix: Tensor, output: Tensor, *, pdl: bool) -> None:
-    """output [T, N]: rows token_ids, [T] int32, of matrix [vocabulary, N]."""
-    rows, columns = output.shape
+def begin(
+    token_ids: Tensor,
+    positions: Tensor,
+    matrix: Tensor,
+    table: Tensor,
+    update: Tensor,
+    residual: Tensor,
+    angles: Tensor,
+    *,
+    pdl: bool,
+) -> None:
+    """update [T, N]: rows token_ids, [T], of matrix [vocabulary, N]; residual [T, N]: zeros; angles [T, 2, D / 2]: rows
+    positions, [T], of table [positions, 2, D / 2], D a power of two."""
+    rows, columns = update.shape
     assert matrix.is_contiguous()
-    assert output.is_contiguous()
+    assert table.is_contiguous()
+    assert update.is_contiguous()
+    assert residual.is_contiguous()
+    assert angles.is_contiguous()
     options = {"launch_pdl": True} if pdl else {}
-    _embed[(rows,)](
-        token_ids, matrix, output, N=columns, NP=triton.next_power_of_2(columns), PDL=pdl, num_warps=4, **options
-    )
+    _begin[(rows,)](
+        token_ids, positions, matrix, table, update, residual, angles, N=columns, NP=triton.next_power_of_2(columns),
+        D=table.shape[1] * table.shape[2], PDL=pdl, num_warps=4, **options,
+    )  # fmt: skip

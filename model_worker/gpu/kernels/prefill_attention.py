@@ -2,6 +2,8 @@
 
 A tile is BLOCK_M / G new tokens of a row times the G query heads of one KV head: keys and values are read once for the
 whole group. First the blocks of keys that every token of the tile sees, without a mask, then the ones on the diagonal.
+Of a cache in 8 bits only what lies before the chunk is read: the chunk's own keys and values, as they are cached but in
+16 bits, are still where `rope_store` left them.
 Tiles are listed by the host, a row's longest first where they are many (see `plan_tiles`).
 """
 
@@ -20,6 +22,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import LOG2_E, WEIG
 
 IntArray = npt.NDArray[np.int32]
 FEW_TOKENS = 512  # of a launch, up to which large tiles would leave multiprocessors without one
+SOME_TOKENS = 1280  # up to which there is a large tile for each, and no second one to wait beside
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,16 @@ class PrefillTiles:
 
 
 def choose_prefill_tiles(tokens: int, group: int, dtype: torch.dtype) -> PrefillTiles:
-    """For a launch over so many new tokens. Measured on an H100 (docs/measurements.md)."""
+    """For a launch over so many new tokens; dtype: of the cache, int8 for 8 bits. Measured on an H100
+    (docs/measurements.md)."""
     if dtype == torch.float32:
         return PrefillTiles(max(32, triton.next_power_of_2(group)), 32, 4, 2)
     if tokens <= FEW_TOKENS:
         return PrefillTiles(max(64, triton.next_power_of_2(group)), 64, 4, 3)
-    return PrefillTiles(max(128, triton.next_power_of_2(group)), 64, 4, 2)
+    if dtype == torch.int8:
+        return PrefillTiles(max(64, triton.next_power_of_2(group)), 64, 4, 2)
+    rows = max(128, triton.next_power_of_2(group))
+    return PrefillTiles(rows, 128, 8, 2) if tokens <= SOME_TOKENS else PrefillTiles(rows, 64, 4, 2)
 
 
 def fixed_prefill_tiles(group: int, dtype: torch.dtype) -> PrefillTiles:
@@ -66,18 +73,24 @@ def _attend_blocks(
     PAGE: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, IN_CODES: tl.constexpr, INTEGERS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Take keys start .. end into the running softmax; end is their last multiple or, MASKED, what must not be read."""
+    """Take keys start .. end into the running softmax; end is their last multiple or, MASKED, what must not be read.
+
+    PAGE: 0 where keys and values are lines behind each other, without a page table.
+    """
     dims = tl.arange(0, W)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         token = first + tl.arange(0, BLOCK_N)
         here = token < end
-        if PAGE % BLOCK_N == 0:
-            page = tl.load(table + first // PAGE).to(tl.int64)
-            inside = first % PAGE + tl.arange(0, BLOCK_N)
+        if PAGE == 0:
+            place = token.to(tl.int64) * token_stride + head * head_stride
         else:
-            page = tl.load(table + token // PAGE, mask=here, other=0).to(tl.int64)
-            inside = token % PAGE
-        place = page * page_stride + inside * token_stride + head * head_stride
+            if PAGE % BLOCK_N == 0:
+                page = tl.load(table + first // PAGE).to(tl.int64)
+                inside = first % PAGE + tl.arange(0, BLOCK_N)
+            else:
+                page = tl.load(table + token // PAGE, mask=here, other=0).to(tl.int64)
+                inside = token % PAGE
+            place = page * page_stride + inside * token_stride + head * head_stride
         if MASKED:
             key = tl.load(keys + place[None, :] + dims[:, None], mask=here[None, :], other=0)
         else:
@@ -114,8 +127,8 @@ def _attend_blocks(
 
 @triton.jit
 def _prefill_attention(
-    query, keys, values, output, page_table, context_lengths, query_start, tiles, key_scales, value_scales, positions,
-    query_stride, table_stride, page_stride, token_stride, head_stride, scale_stride, scale,
+    query, keys, values, output, page_table, context_lengths, query_start, tiles, key_scales, value_scales, fresh,
+    positions, fresh_stride, query_stride, table_stride, page_stride, token_stride, head_stride, scale_stride, scale,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G: tl.constexpr, KV_HEADS: tl.constexpr,
     D: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
     IN_CODES: tl.constexpr, INTEGERS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, FIXED: tl.constexpr,
@@ -134,46 +147,76 @@ def _prefill_attention(
         gdc_launch_dependents()
         gdc_wait()
     index = tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, W)
+    dim = tl.arange(0, D)
     token = first + index // G
     inside = (token < count) & (index < BLOCK_M // G * G)
     here = inside[:, None]
-    heads = (head * G + index % G)[:, None] * D + dims[None, :] * (D // W)
+    heads = (head * G + index % G)[:, None] * D + dim[None, :]
     line = (row_start + token).to(tl.int64)[:, None]
     q = tl.load(query + line * query_stride + heads, mask=here, other=0.0)
-    q_odd = q
-    if IN_CODES:
-        q = q.to(tl.float16)
-        q_odd = tl.load(query + line * query_stride + heads + 1, mask=here, other=0.0).to(tl.float16)
     maximum = tl.full([BLOCK_M], -float("inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
-    total = tl.zeros([BLOCK_M, W], tl.float32)
-    odd = tl.zeros([BLOCK_M, W], tl.float32)
     table = page_table + row.to(tl.int64) * table_stride
+    none = 0.0
+    total = tl.zeros([BLOCK_M, D], tl.float32)
+    before = cached
     last_seen = cached + token
-    seen_by_all = (cached + first + 1) // BLOCK_N * BLOCK_N
     end = cached + tl.minimum(first + BLOCK_M // G, count)
     if FIXED:  # no row's path depends on the others of its tile
-        seen_by_all = seen_by_all * 0
         last_seen = tl.load(positions + row_start + token, mask=inside, other=0)
         end = tl.minimum(tl.max(tl.where(inside, last_seen, -1), 0) + 1, cached + count)
-    else:
-        maximum, norm, total, odd = _attend_blocks(
-            q, q_odd, maximum, norm, total, odd, 0, seen_by_all, last_seen, table, keys, values, key_scales,
+    if IN_CODES:
+        q_even, q_odd = tl.split(tl.reshape(q.to(tl.float16), [BLOCK_M, W, 2]))
+        even = tl.zeros([BLOCK_M, W], tl.float32)
+        odd = tl.zeros([BLOCK_M, W], tl.float32)
+        if FIXED:
+            maximum, norm, even, odd = _attend_blocks(
+                q_even, q_odd, maximum, norm, even, odd, 0, end, last_seen, table, keys, values, key_scales,
+                value_scales, head, page_stride, token_stride, head_stride, scale_stride, scale,
+                PAGE, BLOCK_N, W, True, STAGES, PRECISION, UNIT, True, INTEGERS, ASM,
+            )  # fmt: skip
+        else:
+            whole = cached // BLOCK_N * BLOCK_N
+            last_cached = tl.zeros([BLOCK_M], tl.int32) + (cached - 1)
+            maximum, norm, even, odd = _attend_blocks(
+                q_even, q_odd, maximum, norm, even, odd, 0, whole, last_cached, table, keys, values, key_scales,
+                value_scales, head, page_stride, token_stride, head_stride, scale_stride, scale,
+                PAGE, BLOCK_N, W, False, STAGES, PRECISION, UNIT, True, INTEGERS, ASM,
+            )  # fmt: skip
+            maximum, norm, even, odd = _attend_blocks(
+                q_even, q_odd, maximum, norm, even, odd, whole, cached, last_cached, table, keys, values, key_scales,
+                value_scales, head, page_stride, token_stride, head_stride, scale_stride, scale,
+                PAGE, BLOCK_N, W, True, STAGES, PRECISION, UNIT, True, INTEGERS, ASM,
+            )  # fmt: skip
+            keys = fresh + row_start.to(tl.int64) * fresh_stride + KV_HEADS * G * D
+            values = keys + KV_HEADS * D
+            token_stride = fresh_stride
+            head_stride = D
+            before = 0
+            last_seen = token
+            end = tl.minimum(first + BLOCK_M // G, count)
+        total = tl.reshape(tl.join(even, odd), [BLOCK_M, D]) * (UNIT / WEIGHT_UNIT)
+    if not FIXED:
+        seen_by_all = (before + first + 1) // BLOCK_N * BLOCK_N
+        maximum, norm, total, none = _attend_blocks(
+            q, q, maximum, norm, total, none, 0, seen_by_all, last_seen, table, keys, values, key_scales,
             value_scales, head, page_stride, token_stride, head_stride, scale_stride, scale,
-            PAGE, BLOCK_N, W, False, STAGES, PRECISION, UNIT, IN_CODES, INTEGERS, ASM,
+            0 if IN_CODES else PAGE, BLOCK_N, D, False, STAGES, PRECISION, UNIT, False, INTEGERS, ASM,
         )  # fmt: skip
-    maximum, norm, total, odd = _attend_blocks(
-        q, q_odd, maximum, norm, total, odd, seen_by_all, end, last_seen, table, keys, values, key_scales, value_scales,
-        head, page_stride, token_stride, head_stride, scale_stride, scale,
-        PAGE, BLOCK_N, W, True, STAGES, PRECISION, UNIT, IN_CODES, INTEGERS, ASM,
-    )  # fmt: skip
+        maximum, norm, total, none = _attend_blocks(
+            q, q, maximum, norm, total, none, seen_by_all, end, last_seen, table, keys, values, key_scales,
+            value_scales, head, page_stride, token_stride, head_stride, scale_stride, scale,
+            0 if IN_CODES else PAGE, BLOCK_N, D, True, STAGES, PRECISION, UNIT, False, INTEGERS, ASM,
+        )  # fmt: skip
+    elif not IN_CODES:
+        maximum, norm, total, none = _attend_blocks(
+            q, q, maximum, norm, total, none, 0, end, last_seen, table, keys, values, key_scales, value_scales,
+            head, page_stride, token_stride, head_stride, scale_stride, scale,
+            PAGE, BLOCK_N, D, True, STAGES, PRECISION, UNIT, False, INTEGERS, ASM,
+        )  # fmt: skip
     if FIXED:
         norm = tl.where(norm == 0.0, 1.0, norm)  # a row without context gets zeros
     place = output + line * (KV_HEADS * G * D) + heads
-    if IN_CODES:
-        norm = norm * (WEIGHT_UNIT / UNIT)
-        tl.store(place + 1, (odd / norm[:, None]).to(output.dtype.element_ty), mask=here)
     tl.store(place, (total / norm[:, None]).to(output.dtype.element_ty), mask=here)
 
 
@@ -188,10 +231,13 @@ def prefill_attention(
     output: Tensor,
     *,
     pdl: bool,
+    fresh: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> None:
     """Fill the lines of `output`, [T, heads x D], that `tiles` lists, for query of the same shape.
 
+    fresh: for a cache in 8 bits, and only there, but not with positions: [T, (heads + 2 x kv heads) x D], `qkv` as
+    `rope_store` kept it.
     positions: [T] int32, where tokens lie, and not at the end of their row's context: then no other token of the launch
     has a part in what one gets. A row of context length 0 gets zeros.
 
@@ -203,10 +249,12 @@ def prefill_attention(
     group = output.shape[1] // (kv_heads * head_dim)
     assert keys.stride() == values.stride()
     assert keys.stride(3) == query.stride(1) == output.stride(1) == page_table.stride(1) == 1
+    assert (cache.in_codes and positions is None) == (fresh is not None)
+    fresh = query if fresh is None else fresh
     options = {"launch_pdl": True} if pdl else {}
     _prefill_attention[(kv_heads, len(tiles))](
         query, keys, values, output, page_table, context_lengths, query_start, tiles, *cache.scale_arguments[:2],
-        query_start if positions is None else positions,
+        fresh, query_start if positions is None else positions, fresh.stride(0),
         query.stride(0), page_table.stride(0), *keys.stride()[:3], cache.scale_arguments[2], head_dim**-0.5 * LOG2_E,
         PAGE=page_size, BLOCK_M=cut.rows, BLOCK_N=cut.keys, G=group, KV_HEADS=kv_heads, D=head_dim, W=elements,
         STAGES=cut.stages, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", UNIT=cache.unit,

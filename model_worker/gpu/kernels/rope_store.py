@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache, encode
+from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache, decode, encode
 
 
 @triton.jit
@@ -31,9 +31,10 @@ def _rope_store(
     qkv, query_norm, key_norm, cosines, sines, slots, query, keys, values, query_eps, key_eps, angle_stride,
     page_stride, token_stride, head_stride, key_scales, value_scales, scale_stride,
     PAGE: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, KV_HEADS: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
-    IN_CODES: tl.constexpr, INTEGERS: tl.constexpr, PDL: tl.constexpr,
+    IN_CODES: tl.constexpr, INTEGERS: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program a token. HP, KP: H and KV_HEADS rounded up to powers of two. IN_CODES: keys and values are codes."""
+    """A program a token. HP, KP: H and KV_HEADS rounded up to powers of two. IN_CODES: keys and values are codes, and
+    what these say goes back to `qkv` if KEEP."""
     token = tl.program_id(0)
     dim = tl.arange(0, D)
     slot = tl.load(slots + token).to(tl.int64)
@@ -62,6 +63,12 @@ def _rope_store(
         scale_place = slot // PAGE * scale_stride + line * PAGE + slot % PAGE
         tl.store(key_scales + scale_place, key_scale, mask=line < KV_HEADS)
         tl.store(value_scales + scale_place, value_scale, mask=line < KV_HEADS)
+        if KEEP:
+            kept = start + H * D + head * D + dim[None, :]
+            tl.debug_barrier()  # other threads have read what lies there
+            tl.store(kept, decode(key_codes, key_scale, INTEGERS).to(qkv.dtype.element_ty), mask=head < KV_HEADS)
+            said = decode(value_codes, value_scale, INTEGERS).to(qkv.dtype.element_ty)
+            tl.store(kept + KV_HEADS * D, said, mask=head < KV_HEADS)
     else:
         tl.store(keys + place, key.to(keys.dtype.element_ty), mask=head < KV_HEADS)
         tl.store(values + place, value, mask=head < KV_HEADS)
@@ -79,9 +86,11 @@ def rope_store(
     query: Tensor,
     *,
     pdl: bool,
+    keep: bool = False,
 ) -> None:
     """Fill query, [T, heads x D], and the slots' places in the cache.
 
+    keep: for a cache in 8 bits: keys and values in `qkv` become what is cached of them, for `prefill_attention`.
     qkv: [T, (heads + 2 x kv heads) x D]. query_norm, key_norm: [D] weights; eps: of both. cos, sin: [T, D / 2].
     slots: [T] int64, page x page size + place.
     """
@@ -100,6 +109,6 @@ def rope_store(
         qkv, query_norm, key_norm, cos, sin, slots, query, keys, values, *eps, cos.stride(0),
         *keys.stride()[:3], *cache.scale_arguments,
         PAGE=page_size, H=heads, HP=triton.next_power_of_2(heads), KV_HEADS=kv_heads,
-        KP=triton.next_power_of_2(kv_heads), D=head_dim, IN_CODES=cache.in_codes, INTEGERS=cache.integers, PDL=pdl,
-        num_warps=8 if heads * head_dim > 1024 else 4, **options,
+        KP=triton.next_power_of_2(kv_heads), D=head_dim, IN_CODES=cache.in_codes, INTEGERS=cache.integers, KEEP=keep,
+        PDL=pdl, num_warps=8 if heads * head_dim > 1024 else 4, **options,
     )  # fmt: skip

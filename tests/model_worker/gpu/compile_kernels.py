@@ -24,7 +24,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (
     choose_tiles,
     decode_attention,
 )
-from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm, embed, silu_multiply
+from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm, begin, silu_multiply
 from vibe_sgl_lite.model_worker.gpu.kernels.expand_rows import expand_rows
 from vibe_sgl_lite.model_worker.gpu.kernels.experts import choose_expert_tiles, route, run_experts
 from vibe_sgl_lite.model_worker.gpu.kernels.fp8_product import encode_groups
@@ -32,6 +32,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
 from vibe_sgl_lite.model_worker.gpu.kernels.grouped_product import GroupedCodes, grouped_product, plain_matrix
 from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import (
     FEW_TOKENS,
+    SOME_TOKENS,
     choose_prefill_tiles,
     prefill_attention,
 )
@@ -108,10 +109,12 @@ def main() -> None:
                 decode_attention(
                     query, cache, table, ints, order, scratch, output, tiles=wide, pdl=True, positions=ints
                 )  # fmt: skip
-        for tokens in (1, FEW_TOKENS + 1):
+        for tokens in (1, FEW_TOKENS + 1, SOME_TOKENS + 1):
             cut = choose_prefill_tiles(tokens, GROUP, dtype)
-            prefill_attention(query, cache, table, ints, ints, zeros(2, 2, dtype=torch.int32), cut, output, pdl=True)
-        rope_store(qkv, norm, norm, (1e-6, 1e-6), angles, angles, longs, cache, query, pdl=True)
+            tile, fresh = zeros(2, 2, dtype=torch.int32), qkv if cache.in_codes else None
+            prefill_attention(query, cache, table, ints, ints, tile, cut, output, pdl=True, fresh=fresh)
+        for keep in (False, True):
+            rope_store(qkv, norm, norm, (1e-6, 1e-6), angles, angles, longs, cache, query, pdl=True, keep=keep)
         if not cache.in_codes:
             chain_attention(
                 qkv, norm, norm, (1e-6, 1e-6), angles, angles, longs, cache.keys, cache.values, table, ints, scratch,
@@ -122,7 +125,16 @@ def main() -> None:
     gemv(zeros(2, INNER), zeros(HIDDEN, INNER), stream, pdl=True, block=8, warps=4, addend=stream)
     add_rms_norm(stream, stream, gain, 1e-6, stream, pdl=True)
     silu_multiply(zeros(2, 2 * INNER), zeros(2, INNER), pdl=True)
-    embed(ints[:2], zeros(16, HIDDEN), stream, pdl=True)
+    begin(
+        ints[:2],
+        ints[:2],
+        zeros(16, HIDDEN),
+        zeros(9, 2, DIM // 2),
+        stream,
+        zeros(2, HIDDEN),
+        zeros(2, 2, DIM // 2),
+        pdl=True,
+    )
     regions = longs[:2], longs[:2], Layout(1 << 16, 0, 2), 1
     small = longs[:2], longs[:2], Layout(1 << 16, 1 << 16, 2), 1
     all_reduce(stream, *regions, pdl=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache
@@ -72,6 +73,24 @@ class Case:
             parts.append(kept.copy_(scales.transpose(1, 2)))
         cache = LayerCache.of_codes(parts[0], parts[2], parts[1], parts[3], integers=dtype == torch.int8)
         return replace(self, keys=said[0], values=said[1], cache=cache)
+
+    def fresh(self, starts: NDArray[np.int32], heads: int, dtype: torch.dtype) -> Tensor:
+        """What `rope_store` leaves of the last tokens of each row, which the cache then has no more."""
+        assert self.cache.key_scales is not None
+        assert self.cache.value_scales is not None
+        page, kv_heads, dim = self.keys.shape[1:]
+        lines = torch.full(
+            (int(starts[-1]), heads + 2 * kv_heads, dim), float("nan"), dtype=dtype, device=self.keys.device
+        )
+        for row, context in enumerate(self.lengths.tolist()):
+            count = int(starts[row + 1] - starts[row])
+            for new in range(count):
+                position = context - count + new
+                at, inside = self.table[row, position // page].long(), position % page
+                lines[starts[row] + new, heads : heads + kv_heads] = self.keys[at, inside]
+                lines[starts[row] + new, heads + kv_heads :] = self.values[at, inside]
+                self.cache.key_scales[at, :, inside] = self.cache.value_scales[at, :, inside] = float("nan")
+        return lines.flatten(1)
 
     def expected(self, query: Tensor, row: int, context: int) -> Tensor:
         """query [n, heads, dim], the last n of `context` tokens -> [n, heads x dim]."""
@@ -308,6 +327,7 @@ def test_scratch_has_room_for_every_launch(kv_heads: int, device: torch.device) 
         (6, 2, 1, 32, torch.float32, PrefillTiles(16, 16, 4, 2)),
         (64, 1, 2, 64, torch.int8, PrefillTiles(64, 32, 4, 2)),
         (16, 1, 1, 32, FP8, PrefillTiles(32, 16, 4, 2)),
+        (24, 2, 3, 64, FP8, PrefillTiles(64, 16, 4, 2)),
     ],
 )
 def test_prefill_equals_torch(
@@ -324,8 +344,10 @@ def test_prefill_equals_torch(
     planned = plan_tiles(starts, rows, cut.rows // group)
     tiles = torch.from_numpy(np.concatenate((planned, np.full((2, 2), NO_ROW, dtype=np.int32)))).to(device)
     start = torch.from_numpy(starts).to(device)
-    flat = query.flatten(1)
-    prefill_attention(flat, case.cache, case.table, case.lengths, start, tiles, cut, output, pdl=False)
+    flat, fresh = query.flatten(1), None
+    if case.cache.in_codes:
+        fresh = case.fresh(starts, kv_heads * group, dtype)
+    prefill_attention(flat, case.cache, case.table, case.lengths, start, tiles, cut, output, pdl=False, fresh=fresh)
     for row, context in enumerate(contexts):
         lines = slice(starts[row], starts[row + 1])
         if row == 2:

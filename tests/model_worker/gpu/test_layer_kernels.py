@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache
-from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm, embed, silu_multiply
+from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm, begin, silu_multiply
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
 from vibe_sgl_lite.model_worker.gpu.kernels.product import (
     ProductScratch,
@@ -51,12 +51,16 @@ def test_silu_multiply(dtype: torch.dtype, width: int, device: torch.device) -> 
     close(output, F.silu(gate_up[:, :width].float()) * gate_up[:, width:].float())
 
 
-def test_embed(device: torch.device) -> None:
-    matrix = torch.randn((11, 24), device=device)
+def test_begin(device: torch.device) -> None:
+    matrix, table = torch.randn((11, 24), device=device), torch.randn((7, 2, 8), device=device)
     ids = torch.tensor([3, 0, 10, 3], dtype=torch.int32, device=device)
-    output = torch.empty((4, 24), device=device)
-    embed(ids, matrix, output, pdl=False)
-    assert torch.equal(output, matrix[ids.long()])
+    positions = torch.tensor([6, 1, 0, 5], dtype=torch.int32, device=device)
+    update, residual = torch.full((2, 4, 24), float("nan"), device=device)
+    angles = torch.full((4, 2, 8), float("nan"), device=device)
+    begin(ids, positions, matrix, table, update, residual, angles, pdl=False)
+    assert torch.equal(update, matrix[ids.long()])
+    assert not residual.any()
+    assert torch.equal(angles, table[positions.long()])
 
 
 @pytest.mark.parametrize(
@@ -96,12 +100,18 @@ def test_rope_store(heads: int, kv_heads: int, dim: int, page: int, dtype: torch
     qkv[3, heads * dim + 1] = float("nan")  # of the first key
     integers = dtype == torch.float16
     cache = LayerCache.of_codes(codes[0], codes[1], scales[0], scales[1], integers=integers)
-    rope_store(qkv, norms[0], norms[1], (1e-6, 1e-6), angles.cos, angles.sin, slots, cache, query, pdl=False)
+    before = qkv.clone()
+    rope_store(qkv, norms[0], norms[1], (1e-6, 1e-6), angles.cos, angles.sin, slots, cache, query, pdl=False, keep=True)
     place = scales.transpose(2, 3)[:, slots // page, slots % page]
     bad = place.isnan()
     assert bad.nonzero().tolist() == [[0, 3, 0]]
     written = codes[:, slots // page, slots % page]
     written = written.float() if integers else written.view(FP8).float()
+    kept, said = qkv.view(tokens, -1, dim), (written * place[..., None]).to(dtype)
+    assert torch.equal(kept[:, :heads].nan_to_num(7.0), before.view(tokens, -1, dim)[:, :heads].nan_to_num(7.0))
+    assert torch.equal(kept[:, heads : heads + kv_heads].nan_to_num(7.0), said[0].nan_to_num(7.0))
+    assert torch.equal(kept[:, heads + kv_heads :], said[1])
+    packed = before.view(tokens, -1, dim)
     largest, step = (127, 1.0) if integers else (448, 2**-8)
     meant = torch.stack((turned[1], packed[:, heads + kv_heads :])).float()[~bad]
     torch.testing.assert_close(place[~bad] * largest, meant.abs().amax(-1), atol=2e-3, rtol=2e-3)
