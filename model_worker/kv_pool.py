@@ -114,7 +114,8 @@ class KVPool:
     @property
     def format(self) -> str:
         """Of a page's bytes, in words."""
-        return f"{self.data.dtype} {tuple(self.data.shape[1:])}"
+        order = " by heads" if self.int8 and self._by_layer else ""
+        return f"{self.data.dtype} {tuple(self.data.shape[1:])}{order}"
 
     def copy_of(self, pages: Sequence[int]) -> Tensor:
         """uint8 [page, bytes], on the pool's device: what these pages hold when all that is enqueued has run."""

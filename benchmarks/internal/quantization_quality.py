@@ -2,6 +2,7 @@
 
     python benchmarks/internal/quantization_quality.py --model-path ../shared/models/qwen3-0.6b --load-format dummy
     python benchmarks/internal/quantization_quality.py --texts my_texts.txt
+    python benchmarks/internal/quantization_quality.py --device cuda --reference fp32
 
 Every prompt runs through the model in chunks of 64 tokens, once a variant, and all its tokens' logits are compared with
 those of bf16. `fp32` shows what bf16's own rounding does. With `--device cuda` the variants are those of a GPU. A file
@@ -16,6 +17,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/quantization_quality.py` finds the packages
@@ -99,6 +101,20 @@ class Variant:
         return torch.cat(parts)
 
 
+class Transformers:
+    """Its model in bf16, as a variant."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        self._model, self._device = model.to(device).eval(), device
+
+    def log_probabilities(self, ids: list[int]) -> Tensor:
+        logits: Tensor = self._model(torch.tensor([ids], device=self._device)).logits[0]
+        return logits.float().log_softmax(-1)
+
+
 def read_prompts(options: argparse.Namespace, vocab_size: int) -> list[list[int]]:
     if options.texts is None:
         rng = np.random.default_rng(0)
@@ -115,6 +131,7 @@ def main() -> None:
     parser.add_argument("--model-path", default=str(ROOT / "vibe_sgl_lite" / "models" / "tiny"))
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--reference", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--texts", default=None, help="file of texts, one a line (random ids)")
     parser.add_argument("--prompts", type=int, default=4, help="random prompts (4)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of each (256)")
@@ -126,9 +143,14 @@ def main() -> None:
     result: dict[str, dict[str, float]] = {}
     print(f"{sum(map(len, prompts))} tokens\n{'':>16}{'KL':>12}{'same best token':>18}")
     with torch.inference_mode():
-        for name in OF_DEVICE[options.device]:
-            device = torch.device(options.device, 0)
-            variant = Variant(folder, options.load_format, name, longest, device)
+        names = [options.reference, *(n for n in OF_DEVICE[options.device] if n != options.reference)]
+        device = torch.device(options.device, 0)
+        for name in names + ["transformers"] * (options.load_format == "auto"):
+            variant: Variant | Transformers
+            if name == "transformers":
+                variant = Transformers(folder, device)
+            else:
+                variant = Variant(folder, options.load_format, name, longest, device)
             actual = [variant.log_probabilities(ids) for ids in prompts]
             if not expected:
                 expected = actual
