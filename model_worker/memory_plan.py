@@ -37,16 +37,19 @@ def plan_memory(
     weight_bytes: int,
     ranks_on_machine: int,
     int8: bool = False,
+    draft: ModelConfig | None = None,
 ) -> MemoryPlan:
     """The cache's size; all ranks call it together, after their weights are loaded. The smallest rank decides.
 
     With `max_total_tokens`, the pages for that many tokens. Else weights and cache together take `memory_fraction` of
     what is free without them; on CPU the ranks of a machine share that memory, less HEADROOM_BYTES, and the cache takes
-    at most CPU_LIMIT_BYTES of it in all. weight_bytes: what this rank's weights already take.
+    at most CPU_LIMIT_BYTES of it in all. weight_bytes: what this rank's weights already take. draft: a second model,
+    whose cache has as many pages.
 
     Raises ConfigError, on all ranks, when not even one page fits, or `max_total_tokens` do not.
     """
-    page_bytes = page_size * bytes_per_token(config, world.size, dtype, int8=int8)
+    models = (config,) if draft is None else (config, draft)
+    page_bytes = page_size * sum(bytes_per_token(model, world.size, dtype, int8=int8) for model in models)
     limit = free_memory(device)
     sharing = ranks_on_machine if device.type == "cpu" else 1  # a GPU belongs to one rank
     in_all = int(limit.value) // sharing  # what tokens that are asked for may take: who asks knows

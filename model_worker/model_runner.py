@@ -22,6 +22,7 @@ from torch import Tensor
 from vibe_sgl_lite.model_worker.batch import Drafter, SlotStates, unpack
 from vibe_sgl_lite.model_worker.compute import Compute
 from vibe_sgl_lite.model_worker.device_batch import Result
+from vibe_sgl_lite.model_worker.draft_model import DraftModel
 from vibe_sgl_lite.model_worker.drafting import draft_buckets
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.pending_step import PendingStep
@@ -101,6 +102,8 @@ class ModelRunner:
         self.sampler = Sampler(
             model.config.vocab_size, model.parallel.tp, self.slots.tokens, argmax, self.device, compute.fused_draw
         )
+        if isinstance(drafter, DraftModel):
+            drafter.bind(self.slots, self.sampler.draw_greedily)
         library = None
         if tokenizer_file is not None:
             library = GrammarLibrary(tokenizer_file, model.config.vocab_size, model.config.eos_token_ids)

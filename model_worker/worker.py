@@ -17,8 +17,10 @@ import msgspec
 import torch
 import zmq
 
+from vibe_sgl_lite.model_worker.batch import Drafter
 from vibe_sgl_lite.model_worker.compute import Compute, GpuSetup, choose_compute
 from vibe_sgl_lite.model_worker.cpu.shared_memory import share_memory
+from vibe_sgl_lite.model_worker.draft_model import DraftModel
 from vibe_sgl_lite.model_worker.host_pages import HostPages, host_slots
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
@@ -33,6 +35,7 @@ from vibe_sgl_lite.model_worker.rank_digest import RankDigest
 from vibe_sgl_lite.model_worker.relay import BatchRelay
 from vibe_sgl_lite.model_worker.resident import Resident, fill
 from vibe_sgl_lite.model_worker.step_timer import StepTimer, time_collectives
+from vibe_sgl_lite.model_worker.weights import load_dummy_weights, load_weights
 from vibe_sgl_lite.qwen3.checkpoint import weight_bytes
 from vibe_sgl_lite.qwen3.layers.moe import DispatchKind
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
@@ -58,10 +61,13 @@ from vibe_sgl_lite.runtime.messages import (
     Weights,
 )
 from vibe_sgl_lite.runtime.settings.address import split_host_port
+from vibe_sgl_lite.runtime.settings.checkpoint import settle
 from vibe_sgl_lite.runtime.settings.machine import usable_cores
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig, check_parallel_degrees
 from vibe_sgl_lite.runtime.settings.server_args import flag_name
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 
+DRAFT_PATH = "draft_model_path"
 MOST_TILE = 64  # rows of queries that attention takes together
 MAX_IN_FLIGHT = 3  # steps: one runs while the next ones wait on the device; the scheduler sends no more
 SHUTDOWN_GRACE_S = 1.0  # for the scheduler's StopRank, which ends all ranks at the same step
@@ -69,7 +75,7 @@ SHUTDOWN_GRACE_S = 1.0  # for the scheduler's StopRank, which ends all ranks at 
 NODES_OWN = {
     "model_path", "tokenizer_path", "name", "address", "node_rank", "dist_init_addr", "num_threads", "device", "dtype",
     "context_length", "log_level", "trace", "profile", "restart", "max_restarts", "rejoin_timeout", "server_key",
-    "client_keys",
+    "client_keys", "draft_model_path",
 }  # fmt: skip
 DISPATCH: Mapping[str, DispatchKind] = {"all-reduce": "all_reduce", "all-to-all": "all_to_all"}
 
@@ -215,6 +221,7 @@ def build_runner(
         choose_formats(model, args.quantization, compute.kernels, fixed_order=args.deterministic)
         progress = _Progress(heartbeat, visible=parallel.rank == 0 and sys.stderr.isatty())
         fill(model, spec.weights, args.seed, progress)
+    draft = None if args.draft_model_path is None else _load_draft(spec, model.parallel, device, compute, heartbeat)
     eight_bits = args.kv_cache_dtype != "auto"
     plan = plan_memory(
         spec.model,
@@ -224,9 +231,10 @@ def build_runner(
         device=device,
         memory_fraction=args.mem_fraction_static,
         max_total_tokens=args.max_total_tokens,
-        weight_bytes=weight_bytes(model),
+        weight_bytes=weight_bytes(model) + (0 if draft is None else weight_bytes(draft)),
         ranks_on_machine=len(args.local_ranks),
         int8=eight_bits,
+        draft=None if draft is None else draft.config,
     )
     pool = KVPool(
         spec.model, parallel.tp.size, plan.num_pages, spec.page_size, dtype, device, int8=eight_bits,
@@ -234,6 +242,16 @@ def build_runner(
     )  # fmt: skip
     loaded = time.monotonic()
     pool.make_ready(len(args.local_ranks), heartbeat)
+    drafter: Drafter | None = None
+    if draft is not None:
+        of_draft = KVPool(
+            draft.config, parallel.tp.size, plan.num_pages, spec.page_size, dtype, device, int8=eight_bits,
+            layout=compute.kv_layout,
+        )  # fmt: skip
+        of_draft.make_ready(len(args.local_ranks), heartbeat)
+        drafter = DraftModel(draft, of_draft, compute, args.draft_tokens)
+    elif args.draft_tokens and compute.draft_kernels is None:
+        drafter = NgramDrafter(args.draft_tokens)
     log.info(
         "weights loaded in %.1f s: %s; %d threads (%s); %s",
         loaded - started,
@@ -251,11 +269,37 @@ def build_runner(
         max_tokens=spec.chunked_prefill_size + args.max_running_requests * (1 + args.draft_tokens),
         tokenizer_file=_tokenizer_file(spec),
         timer=timer,
-        drafter=NgramDrafter(args.draft_tokens) if args.draft_tokens and compute.draft_kernels is None else None,
+        drafter=drafter,
         device_drafts=0 if compute.draft_kernels is None else _device_drafts(spec),
     )
     compute.plan_layers(model, runner.backend)
     return runner
+
+
+def _load_draft(
+    spec: PipelineSpec, parallel: ParallelState, device: torch.device, compute: Compute, heartbeat: Callable[[], None]
+) -> Qwen3:
+    """The model of --draft-model-path, with its weights. Raises ConfigError for one that does not fit."""
+    args = spec.args
+    folder = Path(str(args.draft_model_path))
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--draft-model-path {folder} has no config.json: give a model's folder", field=DRAFT_PATH)
+    config = ModelConfig.from_folder(folder)
+    if args.load_format != "dummy":
+        config = settle(config, folder)
+    check_parallel_degrees(config, args.tp, args.ep)
+    if config.vocab_size != spec.model.vocab_size:
+        vocabularies = f"{config.vocab_size} entries, the model's {spec.model.vocab_size}"
+        text = f"--draft-model-path {folder}: its vocabulary has {vocabularies}: take a Qwen3 with the same one"
+        raise ConfigError(text, field=DRAFT_PATH)
+    model = Qwen3(config, parallel, getattr(torch, spec.dtype), device, compute.operations, DISPATCH[args.moe_dispatch])
+    choose_formats(model, args.quantization, compute.kernels, fixed_order=args.deterministic)
+    progress = _Progress(heartbeat, visible=False)
+    if args.load_format == "dummy":
+        load_dummy_weights(model, args.seed, progress)
+    else:
+        load_weights(model, folder, progress)
+    return model
 
 
 def _check(spec: PipelineSpec, compute: Compute) -> None:
@@ -265,6 +309,8 @@ def _check(spec: PipelineSpec, compute: Compute) -> None:
         raise ConfigError(
             f"--kv-cache-dtype fp8 needs Triton's kernels: this is {compute.name}", field="kv_cache_dtype"
         )
+    if args.draft_model_path is not None and spec.device != "cpu":
+        raise ConfigError("--draft-model-path runs on a CPU: use --speculative-algorithm ngram", field=DRAFT_PATH)
     if args.draft_tokens and spec.device != "cpu" and compute.draft_kernels is None:
         raise ConfigError(
             f"--speculative-algorithm {args.speculative_algorithm} on a GPU needs Triton: this is {compute.name}",

@@ -18,6 +18,7 @@ import torch  # isort: skip
 
 from vibe_sgl_lite.model_worker.batch import Drafter
 from vibe_sgl_lite.model_worker.compute import GpuSetup, choose_compute
+from vibe_sgl_lite.model_worker.draft_model import DraftModel
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
@@ -81,6 +82,7 @@ class InProcess:
             load_weights(self.model, folder)
         self._pool = KVPool(config, 1, pages, page_size, dtype, device, layout=self._compute.kv_layout)
         self._runner: ModelRunner | None = None  # of a GPU, whose graphs are dear
+        self._folder = folder
         self._context, self._tokenizer_file = context, folder / "tokenizer.json"
         self.seconds, self.cpu_seconds, self.steps = 0.0, 0.0, 0
         self.core: Scheduler
@@ -128,6 +130,18 @@ class InProcess:
         if runner is self._runner:
             runner.run(ForwardBatch(0, released=pack_ids(range(self._rows)), row_slots=b"", row_tokens=b""))
         return samples
+
+    def draft_model(self, most: int, *, seed: int | None = None) -> DraftModel:
+        """This model as its own; seed: with random weights of that seed, whose drafts hardly hold."""
+        config, pool, dtype, device = self.model.config, self._pool, self.model.dtype, self.model.device
+        model = Qwen3(config, ParallelState(), dtype, device, self._compute.operations)
+        choose_formats(model, "none", self._compute.kernels)
+        if seed is None:
+            load_weights(model, self._folder)
+        else:
+            load_dummy_weights(model, seed)
+        own = KVPool(config, 1, pool.num_pages, pool.page_size, dtype, device)
+        return DraftModel(model, own, self._compute, most)
 
     def replace_drafts(self, **functions: Callable[..., None]) -> None:
         """Of a GPU's `DraftKernels`; before the first list."""

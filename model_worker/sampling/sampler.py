@@ -171,10 +171,10 @@ class Sampler:
     def _draw(self, logits: Tensor, plan: SamplingPlan, positions: Tensor) -> Tensor:
         """int64 [rows], from the adjusted logits."""
         if plan.all_greedy:
-            return self._draw_greedily(logits)
+            return self.draw_greedily(logits)
         token_ids = torch.empty_like(positions)
         if plan.greedy is not None:
-            token_ids[plan.greedy] = self._draw_greedily(logits[plan.greedy])
+            token_ids[plan.greedy] = self.draw_greedily(logits[plan.greedy])
         keys = row_keys(plan.seeds, positions)
         if plan.unfiltered is not None:
             token_ids[plan.unfiltered] = self._draw_widely(RowSet(logits, plan.unfiltered), plan, keys)
@@ -182,8 +182,8 @@ class Sampler:
             token_ids[plan.filtered.rows] = self._draw_filtered(logits, plan.filtered, plan, keys)
         return token_ids
 
-    def _draw_greedily(self, logits: Tensor) -> Tensor:
-        """int64 [n], of all rows of `logits`."""
+    def draw_greedily(self, logits: Tensor) -> Tensor:
+        """int64 [n], the most likely token of each row of `logits`, [n, vocab / ranks], over all ranks."""
         column = self._argmax(logits)
         if self.group.size == 1:
             return column

@@ -281,13 +281,21 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     )] = False
     speculative_algorithm: Annotated[str, Spec(
         "guess several tokens of a request at once and keep those that come true: `ngram` looks for its last tokens in "
-        "what it has and guesses what followed there, `none` does not. The output is the same",
-        "Faster where the output repeats what was there before: code, quotes, summaries, JSON. How many tokens are "
-        "guessed follows from how many came true, and none are where a step has so many rows that they would cost "
-        "more than they bring. On a GPU requests with a grammar or a thinking budget guess nothing. "
+        "what it has and guesses what followed there, `draft` asks a smaller model, `none` does not. The output is the "
+        "same",
+        "`ngram` is faster where the output repeats what was there before: code, quotes, summaries, JSON. How many "
+        "tokens are guessed follows from how many came true, and none are where a step has so many rows that they "
+        "would cost more than they bring. On a GPU requests with a grammar or a thinking budget guess nothing. "
         "See [scheduling](scheduling.md#speculative-decoding).",
-        group=MEMORY, choices=("none", "ngram"), like=("speculative_config", "speculative_model", "spec_type"),
+        group=MEMORY, choices=("none", "ngram", "draft"), like=("speculative_config", "spec_type"),
     )] = "none"
+    draft_model_path: Annotated[str | None, Spec(
+        "the folder of a model that guesses, a smaller Qwen3 of the same vocabulary; it turns on "
+        "`--speculative-algorithm draft`",
+        "On a CPU. Its weights and its own KV cache take memory beside the large model's.",
+        unset="none", group=MEMORY, path=True, aliases=("speculative_draft_model_path",),
+        like=("speculative_model", "model_draft"),
+    )] = None
     speculative_num_draft_tokens: Annotated[int, Spec(
         "with `--speculative-algorithm`, tokens that are guessed at once, at most",
         unit="tokens", group=MEMORY, low=1, high=64, aliases=("num_speculative_tokens",), like=("draft_max",),

@@ -44,6 +44,12 @@ class ServerArgs(Flags, kw_only=True, frozen=True, forbid_unknown_fields=True):
                 "--deterministic is for at most --tp 2, on a GPU --tp 1, and not for --quantization int4",
                 field="deterministic",
             )
+        if self.speculative_algorithm == ("draft" if self.draft_model_path is None else "ngram"):
+            raise ConfigError(
+                f"--speculative-algorithm {self.speculative_algorithm} and --draft-model-path do not fit: draft needs "
+                "the model, and ngram has none",
+                field="draft_model_path",
+            )
         for name in ("cache_dir", "hicache_size"):
             if getattr(self, name) and self.disable_radix_cache:
                 raise _bad(name, getattr(self, name), "keeps the prefix cache, which --disable-radix-cache turns off")
@@ -59,7 +65,8 @@ class ServerArgs(Flags, kw_only=True, frozen=True, forbid_unknown_fields=True):
     @property
     def draft_tokens(self) -> int:
         """Drafts of a row at most."""
-        return 0 if self.speculative_algorithm == "none" else self.speculative_num_draft_tokens
+        drafts = self.speculative_algorithm != "none" or self.draft_model_path is not None
+        return self.speculative_num_draft_tokens if drafts else 0
 
     @property
     def local_ranks(self) -> range:

@@ -84,6 +84,37 @@ def check(prompt: list[int], p: ResolvedSampling, sample: Sample, model: Any) ->
         assert [entry.logprob for entry in sample.logprobs] == pytest.approx(scores.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("count", "seed", "least"),
+    [
+        (2, None, 0.5),
+        pytest.param(8, None, 0.5, marks=pytest.mark.slow),
+        pytest.param(2, 1, 0.0, marks=pytest.mark.slow),
+    ],
+    ids=["itself", "itself, pressed", "random weights"],
+)
+def test_a_draft_model_changes_no_token(count: int, seed: int | None, least: float) -> None:
+    """The model itself, whose drafts mostly hold, beside chunks, with prefixes from the cache and retractions; and one
+    of random weights."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    asked = prompts(count)
+    sampling = [
+        params(seed=number, end_token_ids=(END,), max_new_tokens=32, **KINDS[number % len(KINDS)])
+        for number in range(count)
+    ]
+    engine = InProcess(FOLDER, pages=60, page_size=4)
+    settings: dict[str, Any] = {"chunked_prefill_size": 64, "conservativeness": 0.1, **CHEAP}
+    settings["max_running_requests"] = count
+    samples = engine.serve(asked, sampling, engine.draft_model(5, seed=seed), **settings)
+    stats = engine.core.stats()
+    assert count < 8 or min(int(stats["num_retractions"]), int(stats["cached_tokens_total"])) > 0
+    drafted, accepted = int(stats["draft_tokens_total"]), int(stats["accepted_tokens_total"])
+    assert drafted > 5
+    assert accepted >= least * drafted
+    for prompt, p, sample in zip(asked, sampling, samples, strict=True):
+        check(prompt, p, sample, model)
+
+
 @pytest.mark.parametrize("pressed", [False, True], ids=["room for all", "retraction"])
 def test_tokens_are_those_of_transformers_and_the_specification(pressed: bool) -> None:
     """All ways to draw in one batch, prompts in chunks beside them; and with too few pages for all."""

@@ -106,6 +106,8 @@ def test_texts_that_travel_in_headers_and_names(field: str, good: list[str], bad
         ({"nnodes": 2, "tp": 3}, "nnodes", "--nnodes 2 does not divide --tp 3, the ranks of all nodes; possible: 1, 3"),
         ({"nnodes": 2, "tp": 2}, "nnodes", "--nnodes 2 needs --dist-init-addr HOST:PORT"),
         ({"node_rank": 1}, "node_rank", "--node-rank 1 must be below --nnodes 1"),
+        ({"draft_model_path": "/x", "speculative_algorithm": "ngram"}, "draft_model_path", "ngram has none"),
+        ({"speculative_algorithm": "draft"}, "draft_model_path", "draft needs the model"),
         ({"deterministic": True, "tp": 4}, "deterministic", "--deterministic is for at most --tp 2"),
         ({"deterministic": True, "device": "cuda", "tp": 2}, "deterministic", "on a GPU --tp 1"),
         ({"deterministic": True, "quantization": "int4"}, "deterministic", "not for --quantization int4"),
