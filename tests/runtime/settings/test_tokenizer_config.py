@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from tests.runtime.settings.files import write_zeros
-from tests.runtime.text.test_chat_tokenizer import split, write
+from tests.runtime.text.harness import split, write
 from vibe_sgl_lite.runtime.errors import TokenizerError
 from vibe_sgl_lite.runtime.launcher.spec import make_spec
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
