@@ -21,7 +21,7 @@ from vibe_sgl_lite.model_worker.model_runner import ModelRunner
 from vibe_sgl_lite.model_worker.pending_step import PendingStep
 from vibe_sgl_lite.model_worker.sampling import constraints as constraints_module
 from vibe_sgl_lite.model_worker.sampling.slot_constraint import SlotConstraint
-from vibe_sgl_lite.model_worker.worker import StepPipeline
+from vibe_sgl_lite.model_worker.step_pipeline import StepPipeline
 from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, QKVLinear, RowParallelLinear
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.messages import FailedRow, ForwardBatch, RowAttributes, StepResult, pack_ids, unpack_ids
