@@ -124,9 +124,15 @@ class Child:
             messages.append(self._decoder.decode(frame))
 
 
+def _lacks_memory(error: Exception) -> bool:
+    """torch, Python's threads and C++ say it in words alone."""
+    words = ("memory", "can't start new thread", "bad_alloc")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def _lacks_resources(error: Exception) -> bool:
-    """Whether the machine would not give what was needed: memory (torch says so in words), disk, processes, files."""
-    if isinstance(error, RuntimeError) and "memory" in str(error):
+    """Whether the machine would not give what was needed: memory, disk, processes, files."""
+    if isinstance(error, RuntimeError) and _lacks_memory(error):
         return True
     return isinstance(error, OSError | MemoryError | ImportError | zmq.ZMQError)
 
@@ -147,7 +153,7 @@ def run_child(name: str, main: Callable[[Child], None]) -> None:
     except Exception as error:
         lacking = not child.is_ready and _lacks_resources(error)  # one line then, no traceback: it is not our mistake
         log.log(logging.DEBUG if lacking else logging.ERROR, "%s failed", name, exc_info=True)
-        limit = f" (memory is limited by {available_memory().source})" if lacking and "memory" in str(error) else ""
+        limit = f" (memory is limited by {available_memory().source})" if lacking and _lacks_memory(error) else ""
         child.failed(f"{type(error).__name__}: {error}{limit}", user=lacking)
         code = 1
     child.control.close()

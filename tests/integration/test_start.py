@@ -129,7 +129,7 @@ def test_what_the_user_can_fix(base: Path, flags: list[str], says: str) -> None:
 def test_too_little_address_space(base: Path, kib: int) -> None:
     under = ("sh", "-c", f'ulimit -v {kib}; exec "$@"', "sh")
     done = Started(env={"XDG_RUNTIME_DIR": str(base), "HOME": "/root"}, under=under)
-    assert done.code == 2
+    assert done.code == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "ulimit -v" in done.stderr or "cannot be loaded" in done.stderr
 

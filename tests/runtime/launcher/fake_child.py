@@ -1,8 +1,8 @@
 """A stand-in for one of the engine's processes: `fake_child SPEC NAME BEHAVIOUR [BEHAVIOUR ...]`.
 
-Behaviours: ready, fail, user_fail, fail_beside (once another does user_fail), exit0, never_ready, deaf (ignores
-Shutdown), mute (no heartbeats), never_drained, slow_drain, grandchild (starts a sleeping process), accuse=NAME, note
-(writes what it was told to a file).
+Behaviours: ready, fail, no_threads, no_memory, user_fail, fail_beside (once another does user_fail), exit0,
+never_ready, deaf (ignores Shutdown), mute (no heartbeats), never_drained, slow_drain, grandchild (starts a sleeping
+process), accuse=NAME, note (writes what it was told to a file).
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ def main(child: Child) -> None:
         raise WeightsError("model.safetensors is cut short:\ndownload it again")
     if "fail" in behaviours or "fail_beside" in behaviours:
         raise RuntimeError("out of luck")
+    if "no_threads" in behaviours:
+        raise RuntimeError("can't start new thread")  # Python's words where the address space is used up
+    if "no_memory" in behaviours:
+        raise MemoryError
     if "exit0" in behaviours:
         return
     if "grandchild" in behaviours:

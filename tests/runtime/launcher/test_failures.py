@@ -25,6 +25,8 @@ from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
     [
         ({"rank": "user_fail"}, "model_worker.0: model.safetensors is cut short: download it again"),
         ({"rank": "fail"}, "model_worker.0: RuntimeError: out of luck"),
+        ({"rank": "no_threads"}, "model_worker.0: RuntimeError: can't start new thread (memory is limited by "),
+        ({"rank": "no_memory"}, "model_worker.0: MemoryError: (memory is limited by "),
         ({"detokenizer": "exit0"}, "detokenizer exited with code 0 while starting"),
         ({"scheduler": "fail_beside", "rank": "user_fail"}, "model_worker.0: model.safetensors"),
     ],
@@ -38,7 +40,7 @@ def test_a_child_that_does_not_come_up(model: Path, run_base: Path, behaviours: 
     assert time.monotonic() - start < 30
     assert str(error.value).startswith(says)
     assert "\n" not in str(error.value)
-    assert error.value.user == ("user_fail" in behaviours.values())
+    assert error.value.user == bool({"user_fail", "no_threads", "no_memory"} & set(behaviours.values()))
     assert processes() == {}
     assert list(run_base.iterdir()) == []
 
