@@ -1,5 +1,8 @@
 """For the whole suite: tests of stand-in processes and daemons must not meet a user's own; and where there is no GPU,
-kernels for one run in Triton's interpreter, which is chosen before anything imports Triton (torch does, at times)."""
+kernels for one run in Triton's interpreter, which is chosen before anything imports Triton (torch does, at times).
+
+Threads of OpenMP sleep while they wait, in the engines of tests too: tests run in a process for each core (Makefile),
+and waiting in a loop, as is usual, takes the core from those that work. Such tests took four times as long."""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import pytest
 
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
 
 
 @pytest.fixture(scope="session", autouse=True)

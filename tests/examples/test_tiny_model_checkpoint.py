@@ -33,7 +33,7 @@ def test_checkpoint_is_small_bf16_and_of_the_documented_shape(kind: str, folder:
 
 
 @KINDS
-@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("thinking", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_checkpoint_answers_what_training_never_saw(kind: str, folder: Path, thinking: bool) -> None:
     prompts = closed_answer_prompts(14, seed=5)
     backend = TransformersBackend(folder, "float32", "cpu", batch_size=14)
