@@ -10,7 +10,6 @@ of its own, so that none is found in L2. Prints a line each.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/gpu_kernels.py` finds the packages
 
+from benchmarks.internal.gpu_timing import seconds  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (  # noqa: E402
     DecodeScratch,
@@ -34,26 +34,6 @@ from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import (  # noqa: 
 )
 
 HEADS, KV_HEADS, DIM, PAGE, LAYERS = 16, 8, 128, 64, 28
-
-
-def seconds(work: Callable[[int], None], layers: int = LAYERS) -> float:
-    """Of one call, replayed in a graph of one a layer; the least of ten."""
-    for layer in range(layers):
-        work(layer)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for layer in range(layers):
-            work(layer)
-    best = float("inf")
-    for _ in range(10):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        best = min(best, begin.elapsed_time(end) / 1e3 / layers)
-    return best
 
 
 def caches(pages: int, layers: int, kind: str) -> list[LayerCache]:
@@ -92,7 +72,8 @@ def decode(rows: int, kind: str) -> None:
     took = seconds(
         lambda layer: decode_attention(
             query, cache[layer], table, on_device, order, scratch, output, tiles=tiles, pdl=True
-        )
+        ),
+        LAYERS,
     )
     read = sum(lengths) * 2 * KV_HEADS * (2 * DIM if kind == "bf16" else DIM + 4)
     print(f"decode {rows} rows {kind}: {took * 1e6:.1f} us, {read / took / 1e9:.0f} GB/s", flush=True)

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from triton.errors import TritonError
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/gpu_products.py` finds the packages
 
-from benchmarks.internal.gpu_kernels import seconds  # noqa: E402
+from benchmarks.internal.gpu_timing import compile_beforehand, seconds  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.fused_layers import TILES  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm, silu_multiply  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.product import (  # noqa: E402
@@ -121,24 +121,17 @@ def microseconds(work: Callable[[int], None]) -> float:
 
 
 def compile_all(rows: list[int], jobs: int) -> None:
-    """Every cut once, in processes of their own, so that the cache of Triton has it."""
-    children = []
-    for job in range(jobs):
-        child = os.fork()
-        if child == 0:
-            work = [(name, count, cut) for name in SHAPES for count in rows for cut in candidates(name, count)]
-            cases: dict[tuple[str, int], Case] = {}
-            for name, count, cut in work[job::jobs]:
-                try:
-                    case = cases.get((name, count)) or cases.setdefault((name, count), Case(name, count, 1))
-                    case.run(cut, 0)
-                except FAILURES as error:  # told again when it is measured
-                    print(f"  {name} {count} {cut}: {error!r:.90}", file=sys.stderr)
-            torch.cuda.synchronize()
-            os._exit(0)
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    made = cache(partial(Case, layers=1))
+
+    def compile_one(name: str, count: int, cut: ProductTiles) -> None:
+        made(name, count).run(cut, 0)
+
+    compile_beforehand(
+        {
+            f"{name} {count} {cut}": partial(compile_one, name, count, cut)
+            for name in SHAPES for count in rows for cut in candidates(name, count)
+        }, jobs,
+    )  # fmt: skip
 
 
 def shown(tiles: ProductTiles) -> str:

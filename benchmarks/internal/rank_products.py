@@ -10,8 +10,6 @@ cut is checked against fp32. Last, whole layers (without attention and sums) by 
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,13 +24,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/rank_products.py` finds the packages
 
 from benchmarks.gpu_offline import measure_card  # noqa: E402
+from benchmarks.internal.gpu_timing import compile_beforehand, seconds  # noqa: E402
 from benchmarks.parallel_gpu import SHAPES  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm, silu_multiply  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.product import ProductScratch  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.rank_product import ProductCut, rank_product  # noqa: E402
 
 NAMES = ("qkv", "output", "gate_up", "down")
-MATRICES, ROUNDS = 4, 9
+MATRICES = 4
 CUTS = {  # by rows: of a block, outputs, inputs a step, warps, stages, matrix first
     16: [
         (16, 64, 128, 4, 6, True), (16, 64, 256, 4, 4, True), (16, 128, 128, 4, 5, True), (16, 128, 64, 4, 6, True),
@@ -106,23 +105,8 @@ class Case:
         return float((self.output.float() - self.expected).norm() / self.expected.norm())
 
 
-def in_graph_us(work: Callable[[int], Any], count: int) -> float:
-    """Median microseconds of one `work` of `count`."""
-    work(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for number in range(count):
-            work(number)
-    times = []
-    for _ in range(ROUNDS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / count)
-    return float(statistics.median(times[1:]))
+def microseconds(work: Callable[[int], Any], count: int) -> float:
+    return 1e6 * seconds(work, count)
 
 
 def behind_norm(case: Case, work: Callable[[int], Any]) -> float:
@@ -130,28 +114,20 @@ def behind_norm(case: Case, work: Callable[[int], Any]) -> float:
         case.norm()
         work(number % MATRICES)
 
-    return in_graph_us(both, 2 * MATRICES)
+    return microseconds(both, 2 * MATRICES)
 
 
 def compile_all(work: list[tuple[str, int, ProductCut]], jobs: int) -> None:
-    """Every kernel once, in processes of their own, so that Triton's cache has it."""
-    distinct = list({(name == "gate_up", replace(cut, splits=1)): name for name, _, cut in work}.items())
-    children = []
-    for job in range(jobs):
-        child = os.fork()
-        if child == 0:
-            for (_, cut), name in distinct[job::jobs]:
-                try:
-                    case = Case(name, cut.rows, cut.outputs, 8 * cut.inputs, 1)
-                    case.ours(cut, 0)
-                    case.norm()
-                except Exception as error:  # noqa: BLE001 - told again when it is measured
-                    print(f"  {name} {cut}: {error!r:.120}", file=sys.stderr)
-            torch.cuda.synchronize()
-            os._exit(0)
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    distinct = {(name == "gate_up", replace(cut, splits=1)): name for name, _, cut in work}
+
+    def compile_one(name: str, cut: ProductCut) -> None:
+        case = Case(name, cut.rows, cut.outputs, 8 * cut.inputs, 1)
+        case.ours(cut, 0)
+        case.norm()
+
+    compile_beforehand(
+        {f"{name} {cut}": partial(compile_one, name, cut) for (_, cut), name in distinct.items()}, jobs
+    )  # fmt: skip
 
 
 def shown(cut: ProductCut) -> str:
@@ -164,7 +140,7 @@ def measure(shape: str, ranks: int, rows: int, read_gb_s: float, best: int) -> N
     for name in NAMES:
         outputs, inputs = sides(name, SHAPES[shape], ranks)
         case = Case(name, rows, outputs, inputs)
-        norm = in_graph_us(lambda _, case=case: case.norm(), 16)  # type: ignore[misc]
+        norm = microseconds(lambda _, case=case: case.norm(), 16)  # type: ignore[misc]
         results, failed = [], 0
         for cut in candidates(name, rows, outputs, inputs):
             try:
@@ -195,7 +171,7 @@ def measure(shape: str, ranks: int, rows: int, read_gb_s: float, best: int) -> N
             else:
                 case.plain(number % MATRICES)
 
-    layers = [in_graph_us(partial(layer, ours=ours), 2 * MATRICES) for ours in (True, False)]
+    layers = [microseconds(partial(layer, ours=ours), 2 * MATRICES) for ours in (True, False)]
     print(f"{shape}/{ranks} {rows} layer: ours {layers[0]:.1f} cuBLAS {layers[1]:.1f}", flush=True)
 
 
