@@ -225,11 +225,6 @@ class DiskTier:
         self._loading.update(keys)
         self._begun.append(self._message(move, load=b"".join(keys), load_pages=pages.tobytes()))
 
-    @property
-    def loading_pages(self) -> list[int]:
-        """Pages that loads hold."""
-        return [page for move in self._moves.values() for page in move.pages]
-
     # --------------------------------------------------------------------------------------------------------- messages
 
     def has_moves(self, now: float) -> bool:

@@ -145,7 +145,8 @@ def test_clients_take_turns_however_much_each_asks_for(locked: Server) -> None:
         modest.close()
         assert not call.done()
         assert locked.post("/abort_request", {"abort_all": True}, headers).status == 200
-        assert {answer["meta_info"]["finish_reason"]["type"] for answer in call.result(60).json} <= {"abort", "length"}
+        ends = {answer["meta_info"]["finish_reason"]["type"] for answer in call.result(60).json}
+        assert "abort" in ends <= {"abort", "length"}  # those that were short had ended
 
 
 def test_beyond_loopback_needs_a_key_or_a_word() -> None:

@@ -3,25 +3,8 @@
 import numpy as np
 import pytest
 
-from vibe_sgl_lite.model_worker.ngram import CANDIDATES, LONGEST_MATCH, NgramDrafter
-
-
-def search(tokens: list[int], most: int) -> list[int]:
-    """By trying every earlier place: the longest agreement, the latest of equals."""
-    end, best, at = len(tokens), 1, None
-    places = [p for p in range(2, end) if tokens[p - 2 : p] == tokens[end - 2 :]]
-    for place in places[::-1][:CANDIDATES]:
-        length = 0
-        while length < min(place, LONGEST_MATCH) and tokens[place - 1 - length] == tokens[end - 1 - length]:
-            length += 1
-        if length > best:
-            best, at = length, place
-    if at is None:
-        return []
-    repeated = list(tokens)
-    while len(repeated) < at + most:
-        repeated.append(repeated[len(repeated) - end + at])
-    return repeated[at : at + most]
+from tests.model_worker.lookup import search
+from vibe_sgl_lite.model_worker.ngram import CANDIDATES, NgramDrafter
 
 
 @pytest.mark.parametrize("vocab", [2, 4, 30])
@@ -33,7 +16,7 @@ def test_it_finds_what_a_search_finds(vocab: int) -> None:
         known = 1
         while known < len(tokens):
             most = int(rng.integers(1, 10))
-            expected = search(tokens[:known].tolist(), most)
+            expected = search(tokens[:known].tolist(), most, CANDIDATES)
             assert list(drafter.propose(slot, tokens[:known], most)) == expected
             found += bool(expected)
             known += int(rng.integers(1, 6))

@@ -19,7 +19,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from vibe_sgl_lite.model_worker.gpu.kernels.product import ProductScratch, prefetch
 
 MANTISSA = {torch.bfloat16: 7, torch.float16: 10}  # bits; of the types that have instructions for two numbers at once
-LINE_WORDS = 64  # of 16 bits, of a line of the second-level cache
 PREFETCH_UNITS = tl.constexpr(8)
 
 

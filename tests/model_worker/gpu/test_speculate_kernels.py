@@ -4,28 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.model_worker.lookup import search
 from vibe_sgl_lite.model_worker.gpu.kernels import speculate
 from vibe_sgl_lite.model_worker.gpu.kernels.expand_rows import expand_rows
 from vibe_sgl_lite.model_worker.gpu.kernels.speculate import accept, expand_drafts, look_up
 
 SLOTS, WIDTH, MOST, PAGE, PADDING_PAGE = 5, 90, 5, 4, 77
-
-
-def search(tokens: list[int], most: int) -> list[int]:
-    """By trying every earlier place: the longest agreement of two to sixteen, the latest of equals."""
-    end, best, at = len(tokens), 1, None
-    for place in range(2, end):
-        length = 0
-        while length < min(place, 16) and tokens[place - 1 - length] == tokens[end - 1 - length]:
-            length += 1
-        if length >= max(best, 2):
-            best, at = length, place
-    if at is None:
-        return []
-    repeated = list(tokens)
-    while len(repeated) < at + most:
-        repeated.append(repeated[len(repeated) - end + at])
-    return repeated[at : at + most]
 
 
 def longs(*values: int) -> torch.Tensor:
