@@ -30,7 +30,8 @@ from hypothesis.stateful import (
 )
 
 from tests.scheduler.fake_folder import FakeFolder
-from tests.scheduler.harness import VOCAB, Harness, config, reference, request
+from tests.scheduler.fake_rank import VOCAB, reference
+from tests.scheduler.harness import Harness, config, request
 from vibe_sgl_lite.runtime.messages import AddRequest, StepResult, TokenOutput, pack_ids, unpack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import Pooling
 from vibe_sgl_lite.scheduler.batch import BatchBuilder

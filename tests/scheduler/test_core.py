@@ -7,7 +7,8 @@ import random
 import msgspec
 import pytest
 
-from tests.scheduler.harness import VOCAB, Harness, check_pages, config, random_prompt, reference, request
+from tests.scheduler.fake_rank import VOCAB, reference
+from tests.scheduler.harness import Harness, check_pages, config, random_prompt, request
 from vibe_sgl_lite.runtime.messages import RowAttributes, pack_ids, unpack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import Pooling
 

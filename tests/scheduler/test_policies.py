@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from tests.scheduler.harness import VOCAB, Harness, config, request
+from tests.scheduler.fake_rank import VOCAB
+from tests.scheduler.harness import Harness, config, request
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.scheduler.policies import POLICIES, make_policy
 

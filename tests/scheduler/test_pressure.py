@@ -7,7 +7,8 @@ import random
 import msgspec
 import pytest
 
-from tests.scheduler.harness import VOCAB, Harness, config, request
+from tests.scheduler.fake_rank import VOCAB
+from tests.scheduler.harness import Harness, config, request
 from vibe_sgl_lite.scheduler.admission import DECAY_STEPS, NewTokenRatio
 from vibe_sgl_lite.scheduler.request import Request
 from vibe_sgl_lite.scheduler.state import MAX_RETRACTIONS

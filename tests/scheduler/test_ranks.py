@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from tests.scheduler.harness import Harness, check_pages, config, reference, request, sampling
+from tests.scheduler.fake_rank import reference
+from tests.scheduler.harness import Harness, check_pages, config, request, sampling
 from vibe_sgl_lite.runtime.messages import RowLogprobs, StepResult, TokenLogprob, pack_ids, unpack_ids
 from vibe_sgl_lite.scheduler.core import Scheduler
 

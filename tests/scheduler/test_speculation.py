@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from tests.scheduler.fake_rank import reference as reference_tokens
 from tests.scheduler.harness import Harness, config, request, sampling
-from tests.scheduler.harness import reference as reference_tokens
 from vibe_sgl_lite.runtime.messages import StepResult, pack_ids, unpack_ids
 from vibe_sgl_lite.scheduler.core import Scheduler
 from vibe_sgl_lite.scheduler.cost import CostModel, Work, decode_work

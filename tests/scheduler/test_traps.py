@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.scheduler.harness import Harness, config, reference, request, sampling
+from tests.scheduler.fake_rank import reference
+from tests.scheduler.harness import Harness, config, request, sampling
 from vibe_sgl_lite.runtime.messages import RowLogprobs, StepResult, TokenLogprob, pack_ids, unpack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 from vibe_sgl_lite.scheduler.core import Scheduler

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.scheduler.harness import VOCAB, Harness, config, random_prompt, request
+from tests.scheduler.fake_rank import VOCAB
+from tests.scheduler.harness import Harness, config, random_prompt, request
 from vibe_sgl_lite.runtime.chrome_trace import WORKERS
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.messages import StepResult, StepTimes, pack_ids
