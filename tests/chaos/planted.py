@@ -3,7 +3,7 @@
     python -m tests.chaos.planted [NAME ...]
 
 A copy without a mistake must pass, so that what is found is the mistake. More are planted into the scheduler's core,
-in tests/property/test_scheduler_machine.py.
+in tests/property/test_planted_bugs.py.
 """
 
 from __future__ import annotations
