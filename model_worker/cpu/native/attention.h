@@ -6,6 +6,7 @@
 #include "chunk.h"
 #include "decode.h"
 #include "decode_amx.h"
+#include "decode_avx2.h"
 
 namespace vsl {
 
@@ -141,20 +142,28 @@ class PagedAttention {
     void attend([[maybe_unused]] int index, const DecodeItem& item, const Partial& out,
                 [[maybe_unused]] Scratch& scratch) {
         const T* const query = args_.query + item.token * args_.query_stride;
+        // Workers go through the items in their order: the next one's first block follows.
+        [[maybe_unused]] const DecodeItem& next = decodes_[std::min<size_t>(index + 1, decodes_.size() - 1)];
+        [[maybe_unused]] const int next_tokens = (int)std::min<int64_t>(kBlockTokens, next.end - next.begin);
 #if defined(VSL_AMX)
         if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Stored, bf16>) {
             if (amx_decode_) {
-                // Workers go through the items in their order: the next one's first block follows.
-                int64_t follow = 0;
-                int tokens = 0;
-                if (index + 1 < (int)decodes_.size()) {
-                    const DecodeItem& next = decodes_[index + 1];
-                    follow = locate(cache(next.row).pages, args_.layout, next.begin);
-                    tokens = (int)std::min<int64_t>(kBlockTokens, next.end - next.begin);
-                }
+                const int64_t follow = locate(cache(next.row).pages, args_.layout, next.begin);
+                const int tokens = &next == &item ? 0 : next_tokens;
                 uint32_t* const queries = (uint32_t*)scratch.reserve((args_.heads + 15) / 16 * 32 * args_.head_dim);
                 return attend_range_amx(query, cache(item.row), item.begin, item.end, args_.heads, args_.kv_heads,
                                         args_.head_dim, scale_, out, queries, follow, tokens);
+            }
+        }
+#elif defined(VSL_AVX2)
+        if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Stored, bf16>) {
+            if (fits_streams(args_.heads, args_.kv_heads, args_.head_dim)) {
+                int64_t follow[kBlockTokens];
+                locate(cache(next.row).pages, args_.layout, next.begin, next_tokens, follow);
+                const size_t bytes = RangeMemory::bytes(args_.heads, args_.head_dim);
+                return attend_range_avx2(query, cache(item.row), item.begin, item.end, args_.heads, args_.kv_heads,
+                                         args_.head_dim, scale_, out,
+                                         RangeMemory(scratch.reserve(bytes), args_.heads, args_.head_dim), follow);
             }
         }
 #endif

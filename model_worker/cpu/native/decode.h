@@ -137,58 +137,7 @@ inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* of
         }
     }
 }
-#elif defined(VSL_AVX2)
-// A vector of pairs is two of floats with an operation each, where 8 values that are widened to 32 bits take two each. So
-// values are worked on in another order: of 16, the even ones come first.
-inline vf half_of_pairs(int half, vu pairs) { return (vf)(half == 0 ? pairs << 16 : pairs & 0xffff0000u); }
-
-inline vu load_pairs(const bf16* p, bool whole) {
-    return whole ? (vu)_mm256_loadu_si256((const __m256i*)p) : (vu)_mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)p));
-}
-
-template <int G>
-inline void multiply_keys(const bf16* query, const bf16* keys, const int64_t* offsets, const int64_t* ahead,
-                          int head_dim, vf* sums) {
-    constexpr int kTokens = kSums / G;
-    for (int d = 0; d < head_dim; d += 2 * kLanes) {
-        const bool whole = head_dim - d >= 2 * kLanes;
-        for (int half = 0; half < 2; half++) {
-            vf q[G];
-            for (int g = 0; g < G; g++) q[g] = half_of_pairs(half, load_pairs(query + g * head_dim + d, whole));
-            for (int i = 0; i < kTokens; i++) {
-                if (half == 0 && d % 32 == 0) prefetch(keys + ahead[i], d, 32);
-                const vf k = half_of_pairs(half, load_pairs(keys + offsets[i] + d, whole));
-                for (int g = 0; g < G; g++) sums[g * kTokens + i] += q[g] * k;
-            }
-        }
-    }
-}
 #endif
-
-template <class Stored, int kVectors>
-inline void load_values(const Stored* row, vf* values) {
-#if defined(VSL_AVX2)
-    if constexpr (std::is_same_v<Stored, bf16> && kVectors % 2 == 0) {
-        for (int j = 0; j < kVectors; j++) values[j] = half_of_pairs(j % 2, load_pairs(row + j / 2 * 2 * kLanes, true));
-        return;
-    }
-#endif
-    for (int j = 0; j < kVectors; j++) values[j] = load(row + j * kLanes);
-}
-
-// Sums of values as load_values gives them, four vectors at a time -> in the order in which they lie.
-template <class Stored>
-inline void restore_order([[maybe_unused]] float* sums, [[maybe_unused]] int head_dim) {
-#if defined(VSL_AVX2)
-    if constexpr (std::is_same_v<Stored, bf16>)
-        for (int d = 0; d < head_dim / (4 * kLanes) * (4 * kLanes); d += 2 * kLanes) {
-            const __m256 even = (__m256)load(sums + d), odd = (__m256)load(sums + d + kLanes);
-            const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
-            store(sums + d, (vf)_mm256_permute2f128_ps(low, high, 0x20));
-            store(sums + d + kLanes, (vf)_mm256_permute2f128_ps(low, high, 0x31));
-        }
-#endif
-}
 
 // sums[g, d ..] = sums[g, d ..] * decay[g] + weights[g] . values, for `vectors` vectors of the head dimension.
 template <class Stored, int G, int kVectors>
@@ -201,7 +150,7 @@ inline void add_values(const Stored* values, const int64_t* offsets, const int64
         const Stored* row = values + offsets[i] + d;
         prefetch(values + ahead[i], d, kVectors * kLanes);
         vf v[kVectors];
-        load_values<Stored, kVectors>(row, v);
+        for (int j = 0; j < kVectors; j++) v[j] = load(row + j * kLanes);
         for (int g = 0; g < G; g++)
             for (int j = 0; j < kVectors; j++) total[g][j] += splat(weights[g][i]) * v[j];
     }
@@ -307,7 +256,6 @@ void attend_range(const T* query, const CacheView<Stored>& cache, int64_t begin,
         now = next, next = swap;
         count = next_count;
     }
-    for (int h = 0; h < heads; h++) restore_order<Stored>(out.values + (int64_t)h * head_dim, head_dim);
 }
 
 // Merges the partial results of a query's ranges into its output, [heads, head_dim]. Leaves each range's weight in the

@@ -46,6 +46,13 @@ def test_attention(kernels: CpuKernels, seed: int, int8: bool) -> None:
     attention.test_decode_and_chunk_rows_in_one_call(kernels, seed, int8)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(8, 8), (16, 8), (9, 3), (8, 2), (10, 2), (12, 2), (7, 1), (16, 1), (12, 1)]
+)
+def test_decode_rows(kernels: CpuKernels, heads: int, kv_heads: int) -> None:
+    attention.test_decode_rows(kernels, BF16, heads, kv_heads, 16, False)
+
+
 @attention.INT8
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("head_dim", [8, 40, 128])
