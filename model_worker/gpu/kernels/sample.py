@@ -1,10 +1,9 @@
 """Draws a token a row from its logits: the maximum, or Gumbel-max with the noise of `sampling/noise.py`.
 
-The noise is exact and dear: a 64-bit hash and two logarithms in fp64. So a first pass makes of every score what it is
-at most, which takes one logarithm in fp32, as -log(-log(u)) < -log(1 - u), and nearly equal where it is large; it keeps
-each chunk's highest. A second one makes exact scores, chunk after chunk from the highest of these on, until no other
-can hold a better one: one chunk as a rule. The token is the one that exact scores everywhere would give, the lowest id
-of equals.
+The noise is exact and dear: two logarithms in fp64. So a first pass makes of every score what it is at most, which
+takes one logarithm in fp32, as -log(-log(u)) < -log(1 - u), and nearly equal where it is large; it keeps each chunk's
+highest. A second one makes exact scores, chunk after chunk from the highest of these on, until no other can hold a
+better one: one chunk as a rule. The token is the one that exact scores everywhere would give, the lowest id of equals.
 """
 
 import torch
@@ -26,6 +25,9 @@ LN_2 = tl.constexpr(0.6931471805599453)
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 MULTIPLY_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 MULTIPLY_2 = tl.constexpr(0x94D049BB133111EB)
+TOKEN_MULTIPLY_1 = tl.constexpr(0x21F0AAAD)
+TOKEN_MULTIPLY_2 = tl.constexpr(0x735A2D97)
+TOKEN_MULTIPLY_LOW = tl.constexpr(0x85EBCA6B)
 
 
 @triton.jit
@@ -42,9 +44,20 @@ def _row_key(seed, position):
 
 
 @triton.jit
+def _high_bits(key, token):
+    """The highest 32 of a token's 52 bits, uint32."""
+    x = key.to(tl.uint32) + (token + 1).to(tl.uint32) * ((key >> 32).to(tl.uint32) | 1)
+    x = (x ^ (x >> 16)) * TOKEN_MULTIPLY_1
+    x = (x ^ (x >> 15)) * TOKEN_MULTIPLY_2
+    return x ^ (x >> 15)
+
+
+@triton.jit
 def _uniform_bits(key, token):
     """The n of the uniform variate (n + 0.5) / 2**52, int64."""
-    return (_mix(key + (token + 1).to(tl.uint64) * GOLDEN) >> 12).to(tl.int64)
+    high = _high_bits(key, token)
+    low = (high * TOKEN_MULTIPLY_LOW + key.to(tl.uint32)) >> 12
+    return (high.to(tl.uint64) << 20 | low.to(tl.uint64)).to(tl.int64)
 
 
 @triton.jit
@@ -67,9 +80,9 @@ def _log2(x, ASM: tl.constexpr):
 
 
 @triton.jit
-def _most_gumbel(bits, ASM: tl.constexpr):
+def _most_gumbel(high, ASM: tl.constexpr):
     """fp32: what `_gumbel` is at most, by the 32 highest bits of 1 - u. If these are 0, it is 2**-53 or more."""
-    rest = (0xFFFFFFFFFFFFF - bits >> 20).to(tl.uint32).to(tl.float32)
+    rest = (high ^ 0xFFFFFFFF).to(tl.float32)
     return (32.0 - _log2(tl.maximum(rest, 4.76837158203125e-07), ASM)) * LN_2
 
 
@@ -90,7 +103,7 @@ def _chunk_maxima(
     score = tl.load(logits + row.to(tl.int64) * columns + token, mask=inside, other=-float("inf")).to(tl.float32)
     if inverse != 0.0:
         key = _row_key(tl.load(seeds + slot), tl.load(positions + row))
-        score = score * inverse.to(tl.float32) + _most_gumbel(_uniform_bits(key, first + token), ASM)
+        score = score * inverse.to(tl.float32) + _most_gumbel(_high_bits(key, first + token), ASM)
         score = tl.where(inside, score, -float("inf"))
     tl.store(maxima + row * tl.num_programs(1) + tl.program_id(1), tl.max(score, 0))
 

@@ -15,7 +15,7 @@ from vibe_sgl_lite.qwen3.layers.parallel_state import Group
 from vibe_sgl_lite.runtime.settings.sampling_params import DEFAULTS, ResolvedSampling
 
 Floats = npt.NDArray[np.float64]
-MASK_64 = (1 << 64) - 1
+MASK_32, MASK_64 = (1 << 32) - 1, (1 << 64) - 1
 
 
 def params(**fields: Any) -> ResolvedSampling:
@@ -71,11 +71,19 @@ def splitmix(state: int) -> int:
     return z ^ (z >> 31)
 
 
+def token_bits(key: int, token: int) -> int:
+    """The 52 bits of a token, in unbounded integers."""
+    x = key + (token + 1) * (key >> 32 | 1) & MASK_32
+    x = (x ^ x >> 16) * 0x21F0AAAD & MASK_32
+    x = (x ^ x >> 15) * 0x735A2D97 & MASK_32
+    x ^= x >> 15
+    return x << 20 | (x * 0x85EBCA6B + key & MASK_32) >> 12
+
+
 def noise(seed: int, position: int, vocab_size: int) -> Floats:
     """Gumbel noise of every token."""
-    golden = 0x9E3779B97F4A7C15
-    key = splitmix((splitmix((seed + golden) & MASK_64) + position) & MASK_64)
-    bits = [splitmix((key + (token + 1) * golden) & MASK_64) >> 12 for token in range(vocab_size)]
+    key = splitmix((splitmix((seed + 0x9E3779B97F4A7C15) & MASK_64) + position) & MASK_64)
+    bits = [token_bits(key, token) for token in range(vocab_size)]
     uniform: Floats = (np.array(bits, np.float64) + 0.5) / 2.0**52
     gumbel: Floats = -np.log(-np.log(uniform))
     return gumbel
