@@ -17,7 +17,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
         be shorter than the way of a result to here and of a step to the ranks, who would wait.
     smallest_chunk: tokens of a step's chunks at least, if prompts have them, whatever the cost: reading a long context
         for a few tokens is dear, and where a device is fast, so is a chunk. fresh_chunk: the same of the beginnings of
-        prompts, half as many tokens of each, before which there is little to read.
+        prompts, the first fresh_prompt tokens of each, before which there is little to read.
     step_sizes: numbers of tokens, ascending, that the device fills steps with chunks up to: a chunk that has to be cut
         is cut so that its step has one of them.
     max_step_stretch: while requests decode, a step with chunks takes at most so many times what decoding alone would.
@@ -42,6 +42,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ahead_s: float = 0.0
     smallest_chunk: int = 8
     fresh_chunk: int = 8
+    fresh_prompt: int = 4
     step_sizes: tuple[int, ...] = ()
     max_step_stretch: float = 3.0
     conservativeness: float = 1.0

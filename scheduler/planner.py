@@ -223,7 +223,7 @@ class StepPlanner:
         planned = sum(chunk.count for chunk in self._chunks)
         if self._cost_left < math.inf:
             affordable = self._cost.tokens_within(self._cost_left, start)
-            fresh = min(config.fresh_chunk - planned, config.fresh_chunk // 2 - start)
+            fresh = min(config.fresh_chunk - planned, config.fresh_prompt - start)
             room = min(room, max(affordable, config.smallest_chunk - planned, fresh, 0))
         planned += self._decode_tokens
         size = bisect_right(config.step_sizes, planned + room)

@@ -67,7 +67,8 @@ LULL_MS = 1
 GATHER_S = 0.005
 AHEAD_S = {"cpu": 0.0, "cuda": 0.003}  # a step of one request is 0.7 ms on an H100, the way there and back as long
 SMALLEST_CHUNK = {"cpu": 8, "cuda": 1024}  # tokens
-FRESH_CHUNK = {"cpu": 8, "cuda": 4096}
+FRESH_CHUNK = {"cpu": 8, "cuda": 8192}
+FRESH_PROMPT = {"cpu": 4, "cuda": 2048}
 BASE_TOKENS = {"cpu": 16.0, "cuda": 800.0}  # an empty step costs about as much as so many tokens
 FLUSH_REFUSED = ErrorInfo("flush_refused", "flush_cache is refused while requests run or wait; try again when idle")
 
@@ -88,6 +89,7 @@ def make_config(spec: PipelineSpec, ready: RankReady) -> SchedulerConfig:
         chunked_prefill_size=spec.chunked_prefill_size,
         smallest_chunk=SMALLEST_CHUNK[device],
         fresh_chunk=FRESH_CHUNK[device],
+        fresh_prompt=FRESH_PROMPT[device],
         step_sizes=step_sizes(spec.chunked_prefill_size + graph_rows) if captures else (),
         max_step_stretch=args.max_step_stretch,
         policy=args.schedule_policy,

@@ -132,16 +132,22 @@ def test_chunks_shrink_beside_running_rows_and_with_their_context(stretch: float
 
 
 @pytest.mark.parametrize(
-    ("fresh", "expected"),
-    [(8, [[(2, 100)], [(2, 100)], [(2, 50), (3, 50)]]), (300, [[(2, 150), (3, 150)], [(2, 100)], [(3, 100)]])],
+    ("fresh", "of_each", "expected"),
+    [
+        (8, 4, [[(2, 100)], [(2, 100)], [(2, 50), (3, 50)]]),
+        (300, 150, [[(2, 150), (3, 150)], [(2, 100)], [(3, 100)]]),
+        (400, 250, [[(2, 250), (3, 150)], [(3, 100)], []]),
+    ],
 )
-def test_chunks_have_a_least_size_whatever_they_cost(fresh: int, expected: list[list[tuple[int, int]]]) -> None:
+def test_chunks_have_a_least_size_whatever_they_cost(
+    fresh: int, of_each: int, expected: list[list[tuple[int, int]]]
+) -> None:
     """All of a step's together; beyond that they get what the budget still has, which is nothing. The beginnings of
     prompts may have a larger one."""
     h = Harness(
         config(
             num_pages=2000, page_size=4, chunked_prefill_size=512, smallest_chunk=100, fresh_chunk=fresh,
-            max_step_stretch=1.01,
+            fresh_prompt=of_each, max_step_stretch=1.01,
         )
     )  # fmt: skip
     h.scheduler.cost.observe(decode_work(1, 21), 1.0)
