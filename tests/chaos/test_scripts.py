@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.chaos import aborts, kills, soak
+from tests.chaos import aborts, engine_kills, kills, soak
 from tests.chaos.planted import FAULTS, found
 
 
@@ -21,6 +21,13 @@ def test_a_planted_mistake_is_found(name: str) -> None:
 @pytest.mark.timeout(900)
 def test_kills() -> None:
     kills.run(kills=10, seed=0, streams=8, tokens=100, wait=1.0, flags=())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_engine_kills() -> None:
+    counts = engine_kills.run(kills=3, seed=0, clients=3, wait=0.5, flags=())
+    assert counts["disk_loaded_tokens_total"] > 0
 
 
 @pytest.mark.slow
