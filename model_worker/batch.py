@@ -135,15 +135,23 @@ class SlotStates:
 
     def waits(self, drafter: Drafter | None) -> bool:
         """Whether this step's rows can be prepared only when the steps before it are done and settled."""
-        slots = self._row_slots
-        if self._unsettled and not self._unsettled.keys().isdisjoint(slots.tolist()):
-            return True
-        return drafter is not None and bool((self._row_tokens > (self.num_tokens - self.num_computed)[slots]).any())
+        room = self._row_tokens > (self.num_tokens - self.num_computed)[self._row_slots]
+        return self._any_unsettled or (drafter is not None and bool(room.any()))
+
+    @property
+    def _any_unsettled(self) -> bool:
+        return bool(self._unsettled) and not self._unsettled.keys().isdisjoint(self._row_slots.tolist())
+
+    @property
+    def have_room(self) -> bool:
+        """Some rows of this step have more tokens than one."""
+        return bool((self._row_tokens > 1).any())
 
     def draftable(self) -> IntArray | None:
-        """The slots of this step's rows, if it is one whose drafts the device can make: all decode, some have room."""
+        """The slots of this step's rows, if it is one whose drafts the device can make: all decode, some have room; or
+        have none, but the host does not know how long they are."""
         slots = self._row_slots
-        if self._drafts is None or not (self._row_tokens > 1).any():
+        if self._drafts is None or not (self.have_room or self._any_unsettled):
             return None
         known = (self.num_tokens - self.num_computed)[slots]
         return slots if (known == 1).all() and not self.adapters[slots].any() else None

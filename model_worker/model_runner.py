@@ -231,7 +231,8 @@ class ModelRunner:
         slots = self.slots.draftable()
         if slots is None or self.constraints.of(slots.astype(np.int64)):
             return False, False
-        return True, self.sampler.fused is not None and self.sampler.fused.takes(slots)
+        ahead = self.sampler.fused is not None and self.sampler.fused.takes(slots)
+        return ahead or self.slots.have_room, ahead
 
     def _fuses(self, pending: PendingStep) -> bool:
         """Whether all rows are such that the fused draw takes."""

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import msgspec
 
 from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, pack_ids
-from vibe_sgl_lite.scheduler.cost import Work, chunk_work, decode_work
+from vibe_sgl_lite.scheduler.cost import Work
 from vibe_sgl_lite.scheduler.request import Request
+from vibe_sgl_lite.scheduler.speculation import DraftPlan
 
 
 class PrefillChunk(msgspec.Struct, frozen=True):
@@ -27,9 +28,8 @@ class PrefillChunk(msgspec.Struct, frozen=True):
 class Step(msgspec.Struct):
     """A step in flight. Row order: `decode`, then `chunks`.
 
-    tokens: of each decode row, drafts included; None: one each. starts: how many tokens each of these had computed
-        then, if `tokens` is there and all drafts in flight held. estimate_s: what it should take; 0 when nothing was
-        measured yet.
+    tokens: of each decode row, drafts included; None: one each. drafts: why so many. estimate_s: what it should take;
+        0 when nothing was measured yet.
     """
 
     number: int
@@ -39,24 +39,17 @@ class Step(msgspec.Struct):
     work: Work
     estimate_s: float
     tokens: array[int] | None = None
-    starts: array[int] | None = None
+    drafts: DraftPlan | None = None
 
     @property
     def num_rows(self) -> int:
         return len(self.decode) + len(self.chunks)
 
-    def work_with(self, drafted: Sequence[int]) -> Work:
-        """What the step came to, with so many drafts a row, of the decode rows first, as the ranks had them."""
-        if self.starts is None:
-            return self.work
-        if any(drafted):
-            parts = [chunk_work(start, 1 + count) for start, count in zip(self.starts, drafted, strict=False)]
-            work = Work(*map(sum, zip(*parts, strict=True)))
-        else:
-            work = decode_work(len(self.starts), len(self.starts) + sum(self.starts))
-        for chunk in self.chunks:
-            work += chunk_work(chunk.end - chunk.count, chunk.count)
-        return work
+    def num_tokens(self, drafted: Sequence[int]) -> int:
+        """What it ran, with so many drafts a row as the ranks had them."""
+        if self.tokens is None:
+            return self.work.tokens
+        return len(self.decode) + sum(drafted) + sum(chunk.count for chunk in self.chunks)
 
 
 class BatchBuilder:

@@ -279,11 +279,9 @@ class Scheduler:
             return Outputs()
         step = self.state.in_flight.popleft()
         assert result.step == step.number, f"result of step {result.step}, {step.number} was due"
-        work = step.work_with(unpack_ids(result.drafted))
-        self.cost.observe(work, result.total_s)
-        if step.decode and not step.chunks:
-            self.speculation.observe_step(len(step.decode), result.total_s, drafts=step.tokens is not None)
-        self._step_tokens.observe(work.tokens)
+        if step.drafts is None:
+            self.cost.observe(step.work, result.total_s)
+        self._step_tokens.observe(step.num_tokens(unpack_ids(result.drafted)))
         self._step_s += result.total_s
         return self._results.apply(step, result)
 

@@ -58,9 +58,8 @@ class StepPlanner:
         """The next step, already entered into the state; None when nothing can run before a result comes or at all."""
         state = self._state
         self._retracted = False
-        rooms = self._speculation.rooms(state.decoding.values())
-        tokens = None if rooms is None else self._secure_draft_pages(rooms)
-        starts = None if tokens is None else array("i", [r.num_computed_tokens for r in state.decoding.values()])
+        drafts = None if state.prefilling else self._speculation.plan(state.decoding.values())
+        tokens = None if drafts is None else self._secure_draft_pages(drafts.rooms)
         stalled = self._secure_decode_pages() if tokens is None else set()
         decode, work = self._decode_rows(stalled, tokens)
         self._chunks = []
@@ -85,7 +84,7 @@ class StepPlanner:
         for chunk in self._chunks:
             work += chunk_work(chunk.end - chunk.count, chunk.count)
         estimate = self._cost.seconds(work) if self._cost.measured else 0.0
-        step = Step(state.next_step, decode, self._chunks, now, work, estimate, tokens, starts)
+        step = Step(state.next_step, decode, self._chunks, now, work, estimate, tokens, drafts if tokens else None)
         state.next_step += 1
         state.in_flight.append(step)
         if decode:

@@ -79,14 +79,10 @@ class Request:
     tainted: bool = False
 
     # How its drafts fared, for scheduler/speculation.py: those that held and the firsts that did not, old ones fading;
-    # tokens gained by a row with room, below 0 before the first; until which step it rests; how many rows it may try
-    # then, 0 while it gains; and about how many steps the next rest has.
+    # and how often there were any, below 0 before the first.
     draft_hits: float = 1.0
     draft_misses: float = 1.0
-    draft_gain: float = -1.0
-    draft_until: int = 0
-    draft_tries: int = 0
-    draft_pause: int = 8
+    draft_found: float = -1.0
 
     @property
     def num_tokens(self) -> int:

@@ -56,8 +56,9 @@ class ResultApplier:
         pooled = {row.row: row.values for row in result.pooled}
         plain = not (result.counts or failed or logprobs or step.tokens)
         rows = [] if plain and not step.chunks else tokens_by_row(result, step.num_rows)
-        if step.tokens is not None:
-            self._observe_drafts(step, result, rows)
+        accepted = self._observe_drafts(step, result, rows)
+        if step.decode and not step.chunks:
+            self._speculation.observe_step(len(step.decode), result.total_s, step.drafts, accepted)
         if plain:
             self._decode_rows(step, result.token_ids, outputs)
         else:
@@ -82,11 +83,19 @@ class ResultApplier:
         )
         self._state.finish(request)
 
-    def _observe_drafts(self, step: Step, result: StepResult, rows: list[bytes]) -> None:
+    def _observe_drafts(self, step: Step, result: StepResult, rows: list[bytes]) -> int:
+        """How many drafts held in all."""
+        if step.drafts is None or (step.chunks and not result.drafted):  # on some devices there are none beside chunks
+            return 0
         drafted = unpack_ids(result.drafted) or [0] * step.num_rows
-        for request, count, tokens in zip(step.decode, drafted, rows, strict=False):
+        total = 0
+        for request, room, count, tokens in zip(step.decode, step.drafts.rooms, drafted, rows, strict=False):
             if tokens:  # else it failed, or its mask was late
-                self._speculation.observe(request, count, len(tokens) // TOKEN_BYTES - 1)
+                accepted = len(tokens) // TOKEN_BYTES - 1
+                total += accepted
+                if room:
+                    self._speculation.observe(request, count, accepted)
+        return total
 
     def _decode_rows(self, step: Step, packed: bytes, outputs: Outputs) -> None:
         """The hot loop: rows that sampled one token each, with nothing else to tell."""

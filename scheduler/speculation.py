@@ -1,89 +1,190 @@
-"""For how many drafts a decode row has room: by how its drafts have fared, and by what a token more costs in a step.
+"""For how many drafts each decode row has room: as many as gain time, by what steps with and without were seen to take.
 
-The ranks propose drafts and check them (`ForwardBatch`). If each draft of a row holds with probability p, given those
-before it, the i-th brings p^i tokens. A token is worth what it costs now: a decode step's seconds over the tokens that
-it yields, both by what was measured (scheduler/cost.py). So the i-th draft pays while
+The ranks propose drafts and check them (`ForwardBatch`). Of each request it is known how often something was proposed,
+and how likely a draft holds, given those before it: with p, room for k yields p + p^2 + ... + p^k tokens more.
+What a step with room takes is measured, for each number of rows and size of room, as a multiple of one without: how
+it grows depends on the device, its kernels and what proposes. Of some sizes that one is taken that yields most tokens a
+second, if these are more than without any. A row's room ends where the next draft brings less than a token more in a
+step costs by the cost model.
 
-    p^i * seconds of the step / tokens of the step > seconds of one token more in it
+Estimates err and texts change, so nothing is risked but what an account allows. Its unit is a step without drafts. Each
+step pays in a small share of one; a step with drafts books what it gained or lost: tokens more, and time more.
+What should gain draws on one account, and stops while that is overdrawn. The other one is for trying anew what did not
+gain, all rows at once. So a load that never gains loses that share and the first credit; where trying costs nearly
+nothing, it is done nearly always.
 
-Where a step is bound by computing, as with many rows, the right side is near the left one's factor: nobody drafts;
-where it is bound by reading weights, drafts cost next to nothing. Room alone has a price too: for looking drafts up
-and for counting with them, and on a GPU for kernels that take more rows. It is what steps with drafts were seen to take
-longer than those of as many rows without, and must come back in tokens. A row that does not gain rests, the longer the
-dearer a try is, and tries again after ever more steps, when others do: a step without any room is planned the quick
-way. A new one begins with what the others' drafts are worth.
+Depends on nothing but its inputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.cost import CostModel, decode_work
 from vibe_sgl_lite.scheduler.request import Request
 
-MARGIN = 1.25  # a draft must bring so many times its cost: estimates err
-FADE = 0.9  # weight of a row's past drafts with each row that has some
-GAIN_FADE = 0.95  # of its past gains with each row that has room
-ROOM_S = 20e-6  # of the host, scheduler and rank, for a row with room, at least
-TRIES = 8  # rows with room after a rest, before the next
-SHORTEST_REST, LONGEST_REST = 8, 128  # steps
-TRIES_SHARE = 0.01  # of the time, that tries of a row that does not gain may take
-DEAREST_REST = 1024
+MARGIN = 1.25  # a draft must bring so many times what a token more costs: estimates err
+GAIN = 1.03  # and a step with drafts so many times the tokens a second
+SIZES = (1, 3, 7)  # rooms to choose from, and the most that there may be
+TRY = 3  # room of a try, and the first one
+SHARE, CREDIT, MOST_CREDIT = 0.004, 0.5, 4.0  # of the accounts: paid in a step, at first, at most
+FADE = 0.9  # weight of a row's past drafts with each step that has some; of steps' times
+FOUND_FADE = 0.7  # of whether any were proposed
+IN_FLIGHT = 4  # steps, more than there ever are
+DEAREST = 8.0  # what a step may seem to take longer: else something else took the time
+
+
+class DraftPlan(NamedTuple):
+    """rooms: of each decode row. size: what their most is counted as. tries: to learn what they yield."""
+
+    rooms: list[int]
+    size: int
+    tries: bool
+
+
+class _Mean:
+    """Of what came so far, the last ten or so."""
+
+    def __init__(self) -> None:
+        self.value, self._count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        self._count += 1
+        self.value += max(1 / self._count, 1 - FADE) * (value - self.value)
 
 
 class Speculation:
-    """Rooms for drafts, and counts. drafts: rows that had some; draft_tokens: their drafts; accepted_tokens: those
-    that held."""
+    """Plans, and counts. drafts: rows that had some; draft_tokens: their drafts; accepted_tokens: those that held."""
 
     def __init__(self, config: SchedulerConfig, cost: CostModel) -> None:
         self._most = config.draft_tokens
         self._budget = config.draft_budget
         self._cost = cost
-        self._step = 0
-        self._yield = 1.0  # tokens of a decode row
-        self._probability, self._gain = 0.5, 0.25  # a new request's
-        self._seconds: dict[tuple[int, bool], float] = {}  # of steps of so many rows, without drafts and with
-        self._with_room = 1  # rows of the last step that had any
-        self._shortest = SHORTEST_REST
+        self._step = self._wait_until = 0
+        self._found, self._probability = 0.5, 0.5  # a new request's
+        self._plain: dict[int, _Mean] = {}  # seconds of steps without drafts, by their rows
+        self._slower: dict[tuple[int, int], _Mean] = {}  # and multiples of them with, by rows and size
+        self._accounts = {False: CREDIT, True: CREDIT}  # by whether it tries
+        self._behind: bool | None = None  # the step before had drafts, and whether it tried
         self.drafts = self.draft_tokens = self.accepted_tokens = 0
 
-    def rooms(self, requests: Collection[Request]) -> list[int] | None:
-        """Of each decode row of the next step; None: nobody drafts."""
+    def plan(self, requests: Collection[Request]) -> DraftPlan | None:
+        """Rooms in the next step, of these rows alone; None: nobody drafts."""
         self._step += 1
-        most = min(self._most, self._budget // len(requests)) if requests else 0
-        if most == 0:
+        rows = len(requests)
+        most = min(self._most, self._budget // rows) if rows else 0
+        if most == 0 or self._step < self._wait_until or max(self._accounts.values()) <= 0.0:
             return None
-        rows, context = len(requests), sum(request.num_computed_tokens for request in requests)
-        worth = self._cost.seconds(decode_work(rows, rows + context)) / (rows * self._yield)
-        least = MARGIN * self._cost.one_more(context // rows) / worth if worth > 0.0 else 1.0
-        if least >= 1.0:
+        plain = self._plain.get(_group(rows))
+        if plain is None and self._cost.measured:
+            return None  # first what a step takes without
+        context = sum(request.num_computed_tokens for request in requests)
+        seconds = self._cost.seconds(decode_work(rows, rows + context)) if plain is None else plain.value
+        token = self._cost.one_more(context // rows) / seconds if seconds > 0.0 else 1.0
+        if MARGIN * token * rows >= 1.0:
             return None
-        least_gain = self._least_gain(rows, worth) if self._cost.measured else 0.0
-        self._shortest = min(max(SHORTEST_REST, int(TRIES * least_gain / TRIES_SHARE)), DEAREST_REST)
-        rooms = [self._room(request, least, least_gain, most) for request in requests]
-        self._with_room = max(1, len(rooms) - rooms.count(0))
-        return rooms if any(rooms) else None
+        plan = self._best(requests, most, token) if self._accounts[False] > 0.0 else None
+        plan = self._with_tries(plan, rows, most, token) if self._accounts[True] > 0.0 else plan
+        if plan is None:
+            self._wait_until = self._step + 1 + rows // 8  # looking costs time too
+        elif self._cost.measured and (plan.tries or not any(size == plan.size for _, size in self._slower)):
+            self._wait_until = self._step + IN_FLIGHT  # or until it is known what it took
+        return plan
 
-    def observe_step(self, rows: int, seconds: float, *, drafts: bool) -> None:
-        """A step of so many decode rows alone took so long, with room for drafts or without."""
-        key, known = (rows, drafts), self._seconds.get((rows, drafts), seconds)
-        if seconds > 0.0:
-            self._seconds[key] = known + (1 - FADE) * (min(seconds, 2 * known) - known)
+    def _best(self, requests: Collection[Request], most: int, token: float) -> DraftPlan | None:
+        """What gains most, if anything does. token: what one more takes, of a step without drafts."""
+        rows, least = len(requests), MARGIN * token * len(requests)
+        chances = [self._chance(request, least, most) for request in requests]
+        best, best_value = None, GAIN
+        for size in self._sizes(most):
+            tokens, drafts = float(rows), 0
+            for found, p, most_room in chances:
+                room = min(size, most_room)
+                tokens += found * _yield(p, room)
+                drafts += room
+            value = tokens / rows / self._multiple(rows, size, 1.0 + drafts * token)
+            if value > best_value:
+                best, best_value = size, value
+        if best is None:
+            return None
+        return DraftPlan([min(best, room) for _, _, room in chances], best, tries=False)
 
-    def _least_gain(self, rows: int, worth: float) -> float:
-        """Tokens that room must bring a row. worth: seconds of one, where steps without drafts do not say it."""
-        plain, drafting = self._seconds.get((rows, False)), self._seconds.get((rows, True))
-        if plain is None or drafting is None:
-            return ROOM_S / worth
-        return max(ROOM_S, (drafting - plain) / self._with_room) * rows / plain
+    def _with_tries(self, plan: DraftPlan | None, rows: int, most: int, token: float) -> DraftPlan | None:
+        """All rows try if nobody gains, or those that rest, beside the others."""
+        room = min(TRY, most)
+        if plan is None:
+            return DraftPlan([room] * rows, room, tries=True)
+        resting = plan.rooms.count(0)
+        if resting:
+            room = min(TRY, plan.size)
+            self._accounts[True] -= resting * room * token
+            return plan._replace(rooms=[one or room for one in plan.rooms])
+        return plan
+
+    def _chance(self, request: Request, least: float, most: int) -> tuple[float, float, int]:
+        """How likely something is proposed, and that a draft of it holds; and what a row may have room for."""
+        if request.draft_found < 0.0:
+            request.draft_found = self._found
+            request.draft_hits, request.draft_misses = 2 * self._probability, 2 * (1 - self._probability)
+        p = request.draft_hits / (request.draft_hits + request.draft_misses)
+        if p < least:
+            return request.draft_found, p, 0
+        if p >= 1.0 or least <= 0.0:
+            return request.draft_found, p, most
+        return request.draft_found, p, min(most, int(math.log(least) / math.log(p)))
+
+    def _sizes(self, most: int) -> Sequence[int]:
+        """To choose from: up to the next one after the largest of which it is known what it takes."""
+        sizes = [*(size for size in SIZES if 3 * size <= 2 * most), most]
+        if not self._cost.measured:
+            return sizes
+        known = max((size for _, size in self._slower), default=0)
+        bound = next((size for size in sizes if size > known and size >= TRY), most)
+        return [size for size in sizes if size <= bound]
+
+    def _multiple(self, rows: int, size: int, guess: float) -> float:
+        """Of what a step without drafts takes; of the nearest number of rows of which it is known."""
+        group = _group(rows)
+        near = [(abs(known - group), mean.value) for (known, other), mean in self._slower.items() if other == size]
+        if near:
+            return min(near)[1]
+        return max([guess, *(mean.value for (_, other), mean in self._slower.items() if other < size)])
+
+    def observe_step(self, rows: int, seconds: float, plan: DraftPlan | None, accepted: int) -> None:
+        """A step of so many decode rows alone took so long; so many of its drafts held in all."""
+        if seconds <= 0.0 or self._most == 0:
+            return
+        for tries in self._accounts:
+            self._accounts[tries] = min(self._accounts[tries] + SHARE, MOST_CREDIT)
+        group, behind = _group(rows), self._behind
+        self._behind = None if plan is None else plan.tries
+        plain = self._plain.get(group)
+        if plain is None:
+            if plan is None and behind is None:
+                self._plain.setdefault(group, _Mean()).add(seconds)
+            return
+        multiple = min(seconds / plain.value, DEAREST)
+        if plan is not None:
+            self._slower.setdefault((group, plan.size), _Mean()).add(multiple)
+            self._book(accepted / rows + 1.0 - multiple, tries=plan.tries)
+            self._wait_until = 0
+        elif behind is None:
+            plain.add(min(multiple, 2.0) * plain.value)
+        else:  # the ranks may have waited until they knew how much the one before had yielded
+            plain.add(min(multiple, 1.05) * plain.value)
+            self._book(min(1.0 - multiple, 0.0), tries=behind)
+
+    def _book(self, gain: float, *, tries: bool) -> None:
+        self._accounts[tries] = min(self._accounts[tries] + gain, MOST_CREDIT)
 
     def observe(self, request: Request, drafted: int, accepted: int) -> None:
         """A row with room had so many drafts, of which so many held."""
-        request.draft_gain += (1 - GAIN_FADE) * (accepted - request.draft_gain)
-        self._gain += (1 - GAIN_FADE) / 4 * (accepted - self._gain)
-        self._yield += (1 - FADE) / 8 * (1 + accepted - self._yield)
+        found = float(drafted > 0)
+        request.draft_found += (1 - FOUND_FADE) * (found - max(request.draft_found, 0.0))
+        self._found += (1 - FADE) / 4 * (found - self._found)
         if drafted == 0:
             return
         self.drafts += 1
@@ -92,43 +193,15 @@ class Speculation:
         missed = int(accepted < drafted)
         request.draft_hits = FADE * request.draft_hits + accepted
         request.draft_misses = FADE * request.draft_misses + missed
-        self._probability += (1 - GAIN_FADE) * (accepted / (accepted + missed) - self._probability)
-        if accepted:
-            request.draft_pause = self._shortest
-        elif request.draft_tries:
-            self._rest(request)
+        self._probability += (1 - FADE) / 4 * (accepted / (accepted + missed) - self._probability)
 
-    def _room(self, request: Request, least: float, least_gain: float, most: int) -> int:
-        """Drafts of a row, at most `most`. least: how likely one must hold; least_gain: tokens that room must bring."""
-        if self._step < request.draft_until:
-            return 0
-        if request.draft_gain < 0.0:
-            request.draft_gain = self._gain
-            request.draft_hits, request.draft_misses = 2 * self._probability, 2 * (1 - self._probability)
-            if self._probability < least or self._gain < least_gain:
-                request.draft_pause = self._longest
-        p = request.draft_hits / (request.draft_hits + request.draft_misses)
-        gains = request.draft_gain >= least_gain
-        if p >= least and gains:
-            request.draft_tries = 0
-        elif request.draft_tries == 0:
-            self._rest(request)
-            return 0
-        else:
-            request.draft_tries -= 1
-            if request.draft_tries == 0:
-                self._rest(request)
-        if p < least:
-            return 1
-        return min(most, int(math.log(least) / math.log(p))) if least > 0.0 and p < 1.0 else most
 
-    def _rest(self, request: Request) -> None:
-        """Until a multiple of as many steps as the pause has, which is when others come back too."""
-        pause = max(request.draft_pause, self._shortest)
-        request.draft_until = (self._step + pause // 2) // pause * pause + pause
-        request.draft_tries = TRIES
-        request.draft_pause = min(2 * pause, self._longest)
+def _group(rows: int) -> int:
+    """Numbers of rows that count as one: all up to 7, then by their first three binary digits."""
+    shift = max(0, rows.bit_length() - 3)
+    return rows >> shift << shift
 
-    @property
-    def _longest(self) -> int:
-        return max(LONGEST_REST, self._shortest)
+
+def _yield(p: float, room: int) -> float:
+    """Tokens that so many drafts bring."""
+    return float(room) if p >= 1.0 else p * (1.0 - p**room) / (1.0 - p)

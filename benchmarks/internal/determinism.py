@@ -5,13 +5,15 @@
 Each request, greedy or sampled in every way, runs alone; then all of them, with others that are not compared, so many
 times in random order, with random numbers of requests and pages, chunk sizes, drafts, cached prefixes and retractions.
 Tokens, logprobs and those of the two best tokens at each place must have the same bits. Prints a line a surrounding;
-exits with 1 if anything differs. --first and --count: a part of the requests.
+exits with 1 if anything differs. --first and --count: a part of the requests. --seconds: begin no surrounding later
+than so long after the start. Several parts at a time share a GPU well: each waits for its own host most of the time.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import sys
 import time
 from pathlib import Path
@@ -60,7 +62,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=math.inf)
     options = parser.parse_args()
+    end = time.perf_counter() + options.seconds
     torch.set_num_threads(options.threads)
     prompts, last = make_prompts(options.requests), options.requests
     tested = range(options.first, last if options.count is None else min(last, options.first + options.count))
@@ -74,8 +78,10 @@ def main() -> None:
         [sample] = engines[0].serve([prompts[number]], [sampling(number, options.new_tokens)], timed=False)
         alone[number] = digest(sample)
     print(f"{len(alone)} requests have run alone", flush=True)
-    wrong = 0
+    wrong = done = 0
     for surrounding in range(options.surroundings):
+        if time.perf_counter() > end:
+            break
         rng, began = Random(1000 * options.first + surrounding), time.perf_counter()
         order = [*tested, *rng.choices(range(options.requests), k=len(tested) // 4)]
         rng.shuffle(order)
@@ -99,7 +105,8 @@ def main() -> None:
             flush=True,
         )
         wrong += different
-    print(f"{wrong} differ", flush=True)
+        done += 1
+    print(f"{wrong} differ: {len(alone)} requests from {options.first} on, in {done} surroundings", flush=True)
     sys.exit(1 if wrong else 0)
 
 
