@@ -8,14 +8,28 @@ import torch
 from tests.model_worker.test_page_files import KINDS, make_pool
 from vibe_sgl_lite.model_worker import host_pages
 from vibe_sgl_lite.model_worker.host_pages import HostPages, host_slots
+from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.runtime.messages import PageMoves, pack_ids
 
 
 @pytest.mark.parametrize("most", [1, 2, 100])
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_are_made_in_their_order(kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(make_pool(kind), most, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("most", [1, 2, 100])
+@pytest.mark.parametrize("kind", ["bf16", "a GPU's layout"])
+def test_copies_are_made_in_their_order_on_a_gpu(kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(kind)
+    pool.data = pool.data.cuda()
+    check(pool, most, monkeypatch)
+
+
+def check(pool: KVPool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages of random copies, in which pages and places come up again and again."""
-    rng, pool = random.Random(most), make_pool(kind)
+    rng = random.Random(most)
     monkeypatch.setattr(host_pages, "RUN_BYTES", most * pool.page_bytes)
     memory = HostPages(pool, 3)
     pages = [pool.data[page].clone() for page in range(6)]
