@@ -34,26 +34,28 @@ SHARE, CREDIT, MOST_CREDIT = 0.004, 0.5, 4.0  # of the accounts: paid in a step,
 FADE = 0.9  # weight of a row's past drafts with each step that has some; of steps' times
 FOUND_FADE = 0.7  # of whether any were proposed
 IN_FLIGHT = 4  # steps, more than there ever are
-DEAREST = 8.0  # what a step may seem to take longer: else something else took the time
+OUTLIER = 2.0  # what takes so many times what it did counts as that: something else took the time
 
 
 class DraftPlan(NamedTuple):
-    """rooms: of each decode row. size: what their most is counted as. tries: to learn what they yield."""
+    """rooms: of each decode row. size: what their most is counted as. multiple: of a step without that it should take.
+    tries: to learn what they yield."""
 
     rooms: list[int]
     size: int
-    tries: bool
+    multiple: float
+    tries: bool = False
 
 
 class _Mean:
     """Of what came so far, the last ten or so."""
 
-    def __init__(self) -> None:
-        self.value, self._count = 0.0, 0
+    def __init__(self, first: float) -> None:
+        self.value, self._count = first, 1
 
-    def add(self, value: float) -> None:
+    def add(self, value: float, outlier: float = OUTLIER) -> None:
         self._count += 1
-        self.value += max(1 / self._count, 1 - FADE) * (value - self.value)
+        self.value += max(1 / self._count, 1 - FADE) * (min(value, outlier * self.value) - self.value)
 
 
 class Speculation:
@@ -69,6 +71,7 @@ class Speculation:
         self._slower: dict[tuple[int, int], _Mean] = {}  # and multiples of them with, by rows and size
         self._accounts = {False: CREDIT, True: CREDIT}  # by whether it tries
         self._behind: bool | None = None  # the step before had drafts, and whether it tried
+        self._wait = _Mean(1.0)  # multiple of steps behind such
         self.drafts = self.draft_tokens = self.accepted_tokens = 0
 
     def plan(self, requests: Collection[Request]) -> DraftPlan | None:
@@ -98,25 +101,25 @@ class Speculation:
         """What gains most, if anything does. token: what one more takes, of a step without drafts."""
         rows, least = len(requests), MARGIN * token * len(requests)
         chances = [self._chance(request, least, most) for request in requests]
-        best, best_value = None, GAIN
+        best, best_value, best_multiple = None, GAIN, 1.0
         for size in self._sizes(most):
             tokens, drafts = float(rows), 0
             for found, p, most_room in chances:
                 room = min(size, most_room)
                 tokens += found * _yield(p, room)
                 drafts += room
-            value = tokens / rows / self._multiple(rows, size, 1.0 + drafts * token)
-            if value > best_value:
-                best, best_value = size, value
+            multiple = self._multiple(rows, size, 1.0 + drafts * token)
+            if tokens / rows / multiple > best_value:
+                best, best_value, best_multiple = size, tokens / rows / multiple, multiple
         if best is None:
             return None
-        return DraftPlan([min(best, room) for _, _, room in chances], best, tries=False)
+        return DraftPlan([min(best, room) for _, _, room in chances], best, best_multiple)
 
     def _with_tries(self, plan: DraftPlan | None, rows: int, most: int, token: float) -> DraftPlan | None:
         """All rows try if nobody gains, or those that rest, beside the others."""
         room = min(TRY, most)
         if plan is None:
-            return DraftPlan([room] * rows, room, tries=True)
+            return DraftPlan([room] * rows, room, self._multiple(rows, room, 1.0 + rows * room * token), tries=True)
         resting = plan.rooms.count(0)
         if resting:
             room = min(TRY, plan.size)
@@ -164,18 +167,23 @@ class Speculation:
         plain = self._plain.get(group)
         if plain is None:
             if plan is None and behind is None:
-                self._plain.setdefault(group, _Mean()).add(seconds)
+                self._plain[group] = _Mean(seconds)
             return
-        multiple = min(seconds / plain.value, DEAREST)
+        multiple = seconds / plain.value
         if plan is not None:
-            self._slower.setdefault((group, plan.size), _Mean()).add(multiple)
-            self._book(accepted / rows + 1.0 - multiple, tries=plan.tries)
+            slower = self._slower.get((group, plan.size))
+            if slower is None:
+                slower = self._slower[group, plan.size] = _Mean(min(multiple, OUTLIER * plan.multiple))
+            else:
+                slower.add(multiple)
+            self._book(accepted / rows + 1.0 - slower.value, tries=plan.tries)
             self._wait_until = 0
         elif behind is None:
-            plain.add(min(multiple, 2.0) * plain.value)
+            plain.add(seconds)
         else:  # the ranks may have waited until they knew how much the one before had yielded
-            plain.add(min(multiple, 1.05) * plain.value)
-            self._book(min(1.0 - multiple, 0.0), tries=behind)
+            plain.add(seconds, outlier=1.05)
+            self._wait.add(multiple)
+            self._book(min(1.0 - self._wait.value, 0.0), tries=behind)
 
     def _book(self, gain: float, *, tries: bool) -> None:
         self._accounts[tries] = min(self._accounts[tries] + gain, MOST_CREDIT)

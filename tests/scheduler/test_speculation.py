@@ -137,7 +137,7 @@ def test_a_room_ends_where_a_draft_costs_more_than_it_brings() -> None:
     (one,) = rows(1)
     for size in (3, 7):
         (room,) = rooms(speculation, [one])
-        speculation.observe_step(1, 0.055, DraftPlan([room], size, tries=False), room)
+        speculation.observe_step(1, 0.055, DraftPlan([room], size, 1.1), room)
     (room,) = rooms(speculation, [one])
     assert 0.5**room * 0.052 > MARGIN * token > 0.5 ** (room + 1) * 0.052
 
