@@ -185,6 +185,11 @@ class Speculation:
             self._wait.add(multiple)
             self._book(min(1.0 - self._wait.value, 0.0), tries=behind)
 
+    @property
+    def multiples(self) -> dict[str, float]:
+        """What steps with drafts take, of those without: by rows and size of room."""
+        return {f"{rows} x {size}": round(mean.value, 2) for (rows, size), mean in sorted(self._slower.items())}
+
     def _book(self, gain: float, *, tries: bool) -> None:
         self._accounts[tries] = min(self._accounts[tries] + gain, MOST_CREDIT)
 

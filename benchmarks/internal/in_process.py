@@ -60,9 +60,11 @@ class InProcess:
         device: torch.device | None = None,
         drafts: int = 0,
         rows: int = 32,
+        graph_rows: Sequence[int] = (),
     ) -> None:
         """pages: of the pool. context: tokens of a request at most. device: a GPU instead of a CPU; then also
-        drafts: of a row at most, that it makes itself; rows: of a step."""
+        drafts: of a row at most, that it makes itself; rows: of a step; graph_rows: for which alone there are graphs,
+        instead of many."""
         config, device = ModelConfig.from_folder(folder), device or torch.device("cpu")
         if not dummy:
             config = settle(config, folder)
@@ -73,6 +75,8 @@ class InProcess:
             else None
         )
         self._compute = choose_compute(dtype, device, config.head_dim, setup, fixed_order=fixed_order)
+        if graph_rows and self._compute.graphs is not None:
+            self._compute.graphs.row_buckets, self._compute.graphs.chunk_buckets = graph_rows, ()
         self._rows, self._drafts = rows, drafts
         self.model = Qwen3(config, ParallelState(), dtype, device, self._compute.operations)
         choose_formats(self.model, quantization, self._compute.kernels, fixed_order=fixed_order)

@@ -27,6 +27,8 @@ sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/speculation
 from benchmarks.internal.in_process import InProcess  # noqa: E402, I001
 import msgspec  # noqa: E402
 import torch  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 
 from benchmarks.internal.determinism import KINDS  # noqa: E402
 from benchmarks.speculation import make_prompts  # noqa: E402
@@ -34,6 +36,7 @@ from examples.tiny_model.prompts import closed_answer_prompts  # noqa: E402
 from examples.tiny_model.stories import story  # noqa: E402
 from vibe_sgl_lite.model_worker.batch import Drafter  # noqa: E402
 from vibe_sgl_lite.model_worker.device_batch import IntArray  # noqa: E402
+from vibe_sgl_lite.model_worker.gpu.kernels.speculate import look_up  # noqa: E402
 from vibe_sgl_lite.model_worker.ngram import NgramDrafter  # noqa: E402
 from vibe_sgl_lite.runtime.settings.sampling_params import DEFAULTS, ResolvedSampling  # noqa: E402
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer  # noqa: E402
@@ -80,31 +83,57 @@ class ForcedOnDevice:
     any drafts, of which each position's holds or not by chance. In bf16 what comes is not what came without drafts."""
 
     def __init__(self, length: int, device: torch.device) -> None:
-        self._holds = torch.zeros(length, dtype=torch.bool, device=device)
+        self._holds = torch.zeros(length, dtype=torch.int32, device=device)
+        self._proposes = torch.zeros(1, dtype=torch.int32, device=device)
 
-    def expect(self, acceptance: float) -> None:
-        generator = torch.Generator().manual_seed(int(1000 * acceptance))
-        self._holds.copy_(torch.rand(len(self._holds), generator=generator) < acceptance)
+    def expect(self, acceptance: float | None) -> None:
+        """None: nothing is proposed."""
+        self._proposes.fill_(acceptance is not None)
+        generator = torch.Generator().manual_seed(int(1000 * (acceptance or 0)))
+        self._holds.copy_(torch.rand(len(self._holds), generator=generator) < (acceptance or 0))
 
     def propose(
         self, slots: torch.Tensor, known: torch.Tensor, rooms: torch.Tensor, lengths: torch.Tensor,
         tokens: torch.Tensor, row_lengths: torch.Tensor, drafted: torch.Tensor, most: int,
     ) -> None:  # fmt: skip
-        row_lengths.copy_(torch.where(known < 0, lengths[slots], known))
-        drafted.copy_(torch.where(row_lengths > 0, rooms, 0))
+        look_up(slots, known, rooms, lengths, tokens, row_lengths, drafted, most)  # for the time that it takes
+        _propose[(len(slots),)](rooms, row_lengths, drafted, self._proposes)
 
     def accept(
         self, sampled: torch.Tensor, token_ids: torch.Tensor, slots: torch.Tensor, row_lengths: torch.Tensor,
         drafted: torch.Tensor, lengths: torch.Tensor, result: torch.Tensor,
     ) -> None:  # fmt: skip
-        rows, tokens = len(slots), len(token_ids)
-        draft = torch.arange(tokens // rows, device=slots.device)
-        holds = self._holds[row_lengths[:, None] + draft] & (draft < drafted[:, None])
-        yields = torch.where(row_lengths > 0, 1 + holds.to(torch.int32).cumprod(1).sum(1), 0)
-        result[:tokens] = sampled
-        result[tokens : tokens + rows] = drafted
-        result[tokens + rows :] = yields
-        lengths.scatter_(0, slots, (row_lengths + yields).to(torch.int32))
+        rows, count = len(slots), len(token_ids) // len(slots)
+        _accept[(rows,)](
+            sampled, slots, row_lengths, drafted, lengths, result, self._holds, rows, N=count,
+            NP=triton.next_power_of_2(count), num_warps=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _propose(rooms, row_lengths, drafted, proposes):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0)
+    room = tl.load(rooms + row) * tl.load(proposes)
+    tl.store(drafted + row, tl.where(tl.load(row_lengths + row) > 0, room, 0))
+
+
+@triton.jit
+def _accept(  # type: ignore[no-untyped-def]
+    sampled, slots, row_lengths, drafted, lengths, result, holding, rows, N: tl.constexpr, NP: tl.constexpr
+):
+    """As that of the engine, but for what holds: a program a row."""
+    row = tl.program_id(0)
+    index = tl.arange(0, NP)
+    drawn = tl.load(sampled + row * N + index, mask=index < N, other=-1)
+    tl.store(result + row * N + index, drawn, mask=index < N)
+    length = tl.load(row_lengths + row)
+    count = tl.load(drafted + row)
+    holds = (index < count) & (tl.load(holding + length + index, mask=index < count, other=0) != 0)
+    kept = tl.min(tl.where(holds, NP, index), 0)
+    yielded = tl.where(length > 0, 1 + kept, 0)
+    tl.store(result + rows * N + row, count)
+    tl.store(result + rows * (N + 1) + row, yielded)
+    tl.store(lengths + tl.load(slots + row), length + yielded)
 
 
 def sampling(count: int, new_tokens: int, **fields: Any) -> list[ResolvedSampling]:
@@ -190,7 +219,7 @@ def measure(
     expected = engine.serve(workload.prompts, workload.sampling, **settings)
     whole = [prompt + one.tokens for prompt, one in zip(workload.prompts, expected, strict=True)]
     steps, same = engine.steps, 0
-    if forced is not None and workload.forced is not None:
+    if forced is not None:
         forced.expect(workload.forced)
     for _ in range(repeats):
         engine.serve(workload.prompts, workload.sampling, **settings)
@@ -209,6 +238,7 @@ def measure(
         "drafted": stats["draft_tokens_total"],
         "accepted": stats["accepted_tokens_total"],
         "ratio": round(min(plain) / min(with_drafts), 3),
+        "slower": engine.core.speculation.multiples,
         "plain_s": round(min(plain), 3),
         "plain_ms_a_token": round(1000 * min(plain) / sum(len(one.tokens) for one in expected), 3),
     }
@@ -226,6 +256,7 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="of the process, for a busy machine; with one thread")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--identity", type=int, help="only compare tokens, of so many prompts a way to draw")
+    parser.add_argument("--warm-up", action="store_true", help="only compile what there is to compile")
     parser.add_argument("--only", nargs="*", default=[""], help="workloads with one of these in their name")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -233,14 +264,19 @@ def main() -> None:
     on_gpu = options.device == "cuda"
     most_rows = max(options.rows) if dummy else 8 if options.identity else 16
     gpu: dict[str, Any] = {"device": torch.device("cuda", 0), "drafts": options.most, "rows": most_rows}
+    if dummy:
+        gpu["graph_rows"] = options.rows
     engine = InProcess(
-        options.model_path, getattr(torch, options.dtype), dummy=dummy, pages=600, context=512,
+        options.model_path, getattr(torch, options.dtype), dummy=dummy, pages=max(600, 32 * most_rows), context=512,
         **gpu if on_gpu else {},
     )  # fmt: skip
     forced = None
     if on_gpu and dummy:
         forced = ForcedOnDevice(600, engine.model.device)
         engine.replace_drafts(propose=forced.propose, accept=forced.accept)
+    if options.warm_up:
+        engine.serve([[1, 2, 3]], sampling(1, 4), max_running_requests=1)
+        return
     workloads = (
         forced_workloads(options.most, engine.model.config.vocab_size, options.rows, options.new_tokens)
         if dummy
