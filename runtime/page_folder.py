@@ -1,7 +1,7 @@
 """The folder of `--cache-dir`: KV pages as files, which outlive the engine that wrote them.
 
     <folder>/lock                    flock held by the launcher for its whole life; holds its pid
-    <folder>/pages/<key>.<r>-<n>     what rank r of n has of a page; key: 64 hex digits (scheduler/disk_tier.py)
+    <folder>/pages/<key>.<r>-<n>     what rank r of n has of a page; key: 64 hex digits (scheduler/tiers/disk.py)
     <folder>/new.<r>.<random>/       files that rank r is writing; renamed into pages/ when they are whole
     <folder>/digests/                of weights (runtime/settings/weights_digest.py)
 

@@ -45,9 +45,7 @@ from vibe_sgl_lite.scheduler.admission import NewTokenRatio
 from vibe_sgl_lite.scheduler.batch import Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.cost import CostModel
-from vibe_sgl_lite.scheduler.disk_tier import DiskTier, TierContents
 from vibe_sgl_lite.scheduler.histogram import Histogram
-from vibe_sgl_lite.scheduler.host_tier import HostTier
 from vibe_sgl_lite.scheduler.observer import Call, SchedulerObserver
 from vibe_sgl_lite.scheduler.planner import StepPlanner
 from vibe_sgl_lite.scheduler.policies import make_policy
@@ -56,6 +54,8 @@ from vibe_sgl_lite.scheduler.results import Outputs, ResultApplier
 from vibe_sgl_lite.scheduler.snapshot import Snapshot, take
 from vibe_sgl_lite.scheduler.speculation import Speculation
 from vibe_sgl_lite.scheduler.state import PauseMode, SchedulerState
+from vibe_sgl_lite.scheduler.tiers.disk import DiskTier, TierContents
+from vibe_sgl_lite.scheduler.tiers.host import HostTier
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -46,7 +46,6 @@ from vibe_sgl_lite.runtime.messages import (
 )
 from vibe_sgl_lite.runtime.settings.step_sizes import step_sizes
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
-from vibe_sgl_lite.scheduler.cache_folder import CacheFolder
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.control import Control
 from vibe_sgl_lite.scheduler.core import Scheduler
@@ -55,6 +54,7 @@ from vibe_sgl_lite.scheduler.observer import SchedulerObserver
 from vibe_sgl_lite.scheduler.policies import make_policy
 from vibe_sgl_lite.scheduler.results import Outputs
 from vibe_sgl_lite.scheduler.status_line import StatusLine
+from vibe_sgl_lite.scheduler.tiers.folder import CacheFolder
 from vibe_sgl_lite.scheduler.tools.timeline import Timeline
 from vibe_sgl_lite.scheduler.tools.trace import TraceWriter
 

@@ -61,7 +61,7 @@ class Request:
     cached_version: int = -1  # KVMemory.cached_length: the cache's version when it was looked up
     cached_depth: int = 0
 
-    # For scheduler/disk_tier.py: the root's key and those of its first pages; at which depth it began to wait for pages
+    # For scheduler/tiers: the root's key and those of its first pages; at which depth it began to wait for pages
     # to be loaded, and until when it does.
     page_keys: list[bytes] | None = None
     load_depth: int = -1

@@ -19,13 +19,13 @@ from typing import Literal
 
 from vibe_sgl_lite.scheduler.batch import BatchBuilder, Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
-from vibe_sgl_lite.scheduler.disk_tier import DiskTier, TierCounts
 from vibe_sgl_lite.scheduler.fairness import FairShares
 from vibe_sgl_lite.scheduler.histogram import Histogram
-from vibe_sgl_lite.scheduler.host_tier import HostTier
 from vibe_sgl_lite.scheduler.memory import KVMemory
 from vibe_sgl_lite.scheduler.request import NO_SLOT, Request
 from vibe_sgl_lite.scheduler.sharing import PrefixLeaders
+from vibe_sgl_lite.scheduler.tiers.disk import DiskTier, TierCounts
+from vibe_sgl_lite.scheduler.tiers.host import HostTier
 
 PauseMode = Literal["abort", "wait", "keep", "retract"]
 MAX_RETRACTIONS = 3

@@ -19,8 +19,8 @@ from vibe_sgl_lite.runtime.messages import AddRequest, Message, PagesMoved, Step
 from vibe_sgl_lite.runtime.observer_file import ObserverFile
 from vibe_sgl_lite.scheduler.batch import Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
-from vibe_sgl_lite.scheduler.disk_tier import TierContents
 from vibe_sgl_lite.scheduler.observer import Call
+from vibe_sgl_lite.scheduler.tiers.disk import TierContents
 
 TRACE_VERSION = 2
 DIGEST_BYTES = 8

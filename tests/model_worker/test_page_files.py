@@ -22,8 +22,8 @@ from vibe_sgl_lite.model_worker.page_files import PageFiles
 from vibe_sgl_lite.runtime.messages import PageMoves, PagesMoved, pack_ids, unpack_ids
 from vibe_sgl_lite.runtime.page_folder import FolderClaim, file_bytes, list_pages, pages_folder, read_page
 from vibe_sgl_lite.scheduler.cost import CostModel
-from vibe_sgl_lite.scheduler.disk_tier import DiskTier, TierContents, TierCounts
 from vibe_sgl_lite.scheduler.memory import KVMemory
+from vibe_sgl_lite.scheduler.tiers.disk import DiskTier, TierContents, TierCounts
 
 LIMIT_S = 30
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ import msgspec
 
 from vibe_sgl_lite.runtime.messages import PageMoves, PagesMoved, pack_ids, unpack_ids
 from vibe_sgl_lite.runtime.page_folder import KEY_BYTES
-from vibe_sgl_lite.scheduler.disk_tier import TierContents
+from vibe_sgl_lite.scheduler.tiers.disk import TierContents
 
 GARBAGE = -2  # what is in a page that nobody has filled
 Content = list[int | None]

@@ -15,7 +15,7 @@ from vibe_sgl_lite.runtime.messages import RankReady
 from vibe_sgl_lite.runtime.page_folder import FolderClaim
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
-from vibe_sgl_lite.scheduler.cache_folder import CacheFolder, cache_root
+from vibe_sgl_lite.scheduler.tiers.folder import CacheFolder, cache_root
 
 READY = RankReady(10, "cpu", "float32", 0, 4000, "kernels: float32 (4,)")
 
@@ -50,7 +50,7 @@ def test_the_root_stands_for_all_that_values_depend_on(tmp_path: Path) -> None:
 
 
 def test_every_fact_about_the_ranks_was_thought_of() -> None:
-    """Whoever tells more of them: a page that depends on it must have it in its key (scheduler/cache_folder.py)."""
+    """Whoever tells more of them: a page that depends on it must have it in its key (scheduler/tiers/folder.py)."""
     assert RankReady.__struct_fields__ == (
         "kv_pages",
         "device",

@@ -15,12 +15,12 @@ from tests.scheduler.fake_folder import FakeFolder, FakeMover
 from tests.scheduler.harness import Harness, config, request
 from vibe_sgl_lite.runtime.messages import PageMoves, PagesMoved, pack_ids, unpack_ids
 from vibe_sgl_lite.scheduler.cost import CostModel, chunk_work
-from vibe_sgl_lite.scheduler.disk_tier import DiskTier, TierContents, TierCounts
-from vibe_sgl_lite.scheduler.host_tier import HostTier
 from vibe_sgl_lite.scheduler.memory import KVMemory
-from vibe_sgl_lite.scheduler.page_keys import PageKeys
 from vibe_sgl_lite.scheduler.radix_cache import RadixNode
 from vibe_sgl_lite.scheduler.request import Request, samples_of
+from vibe_sgl_lite.scheduler.tiers.disk import DiskTier, TierContents, TierCounts
+from vibe_sgl_lite.scheduler.tiers.host import HostTier
+from vibe_sgl_lite.scheduler.tiers.keys import PageKeys
 from vibe_sgl_lite.scheduler.tools.replay import replay
 from vibe_sgl_lite.scheduler.tools.trace import TraceWriter
 

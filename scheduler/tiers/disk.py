@@ -1,7 +1,7 @@
 """The second tier of the prefix cache: pages on disk (`--cache-dir`), which outlive the engine.
 
 The ranks move the bytes (model_worker/page_files.py), the scheduler knows which pages have files, by their keys
-(page_keys.py): of weights, formats, ranks, cache salt and all tokens from the root.
+(keys.py): of weights, formats, ranks, cache salt and all tokens from the root.
 
     radix tree ──stored──▶ queue ──moves──▶ ranks write files ──answers──▶ index, least recently used first
         ▲                                                                     │
@@ -33,9 +33,9 @@ from vibe_sgl_lite.runtime.messages import Message, PageMoves, PagesMoved, pack_
 from vibe_sgl_lite.runtime.page_folder import file_name
 from vibe_sgl_lite.scheduler.cost import CostModel, chunk_work
 from vibe_sgl_lite.scheduler.memory import KVMemory
-from vibe_sgl_lite.scheduler.page_keys import PageKeys
 from vibe_sgl_lite.scheduler.radix_cache import TOKEN_BYTES, RadixNode
 from vibe_sgl_lite.scheduler.request import Request
+from vibe_sgl_lite.scheduler.tiers.keys import PageKeys
 
 STORE_BYTES = 64 << 20  # on their way to the files at a time; the ranks hold a copy of them
 LOAD_BYTES = 128 << 20  # of one load, so that a request need not wait for more than it must

@@ -15,7 +15,7 @@ from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.messages import RankReady
 from vibe_sgl_lite.runtime.page_folder import KEY_BYTES, file_bytes, list_pages
 from vibe_sgl_lite.runtime.settings.weights_digest import dummy_digest, weights_digest
-from vibe_sgl_lite.scheduler.disk_tier import TierContents
+from vibe_sgl_lite.scheduler.tiers.disk import TierContents
 
 GB = 10**9
 WAIT_S = 0.2  # between heartbeats, for the weights' digest

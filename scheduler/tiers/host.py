@@ -16,11 +16,11 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from vibe_sgl_lite.runtime.messages import PageMoves, pack_ids
-from vibe_sgl_lite.scheduler.disk_tier import TierCounts
 from vibe_sgl_lite.scheduler.memory import KVMemory
-from vibe_sgl_lite.scheduler.page_keys import PageKeys
 from vibe_sgl_lite.scheduler.radix_cache import TOKEN_BYTES, RadixNode
 from vibe_sgl_lite.scheduler.request import Request
+from vibe_sgl_lite.scheduler.tiers.disk import TierCounts
+from vibe_sgl_lite.scheduler.tiers.keys import PageKeys
 
 SAVE, RESTORE = 0, 1
 
