@@ -173,15 +173,13 @@ def _check(spec: PipelineSpec, compute: Compute) -> None:
 
 
 def _gpu_setup(spec: PipelineSpec, parallel: ParallelState) -> GpuSetup:
-    """No graphs of experts that are sent to: the host has to know how many rows go where."""
     args, tp = spec.args, parallel.tp.size
     graph_rows = args.cuda_graph_max_bs or args.max_running_requests
-    sends_to_experts = spec.model.is_moe and args.moe_dispatch == "all-to-all"
     return GpuSetup(
         group=spec.model.num_attention_heads // tp // spec.model.local_kv_heads(tp),
         vocab_size=spec.model.vocab_size,
         max_slots=args.max_running_requests,
-        graph_rows=0 if args.disable_cuda_graph or sends_to_experts else graph_rows,
+        graph_rows=0 if args.disable_cuda_graph else graph_rows,
         chunk_tokens=spec.chunked_prefill_size,
         fp8=args.kv_cache_dtype == "fp8",
         tp=parallel.tp,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.qwen3.harness import MOE, load_model, make_checkpoint
-from vibe_sgl_lite.model_worker.gpu.experts import GroupedDispatch
+from vibe_sgl_lite.model_worker.gpu.experts import FixedDispatch, GroupedDispatch
 from vibe_sgl_lite.model_worker.gpu.kernels import experts as kernels
 from vibe_sgl_lite.qwen3.layers import weight
 from vibe_sgl_lite.qwen3.layers.moe import MoEBlock
@@ -51,6 +51,24 @@ def test_each_ranks_part_is_that_of_the_plain_dispatch(
             got = GroupedDispatch(parallel, pdl=False).partial(x.to(device), block.router, block.experts, NO_TIMER)
         torch.testing.assert_close(got.cpu(), expected, atol=1e-5, rtol=1e-4)
         assert got.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_tokens_sent_to_experts_come_back_as_from_the_plain_dispatch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device, tokens: int
+) -> None:
+    """To the one rank that there is; to others: test_ranks.py."""
+    monkeypatch.setattr(weight, "can_pack", lambda *_: False)
+    x = torch.randn((tokens, MOE["hidden_size"]), generator=torch.Generator().manual_seed(tokens))
+    block = load_model(folder).layers[0].feed_forward
+    assert isinstance(block, MoEBlock)
+    with torch.inference_mode():
+        expected = block(x, NO_TIMER)
+        for matrix in (block.router.weight, block.experts.gate_up, block.experts.down):
+            plain, matrix.device = matrix.tensor.to(device), device
+            matrix.install(plain)
+        got = FixedDispatch(ParallelState(), pdl=False)(x.to(device), block.router, block.experts, NO_TIMER)
+    torch.testing.assert_close(got.cpu(), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
