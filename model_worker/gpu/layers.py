@@ -28,6 +28,8 @@ from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight, PlainMatrix
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import DecoderLayer, Qwen3
 
+WIDE = 5120  # hidden size from which a rank's products send their part, and win over a chain that does not
+
 
 @dataclass(frozen=True)
 class Product:
@@ -172,7 +174,8 @@ def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
             attention.chain_rows = FEW_CHAIN_ROWS
         if (matrix := _plain(head)) is not None and not attention.fixed_order:
             head.replace(FewRowsMatrix(matrix, pdl=attention.pdl))
-        attention.has_chain = not attention.fixed_order
+        few = parallel is None or model.config.hidden_size < WIDE
+        attention.has_chain = few and not attention.fixed_order
 
 
 class GpuBegin:

@@ -47,7 +47,7 @@ class RankProducts:
     def __init__(self, operations: LayerOperations, device: torch.device, *, pdl: bool) -> None:
         self.operations = operations
         self.pdl = pdl
-        self._scratch = ProductScratch(device, 2 * PLACES * MOST_ROWS * 64, 2 * PLACES)
+        self._scratch = ProductScratch(device, 2 * PLACES * MOST_ROWS * 128, 2 * PLACES)
 
     def multiply(self, x: Tensor, weight: MatrixWeight) -> Tensor:
         """[R, K] -> [R, N]."""
