@@ -82,6 +82,7 @@ SETTINGS: dict[str, Any] = {
     "device": "cuda", "load_format": "dummy", "tokenizer_path": str(DENSE), "context_length": 2048,
     "chunked_prefill_size": 4096, "disable_radix_cache": True, "mem_fraction_static": 0.92,
 }  # fmt: skip
+ENGINE = {"max_running_requests": 8, "chunked_prefill_size": 256}  # of recovery: what is captured again
 NCCL = {"disable_custom_all_reduce": True}
 ALL_TO_ALL = {"moe_dispatch": "all-to-all"}
 
@@ -171,8 +172,9 @@ def decode(shape: str, settings: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def recovery(shape: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Seconds from the kill of the last rank to a stream's next token, once without spare processes and once with."""
+def recovery(shape: str, settings: dict[str, Any], waits: tuple[float, ...]) -> dict[str, Any]:
+    """Seconds from the kill of the last rank to a stream's next token, after so many seconds without load: at once
+    there are no spare processes, and some later there are."""
     import psutil
 
     from benchmarks.processes import module_name
@@ -189,7 +191,7 @@ def recovery(shape: str, settings: dict[str, Any]) -> dict[str, Any]:
     async def stream(address: str) -> list[float]:
         gaps = []
         async with AsyncClient(address=address) as client:
-            for wait in (0.5, 12.0):
+            for wait in waits:
                 await asyncio.sleep(wait)
                 killed, params = 0.0, SamplingParams(max_new_tokens=1500, temperature=0, ignore_eos=True)
                 seen = 0
@@ -206,7 +208,7 @@ def recovery(shape: str, settings: dict[str, Any]) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
-        with LLM(model_path=folder, **SETTINGS | settings) as llm:
+        with LLM(model_path=folder, **SETTINGS | ENGINE | settings) as llm:
             return {"gaps_s": asyncio.run(stream(llm.address))}
 
 
@@ -237,12 +239,12 @@ def run_step(name: str, command: list[str], limit_s: float) -> dict[str, Any]:
     return result if isinstance(result, dict) else {"table": result}
 
 
-def run_one(step: str, ranks: int) -> dict[str, Any]:
+def run_one(step: str, ranks: int, waits: tuple[float, ...]) -> dict[str, Any]:
     kind, _, name = step.partition(": ")
     if kind == "tokens":
         return next(tokens(model, settings) for each, model, settings in token_steps(ranks) if each == name)
     if kind == "recovery":
-        return recovery(name, {"tp": ranks})
+        return recovery(name, {"tp": ranks}, waits)
     return next(decode(shape, settings) for each, shape, settings in decode_steps([*SHAPES], ranks) if each == name)
 
 
@@ -308,15 +310,17 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES), help="of decode, with commas between (all)")
     parser.add_argument("--only", default="*", help='names of steps with commas between; "8B*" is all that begin so')
     parser.add_argument("--limit", type=float, default=900.0, help="seconds for all of it (900)")
+    parser.add_argument("--waits", default="0.5,12", help="seconds before each kill of recovery (0.5,12)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    ranks = options.ranks
+    ranks, waits = options.ranks, tuple(float(wait) for wait in options.waits.split(","))
     if options.one is not None:
-        print(json.dumps(run_one(options.one, ranks)))
+        print(json.dumps(run_one(options.one, ranks, waits)))
         return
     from benchmarks.gpu_offline import measure_card
 
-    deadline, card = time.monotonic() + options.limit, measure_card()
+    deadline = time.monotonic() + options.limit
+    card = measure_card() if "decode" in options.steps else {}
     print(card, file=sys.stderr)
     names = {
         "tokens": [name for name, _, _ in token_steps(ranks)],
@@ -331,7 +335,7 @@ def main() -> None:
             if not any(fnmatchcase(name, each) for each in options.only.split(",")):
                 continue
             left, step = deadline - time.monotonic(), f"{kind}: {name}"
-            command = [__file__, "--ranks", str(ranks), "--one", step]
+            command = [__file__, "--ranks", str(ranks), "--waits", options.waits, "--one", step]
             if kind == "kernels":
                 command = [str(KERNELS), name.split()[0], "--ranks", str(ranks)]
             none = {"error": "no time left"}

@@ -7,9 +7,15 @@ r"""How long steps take on one GPU and on several, and which kernels take it; th
 Dummy weights in bf16 of published shapes. Decode: rows of 24 to some 100 tokens, captured, three steps in flight as in
 the engine; prefill: a step of 4 prompts of 1,024, not captured. groups: tp1 one GPU alone, tp all, ep the same with
 experts split, all-to-all the same with tokens sent to experts. variants, of several GPUs: cublas without the products
-of kernels/rank_product.py, unsent with sums that send by themselves, earlyN with N lines asked for before the wait.
+of kernels/rank_product.py, unsent with sums that send by themselves, alone with sums over nobody (wrong, to see what
+the other ranks cost), earlyN with N lines asked for before the wait, chain and nochain for one row, and those of WIDE,
+cuts for 33 to 64 rows.
 --kernels: also what takes the first rank's time, microseconds a step. The floor is reading a rank's weights, of experts
 those that tokens at random touch. Prints a line for each.
+
+Shapes tiny and tiny-moe, the checkpoints, and such as 32B-fp32, two layers of dummy weights: no times, but whether what
+they draw in float32 is the same in all groups.
+What they launch can be compiled beforehand by many processes at once: internal/dry_steps.py.
 """
 
 from __future__ import annotations
@@ -37,23 +43,37 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/parallel_steps.py` finds the packages
 
 from benchmarks.gpu_offline import measure_card  # noqa: E402
-from benchmarks.parallel_gpu import SHAPES, floor_ms  # noqa: E402
+from benchmarks.parallel_gpu import DENSE, MOE, SHAPES, floor_ms  # noqa: E402
 from vibe_sgl_lite.model_worker.compute import GpuSetup, choose_compute  # noqa: E402
-from vibe_sgl_lite.model_worker.gpu import rank_products  # noqa: E402
+from vibe_sgl_lite.model_worker.gpu import collectives, layers, rank_products  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.graphs import CudaGraphs  # noqa: E402
+from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm  # noqa: E402
+from vibe_sgl_lite.model_worker.gpu.kernels.rank_product import ProductCut  # noqa: E402
+from vibe_sgl_lite.model_worker.gpu.rank_products import MOST_ROWS  # noqa: E402
 from vibe_sgl_lite.model_worker.kv_pool import KVPool  # noqa: E402
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner  # noqa: E402
 from vibe_sgl_lite.model_worker.parallel import build_state, init_parallel, join_peers  # noqa: E402
 from vibe_sgl_lite.model_worker.pending_step import PendingStep  # noqa: E402
-from vibe_sgl_lite.model_worker.weights import load_dummy_weights  # noqa: E402
+from vibe_sgl_lite.model_worker.weights import load_dummy_weights, load_weights  # noqa: E402
 from vibe_sgl_lite.qwen3.layers.moe import DispatchKind  # noqa: E402
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState  # noqa: E402
 from vibe_sgl_lite.qwen3.model import Qwen3  # noqa: E402
-from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, pack_ids  # noqa: E402
+from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, pack_ids, unpack_ids  # noqa: E402
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig  # noqa: E402
 from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams, resolve  # noqa: E402
 
-PAGE, CONTEXT, IN_FLIGHT, LENGTH, STEPS, PROMPTS, PROMPT = 64, 2048, 3, 24, 25, 4, 1024
+PAGE, CONTEXT, IN_FLIGHT, LENGTH, STEPS, PROMPTS, PROMPT = 64, 2048, 3, 24, 20, 4, 1024
+TOKENS, TOKEN_ROWS = 24, (1, 2, 4, 8)
+TINY = {"tiny": DENSE, "tiny-moe": MOE}
+FLOAT32 = "-fp32"
+WIDE = {  # of gate and up, and of the others; and how many programs may run at once
+    "g1": (ProductCut(64, 128, 64, 1, 8, 4, early=4), 132),
+    "g2": (ProductCut(64, 64, 64, 1, 4, 4, early=4), 132),
+    "g3": (ProductCut(64, 64, 64, 1, 8, 4, early=4), 132),
+    "d1": (ProductCut(64, 128, 64, 1, 4, 4, early=4), 264),
+    "d2": (ProductCut(64, 128, 128, 1, 8, 4, early=4), 132),
+    "d3": (ProductCut(64, 128, 64, 1, 8, 6, early=4), 132),
+}
 PARTS = {  # of kernels' names, for the table
     "sums": ("all_reduce", "all_gather", "nccl"),
     "attention": ("attention", "rope"),
@@ -69,14 +89,17 @@ class Steps:
     def __init__(self, runner: ModelRunner, pages: int) -> None:
         self.runner, self.pages, self.step = runner, pages, 0
 
-    def _new(self, slot: int, length: int, computed: int, first_page: int, count: int) -> NewSlot:
+    def _new(
+        self, slot: int, length: int, computed: int, first_page: int, count: int, temperature: float = 0.6
+    ) -> NewSlot:
         sampling = resolve(
-            SamplingParams(max_new_tokens=1, temperature=0.6, top_p=1.0, top_k=-1, min_p=0.0, seed=slot),
+            SamplingParams(max_new_tokens=1, temperature=temperature, top_p=1.0, top_k=-1, min_p=0.0, seed=slot),
             model_defaults={}, end_token_ids=(), prompt_tokens=1, context_length=CONTEXT,
             vocab_size=self.runner.model.config.vocab_size,
         )  # fmt: skip
         pages = [(first_page + page) % self.pages for page in range(count)]
-        ids = pack_ids((slot * 997 + place * 31) % 10_000 for place in range(length))
+        most = min(10_000, self.runner.model.config.vocab_size)
+        ids = pack_ids((slot * 997 + place * 31) % most for place in range(length))
         return NewSlot(slot, slot, ids, length, computed, pack_ids(pages), sampling)
 
     def _run(self, batches: Iterator[dict[str, Any]]) -> float:
@@ -97,7 +120,7 @@ class Steps:
         new = [self._new(slot, LENGTH, LENGTH - 1, 2 * slot, 2) for slot in range(rows)]
         same = {"row_slots": pack_ids(range(rows)), "row_tokens": pack_ids([1] * rows)}
         self._run(iter([{"new": new, **same}, *[same] * 4]))
-        took = [self._run(iter([same] * STEPS)) / STEPS for _ in range(3)]
+        took = [self._run(iter([same] * STEPS)) / STEPS for _ in range(2)]
         table = list[str]()
         if kernels:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -105,6 +128,23 @@ class Steps:
             table = describe(profile, 4, kernels)
         self._run(iter([{"released": same["row_slots"], "row_slots": b"", "row_tokens": b""}]))
         return min(took), table
+
+    def tokens(self, rows: int) -> list[list[int]]:
+        """What so many rows draw, every other one the likeliest."""
+        slots = pack_ids(range(rows))
+        new = [self._new(slot, 3 + 5 * slot, 0, 2 * slot, 2, 0.9 * (slot % 2)) for slot in range(rows)]
+        batch: dict[str, Any] = {
+            "new": new,
+            "row_slots": slots,
+            "row_tokens": pack_ids([3 + 5 * slot for slot in range(rows)]),
+        }
+        drawn = []
+        for _ in range(TOKENS):
+            self.step += 1
+            drawn.append(list(unpack_ids(self.runner.run(ForwardBatch(self.step, **batch)).token_ids)))
+            batch = {"row_slots": slots, "row_tokens": pack_ids([1] * rows)}
+        self._run(iter([{"released": slots, "row_slots": b"", "row_tokens": b""}]))
+        return [list(row) for row in zip(*drawn, strict=True)]
 
     def prefill(self) -> float:
         """Seconds a step."""
@@ -132,6 +172,13 @@ def describe(profile: Any, steps: int, most: int) -> list[str]:
     return lines
 
 
+def add_norm_alone(
+    peers: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, sent: bool
+) -> None:
+    """`all_reduce_add_norm` over this rank alone. What was sent stays, until the next call writes there again."""
+    add_rms_norm(x, residual, weight, eps, x, pdl=True)
+
+
 def vary(variant: str) -> Any:
     """What a variant changes."""
     choose = rank_products.choose_cut
@@ -147,41 +194,92 @@ def vary(variant: str) -> Any:
         return patch.object(rank_products, "choose_cut", earlier)
     if variant == "unsent":
         return patch("vibe_sgl_lite.model_worker.gpu.kernels.all_reduce.Outbox.takes", lambda *_: False)
+    if variant.endswith("chain"):
+        return patch.object(layers, "WIDE", 0 if variant == "nochain" else 1 << 30)
+    if variant == "alone":
+        return patch.object(collectives.PeerMemory, "all_reduce_add_norm", add_norm_alone)
+    if variant.split("+")[0] in WIDE:
+
+        def wide(rows: int, outputs: int, inputs: int, dtype: Any, *, silu: bool) -> Any:
+            names = [name for name in variant.split("+") if (name[0] == "g") == silu]
+            if not 32 < rows <= MOST_ROWS or not names or dtype == torch.float32:
+                return choose(rows, outputs, inputs, dtype, silu=silu)
+            cut, places = WIDE[names[0]]
+            splits = 1 if silu else max(1, min(places // (outputs // cut.outputs), inputs // cut.inputs // 2))
+            return replace(cut, splits=splits)
+
+        return patch.object(rank_products, "choose_cut", wide)
     assert variant == "ours"
     return patch.dict({}, {})
 
 
-def model_of(shape: str, parallel: ParallelState, device: torch.device, dispatch: DispatchKind) -> tuple[Qwen3, Any]:
+def draws(shape: str) -> bool:
+    return shape in TINY or shape.endswith(FLOAT32)
+
+
+def has_experts(shape: str) -> bool:
+    return shape == "tiny-moe" or "num_experts" in SHAPES.get(shape.removesuffix(FLOAT32), {})
+
+
+def config_of(shape: str, layers: int | None) -> ModelConfig:
+    if shape in TINY:
+        return ModelConfig.from_folder(TINY[shape])
+    if shape.endswith(FLOAT32):
+        shape, layers = shape.removesuffix(FLOAT32), 2
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
-        config = ModelConfig.from_folder(Path(folder))
-    size = parallel.tp.size
+        kept = {} if layers is None else {"num_hidden_layers": layers}
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape] | kept))
+        return ModelConfig.from_folder(Path(folder))
+
+
+def model_of(
+    shape: str, parallel: ParallelState, device: torch.device, dispatch: DispatchKind, layers: int | None
+) -> tuple[Qwen3, Any]:
+    config, size = config_of(shape, layers), parallel.tp.size
     group = config.num_attention_heads // size // config.local_kv_heads(size)
+    dtype = torch.float32 if draws(shape) else torch.bfloat16
 
     def compute(rows: tuple[int, ...]) -> Any:
         setup = GpuSetup(group, config.vocab_size, max(rows) + 1, max(rows) + 1, tp=parallel.tp)
-        made = choose_compute(torch.bfloat16, device, config.head_dim, setup)
-        graphs = None if dispatch == "all_to_all" else CudaGraphs(rows, ())
-        return replace(made, graphs=graphs)
+        made = choose_compute(dtype, device, config.head_dim, setup)
+        return replace(made, graphs=CudaGraphs(rows, ()))
 
-    model = Qwen3(config, parallel, torch.bfloat16, device, compute((1,)).operations, dispatch)
-    load_dummy_weights(model, 0, lambda done, total: None)
+    model = Qwen3(config, parallel, dtype, device, compute((1,)).operations, dispatch)
+    if shape in TINY:
+        load_weights(model, TINY[shape])
+    else:
+        load_dummy_weights(model, 0, lambda done, total: None)
     return model, compute
 
 
-def measure(model: Qwen3, compute: Any, rows: tuple[int, ...], kernels: int) -> dict[str, Any]:
+def steps_of(model: Qwen3, compute: Any, rows: tuple[int, ...]) -> Steps:
     made = compute(rows)
     pages = 2 * max(rows) + 2 + PROMPTS * (PROMPT // PAGE + 1)
     size, device = model.parallel.tp.size, model.device
-    pool = KVPool(model.config, size, pages, PAGE, torch.bfloat16, device, layout=made.kv_layout)
+    pool = KVPool(model.config, size, pages, PAGE, model.dtype, device, layout=made.kv_layout)
     pool.data.normal_()
     slots, most_tokens = max(*rows, PROMPTS) + 1, PROMPTS * PROMPT + max(rows)
     runner = ModelRunner(model, pool, made, max_slots=slots, context_length=CONTEXT, max_tokens=most_tokens)
     made.plan_layers(model, runner.backend)
+    backend: Any = runner.backend
+    contexts = backend.graph_contexts()[:1]  # no other is met here
+    backend.graph_contexts = lambda: contexts
+    backend._compiled = True  # nor the other numbers of rows
     runner.warm_up()
-    steps = Steps(runner, pages)
-    result: dict[str, Any] = {str(count): steps.decode(count, kernels) for count in rows}
-    result["prompt tok/s"] = PROMPTS * PROMPT / steps.prefill()
+    return Steps(runner, pages)
+
+
+def measure(model: Qwen3, compute: Any, rows: tuple[int, ...], variant: str, kernels: int) -> dict[str, Any]:
+    """Variants differ with few rows alone."""
+    ours = variant == "ours"
+    least, most = {"ours": (0, rows[-1]), "alone": (0, rows[-1])}.get(
+        variant, (0, 2) if variant.endswith("chain") else (33, MOST_ROWS)
+    )
+    rows = tuple(count for count in rows if least <= count <= most)
+    steps = steps_of(model, compute, rows)
+    result: dict[str, Any] = {str(count): steps.decode(count, kernels if ours else 0) for count in rows}
+    if ours:
+        result["prompt tok/s"] = PROMPTS * PROMPT / steps.prefill()
     return result
 
 
@@ -190,24 +288,32 @@ def work(rank: int, options: Any, store_path: Path) -> None:
     torch.cuda.set_device(device)
     parallel = join_peers(init_parallel(rank, ranks, 1, device, store_path), device)
     store = FileStore(f"{store_path}-turns", ranks)
-    card = measure_card() if rank == 0 else {"read_gb_s": 1.0}
+    card = {"read_gb_s": options.read_gb_s}
     if rank == 0:
-        print(card, flush=True)
-    rows = tuple(int(count) for count in options.rows.split(","))
-    base: dict[str, float] = {}
+        card = measure_card() if options.read_gb_s is None else card
+        print(torch.cuda.get_device_name(), card, flush=True)
+    base: dict[str, Any] = {}
     for shape, group in itertools.product(options.shapes.split(","), options.groups.split(",")):
         turn = f"{shape} {group}"
+        if group in ("ep", "all-to-all") and not has_experts(shape):
+            continue
         if group == "tp1" and rank > 0:
             store.wait([turn])
             continue
-        state = ParallelState() if group == "tp1" else parallel
-        if group in ("ep", "all-to-all"):
-            state = replace(build_state(rank, ranks, ranks), tp=parallel.tp)
-        dispatch: DispatchKind = "all_to_all" if group == "all-to-all" else "all_reduce"
-        model, compute = model_of(shape, state, device, dispatch)
-        for variant in ["ours"] if group == "tp1" else options.variants.split(","):
+        state, dispatch = state_of(group, parallel, rank, ranks)
+        rows = TOKEN_ROWS if draws(shape) else tuple(int(count) for count in options.rows.split(","))
+        model, compute = model_of(shape, state, device, dispatch, options.layers)
+        for variant in variants_of(shape, group, options):
             with vary(variant):
-                result = measure(model, compute, rows, options.kernels)
+                if draws(shape):
+                    steps = steps_of(model, compute, rows)
+                    drawn = [tokens for count in rows for tokens in steps.tokens(count)]
+                    one = base.setdefault(shape, drawn)
+                    same = sum(a == b for a, b in zip(drawn, one, strict=True))
+                    if rank == 0:
+                        print(f"{turn} {variant}: {same} of {len(one)} rows as with the first group", flush=True)
+                    continue
+                result = measure(model, compute, rows, variant, options.kernels)
             gc.collect()
             torch.cuda.empty_cache()
             if rank == 0:
@@ -219,6 +325,24 @@ def work(rank: int, options: Any, store_path: Path) -> None:
             store.set(turn, "done")
     if ranks > 1:
         dist.barrier()
+
+
+def state_of(group: str, parallel: ParallelState, rank: int, ranks: int) -> tuple[ParallelState, DispatchKind]:
+    if group == "tp1":
+        return ParallelState(), "all_reduce"
+    if group == "tp":
+        return parallel, "all_reduce"
+    return replace(
+        build_state(rank, ranks, ranks), tp=parallel.tp
+    ), "all_to_all" if group == "all-to-all" else "all_reduce"
+
+
+def variants_of(shape: str, group: str, options: Any) -> list[str]:
+    """They are of dense layers."""
+    if group == "tp1" or has_experts(shape):
+        return ["ours"]
+    variants: list[str] = options.variants.split(",")
+    return [variant for variant in variants if not draws(shape) or variant == "ours"]
 
 
 def report(
@@ -246,6 +370,8 @@ def main() -> None:
     parser.add_argument("--rows", default="1,16,64,256")
     parser.add_argument("--variants", default="ours")
     parser.add_argument("--kernels", type=int, default=0)
+    parser.add_argument("--layers", type=int, help="in place of as many as the shape has")
+    parser.add_argument("--read-gb-s", type=float, help="of a card; measured if it is not given")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

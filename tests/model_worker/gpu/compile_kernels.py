@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.internal.gpu_timing import NoCard
 from vibe_sgl_lite.model_worker.gpu.fused_layers import TILES
 from vibe_sgl_lite.model_worker.gpu.grouped_matrix import choose_tiles as choose_grouped_tiles
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, Outbox, all_gather, all_reduce
@@ -50,19 +50,6 @@ from vibe_sgl_lite.model_worker.gpu.rank_products import choose_cut
 
 KV_HEADS, GROUP, DIM, HIDDEN, INNER, VOCAB = 8, 2, 128, 1024, 3072, 151_936
 PAGE, PAGES, ROWS = 64, 4, 8
-
-
-class NoCard:
-    """A `triton.runtime.driver` that has nothing to launch on."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
 
 
 def compile_only(kernel: JITFunction[Any], grid: tuple[int, ...]) -> Callable[..., None]:

@@ -1,0 +1,145 @@
+r"""How fast the ranks of one machine load a large sharded checkpoint, each its slices, beside what the disk reads.
+
+    python benchmarks/internal/load_rate.py --folder /tmp/checkpoint --gb 20
+
+Writes layers of the 32B shape with random values into files of 4 GB, leaves nothing of them in memory (needs root),
+reads the files plainly with 4 processes, forgets them again, and loads them with all ranks at once. Seconds and GB a
+second of the files' bytes, of which every rank needs its part; then once more with the files in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/load_rate.py` finds the packages
+
+from benchmarks.parallel_gpu import SHAPES  # noqa: E402
+from vibe_sgl_lite.model_worker.weights import load_weights  # noqa: E402
+from vibe_sgl_lite.qwen3.checkpoint import load_items  # noqa: E402
+from vibe_sgl_lite.qwen3.layers.operations import TorchOperations  # noqa: E402
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState  # noqa: E402
+from vibe_sgl_lite.qwen3.model import Qwen3  # noqa: E402
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig  # noqa: E402
+
+SHAPE, SHARD_BYTES = "32B", 4 << 30
+
+
+def model_of(folder: Path, rank: int, ranks: int, device: torch.device) -> Qwen3:
+    nobody: Any = object()  # loading meets nobody
+    group = Group(rank, ranks, nobody if ranks > 1 else None)
+    state = ParallelState(rank, tp=group, expert_tp=group)
+    return Qwen3(ModelConfig.from_folder(folder), state, torch.bfloat16, device, TorchOperations())
+
+
+def write(folder: Path, size: float) -> int:
+    """Bytes of the checkpoint."""
+    shape = SHAPES[SHAPE]
+    hidden, inner, dim = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    heads = 2 * shape["num_attention_heads"] + 2 * shape["num_key_value_heads"]
+    ends = 2 * shape["vocab_size"] * hidden
+    layers = max(1, round((size * 5e8 - ends) / (hidden * (heads * dim + 3 * inner))))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": layers}))
+    block = torch.randn(1 << 28).bfloat16()
+    shard: dict[str, torch.Tensor] = {}
+    files, total = dict[str, str](), 0
+
+    def flush() -> None:
+        name = f"model-{len(set(files.values())) + 1:05}.safetensors"
+        save_file(shard, folder / name)
+        files.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for item in load_items(model_of(folder, 0, 1, torch.device("meta"))):
+        for part in item.parts:
+            count = torch.Size(part.shape).numel()
+            shard[part.name] = block.repeat(-(-count // len(block)))[:count].view(part.shape)
+            total += 2 * count
+            if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
+                flush()
+    flush()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return total
+
+
+def forget() -> None:
+    subprocess.run(["sync"], check=True)
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError as error:
+        print(f"files may be in memory: {error}", flush=True)
+
+
+def load(folder: Path, ranks: int, device: str) -> list[float]:
+    """Seconds of each rank, all at once."""
+    command = [sys.executable, __file__, "--folder", str(folder), "--ranks", str(ranks), "--device", device]
+    pipe = subprocess.PIPE
+    started = [
+        subprocess.Popen([*command, "--rank", str(rank)], stdin=pipe, stdout=pipe, text=True) for rank in range(ranks)
+    ]
+    for process in started:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    forget()
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    again = [process.communicate()[0].splitlines() for process in started]
+    return [float(line) for lines in again for line in lines]
+
+
+def work(folder: Path, rank: int, ranks: int, device: str) -> None:
+    where = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    for first in (True, False):
+        model = model_of(folder, rank, ranks, where)
+        torch.zeros(1, device=where)
+        if first:
+            print("ready", flush=True)
+            sys.stdin.readline()
+        began = time.perf_counter()
+        load_weights(model, folder)
+        if device == "cuda":
+            torch.cuda.synchronize(where)
+        print(time.perf_counter() - began, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--gb", type=float, default=20.0)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank is not None:
+        work(options.folder, options.rank, options.ranks, options.device)
+        return
+    began = time.perf_counter()
+    size = write(options.folder, options.gb)
+    print(f"{size / 1e9:.1f} GB written in {time.perf_counter() - began:.1f} s", flush=True)
+    forget()
+    began = time.perf_counter()
+    files = [str(path) for path in sorted(options.folder.glob("*.safetensors"))]
+    subprocess.run(
+        ["xargs", "-P", "4", "-n", "1", "cat"], input="\n".join(files), text=True, stdout=subprocess.DEVNULL, check=True
+    )
+    took = time.perf_counter() - began
+    print(f"read plainly: {took:.1f} s, {size / took / 1e9:.2f} GB/s", flush=True)
+    seconds = load(options.folder, options.ranks, options.device)
+    for what, times in (("from disk", seconds[::2]), ("from memory", seconds[1::2])):
+        print(f"{options.ranks} ranks, {what}: {max(times):.1f} s, {size / max(times) / 1e9:.2f} GB/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
