@@ -6,7 +6,7 @@
 Runs the model runner alone, without the pipeline, on dummy weights. The parts are those of `--profile`
 (model_worker/step_timer.py), `other` being Python between them. A part's time is the sum of each call's best over the
 steps, so that what other processes do to a shared machine mostly drops out. `whole` is the best complete step as it
-was. Prints a table and, last, one JSON line.
+was. The machine's fma_fp32_gflops are of the target's own instructions. Prints a table and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ import vibe_sgl_lite.model_worker  # noqa: E402, F401, I001  before torch: settl
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.internal.fma_rate import fma_gflops  # noqa: E402
 from benchmarks.machine import measure  # noqa: E402
 from vibe_sgl_lite.model_worker.compute import choose_compute, torch_compute  # noqa: E402
 from vibe_sgl_lite.model_worker.cpu.program import plan_programs  # noqa: E402
@@ -158,6 +160,8 @@ def main() -> None:
     longest = max([c for _, c in shapes] + [n + 1 for n in options.prefill])
     pages = max([b * -(-c // PAGE) for b, c in shapes] + [-(-(n + 1) // PAGE) for n in options.prefill])
     result: dict[str, Any] = {} if options.no_ceilings else {"machine": measure()}
+    if "machine" in result and platform.machine() == "x86_64":
+        result["machine"]["fma_fp32_gflops"] = round(fma_gflops(options.target, torch.get_num_threads()))
     print(result.get("machine", ""))
     slots = max([b for b, _ in shapes], default=1)
     runner, recorder = build(

@@ -16,8 +16,9 @@ constexpr int kBlockInputs = 64;
 #endif
 constexpr int kLine = 16;         // units that rows of x lie further apart: at 4 KiB they would share places of the cache
 constexpr int kMostTogether = 6, kMostInt4Together = 4;  // rows
-// From here on, weights are brought into the form that is multiplied once a block, and not for each few rows again.
+// From here on, weights are brought into the form that is multiplied once a block, and not by each few rows again.
 constexpr int kPreparedRows = 12, kPreparedInt8Rows = 4;
+constexpr int kManyRows = 64;
 
 #if defined(VSL_NEON)
 constexpr int kMoreRegisters = 2;  // 32, of which sums take 24 at most
@@ -83,23 +84,41 @@ struct ByteUnits : ShortUnits {
 };
 #endif
 
-// Adds the products of `steps` units of x to sums[kRows][kSlab], or begins them. ahead: memory to ask for, if any.
-template <class Units, int kRows, int kVectors>
+// The weights that follow those that are multiplied. They are asked for a few at a time, all along: a core can wait for some
+// 16 lines at once, and in bursts it would wait for them in place of multiplying.
+struct Following {
+    const char *next, *end;
+    int lines;  // before each pass over the inputs
+    bool many_rows;
+
+    void ask(int count) {
+        for (; count > 0 && next < end; count--, next += 64) __builtin_prefetch(next, 0, 2);
+    }
+};
+
+// Adds the products of `steps` units of x to sums[kRows][kSlab], or begins them. kept: if any, where weights are left in the
+// form in which they were multiplied, as units of `Units::Sum`. kAsk: lines of the following weights, each step.
+template <class Units, int kRows, int kVectors, int kAsk>
 inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typename Units::Unit* x, int64_t x_stride,
-                             typename Units::Unit* sums, bool begin, const char* ahead) {
+                             typename Units::Unit* sums, bool begin, Following& following, typename Units::Unit* kept) {
     typename Units::Sum into[kRows][kVectors] = {};
     if (!begin)
         for (int r = 0; r < kRows; r++)
             for (int v = 0; v < kVectors; v++) std::memcpy(&into[r][v], sums + r * kSlab + v * kLanes, sizeof into[r][v]);
     for (int64_t k = 0; k < steps; k++, weights += kSlab) {
-        if (ahead != nullptr)
-            for (int line = 0; line < 4; line++, ahead += 64) __builtin_prefetch(ahead);
+        if constexpr (kRows == 1)
+            for (int line = 0; line < kAsk; line++) __builtin_prefetch((const char*)weights + kAhead + line * 64);
+        else
+            following.ask(kAsk);
         // What is fewer, vectors or rows, stays in registers beside the sums.
         for (int p = 0; p < Units::kParts; p++) {
             const typename Units::Unit* const units = x + k * Units::kParts + p;
             if constexpr (kRows >= kVectors) {
                 typename Units::Sum parts[kVectors];
                 for (int v = 0; v < kVectors; v++) parts[v] = Units::part(p, weights + v * kLanes);
+                if (kept != nullptr)
+                    for (int v = 0; v < kVectors; v++)
+                        std::memcpy(kept + (k * Units::kParts + p) * kSlab + v * kLanes, &parts[v], sizeof parts[v]);
                 for (int r = 0; r < kRows; r++)
                     for (int v = 0; v < kVectors; v++)
                         into[r][v] = Units::multiply_add(into[r][v], parts[v], units[r * x_stride]);
@@ -116,14 +135,29 @@ inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typen
         for (int v = 0; v < kVectors; v++) std::memcpy(sums + r * kSlab + v * kLanes, &into[r][v], sizeof into[r][v]);
 }
 
-// As multiply_vectors, for all outputs of a slab.
+// As multiply_vectors, for all outputs of a slab. alone: no other rows share these weights.
 template <class Units, int kRows>
 inline void multiply_together(const uint32_t* weights, int64_t steps, const typename Units::Unit* x, int64_t x_stride,
-                              typename Units::Unit* sums, bool begin, const char* ahead) {
+                              typename Units::Unit* sums, bool begin, bool alone, Following& following,
+                              typename Units::Unit* kept = nullptr) {
     constexpr int kAll = kSlab / kLanes, kRegisters = kMoreRegisters * (kRows == 1 ? 8 : kRows == 2 ? 4 : 2);
-    constexpr int kVectors = kAll < 8 || kAll < kRegisters ? kAll : kRegisters;
-    for (int j = 0; j < kSlab; j += kVectors * kLanes)
-        multiply_vectors<Units, kRows, kVectors>(weights + j, steps, x, x_stride, sums + j, begin, j == 0 ? ahead : nullptr);
+    constexpr int kVectors = kAll < 8 || kAll < kRegisters ? kAll : kRegisters, kPasses = kAll / kVectors;
+    for (int j = 0; j < kAll; j += kVectors) {
+        const auto multiply = [&](auto ask) {
+            multiply_vectors<Units, kRows, kVectors, ask>(weights + j * kLanes, steps, x, x_stride, sums + j * kLanes, begin,
+                                                          following, kept == nullptr ? nullptr : kept + j * kLanes);
+        };
+        if (alone) {
+            multiply(std::integral_constant<int, (4 + kPasses - 1) / kPasses>());
+            continue;
+        }
+        following.ask(following.lines);
+        // Many rows lie in no near cache: each pass asks for its share of those that come next.
+        const int64_t share = steps * Units::kParts / kPasses;
+        for (int r = kRows; following.many_rows && r < 2 * kRows; r++)
+            for (int64_t k = j / kVectors * share; k < (j / kVectors + 1) * share; k += 16) __builtin_prefetch(x + r * x_stride + k);
+        multiply(std::integral_constant<int, 0>());
+    }
 }
 
 // Calls f(integral constant) with `count`, 1 to kMost.
@@ -145,46 +179,20 @@ inline void few_rows(int64_t rows, const F& f) {
     }
 }
 
-template <class Units>
-inline void multiply_rows(const uint32_t* weights, int64_t steps, const typename Units::Unit* x, int64_t x_stride,
-                          int64_t rows, typename Units::Unit* sums, bool begin, const char* ahead) {
-    few_rows<kMostTogether>(rows, [&](int64_t row, auto count) {
-        multiply_together<Units, count>(weights, steps, x + row * x_stride, x_stride, sums + row * kSlab, begin,
-                                        row == 0 ? ahead : nullptr);
-    });
-}
-
-// Each format: the units that lie in a slab, and what `prepare` makes of them where rows are many.
+// Each format: the units that lie in a slab, and from how many rows on these are brought into another form once, by the first
+// rows that are multiplied, for the others.
 struct FloatPanels {
     using Direct = FloatUnits;
     using Prepared = FloatUnits;
     static constexpr int kFormat = kFloat, kDepth = 1;  // inputs of 32 bits of weights
-    static constexpr int64_t kLeastRows = INT64_MAX;    // to prepare for
-    static void prepare(const uint8_t*, int64_t, uint32_t*) {}
+    static constexpr int64_t kLeastRows = INT64_MAX;
 };
-
-// Expands all units of a block once.
-template <class Units>
-inline void prepare_units(const uint8_t* weights, int64_t steps, uint32_t* out) {
-    const uint32_t* units = (const uint32_t*)weights;
-    for (int64_t k = 0; k < steps; k++, units += kSlab, out += Units::kParts * kSlab) {
-        for (int line = 0; line < 4; line++) __builtin_prefetch((const char*)units + kAhead + line * 64);
-        for (int j = 0; j < kSlab; j += kLanes)
-            for (int p = 0; p < Units::kParts; p++) {
-                const typename Units::Sum part = Units::part(p, units + j);
-                std::memcpy(out + p * kSlab + j, &part, sizeof part);
-            }
-    }
-}
 
 struct Bf16Panels {
     using Direct = Bf16Units;
     using Prepared = FloatUnits;
     static constexpr int kFormat = kBf16, kDepth = 2;
     static constexpr int64_t kLeastRows = kPreparedRows;
-    static void prepare(const uint8_t* weights, int64_t inputs, uint32_t* out) {
-        prepare_units<Bf16Units>(weights, inputs / kDepth, out);
-    }
 };
 
 #if defined(VSL_NEON_BF16)
@@ -193,7 +201,6 @@ struct Bf16PairPanels {
     using Prepared = PairsOfBf16;
     static constexpr int kFormat = kBf16, kDepth = 2;
     static constexpr int64_t kLeastRows = INT64_MAX;
-    static void prepare(const uint8_t*, int64_t, uint32_t*) {}
 };
 #endif
 
@@ -202,18 +209,15 @@ struct Int8Panels {
     using Prepared = ShortUnits;
     static constexpr int kFormat = kInt8, kDepth = 4;
     static constexpr int64_t kLeastRows = ByteUnits::kParts == 1 ? INT64_MAX : kPreparedInt8Rows;
-    static void prepare(const uint8_t* weights, int64_t inputs, uint32_t* out) {
-        prepare_units<ByteUnits>(weights, inputs / kDepth, out);
-    }
 };
 
-// In fp32: prepared for any number of rows.
+// In fp32: a block is unpacked before any row.
 struct Int4Panels {
     using Direct = FloatUnits;
     using Prepared = FloatUnits;
     static constexpr int kFormat = kInt4, kDepth = 1;
     static constexpr int64_t kLeastRows = 0;
-    static void prepare(const uint8_t* group, int64_t inputs, uint32_t* out) {
+    static void prepare(const uint8_t* group, int64_t inputs, float* out) {
         for (int64_t i = 0; i < inputs; i += kGroup, group += kGroupBytes)
             for (int j = 0; j < kSlab; j += kLanes) {
                 const bf16* const scales = (const bf16*)(group + kSlab * kGroup / 2) + j;
@@ -221,7 +225,7 @@ struct Int4Panels {
                 for (int k = 0; k < kGroup; k++) {
                     const vu units = load_units(group + (k / 8 * kSlab + j) * 4);
                     const vi code = (vi)(units >> (k % 8 / 2 * 4 + k % 2 * 16) & 15);
-                    store((float*)out + (i + k) * kSlab + j, __builtin_convertvector(code, vf) * scale + offset);
+                    store(out + (i + k) * kSlab + j, __builtin_convertvector(code, vf) * scale + offset);
                 }
             }
     }
@@ -236,20 +240,29 @@ inline void run_panels(Context& context, const Linear<T>& linear, const typename
         const uint8_t* const weights = linear.weights + slab * slab_bytes(Panels::kFormat, linear.inputs);
         const int64_t rows = end - begin;
         Unit* const sums = (Unit*)context.scratch[worker].reserve((rows + kBlockInputs) * kSlab * sizeof(Unit));
-        uint32_t* const prepared = (uint32_t*)(sums + rows * kSlab);
+        Unit* const prepared = sums + rows * kSlab;
+        const bool prepares = !context.fixed_order && rows >= Panels::kLeastRows;
         for (int64_t i = 0; i < linear.inputs; i += kBlockInputs) {
             const int64_t inputs = std::min<int64_t>(kBlockInputs, linear.inputs - i);
-            const uint8_t* const block = weights + slab_bytes(Panels::kFormat, i);
+            const uint32_t* const block = (const uint32_t*)(weights + slab_bytes(Panels::kFormat, i));
             constexpr int kDirect = Panels::kDepth / Panels::Direct::kParts;  // inputs of a unit of x
             const Unit* const from = x + begin * x_stride + i / kDirect;
-            if (context.fixed_order || rows < Panels::kLeastRows) {
-                multiply_rows<typename Panels::Direct>((const uint32_t*)block, inputs / Panels::kDepth, from, x_stride,
-                                                       rows, sums, i == 0, (const char*)block + kAhead);
-            } else {
-                Panels::prepare(block, inputs, prepared);
-                multiply_rows<typename Panels::Prepared>(prepared, inputs / kDirect, from, x_stride, rows, sums, i == 0,
-                                                         nullptr);
-            }
+            const char* const next = (const char*)block + slab_bytes(Panels::kFormat, inputs);
+            const int64_t bytes = slab_bytes(Panels::kFormat, kBlockInputs);
+            Following following{next, next + bytes, (int)(bytes / 64 * kMostTogether / (rows * 4) + 1), rows > kManyRows};
+            constexpr bool kUnpacked = Panels::kFormat == kInt4;
+            if constexpr (kUnpacked) Panels::prepare((const uint8_t*)block, inputs, prepared);
+            few_rows<kMostTogether>(rows, [&](int64_t row, auto count) {
+                const Unit* const units = from + row * x_stride;
+                Unit* const into = sums + row * kSlab;
+                const bool alone = count == rows;
+                if (kUnpacked || (prepares && row > 0))
+                    multiply_together<typename Panels::Prepared, count>((const uint32_t*)prepared, inputs / kDirect, units,
+                                                                        x_stride, into, i == 0, alone, following);
+                else
+                    multiply_together<typename Panels::Direct, count>(block, inputs / Panels::kDepth, units, x_stride, into,
+                                                                      i == 0, alone, following, prepares ? prepared : nullptr);
+            });
         }
         for (int64_t row = begin; row < end; row++) store(into, slab, row, sums + (row - begin) * kSlab);
     });
