@@ -8,8 +8,8 @@ Dummy weights in bf16 of published shapes. Decode: rows of 24 to some 100 tokens
 the engine; prefill: a step of 4 prompts of 1,024, not captured. groups: tp1 one GPU alone, tp all, ep the same with
 experts split, all-to-all the same with tokens sent to experts. variants, of several GPUs: cublas without the products
 of kernels/rank_product.py, unsent with sums that send by themselves, alone with sums over nobody (wrong, to see what
-the other ranks cost), earlyN with N lines asked for before the wait, chain and nochain for one row, and those of WIDE,
-cuts for 33 to 64 rows.
+the other ranks cost), earlyN with N lines asked for before the wait, chain and nochain for one row, and cuts for 33
+to 64 rows by their part and name in CUTS: g gate and up, l inputs that are long, s others; g1+l2 is two of them.
 --kernels: also what takes the first rank's time, microseconds a step. The floor is reading a rank's weights, of experts
 those that tokens at random touch. Prints a line for each.
 
@@ -66,13 +66,12 @@ PAGE, CONTEXT, IN_FLIGHT, LENGTH, STEPS, PROMPTS, PROMPT = 64, 2048, 3, 24, 20, 
 TOKENS, TOKEN_ROWS = 24, (1, 2, 4, 8)
 TINY = {"tiny": DENSE, "tiny-moe": MOE}
 FLOAT32 = "-fp32"
-WIDE = {  # of gate and up, and of the others; and how many programs may run at once
+CUTS = {  # and how many programs may run at once; None: cuBLAS
     "g1": (ProductCut(64, 128, 64, 1, 8, 4, early=4), 132),
-    "g2": (ProductCut(64, 64, 64, 1, 4, 4, early=4), 132),
-    "g3": (ProductCut(64, 64, 64, 1, 8, 4, early=4), 132),
-    "d1": (ProductCut(64, 128, 64, 1, 4, 4, early=4), 264),
-    "d2": (ProductCut(64, 128, 128, 1, 8, 4, early=4), 132),
-    "d3": (ProductCut(64, 128, 64, 1, 8, 6, early=4), 132),
+    "g2": (ProductCut(64, 64, 64, 1, 8, 4, early=4), 132),
+    "1": (ProductCut(64, 128, 64, 1, 4, 4, early=4), 264),
+    "2": (ProductCut(64, 128, 128, 1, 8, 4, early=4), 132),
+    "c": None,
 }
 PARTS = {  # of kernels' names, for the table
     "sums": ("all_reduce", "all_gather", "nccl"),
@@ -198,17 +197,20 @@ def vary(variant: str) -> Any:
         return patch.object(layers, "WIDE", 0 if variant == "nochain" else 1 << 30)
     if variant == "alone":
         return patch.object(collectives.PeerMemory, "all_reduce_add_norm", add_norm_alone)
-    if variant.split("+")[0] in WIDE:
+    if variant[0] in "gls":
+        named = {name[0]: CUTS.get(name, CUTS.get(name[1:])) for name in variant.split("+")}
 
-        def wide(rows: int, outputs: int, inputs: int, dtype: Any, *, silu: bool) -> Any:
-            names = [name for name in variant.split("+") if (name[0] == "g") == silu]
-            if not 32 < rows <= MOST_ROWS or not names or dtype == torch.float32:
+        def cut_so(rows: int, outputs: int, inputs: int, dtype: Any, *, silu: bool) -> Any:
+            part = "g" if silu else "l" if inputs >= rank_products.LONG_INPUTS else "s"
+            if part not in named or not 32 < rows <= MOST_ROWS or dtype == torch.float32:
                 return choose(rows, outputs, inputs, dtype, silu=silu)
-            cut, places = WIDE[names[0]]
+            if (found := named[part]) is None:
+                return None
+            cut, places = found
             splits = 1 if silu else max(1, min(places // (outputs // cut.outputs), inputs // cut.inputs // 2))
             return replace(cut, splits=splits)
 
-        return patch.object(rank_products, "choose_cut", wide)
+        return patch.object(rank_products, "choose_cut", cut_so)
     assert variant == "ours"
     return patch.dict({}, {})
 
@@ -276,6 +278,8 @@ def measure(model: Qwen3, compute: Any, rows: tuple[int, ...], variant: str, ker
         variant, (0, 2) if variant.endswith("chain") else (33, MOST_ROWS)
     )
     rows = tuple(count for count in rows if least <= count <= most)
+    if not rows:
+        return {}
     steps = steps_of(model, compute, rows)
     result: dict[str, Any] = {str(count): steps.decode(count, kernels if ours else 0) for count in rows}
     if ours:
