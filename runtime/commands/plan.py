@@ -9,7 +9,7 @@ from vibe_sgl_lite.runtime.errors import ConfigError, UserError
 from vibe_sgl_lite.runtime.logs import one_line
 from vibe_sgl_lite.runtime.settings.checkpoint import settle
 from vibe_sgl_lite.runtime.settings.cli import parse
-from vibe_sgl_lite.runtime.settings.machine import available_memory, usable_cores
+from vibe_sgl_lite.runtime.settings.machine import available_memory, has_gpu, usable_cores
 from vibe_sgl_lite.runtime.settings.memory_parts import rank_memory
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig, check_parallel_degrees
 from vibe_sgl_lite.runtime.settings.model_source import find_model
@@ -42,11 +42,15 @@ def _lines(args: ServerArgs) -> Iterator[str]:
         raise ConfigError(
             f"--context-length {context} is above the model's {model.context_limit}", field="context_length"
         )
+    gpu = args.device == "cuda" or (args.device == "auto" and has_gpu())
     memory = rank_memory(
         model, tp=args.tp, ep=args.ep, dtype=dtype, quantization=args.quantization,
-        int8_cache=args.kv_cache_dtype != "auto",
+        int8_cache=args.kv_cache_dtype != "auto", gpu=gpu,
     )  # fmt: skip
-    kept = dtype if args.quantization == "none" else f"{args.quantization}, else {dtype}"
+    kept = args.quantization
+    if kept == "none" and gpu and model.quantized is not None:
+        kept = f"{model.quantized.method} of {model.quantized.bits} bits"
+    kept = dtype if kept == "none" else f"{kept}, else {dtype}"
     yield f"{source.name}: {args.tp} ranks (ep {args.ep}), matrices in {kept}; GiB of one rank"
     for part, size in memory.weights.items():
         if size:

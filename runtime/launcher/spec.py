@@ -15,7 +15,7 @@ import msgspec
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.settings.checkpoint import settle
-from vibe_sgl_lite.runtime.settings.machine import available_memory, usable_cores
+from vibe_sgl_lite.runtime.settings.machine import available_memory, has_gpu, usable_cores
 from vibe_sgl_lite.runtime.settings.memory_parts import rank_memory
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig, check_parallel_degrees
 from vibe_sgl_lite.runtime.settings.model_source import find_model
@@ -134,14 +134,10 @@ def _check_kv_cache(args: ServerArgs, model: ModelConfig, device: str) -> None:
 def _device(asked: str) -> str:
     if asked == "cpu":
         return asked
-    problem = "no NVIDIA GPU is found here" if not _has_gpu() else None if _torch_has_cuda() else NO_CUDA
+    problem = "no NVIDIA GPU is found here" if not has_gpu() else None if _torch_has_cuda() else NO_CUDA
     if asked == "cuda" and problem is not None:
         raise ConfigError(f"--device cuda: {problem}; give --device cpu, or leave it out", field="device")
     return "cuda" if problem is None else "cpu"
-
-
-def _has_gpu() -> bool:
-    return any(Path(node).exists() for node in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg"))
 
 
 def _torch_has_cuda() -> bool:

@@ -38,7 +38,7 @@ def model(tmp_path: Path) -> Path:
 def test_auto(
     model: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, torch_cuda: bool, device: str, chunk: int
 ) -> None:
-    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec._has_gpu", lambda: gpu)
+    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec.has_gpu", lambda: gpu)
     monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec._torch_has_cuda", lambda: torch_cuda)
     spec = make_spec(ServerArgs(model_path=str(model)), ENDPOINTS)
     assert (spec.device, spec.chunked_prefill_size) == (device, chunk)
@@ -53,7 +53,7 @@ def test_auto(
 def test_cuda_that_is_not_there(
     model: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, torch_cuda: bool, why: str
 ) -> None:
-    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec._has_gpu", lambda: gpu)
+    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec.has_gpu", lambda: gpu)
     monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec._torch_has_cuda", lambda: torch_cuda)
     with pytest.raises(ConfigError, match=f"--device cuda: .*{why}.*--device cpu") as error:
         make_spec(ServerArgs(model_path=str(model), device="cuda"), ENDPOINTS)
@@ -61,7 +61,7 @@ def test_cuda_that_is_not_there(
 
 
 def test_what_is_asked_for_wins(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec._has_gpu", lambda: True)
+    monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec.has_gpu", lambda: True)
     monkeypatch.setattr("vibe_sgl_lite.runtime.launcher.spec._torch_has_cuda", lambda: True)
     (tmp_path / "tok").mkdir()
     args = ServerArgs(

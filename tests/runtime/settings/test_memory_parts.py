@@ -12,15 +12,20 @@ import torch
 from docs.tables import QWEN3
 from tests.qwen3.harness import DENSE, MOE, compute_of, load_model, make_checkpoint
 from vibe_sgl_lite.model_worker.kv_pool import bytes_per_token
+from vibe_sgl_lite.model_worker.matrix_formats import keep_as_codes
+from vibe_sgl_lite.model_worker.weights import load_dummy_weights
 from vibe_sgl_lite.qwen3.checkpoint import load_items, weight_bytes
 from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
+from vibe_sgl_lite.qwen3.layers.weight import PlainMatrix
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.commands.main import main
 from vibe_sgl_lite.runtime.errors import ModelConfigError
 from vibe_sgl_lite.runtime.settings.memory_parts import rank_memory
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig, check_parallel_degrees
 
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 SIZES = {name.removeprefix("Qwen3-"): shape for name, shape in QWEN3.items()}
 DEGREES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 4), (8, 8), (16, 4)]
 
@@ -84,6 +89,36 @@ def test_quantised_matrices(tmp_path: Path, shape: dict[str, Any], quantization:
     )
     memory = rank_memory(model.config, tp=1, ep=1, dtype="bfloat16", quantization=quantization)
     assert memory.weight_bytes == weight_bytes(model)
+
+
+@pytest.mark.parametrize("form", [AWQ, FP8, None], ids=["awq", "fp8", "int4"])
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+def test_codes_on_a_gpu(tmp_path: Path, form: dict[str, Any] | None, tied: bool) -> None:
+    """They stay what they are, also of a checkpoint in bf16 that is kept in 4 bits; sizes here are whole tiles."""
+    shape = DENSE | {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 384, "tie_word_embeddings": tied}
+    shape |= {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings = shape | ({} if form is None else {"quantization_config": form})
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"architectures": ["Qwen3ForCausalLM"]}))
+    config = ModelConfig.from_folder(tmp_path)
+    model = Qwen3(config, ParallelState(), torch.bfloat16, torch.device("cpu"), TorchOperations())
+    model.head.weight.keep_as(PlainMatrix)  # as a GPU would
+    keep_as_codes(model, everything=form is None)
+    load_dummy_weights(model, 0, lambda done, total: None)
+    quantization = "int4" if form is None else "none"
+    memory = rank_memory(config, tp=1, ep=1, dtype="bfloat16", quantization=quantization, gpu=True)
+    assert memory.weight_bytes == weight_bytes(model)
+
+
+def test_the_command_knows_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(tmp_path, "8B")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": AWQ}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for device, weights in (("cpu", "15.256"), ("cuda", "5.755")):
+        arguments = ["--model-path", str(tmp_path), "--load-format", "dummy", "--device", device]
+        assert main(["plan", *arguments]) == 0
+        said = capsys.readouterr().out
+        assert weights in said, said
+        assert ("awq" in said) == (device == "cuda")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
