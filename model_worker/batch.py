@@ -119,7 +119,7 @@ class SlotStates:
             self.adapters[new.slot] = 0 if new.attributes is None else new.attributes.adapter
             self._unsettled.pop(new.slot, None)
             if self._drafts is not None:
-                self._drafts.forget(new.slot)
+                self._drafts.forget(np.array([new.slot]), np.zeros(1, dtype=np.int32))
             self.page_table[new.slot, : len(pages)] = pages
             self.page_table[new.slot, len(pages) :] = self.padding_page
             self.highest_page = max(self.highest_page, int(pages.max(initial=-1)))
@@ -200,7 +200,7 @@ class SlotStates:
         self.num_computed[slots] = ends
         self.num_tokens[slots[sampling_rows]] += 1
         if self._drafts is not None:
-            self._drafts.forget(slots)
+            self._drafts.forget(slots, self.num_tokens[slots])
         back = np.zeros(len(sampling_rows), dtype=np.int64)
         if drafts:
             each = np.array([1 + len(drafts.get(row, ())) for row in sampling_rows.tolist()])

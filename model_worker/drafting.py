@@ -28,7 +28,19 @@ DraftBucket = tuple[int, int]  # rows and width
 
 
 class DraftKernels(Protocol):
-    """What model_worker/gpu/kernels/speculate.py does."""
+    """What model_worker/gpu/kernels/speculate.py does, or with a model model_worker/gpu/draft_model.py."""
+
+    def bind(self, buffers: StepBuffers, max_rows: int) -> None:
+        """Of the slots' state, and of steps."""
+        ...
+
+    def forget(self, slots: npt.NDArray[np.integer], lengths: IntArray) -> None:
+        """These slots, of which the device knew the lengths, have so many tokens, or 0 anew."""
+        ...
+
+    def catch_up(self, slots: IntArray, lengths: IntArray, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Before a step of these slots, of such lengths where the device does not know them: which may have drafts."""
+        ...
 
     def propose(
         self, slots: Tensor, known: Tensor, rooms: Tensor, lengths: Tensor, tokens: Tensor, row_lengths: Tensor,
@@ -100,9 +112,13 @@ class DraftSteps:
         self._result = zeros(tokens + 2 * self._max_rows)
         self._counting = torch.arange(tokens + 1, device=buffers.device.torch_device)
         self._views: dict[DraftBucket, _Views] = {}
+        kernels.bind(buffers, self._max_rows)
 
-    def forget(self, slots: npt.NDArray[np.integer] | int) -> None:
-        """The host knows more of these slots' lengths than the device."""
+    def forget(self, slots: npt.NDArray[np.integer], lengths: IntArray) -> None:
+        """The host knows more of these slots' lengths than the device; 0: nothing is known of them any more."""
+        changed = self._knows[slots] | (lengths == 0)
+        if changed.any():
+            self._kernels.forget(slots[changed], lengths[changed])
         self._knows[slots] = False
 
     def bucket(self, rows: int, most: int) -> DraftBucket:
@@ -116,18 +132,19 @@ class DraftSteps:
         lengths: known tokens; not read where the device knows. longest: the longest context that there may be.
         """
         rows, (padded, width) = len(slots), bucket
+        self._buffers.send_pages()
+        drafting = rooms * self._kernels.catch_up(slots, lengths, self._knows[slots])
         host = self._rows.host
         wanted = {
             "slots": _padded(slots, padded, self._buffers.padding_slot),
             "known": _padded(np.where(self._knows[slots], -1, lengths), padded, 0),
-            "rooms": _padded(rooms, padded, 0),
+            "rooms": _padded(drafting, padded, 0),
         }
         if not all(np.array_equal(host[name][:padded], values) for name, values in wanted.items()):
             for name, values in wanted.items():
                 host[name][:padded] = values
             self._rows.send(padded)
         self._knows[slots] = True
-        self._buffers.send_pages()
         if bucket not in self._views:
             self._views[bucket] = self._make_views(padded, width)
         views = self._views[bucket]
@@ -178,7 +195,7 @@ class DraftSteps:
         made = (batch["token_ids"], batch["positions"], batch["slot_mapping"], batch["page_table"], lengths)
 
         def expand() -> None:
-            kernels.propose(slots, known, rooms, self._lengths, buffers.tokens, *own, self.most)
+            kernels.propose(slots, known, rooms, self._lengths, buffers.tokens, *own, width - 1)
             sampled = step["positions"], step["places"], step["device_slots"]
             kernels.expand(
                 slots, *own, buffers.tokens, buffers.device_pages, *made, *sampled, buffers.page_size,

@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -92,7 +93,10 @@ def build_runner(
             layout=compute.kv_layout,
         )  # fmt: skip
         of_draft.make_ready(len(args.local_ranks), heartbeat)
-        drafter = DraftModel(draft, of_draft, compute, args.draft_tokens)
+        if compute.draft_kernels is None:
+            drafter = DraftModel(draft, of_draft, compute, args.draft_tokens)
+        else:
+            compute = draft_on_device(compute, draft, of_draft, replace(_gpu_setup(spec, parallel), graph_rows=0))
     elif args.draft_tokens and compute.draft_kernels is None:
         drafter = NgramDrafter(args.draft_tokens)
     log.info(
@@ -117,6 +121,15 @@ def build_runner(
     )
     compute.plan_layers(model, runner.backend)
     return runner
+
+
+def draft_on_device(compute: Compute, draft: Qwen3, pool: KVPool, setup: GpuSetup) -> Compute:
+    """The same, with drafts by that model. setup: of the large model, without graphs."""
+    from vibe_sgl_lite.model_worker.gpu.draft_model import DraftsByModel
+
+    group = draft.config.num_attention_heads // draft.config.num_key_value_heads
+    own = choose_compute(draft.dtype, draft.device, draft.config.head_dim, replace(setup, group=group))
+    return replace(compute, draft_kernels=DraftsByModel(draft, pool, own, compute.device))
 
 
 def _load_draft(
@@ -152,8 +165,11 @@ def _check(spec: PipelineSpec, compute: Compute) -> None:
         raise ConfigError(
             f"--kv-cache-dtype fp8 needs Triton's kernels: this is {compute.name}", field="kv_cache_dtype"
         )
-    if args.draft_model_path is not None and spec.device != "cpu":
-        raise ConfigError("--draft-model-path runs on a CPU: use --speculative-algorithm ngram", field=DRAFT_PATH)
+    if args.draft_model_path is not None and spec.device != "cpu" and (args.tp > 1 or args.deterministic):
+        raise ConfigError(
+            "--draft-model-path on a GPU is for one rank, without --deterministic: use --speculative-algorithm ngram",
+            field=DRAFT_PATH,
+        )
     if args.draft_tokens and spec.device != "cpu" and compute.draft_kernels is None:
         raise ConfigError(
             f"--speculative-algorithm {args.speculative_algorithm} on a GPU needs Triton: this is {compute.name}",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ import vibe_sgl_lite.model_worker  # noqa: F401  before torch: settles how its t
 import torch  # isort: skip
 
 from vibe_sgl_lite.model_worker.batch import Drafter
-from vibe_sgl_lite.model_worker.compute import GpuSetup, choose_compute
+from vibe_sgl_lite.model_worker.compute import Compute, GpuSetup, choose_compute
 from vibe_sgl_lite.model_worker.draft_model import DraftModel
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
 from vibe_sgl_lite.model_worker.pending_step import PendingStep
+from vibe_sgl_lite.model_worker.runner_setup import draft_on_device
 from vibe_sgl_lite.model_worker.weights import load_dummy_weights, load_weights
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
 from vibe_sgl_lite.qwen3.model import Qwen3
@@ -61,10 +62,11 @@ class InProcess:
         drafts: int = 0,
         rows: int = 32,
         graph_rows: Sequence[int] = (),
+        draft: Path | None = None,
     ) -> None:
         """pages: of the pool. context: tokens of a request at most. device: a GPU instead of a CPU; then also
         drafts: of a row at most, that it makes itself; rows: of a step; graph_rows: for which alone there are graphs,
-        instead of many."""
+        instead of many; draft: the folder of a model that makes them."""
         config, device = ModelConfig.from_folder(folder), device or torch.device("cpu")
         if not dummy:
             config = settle(config, folder)
@@ -85,6 +87,8 @@ class InProcess:
         else:
             load_weights(self.model, folder)
         self._pool = KVPool(config, 1, pages, page_size, dtype, device, layout=self._compute.kv_layout)
+        if draft is not None and setup is not None:
+            self._compute = self._with_draft(draft, pages, page_size, setup, dummy=dummy)
         self._runner: ModelRunner | None = None  # of a GPU, whose graphs are dear
         self._folder = folder
         self._context, self._tokenizer_file = context, folder / "tokenizer.json"
@@ -146,6 +150,20 @@ class InProcess:
             load_dummy_weights(model, seed)
         own = KVPool(config, 1, pool.num_pages, pool.page_size, dtype, device)
         return DraftModel(model, own, self._compute, most)
+
+    def _with_draft(self, folder: Path, pages: int, page_size: int, setup: GpuSetup, *, dummy: bool) -> Compute:
+        config = ModelConfig.from_folder(folder)
+        if not dummy:
+            config = settle(config, folder)
+        dtype, device = self.model.dtype, self.model.device
+        model = Qwen3(config, ParallelState(), dtype, device, self._compute.operations)
+        choose_formats(model, "none", None)
+        if dummy:
+            load_dummy_weights(model, 1)
+        else:
+            load_weights(model, folder)
+        pool = KVPool(config, 1, pages, page_size, dtype, device, layout=self._compute.kv_layout)
+        return draft_on_device(self._compute, model, pool, replace(setup, graph_rows=0))
 
     def replace_drafts(self, **functions: Callable[..., None]) -> None:
         """Of a GPU's `DraftKernels`; before the first list."""

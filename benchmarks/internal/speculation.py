@@ -257,6 +257,7 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="of the process, for a busy machine; with one thread")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--identity", type=int, help="only compare tokens, of so many prompts a way to draw")
+    parser.add_argument("--draft-model-path", type=Path, help="on a GPU: what makes drafts, instead of looking them up")
     parser.add_argument("--warm-up", action="store_true", help="only compile what there is to compile")
     parser.add_argument("--only", nargs="*", default=[""], help="workloads with one of these in their name")
     options = parser.parse_args()
@@ -265,6 +266,7 @@ def main() -> None:
     on_gpu = options.device == "cuda"
     most_rows = max(options.rows) if dummy else 8 if options.identity else 16
     gpu: dict[str, Any] = {"device": torch.device("cuda", 0), "drafts": options.most, "rows": most_rows}
+    gpu["draft"] = options.draft_model_path
     if dummy:
         gpu["graph_rows"] = options.rows
     engine = InProcess(
@@ -274,7 +276,9 @@ def main() -> None:
     forced = None
     if on_gpu and dummy:
         forced = ForcedOnDevice(600, engine.model.device)
-        engine.replace_drafts(propose=forced.propose, accept=forced.accept)
+        engine.replace_drafts(accept=forced.accept)
+        if options.draft_model_path is None:
+            engine.replace_drafts(propose=forced.propose)
     if options.warm_up:
         engine.serve([[1, 2, 3]], sampling(1, 4), max_running_requests=1)
         return

@@ -6,9 +6,11 @@ them what each one yielded. See `model_worker/drafting.py`.
 Legend: R rows of a step, S slots, N = 1 + the most drafts of a row.
 """
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 LONGEST_MATCH = tl.constexpr(16)  # tokens that are compared, as model_worker/ngram.py does
@@ -167,6 +169,15 @@ def accept(
 
 class LookUp:
     """`DraftKernels` (model_worker/drafting.py) whose drafts are looked up."""
+
+    def bind(self, buffers: object, max_rows: int) -> None:
+        pass
+
+    def forget(self, slots: object, lengths: object) -> None:
+        pass
+
+    def catch_up(self, slots: object, lengths: object, known: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        return np.ones(known.shape, dtype=np.bool_)
 
     propose = staticmethod(look_up)
     expand = staticmethod(expand_drafts)

@@ -11,6 +11,8 @@ from tests.model_worker.fake_device import Clock, FakeDevice, FakeGraphs
 from tests.model_worker.test_model_runner import Driver, expected_tokens, new_slot, sampling
 from tests.qwen3.harness import DENSE, make_checkpoint, random_tokens
 from vibe_sgl_lite.model_worker.compute import Compute, GpuSetup, gpu_compute, torch_compute
+from vibe_sgl_lite.model_worker.gpu import draft_model
+from vibe_sgl_lite.model_worker.gpu.draft_model import DraftsByModel
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
@@ -50,6 +52,18 @@ def runner_of(
     )
     compute.plan_layers(model, runner.backend)
     return runner
+
+
+def drafting(folder: Path, device: torch.device, compute: Compute) -> Compute:
+    """The same, with drafts by the model in `folder`."""
+    config = ModelConfig.from_folder(folder)
+    model = Qwen3(config, ParallelState(), torch.float32, device, compute.operations)
+    choose_formats(model, "none", None)
+    load_weights(model, folder)
+    pool = KVPool(config, 1, SLOTS * PAGES_A_SLOT, PAGE, torch.float32, device, layout=compute.kv_layout)
+    pool.data.fill_(float("nan"))
+    draft_device = compute.device if device.type == "cuda" else FakeDevice(Clock())
+    return replace(compute, draft_kernels=DraftsByModel(model, pool, gpu(device, 3), draft_device))
 
 
 def gpu(device: torch.device, drafts: int = 0, *, fixed_order: bool = False) -> Compute:
@@ -230,3 +244,62 @@ def test_drafts_that_the_device_makes_change_no_token(
     assert not params[0].logprobs or entries == len(got[0])
     if device.type == "cpu" and params is PLAIN:
         assert any(isinstance(key, tuple) and key[:2] == (16, 4) for key in fake.replayed)
+
+
+@pytest.mark.slow
+def test_drafts_by_the_model_itself_all_hold(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy ones, also after steps without drafts, in a slot that was another's, and behind more than is run at once;
+    and by another model the tokens are the same."""
+    monkeypatch.setattr(draft_model, "CATCH_UP", 20)
+    prompts = [random_tokens(length, seed=length) for length in (15, 9, 25)]
+    for folder, seed in ((tmp_path / "own", 0), (tmp_path / "other", 1)):
+        folder.mkdir()
+        make_checkpoint(folder, DENSE | {"num_hidden_layers": 1}, seed=seed)
+    plain = Driver(runner_of(tmp_path / "own", torch.device("cpu"), torch_compute(), max_tokens=60))
+    plain.run([(s, len(p)) for s, p in enumerate(prompts)], new=[new_slot(s, prompts[s], sampling()) for s in range(3)])
+    for _ in range(40):
+        plain.run([(slot, 1) for slot in range(3)])
+    for name, same in (("own", True), ("other", False)):
+        fake = None if device.type == "cuda" else FakeGraphs((4,))
+        compute = drafting(tmp_path / name, device, gpu(device, 3))
+        runner = runner_of(tmp_path / "own", device, compute, fake=fake, drafts=3, max_tokens=60)
+        runner.warm_up()
+        two, three = pack_ids([0, 1]), pack_ids([0, 1, 2])
+        batches = [
+            ForwardBatch(
+                0, new=[new_slot(s, prompts[s], sampling()) for s in range(2)], row_slots=two,
+                row_tokens=pack_ids([15, 9]),
+            ),
+            ForwardBatch(1, row_slots=two, row_tokens=pack_ids([4, 3])),
+            *(ForwardBatch(number) for number in range(2, 4)),
+            ForwardBatch(4, row_slots=two, row_tokens=pack_ids([1, 1])),
+            ForwardBatch(5), ForwardBatch(6), ForwardBatch(7),
+            ForwardBatch(8, row_slots=two, row_tokens=pack_ids([4, 1])),
+            ForwardBatch(
+                9, new=[new_slot(2, prompts[2], sampling())], row_slots=three, row_tokens=pack_ids([1, 1, 25])
+            ),
+            ForwardBatch(10, row_slots=three, row_tokens=pack_ids([2, 1, 4])),
+            ForwardBatch(11, row_slots=three, row_tokens=pack_ids([4, 4, 4])),
+            ForwardBatch(12),
+        ]  # fmt: skip
+        got: dict[int, list[int]] = {slot: [] for slot in range(3)}
+        pending: list[tuple[list[int], Any]] = []
+        rows, drafted, accepted = b"", 0, 0
+        for batch in batches:
+            rows = rows if batch.row_slots is None else batch.row_slots
+            pending.append((unpack_ids(rows), runner.launch(batch)))
+            while len(pending) == 3 or (batch is batches[-1] and pending):
+                own, step = pending.pop(0)
+                result = runner.collect(step)
+                ids = unpack_ids(result.token_ids)
+                counts = unpack_ids(result.counts) if result.counts else [1] * len(own)
+                for slot, count in zip(own, counts, strict=True):
+                    got[slot] += [ids.pop(0) for _ in range(count)]
+                drafted += sum(unpack_ids(result.drafted))
+                accepted += sum(counts) - len(counts)
+        for slot in range(3):
+            assert got[slot] == plain.tokens[slot][: len(got[slot])]
+        assert drafted > 20
+        assert (accepted == drafted) == same
