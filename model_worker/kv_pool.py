@@ -22,6 +22,7 @@ TOKENS_AHEAD = 1024  # so much room is made ready behind what is used: two chunk
 # What a rank on CPU makes ready before it takes requests: enough for a handful of conversations.
 READY_TOKENS = 8192
 READY_LIMIT_BYTES = 1 << 30  # of all ranks of a machine
+LOADED_AHEAD_BYTES = 1 << 30
 READY_SECONDS = 0.5  # nobody waits longer for it; what is left is committed as it is used
 PIECE_BYTES = 32 << 20
 
@@ -106,6 +107,11 @@ class KVPool:
         """The highest page so far that steps write to: memory for what may come behind it is made ready meanwhile."""
         if self._commit is not None:
             self._commit.reached(page)
+
+    def will_load(self, pages: int) -> None:
+        """So many pages may be filled at once, behind those in use: at most LOADED_AHEAD_BYTES are made ready."""
+        if self._commit is not None:
+            self._commit.go_ahead(min(pages, LOADED_AHEAD_BYTES // self.page_bytes))
 
     @property
     def page_bytes(self) -> int:

@@ -52,6 +52,8 @@ class PageFiles:
         self._device = device
         self._rank, self._ranks = rank, ranks
         self._new = make_new_folder(folder, rank, ranks)
+        with os.scandir(self._pages) as files:
+            pool.will_load(sum(1 for _ in files) // ranks)
         self._to_write: SimpleQueue[tuple[PageMoves, ReadBack | None] | None] = SimpleQueue()
         self._to_load: SimpleQueue[tuple[PageMoves, torch.cuda.Event | None]] = SimpleQueue()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="page-reader")
@@ -66,6 +68,7 @@ class PageFiles:
         if self._broken is not None:
             raise RuntimeError("a thread that moves pages has failed") from self._broken
         if moves.load:
+            self._pool.will_use(max(unpack_ids(moves.load_pages)))
             self._to_load.put((moves, self._pool.mark()))
         else:
             copies = (

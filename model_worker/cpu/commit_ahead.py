@@ -38,6 +38,12 @@ class CommitAhead:
         self.thread = threading.Thread(target=self._run, name="commit-ahead", daemon=True)
         self.thread.start()
 
+    def go_ahead(self, rows: int) -> None:
+        """From now on by so many rows, if these are more than before."""
+        if rows > self._rows_ahead:
+            self._rows_ahead = rows
+            self._more.set()
+
     def reached(self, row: int) -> None:
         """`row` is in use, or soon will be."""
         if row > self._highest:

@@ -44,6 +44,12 @@ def test_stays_a_little_ahead_of_what_is_used() -> None:
     assert resident_bytes() - before < 40 * MIB
     commit.reached(50)  # lower than before: nothing to do
 
+    commit.go_ahead(300)
+    wait_for(commit, 400 * ROW_BYTES)
+    commit.go_ahead(8)  # less than before
+    commit.reached(100)
+    wait_for(commit, 401 * ROW_BYTES)
+
 
 def test_leaves_what_is_there_and_stops_at_the_end() -> None:
     data = HugeMemory().empty((64, ROW_BYTES), torch.uint8)
