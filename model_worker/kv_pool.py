@@ -22,7 +22,6 @@ TOKENS_AHEAD = 1024  # so much room is made ready behind what is used: two chunk
 # What a rank on CPU makes ready before it takes requests: enough for a handful of conversations.
 READY_TOKENS = 8192
 READY_LIMIT_BYTES = 1 << 30  # of all ranks of a machine
-LOADED_AHEAD_BYTES = 1 << 30
 READY_SECONDS = 0.5  # nobody waits longer for it; what is left is committed as it is used
 PIECE_BYTES = 32 << 20
 
@@ -109,9 +108,9 @@ class KVPool:
             self._commit.reached(page)
 
     def will_load(self, pages: int) -> None:
-        """So many pages may be filled at once, behind those in use: at most LOADED_AHEAD_BYTES are made ready."""
+        """So many pages may be filled at once, behind those in use: they are made ready meanwhile."""
         if self._commit is not None:
-            self._commit.go_ahead(min(pages, LOADED_AHEAD_BYTES // self.page_bytes))
+            self._commit.go_ahead(pages)
 
     @property
     def page_bytes(self) -> int:

@@ -3,7 +3,7 @@
     python benchmarks/internal/disk_cache.py --model-path ../shared/models/qwen3-0.6b --load-format dummy
 
 Engines start one after the other, each with a short prompt first, and are asked for one token behind each of the same
-prefixes:
+prefixes, one right after the other:
 
 plain   without --cache-dir: all is computed
 first   with an empty --cache-dir: all is computed, and stored meanwhile
@@ -36,10 +36,13 @@ STORED_S = 120.0
 ONE = SamplingParams(max_new_tokens=1, temperature=0, ignore_eos=True)
 
 
-def measure(settings: dict[str, Any], prompts: list[list[int]], short: list[int], *, stores: bool) -> dict[str, Any]:
+def measure(
+    settings: dict[str, Any], prompts: list[list[int]], short: list[int], idle_s: float, *, stores: bool
+) -> dict[str, Any]:
     """Seconds to the first token of each prompt, and tokens that were cached; one engine's life."""
     with LLM(**settings) as llm:
         llm.generate(input_ids=short, sampling_params=ONE)
+        time.sleep(idle_s)
         seconds, cached, tokens = [], 0, []
         for prompt in prompts:
             began = time.perf_counter()
@@ -70,6 +73,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--prefix-len", type=int, default=4000, help="tokens of a prefix (4000)")
     parser.add_argument("--rounds", type=int, default=3, help="prefixes (3)")
+    parser.add_argument("--idle", type=float, default=0.0, help="seconds before the first, memory is made ready in (0)")
     options, settings = parse_with_engine_flags(parser)
     vocab = vocab_size_of(options.model_path)
     prompts = [prefill_prompt(vocab, number, options.prefix_len) for number in range(options.rounds)]
@@ -77,12 +81,12 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         kept = settings | {"cache_dir": folder}
-        results["plain"] = measure(settings, prompts, short, stores=False)
-        results["first"] = measure(kept, prompts, short, stores=True)
+        results["plain"] = measure(settings, prompts, short, options.idle, stores=False)
+        results["first"] = measure(kept, prompts, short, options.idle, stores=True)
         size = sum(path.stat().st_size for path in Path(folder).glob("pages/*"))
-        results["warm"] = measure(kept, prompts, short, stores=False)
+        results["warm"] = measure(kept, prompts, short, options.idle, stores=False)
         forget(Path(folder))
-        results["disk"] = measure(kept, prompts, short, stores=False)
+        results["disk"] = measure(kept, prompts, short, options.idle, stores=False)
     tokens = [result.pop("tokens") for result in results.values()]
     same = sum(one == other for one, other in zip(tokens[0], tokens[2], strict=True))
     plain = statistics.median(results["plain"]["seconds"])
