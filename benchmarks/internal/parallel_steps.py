@@ -242,7 +242,8 @@ def model_of(
     dtype = torch.float32 if draws(shape) else torch.bfloat16
 
     def compute(rows: tuple[int, ...]) -> Any:
-        setup = GpuSetup(group, config.vocab_size, max(rows) + 1, max(rows) + 1, tp=parallel.tp)
+        most = max(*rows, PROMPTS) + 1
+        setup = GpuSetup(group, config.vocab_size, most, most, tp=parallel.tp)
         made = choose_compute(dtype, device, config.head_dim, setup)
         return replace(made, graphs=CudaGraphs(rows, ()))
 
