@@ -273,11 +273,9 @@ def steps_of(model: Qwen3, compute: Any, rows: tuple[int, ...]) -> Steps:
 
 
 def measure(model: Qwen3, compute: Any, rows: tuple[int, ...], variant: str, kernels: int) -> dict[str, Any]:
-    """Variants differ with few rows alone."""
+    """With the rows of those that the variant is for."""
     ours = variant == "ours"
-    least, most = {"ours": (0, rows[-1]), "alone": (0, rows[-1])}.get(
-        variant, (0, 2) if variant.endswith("chain") else (33, MOST_ROWS)
-    )
+    least, most = (33, MOST_ROWS) if variant[0] in "gls" else (0, 2) if variant.endswith("chain") else (0, rows[-1])
     rows = tuple(count for count in rows if least <= count <= most)
     if not rows:
         return {}

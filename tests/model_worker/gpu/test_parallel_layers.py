@@ -1,7 +1,9 @@
 """Layers whose sums over ranks come with residual and norm give the logits of those in which they are apart."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from tests.distributed.cases import steps_logits
 from tests.model_worker.sampling.reference import on_ranks
 from tests.qwen3.harness import DENSE, MOE, PagedRun, load_model, make_checkpoint
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox
+from vibe_sgl_lite.model_worker.gpu.layers import WIDE, plan_layers
 from vibe_sgl_lite.model_worker.gpu.parallel_layers import ParallelLayers
 from vibe_sgl_lite.model_worker.gpu.rank_products import RankProducts
+from vibe_sgl_lite.qwen3.layers import weight
 from vibe_sgl_lite.qwen3.layers.moe import DispatchKind
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
 
@@ -73,3 +77,19 @@ def test_logits_are_those_of_layers_one_by_one(tmp_path: Path, shape: dict[str, 
     fused = on_ranks(ranks, lambda group: logits(group, fused=True))
     for expected, got in zip(one_by_one, fused, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("hidden", "ranks", "has_chain"), [(WIDE, 2, False), (WIDE, 1, True), (64, 2, True)])
+def test_several_ranks_of_a_wide_model_have_no_chain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: int, ranks: int, has_chain: bool
+) -> None:
+    monkeypatch.setattr(ThreadPeers, "takes", lambda *_: True)
+    monkeypatch.setattr(weight, "can_pack", lambda *_: False)  # matrices as a card has them
+    make_checkpoint(tmp_path, DENSE | {"hidden_size": hidden, "intermediate_size": 64, "num_hidden_layers": 1})
+    nobody: Any = object()  # planning meets nobody
+    group = Group(0, ranks, nobody if ranks > 1 else None)
+    group = replace(group, peers=ThreadPeers(group) if ranks > 1 else None)
+    model = load_model(tmp_path, parallel=ParallelState(tp=group, expert_tp=group))
+    attention: Any = SimpleNamespace(pdl=False, fixed_order=False, chain_rows=0, has_chain=None)
+    plan_layers(model, attention)
+    assert attention.has_chain == has_chain
