@@ -38,6 +38,7 @@ from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, StepResult, pa
 from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams, resolve
 
 WARM_UP_TOKENS = 32
+CPU_WARM_UP_TOKENS = 8  # there every token takes time
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,14 @@ class ModelRunner:
         return pending.result()
 
     def warm_up(self) -> None:
-        """Run a short prefill in two chunks and a decode, so that thread pools, scratch memory and kernels are ready
-        for requests; then capture what graphs there are to be. On a GPU also the largest step, whose memory then stays
-        with torch.
+        """Run a short prefill, on a GPU in two chunks, and a decode, so that thread pools, scratch memory and kernels
+        are ready for requests; then capture what graphs there are to be. On a GPU also the largest step, whose memory
+        then stays with torch.
 
         Before the first step, on all ranks together. Writes only to the padding page and leaves no slot occupied.
         """
-        count = min(WARM_UP_TOKENS, self.slots.tokens.shape[1] - 2, self.slots.largest[0])
+        most = CPU_WARM_UP_TOKENS if self.device.synchronous else WARM_UP_TOKENS
+        count = min(most, self.slots.tokens.shape[1] - 2, self.slots.largest[0])
         prompt = np.zeros(count, dtype=np.int32).tobytes()
         sampling = resolve(
             SamplingParams(max_new_tokens=1, temperature=0.0, seed=0),
@@ -185,7 +187,8 @@ class ModelRunner:
         new = NewSlot(0, 0, prompt, count, 0, pages=b"", sampling=sampling)  # no pages: the padding page takes all
         slot = pack_ids([0])
         # Two chunks: a GPU loads what a chunk needs that is not its prompt's end at its first use, for 0.1 s.
-        for number, tokens in enumerate(tokens for tokens in (count - 1, 1, 1) if tokens):
+        steps = (count, 1) if self.device.synchronous else (count - 1, 1, 1)
+        for number, tokens in enumerate(tokens for tokens in steps if tokens):
             arriving = [] if number else [new]
             self.run(ForwardBatch(number, new=arriving, row_slots=slot, row_tokens=pack_ids([tokens])))
         self.run(ForwardBatch(3, released=slot, row_slots=b"", row_tokens=b""))
