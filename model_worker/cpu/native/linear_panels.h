@@ -19,6 +19,7 @@ constexpr int kMostTogether = 6, kMostInt4Together = 4;  // rows
 // From here on, weights are brought into the form that is multiplied once a block, and not by each few rows again.
 constexpr int kPreparedRows = 12, kPreparedInt8Rows = 4;
 constexpr int kManyRows = 64;
+constexpr int kNearAhead = 2048;  // as kAhead, where one row is all that a slab is multiplied by
 
 #if defined(VSL_NEON)
 constexpr int kMoreRegisters = 2;  // 32, of which sums take 24 at most
@@ -107,7 +108,7 @@ inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typen
             for (int v = 0; v < kVectors; v++) std::memcpy(&into[r][v], sums + r * kSlab + v * kLanes, sizeof into[r][v]);
     for (int64_t k = 0; k < steps; k++, weights += kSlab) {
         if constexpr (kRows == 1)
-            for (int line = 0; line < kAsk; line++) __builtin_prefetch((const char*)weights + kAhead + line * 64);
+            for (int line = 0; line < kAsk; line++) __builtin_prefetch((const char*)weights + kNearAhead + line * 64);
         else
             following.ask(kAsk);
         // What is fewer, vectors or rows, stays in registers beside the sums.
@@ -405,7 +406,7 @@ inline void multiply_groups(const uint8_t* slab, int64_t row, const QuantizedGro
     const int64_t groups = inputs / kGroup;
     std::memset(totals, 0, kRows * kSlab * sizeof(float));
     for (int64_t g = 0; g < groups; g++, slab += kGroupBytes) {
-        for (int line = 0; line < kGroupBytes; line += 64) __builtin_prefetch(slab + kAhead + line);
+        for (int line = 0; line < kGroupBytes; line += 64) __builtin_prefetch(slab + kNearAhead + line);
         for (int j = 0; j < kSlab; j += kVectors * kLanes)
             multiply_group<kRows, kVectors>(slab, j, x.codes + row * inputs + g * kGroup, inputs, x.scales + row * groups + g,
                                             x.sums + row * groups + g, groups, totals);
