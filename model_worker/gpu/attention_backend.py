@@ -13,9 +13,10 @@ from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
 from vibe_sgl_lite.model_worker.drafting import MOST_TOKENS, widths
 from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import (
-    CHAIN_CONTEXTS,
     CHAIN_ROWS,
     CHAIN_SPLITS,
+    chain_attention,
+    chain_contexts,
     choose_chain_tiles,
 )
 from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (
@@ -120,19 +121,22 @@ class GpuAttention:
         tiles = choose_tiles(places, self.pool.kv_heads, self.pool.data.dtype, longest, wide=wide)
         chunks = None if batch.decodes_only and not self.fixed_order else self._plan_chunks(batch)
         order = self._order.device["rows"][:places]
-        return GpuMetadata(batch, order, tiles, chunks, choose_chain_tiles(batch.max_context) if chain else None)
+        chain_tiles = choose_chain_tiles(batch.max_context, self.group) if chain else None
+        return GpuMetadata(batch, order, tiles, chunks, chain_tiles)
 
     def graph_key(self, batch: DeviceBatch) -> Hashable | None:
         if self.fixed_order and batch.decodes_only:
             return "any"
         if not batch.decodes_only:
             return batch.num_rows if self._num_tiles(batch, self._cut(batch.num_tokens)) <= CHUNK_TILES else None
-        return choose_chain_tiles(batch.max_context) if self._runs_as_chain(batch) else batch.max_context > LONG_CONTEXT
+        if self._runs_as_chain(batch):
+            return choose_chain_tiles(batch.max_context, self.group)
+        return batch.max_context > LONG_CONTEXT
 
     def graph_contexts(self) -> Sequence[int]:
         if self.fixed_order:
             return (1,)
-        return (*CHAIN_CONTEXTS, LONG_CONTEXT + 1) if self.has_chain else (1, LONG_CONTEXT + 1)
+        return (*chain_contexts(self.group), LONG_CONTEXT + 1) if self.has_chain else (1, LONG_CONTEXT + 1)
 
     def forward(
         self,
@@ -146,6 +150,12 @@ class GpuAttention:
         cache, batch = self.caches[layer], metadata.batch
         norms = query_norm.weight.tensor, key_norm.weight.tensor, (query_norm.eps, key_norm.eps)
         query = qkv.new_empty((qkv.shape[0], self.group * self.pool.kv_heads * self.pool.head_dim))
+        if metadata.chain_tiles is not None and not cache.in_codes:  # for which there is none
+            chain_attention(
+                qkv, *norms, angles.cos, angles.sin, batch.slot_mapping, cache.keys, cache.values, batch.page_table,
+                batch.context_lengths, self.scratch, query, tiles=metadata.chain_tiles, pdl=self.pdl,
+            )  # fmt: skip
+            return query
         rows = batch.page_table, batch.context_lengths, metadata.order, self.scratch
         if metadata.chunks is None and batch.width == 1 and not (cache.in_codes and len(qkv) > CODES_ROWS):
             new = NewTokens(*norms, angles.cos, angles.sin, batch.slot_mapping)

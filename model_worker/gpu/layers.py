@@ -14,8 +14,8 @@ from torch import Tensor
 from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention, GpuMetadata
 from vibe_sgl_lite.model_worker.gpu.experts import plan_experts
 from vibe_sgl_lite.model_worker.gpu.fused_layers import FUSED_ROWS, FusedLayers, LayerWeights, plan_tiles
-from vibe_sgl_lite.model_worker.gpu.grouped_layers import plan_grouped
-from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import FEW_CHAIN_ROWS, chain_attention
+from vibe_sgl_lite.model_worker.gpu.grouped_layers import GroupedLayers, plan_grouped
+from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import FEW_CHAIN_ROWS
 from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import begin
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
 from vibe_sgl_lite.model_worker.gpu.parallel_layers import FusedSums, ParallelLayers
@@ -101,36 +101,15 @@ class GpuLayers:
 
     def _run_chain(self, stream: Tensor, context: ForwardContext) -> Tensor:
         """stream: [R, H], the embedding; becomes the sum of all layers, to which nothing is left to be added."""
-        metadata: GpuMetadata = context.metadata
-        assert metadata.chain_tiles is not None
-        first, pdl, batch = self.chain[0], self.attention.pdl, metadata.batch
+        first, pdl = self.chain[0], self.attention.pdl
         qkv = stream.new_empty((len(stream), first.qkv.matrix.shape[0]))
-        attended = stream.new_empty((len(stream), first.output.matrix.shape[1]))
         inner = stream.new_empty((len(stream), first.down.matrix.shape[1]))
-        for number, (cut, cache) in enumerate(zip(self.chain, self.attention.caches, strict=True)):
+        for number, cut in enumerate(self.chain):
             layer = cut.weights
             _multiply(stream, cut.qkv, qkv, pdl=pdl, norm=layer.attention_norm)
-            if cache.in_codes:  # for which there is no chain_attention
-                norms = layer.query_norm, layer.key_norm
-                attended = self.attention.forward(number, qkv, *norms, context.angles, metadata)
-            else:
-                chain_attention(
-                    qkv,
-                    layer.query_norm.weight.tensor,
-                    layer.key_norm.weight.tensor,
-                    (layer.query_norm.eps, layer.key_norm.eps),
-                    context.angles.cos,
-                    context.angles.sin,
-                    batch.slot_mapping,
-                    cache.keys,
-                    cache.values,
-                    batch.page_table,
-                    batch.context_lengths,
-                    self.attention.scratch,
-                    attended,
-                    tiles=metadata.chain_tiles,
-                    pdl=pdl,
-                )
+            attended = self.attention.forward(
+                number, qkv, layer.query_norm, layer.key_norm, context.angles, context.metadata
+            )
             self._add_product(attended, cut.output, stream)
             _multiply(stream, cut.gate_up, inner, pdl=pdl, norm=layer.feed_forward_norm, silu=True)
             self._add_product(inner, cut.down, stream)
@@ -172,10 +151,11 @@ def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
         model.all_layers = GpuLayers(model.layers, chain, fused, attention, parallel)
         if fused is not None:
             attention.chain_rows = FEW_CHAIN_ROWS
-        if (matrix := _plain(head)) is not None and not attention.fixed_order:
-            head.replace(FewRowsMatrix(matrix, pdl=attention.pdl))
         few = parallel is None or model.config.hidden_size < WIDE
         attention.has_chain = few and not attention.fixed_order
+    has_kernels = isinstance(model.all_layers, GpuLayers | GroupedLayers)
+    if has_kernels and (matrix := _plain(head)) is not None and not attention.fixed_order:
+        head.replace(FewRowsMatrix(matrix, pdl=attention.pdl))
 
 
 class GpuBegin:

@@ -1,16 +1,19 @@
 """Attention of a decode step of few rows, with all that lies around it: norm, rotation and storing of the new token.
 
-What a chain of dependent launches needs: no matrix instructions, which one query head cannot fill; many short splits of
-the context; and each program's first keys and values on their way before the kernel before this one has ended. The new
-token's key and value come from registers: the last split starts its softmax with them. See decode_attention.py.
+What a chain of dependent launches needs: many short splits of the context, and each program's first keys and values on
+their way before the kernel before this one has ended. One or two query heads a KV head cannot fill matrix instructions,
+and do without; more of them go through those all at once, where one by one they take as often as long. The new token's
+key and value come from registers: the softmax starts with them. See decode_attention.py.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import LOG2_E, MERGED, DecodeScratch, DecodeTiles, _merge
+from vibe_sgl_lite.model_worker.gpu.kernels.rope_store import normal_and_turned
 
 CHAIN_ROWS = 4  # at most
 FEW_CHAIN_ROWS = 2  # the same where there are five kernels a layer for more of them (fused_layers.py)
@@ -20,13 +23,24 @@ TILES = (
     (640, DecodeTiles(32, 2, 1, 32)),
     (2**31, DecodeTiles(64, 4, 1, 16)),
 )
-CHAIN_CONTEXTS = tuple(min(most, 4096) for most, _ in TILES)  # one for each
-CHAIN_SPLITS = max(tiles.splits for _, tiles in TILES)
+FEW_HEADS = 2  # query heads a KV head, up to which they come one by one
+GROUP_TILES = ((2**31, DecodeTiles(64, 2, 1, 16)),)  # with more of them; at four, and contexts of 300, 988 and 2,000
+MERGED_HEADS = tl.constexpr(64)  # partial results of heads that are added up at once
+CHAIN_SPLITS = max(tiles.splits for _, tiles in (*TILES, *GROUP_TILES))
 
 
-def choose_chain_tiles(max_context: int) -> DecodeTiles:
-    """The tiles for contexts of up to so many tokens."""
-    return next(tiles for most, tiles in TILES if max_context <= most)
+def choose_chain_tiles(max_context: int, group: int) -> DecodeTiles:
+    """The tiles for contexts of up to so many tokens, and so many query heads a KV head."""
+    return next(tiles for most, tiles in _tiles_of(group) if max_context <= most)
+
+
+def chain_contexts(group: int) -> tuple[int, ...]:
+    """One context for each of these tiles."""
+    return tuple(min(most, 4096) for most, _ in _tiles_of(group))
+
+
+def _tiles_of(group: int) -> tuple[tuple[int, DecodeTiles], ...]:
+    return GROUP_TILES if group > FEW_HEADS else TILES
 
 
 @triton.jit
@@ -145,6 +159,124 @@ def _chain_attention(
                 tl.store(arrived + row * KV_HEADS + head, 0)
 
 
+@triton.jit
+def _attend_group(query, key, value, here, scale, maximum, norm, total, PRECISION: tl.constexpr):
+    """One block of keys into the running softmaxes of all query heads of a KV head: [GP, D] and [BLOCK, D]."""
+    score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+    score = tl.where(here[None, :], score, -float("inf"))
+    higher = tl.maximum(maximum, tl.max(score, 1))
+    weight = tl.exp2(score - higher[:, None])
+    shrink = tl.exp2(maximum - higher)
+    norm = norm * shrink + tl.sum(weight, 1)
+    total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
+    return higher, norm, total
+
+
+@triton.jit
+def _merge_group(
+    output, sums, maxima_and_norms, first, splits, G: tl.constexpr, GM: tl.constexpr, D: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Add up the partial results of `splits` places from `first` on, of all heads of a group at once."""
+    dim = tl.arange(0, D)
+    member = tl.arange(0, GM)
+    part = tl.arange(0, AT_ONCE)
+    maximum = tl.full([GM], -1e30, tl.float32)
+    norm = tl.zeros([GM], tl.float32)
+    total = tl.zeros([GM, D], tl.float32)
+    for begin in range(0, splits, AT_ONCE):
+        here = (begin + part < splits)[:, None] & (member < G)[None, :]
+        spot = (first + begin + part)[:, None] * G + member[None, :]
+        maxima = tl.load(maxima_and_norms + spot * 2, mask=here, other=-float("inf"), cache_modifier=".cg")
+        norms = tl.load(maxima_and_norms + spot * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
+        partial = tl.load(
+            sums + spot[:, :, None] * D + dim[None, None, :], mask=here[:, :, None], other=0.0, cache_modifier=".cg"
+        )
+        higher = tl.maximum(maximum, tl.max(maxima, 0))
+        weight = tl.exp2(maxima - higher[None, :])
+        shrink = tl.exp2(maximum - higher)
+        norm = norm * shrink + tl.sum(weight * norms, 0)
+        total = total * shrink[:, None] + tl.sum(weight[:, :, None] * partial, 0)
+        maximum = higher
+    result = (total / norm[:, None]).to(output.dtype.element_ty)
+    tl.store(output + member[:, None] * D + dim[None, :], result, mask=(member < G)[:, None])
+
+
+@triton.jit
+def _group_attention(
+    qkv, query_norm, key_norm, cosines, sines, slots, keys, values, output, page_table, context_lengths,
+    sums, maxima_and_norms, arrived, query_eps, key_eps, table_stride, angle_stride,
+    page_stride, token_stride, head_stride, scale,
+    SPLITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, GM: tl.constexpr,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`_chain_attention` of groups of more heads, which the matrix units take all at once. Grid (KV_HEADS, R, SPLITS).
+    GP: G rounded up to a matrix's least rows; GM: to a power of two."""
+    head = tl.program_id(0)
+    row = tl.program_id(1)
+    split = tl.program_id(2)
+    dim = tl.arange(0, D)
+    if PDL:
+        gdc_launch_dependents()
+    length = tl.load(context_lengths + row)
+    each = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK), 1) * BLOCK
+    splits = tl.maximum(tl.cdiv(length, each), 1)
+    start = split * each
+    end = tl.minimum(start + each, length - 1)  # of what is cached already
+    table = page_table + row.to(tl.int64) * table_stride
+    token = start + tl.arange(0, BLOCK)
+    here = token < end
+    place = _places(table, token, here, head, page_stride, token_stride, head_stride, PAGE)
+    key = tl.load(keys + place[:, None] + dim[None, :], mask=here[:, None], other=0.0)
+    value = tl.load(values + place[:, None] + dim[None, :], mask=here[:, None], other=0.0)
+    angle = row * angle_stride + dim % (D // 2)
+    cos = tl.load(cosines + angle).to(tl.float32)
+    sin = tl.load(sines + angle).to(tl.float32) * tl.where(dim < D // 2, -1.0, 1.0)
+    slot = tl.load(slots + row).to(tl.int64)
+    if PDL:
+        gdc_wait()
+    if split < splits:
+        dtype: tl.constexpr = qkv.dtype.element_ty
+        group = tl.arange(0, GP)
+        line = qkv + row.to(tl.int64) * ((G + 2) * KV_HEADS * D)
+        query = normal_and_turned(line + head * G * D, query_norm, cos, sin, query_eps, D, G, GP).to(dtype)
+        new_key = normal_and_turned(line + (G * KV_HEADS + head) * D, key_norm, cos, sin, key_eps, D, 1, 1).to(dtype)
+        one = tl.zeros([1], tl.int32)[:, None]
+        new_value = tl.load(line + ((G + 1) * KV_HEADS + head) * D + one + dim[None, :])
+        is_last = split == splits - 1
+        new_place = slot // PAGE * page_stride + slot % PAGE * token_stride + head * head_stride + one + dim[None, :]
+        tl.store(keys + new_place, new_key, mask=is_last)
+        tl.store(values + new_place, new_value, mask=is_last)
+        new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), 1) * scale
+        maximum = tl.where(is_last, new_score, -1e30)
+        norm = tl.where(is_last, tl.full([GP], 1.0, tl.float32), 0.0)
+        total = tl.where(is_last, tl.broadcast_to(new_value.to(tl.float32), [GP, D]), 0.0)
+        maximum, norm, total = _attend_group(query, key, value, here, scale, maximum, norm, total, PRECISION)
+        for first in tl.range(start + BLOCK, end, BLOCK, num_stages=1):
+            later = first + tl.arange(0, BLOCK)
+            inside = later < end
+            spot = _places(table, later, inside, head, page_stride, token_stride, head_stride, PAGE)
+            key = tl.load(keys + spot[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
+            value = tl.load(values + spot[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
+            maximum, norm, total = _attend_group(query, key, value, inside, scale, maximum, norm, total, PRECISION)
+        in_group = group < G
+        output_group = output + (row.to(tl.int64) * KV_HEADS + head) * G * D
+        if splits == 1:
+            result = (total / norm[:, None]).to(output.dtype.element_ty)
+            tl.store(output_group + group[:, None] * D + dim[None, :], result, mask=in_group[:, None])
+        else:
+            first_place = (row * KV_HEADS + head) * SPLITS
+            spot = (first_place + split) * G + group
+            tl.store(sums + spot[:, None] * D + dim[None, :], total, mask=in_group[:, None])
+            tl.store(maxima_and_norms + spot * 2, maximum, mask=in_group)
+            tl.store(maxima_and_norms + spot * 2 + 1, norm, mask=in_group)
+            tl.debug_barrier()  # all of this program's threads have stored before it counts as arrived
+            before = tl.atomic_add(arrived + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
+            if before == splits - 1:
+                _merge_group(output_group, sums, maxima_and_norms, first_place, splits, G, GM, D, MERGED_HEADS // GM)
+                tl.store(arrived + row * KV_HEADS + head, 0)
+
+
 def chain_attention(
     qkv: Tensor,
     query_norm: Tensor,
@@ -176,10 +308,16 @@ def chain_attention(
     assert cos.stride() == sin.stride()
     assert rows * kv_heads * group * tiles.splits <= len(scratch.sums)
     options = {"launch_pdl": True} if pdl else {}
-    _chain_attention[(kv_heads, rows, tiles.splits)](
+    heads: dict[str, int | str] = {"G": group, "KV_HEADS": kv_heads, "D": head_dim}
+    kernel = _chain_attention
+    if group > FEW_HEADS:
+        kernel, whole = _group_attention, triton.next_power_of_2(group)
+        precision = "ieee" if qkv.dtype == torch.float32 else "tf32"
+        heads |= {"GP": max(16, whole), "GM": whole, "PRECISION": precision}
+    kernel[(kv_heads, rows, tiles.splits)](
         qkv, query_norm, key_norm, cos, sin, slots, keys, values, output, page_table, context_lengths,
         scratch.sums, scratch.maxima_and_norms, scratch.arrived, *eps, page_table.stride(0), cos.stride(0),
         *keys.stride()[:3], head_dim**-0.5 * LOG2_E,
-        SPLITS=tiles.splits, PAGE=page_size, BLOCK=tiles.keys, G=group, KV_HEADS=kv_heads, D=head_dim, PDL=pdl,
+        SPLITS=tiles.splits, PAGE=page_size, BLOCK=tiles.keys, PDL=pdl, **heads,
         num_warps=tiles.warps, num_stages=tiles.stages, **options,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from vibe_sgl_lite.model_worker.gpu.fused_layers import TILES
 from vibe_sgl_lite.model_worker.gpu.grouped_matrix import choose_tiles as choose_grouped_tiles
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, Outbox, all_gather, all_reduce
 from vibe_sgl_lite.model_worker.gpu.kernels.cache import LayerCache
-from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import chain_attention, choose_chain_tiles
+from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import FEW_HEADS, chain_attention, choose_chain_tiles
 from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (
     DecodeScratch,
     NewTokens,
@@ -82,7 +82,7 @@ def main() -> None:
     query, output = zeros(2, ROWS, KV_HEADS * GROUP * DIM)
     qkv = zeros(ROWS, (GROUP + 2) * KV_HEADS * DIM)
     angles, norm = zeros(ROWS, DIM // 2), zeros(DIM)
-    scratch = DecodeScratch(KV_HEADS, GROUP, DIM, query.device, places=ROWS * 64)
+    scratch = DecodeScratch(KV_HEADS, FEW_HEADS + 2, DIM, query.device, places=ROWS * 64)
     for cache in caches():
         dtype = torch.int8 if cache.in_codes else torch.bfloat16
         for rows in (4, 256):
@@ -102,10 +102,11 @@ def main() -> None:
             prefill_attention(query, cache, table, ints, ints, tile, cut, output, pdl=True, fresh=fresh)
         for keep in (False, True):
             rope_store(qkv, norm, norm, (1e-6, 1e-6), angles, angles, longs, cache, query, pdl=True, keep=keep)
-        if not cache.in_codes:
+        for group in () if cache.in_codes else (GROUP, FEW_HEADS + 2):
+            packed, attended = zeros(ROWS, (group + 2) * KV_HEADS * DIM), zeros(ROWS, group * KV_HEADS * DIM)
             chain_attention(
-                qkv, norm, norm, (1e-6, 1e-6), angles, angles, longs, cache.keys, cache.values, table, ints, scratch,
-                output, tiles=choose_chain_tiles(1), pdl=True,
+                packed, norm, norm, (1e-6, 1e-6), angles, angles, longs, cache.keys, cache.values, table, ints, scratch,
+                attended, tiles=choose_chain_tiles(1, group), pdl=True,
             )  # fmt: skip
     stream, gain = zeros(2, HIDDEN), zeros(HIDDEN)
     gemv(stream, zeros(2 * INNER, HIDDEN), zeros(2, INNER), pdl=True, block=16, warps=8, gain=gain, eps=1e-6, silu=True)

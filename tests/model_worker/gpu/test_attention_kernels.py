@@ -370,6 +370,8 @@ def test_tiles_cover_each_new_token_once() -> None:
         (64, 1, 3, 64, torch.float16, DecodeTiles(32, 2, 1, 8)),
         (6, 2, 1, 32, torch.float32, DecodeTiles(16, 1, 1, 2)),
         (32, 1, 8, 128, torch.float16, DecodeTiles(64, 4, 1, 16)),
+        (16, 2, 4, 32, torch.float32, DecodeTiles(16, 1, 1, 2)),  # more than one block of keys a split
+        pytest.param(64, 1, 8, 16, torch.float32, DecodeTiles(16, 1, 1, 16), marks=pytest.mark.slow),  # merged in turns
     ],
 )
 def test_the_chain_does_what_rotation_store_and_decode_attention_do(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 KERNELS = (
-    "_decode_attention", "_prefill_attention", "_rope_store", "_chain_attention", "_gemv", "_add_rms_norm",
-    "_silu_multiply", "_begin", "_expand_rows", "_chunk_maxima", "_draw", "_product", "_begin_stream",
+    "_decode_attention", "_prefill_attention", "_rope_store", "_chain_attention", "_group_attention", "_gemv",
+    "_add_rms_norm", "_silu_multiply", "_begin", "_expand_rows", "_chunk_maxima", "_draw", "_product", "_begin_stream",
     "_rank_product", "_all_reduce", "_all_reduce_small", "_all_gather", "_route", "_sort_pairs", "_grouped", "_combine",
     "_look_up", "_expand_drafts", "_accept",
     "_grouped_product", "_plain", "_encode_groups",
