@@ -9,7 +9,7 @@ Legend: S slots, R rows of a step, T tokens of all rows, Q rows that sample.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,15 @@ from vibe_sgl_lite.model_worker.step_input import ExpandRows, StepBuffers, StepI
 from vibe_sgl_lite.runtime.messages import ForwardBatch
 
 
+class DraftRow(NamedTuple):
+    """A row that may have drafts, `most` of them. tokens: int32, all that are known of its slot: they only become more
+    until its release. Not to be kept or changed."""
+
+    slot: int
+    tokens: IntArray
+    most: int
+
+
 class Drafter(Protocol):
     """Guesses tokens ahead, for a step to compute with the one that is known and to keep as far as they come true.
 
@@ -30,9 +39,8 @@ class Drafter(Protocol):
 
     most: int
 
-    def propose(self, slot: int, tokens: IntArray, most: int) -> Sequence[int]:
-        """At most `most` tokens to follow `tokens`, int32, all that are known of that slot: they only become more until
-        its release. Not to be kept or changed."""
+    def propose(self, rows: Sequence[DraftRow]) -> Sequence[Sequence[int]]:
+        """For each row at most `most` tokens to follow its `tokens`."""
         ...
 
     def release(self, slot: int) -> None:
@@ -239,13 +247,16 @@ class SlotStates:
         if drafter is None or not (room > 0).any():
             return {}
         drafts, places, ids = {}, [], []
-        for row in np.flatnonzero(room > 0).tolist():
-            slot, most = int(self._row_slots[row]), int(room[row])
-            first = int(self.num_tokens[slot])
-            tokens = [*drafter.propose(slot, self.tokens[slot, :first].cpu().numpy(), most)][:most]
+        rows = np.flatnonzero(room > 0).tolist()
+        asked = []
+        for row in rows:
+            slot = int(self._row_slots[row])
+            asked.append(DraftRow(slot, self.tokens[slot, : self.num_tokens[slot]].cpu().numpy(), int(room[row])))
+        for row, (slot, known, most), proposed in zip(rows, asked, drafter.propose(asked), strict=True):
+            tokens = [*proposed][:most]
             if tokens:
                 drafts[row] = tokens
-                places += [slot * self.tokens.shape[1] + first + i for i in range(len(tokens))]
+                places += [slot * self.tokens.shape[1] + len(known) + i for i in range(len(tokens))]
                 ids += tokens
         if drafts:
             flat = self.device.tensor(np.array(places, dtype=np.int64))

@@ -1,4 +1,4 @@
-"""Drafts by a smaller model of the same vocabulary: greedy, one forward a draft, on a CPU.
+"""Drafts by a smaller model of the same vocabulary: greedy, one forward a draft of all rows, on a CPU.
 
 Its keys and values lie in a pool of its own under the page ids of the large one. It runs when a row has room, and then
 first what it has not seen of that row: the prompt, also where the large model found it in the prefix cache, and what
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.batch import SlotStates
+from vibe_sgl_lite.model_worker.batch import DraftRow, SlotStates
 from vibe_sgl_lite.model_worker.compute import Compute
 from vibe_sgl_lite.model_worker.device import CpuDevice
 from vibe_sgl_lite.model_worker.device_batch import IntArray
@@ -20,7 +20,7 @@ from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.step_input import StepBuffers
 from vibe_sgl_lite.qwen3.model import Qwen3
 
-CATCH_UP = 1024  # tokens of a row that are run at once: while there are more, it has no drafts
+CATCH_UP = 1024  # tokens that are run at once, of all rows: one that misses more has no drafts meanwhile
 
 
 class DraftModel:
@@ -46,22 +46,36 @@ class DraftModel:
         self._slots, self._greedy = slots, greedy
         self._buffers = StepBuffers(
             slots.tokens, slots.page_table, slots.adapters, slots.page_size, slots.padding_page, CpuDevice(),
-            max_rows=1, max_places=1, max_tokens=CATCH_UP, expand_rows=None,
+            max_rows=len(slots.page_table), max_places=1, max_tokens=CATCH_UP + len(slots.page_table), expand_rows=None,
         )  # fmt: skip
 
-    def propose(self, slot: int, tokens: IntArray, most: int) -> Sequence[int]:
-        known, start = len(tokens), self._known_here(slot, tokens)
+    def propose(self, rows: Sequence[DraftRow]) -> Sequence[Sequence[int]]:
         self.pool.will_use(self._slots.highest_page)
-        if known - start > CATCH_UP:
-            self._run(slot, start, start + CATCH_UP)
-            self._note(slot, start + CATCH_UP)
-            return []
-        drafts = [self._run(slot, start, known)]
-        for place in range(known, known + most - 1):
-            self._slots.tokens[slot, place] = drafts[-1]
-            drafts.append(self._run(slot, place, place + 1))
-        self._note(slot, known)
-        self._drafts[slot] = known, drafts
+        drafts: list[list[int]] = [[] for _ in rows]
+        spans, drafting, left = [], list[int](), CATCH_UP
+        for number, (slot, tokens, _) in enumerate(rows):
+            known, start = len(tokens), self._known_here(slot, tokens)
+            end = min(known, start + max(left, 1 if known - start == 1 else 0))
+            left -= end - start
+            if end > start:
+                spans.append((slot, start, end))
+                self._note(slot, end)
+            if end == known:
+                drafting.append(number)
+        ends = iter(self._run(spans))
+        firsts = {slot: token for (slot, _, _), token in zip(spans, ends, strict=True)}
+        for number in drafting:
+            drafts[number].append(firsts[rows[number].slot])
+        while more := [number for number in drafting if len(drafts[number]) < rows[number].most]:
+            spans = []
+            for number in more:
+                slot, place = rows[number].slot, len(rows[number].tokens) + len(drafts[number]) - 1
+                self._slots.tokens[slot, place] = drafts[number][-1]
+                spans.append((slot, place, place + 1))
+            for number, token in zip(more, self._run(spans), strict=True):
+                drafts[number].append(token)
+        for number in drafting:
+            self._drafts[rows[number].slot] = len(rows[number].tokens), drafts[number]
         return drafts
 
     def release(self, slot: int) -> None:
@@ -86,12 +100,15 @@ class DraftModel:
         self._pages[slot] = self._slots.page_table[slot, : -(-computed // self._slots.page_size)].copy()
 
     @torch.inference_mode()
-    def _run(self, slot: int, start: int, end: int) -> int:
-        """The token that is most likely behind positions start .. end."""
-        row, first, behind = (np.array([value], dtype=np.int32) for value in (slot, start, end))
-        none = np.zeros(1, dtype=np.int64)
-        step = self._buffers.fill(row, first, behind, none, none, 0)
+    def _run(self, spans: Sequence[tuple[int, int, int]]) -> list[int]:
+        """The tokens that are most likely behind positions start .. end of slots, one row each: (slot, start, end)."""
+        if not spans:
+            return []
+        slots, starts, ends = np.array(spans, dtype=np.int32).T
+        none = np.zeros(0, dtype=np.int64)
+        step = self._buffers.fill(slots, starts, ends, none, none, 0)
         metadata = self._backend.prepare(step.batch)
         hidden = self._model.forward(step.batch.token_ids, step.batch.positions, self._backend, metadata)
-        logits = self._model.logits(hidden[-1:])
-        return int(self._greedy(logits.float() if logits.dtype == torch.float16 else logits)[0])
+        logits = self._model.logits(hidden[torch.from_numpy(np.cumsum(ends - starts) - 1)])
+        tokens: list[int] = self._greedy(logits.float() if logits.dtype == torch.float16 else logits).tolist()
+        return tokens

@@ -9,7 +9,7 @@ Prompt lookup decoding: Saxena 2023; n-gram speculation in vLLM and SGLang.
 
 from collections.abc import Sequence
 
-from vibe_sgl_lite.model_worker.device_batch import IntArray
+from vibe_sgl_lite.model_worker.batch import DraftRow
 
 CANDIDATES = 8  # occurrences that are looked at
 LONGEST_MATCH = 16  # tokens that are compared
@@ -23,10 +23,13 @@ class NgramDrafter:
         self.most = most
         self._slots: dict[int, _Chains] = {}
 
-    def propose(self, slot: int, tokens: IntArray, most: int) -> Sequence[int]:
-        chains = self._slots.setdefault(slot, _Chains())
-        chains.add(tokens[len(chains.tokens) :].tolist())
-        return chains.follow(most)
+    def propose(self, rows: Sequence[DraftRow]) -> Sequence[Sequence[int]]:
+        drafts = []
+        for slot, tokens, most in rows:
+            chains = self._slots.setdefault(slot, _Chains())
+            chains.add(tokens[len(chains.tokens) :].tolist())
+            drafts.append(chains.follow(most))
+        return drafts
 
     def release(self, slot: int) -> None:
         self._slots.pop(slot, None)

@@ -34,7 +34,7 @@ from benchmarks.internal.determinism import KINDS  # noqa: E402
 from benchmarks.speculation import make_prompts  # noqa: E402
 from examples.tiny_model.prompts import closed_answer_prompts  # noqa: E402
 from examples.tiny_model.stories import story  # noqa: E402
-from vibe_sgl_lite.model_worker.batch import Drafter  # noqa: E402
+from vibe_sgl_lite.model_worker.batch import Drafter, DraftRow  # noqa: E402
 from vibe_sgl_lite.model_worker.device_batch import IntArray  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.speculate import look_up  # noqa: E402
 from vibe_sgl_lite.model_worker.ngram import NgramDrafter  # noqa: E402
@@ -65,7 +65,10 @@ class Forced:
         self._of: dict[int, int] = {}
         self._vocab = vocab
 
-    def propose(self, slot: int, tokens: IntArray, most: int) -> list[int]:
+    def propose(self, rows: Sequence[DraftRow]) -> list[list[int]]:
+        return [self._propose(*row) for row in rows]
+
+    def _propose(self, slot: int, tokens: IntArray, most: int) -> list[int]:
         if slot not in self._of:
             known = tokens.tolist()
             self._of[slot] = next(i for i, (s, _) in enumerate(self._sequences) if s[: len(known)] == known)

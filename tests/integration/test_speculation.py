@@ -129,7 +129,7 @@ def test_tokens_are_those_of_transformers_and_the_specification(pressed: bool) -
     samples = engine.serve(asked, sampling, NgramDrafter(6), **settings)
     stats = engine.core.stats()
     assert (int(stats["num_retractions"]) > 0) == pressed
-    assert int(stats["draft_tokens_total"]) > int(stats["accepted_tokens_total"]) > 40
+    assert int(stats["draft_tokens_total"]) > int(stats["accepted_tokens_total"]) > 25
     for prompt, p, sample in zip(asked, sampling, samples, strict=True):
         check(prompt, p, sample, model)
 

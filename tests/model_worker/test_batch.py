@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from vibe_sgl_lite.model_worker.batch import SlotStates
+from vibe_sgl_lite.model_worker.batch import DraftRow, SlotStates
 from vibe_sgl_lite.model_worker.device import CpuDevice
-from vibe_sgl_lite.model_worker.device_batch import IntArray
 from vibe_sgl_lite.model_worker.step_input import StepInput
 from vibe_sgl_lite.runtime.messages import ForwardBatch, NewSlot, RowAttributes, pack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling, SamplingParams, resolve
@@ -105,9 +104,9 @@ class Drafts:
         self.tokens = tokens
         self.asked: list[tuple[int, int, int]] = []
 
-    def propose(self, slot: int, tokens: IntArray, most: int) -> Sequence[int]:
-        self.asked.append((slot, len(tokens), most))
-        return self.tokens
+    def propose(self, rows: Sequence[DraftRow]) -> Sequence[Sequence[int]]:
+        self.asked += [(slot, len(tokens), most) for slot, tokens, most in rows]
+        return [self.tokens for _ in rows]
 
     def release(self, slot: int) -> None: ...
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.model_worker.fake_device import Clock, FakeDevice, FakeGraphs, NothingIsRead, fake_compute
 from tests.model_worker.test_model_runner import CONTEXT, PAGE, PAGES_A_SLOT, expected_tokens, new_slot, sampling
 from tests.qwen3.harness import DENSE, load_model, make_checkpoint, random_tokens
+from vibe_sgl_lite.model_worker.batch import DraftRow
 from vibe_sgl_lite.model_worker.device_batch import DeviceBatch, IntArray
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
@@ -233,7 +234,10 @@ class Guesses:
         self._wrong = wrong
         self._sequences = sequences
 
-    def propose(self, slot: int, tokens: IntArray, most: int) -> list[int]:
+    def propose(self, rows: Sequence[DraftRow]) -> list[list[int]]:
+        return [self._of(*row) for row in rows]
+
+    def _of(self, slot: int, tokens: IntArray, most: int) -> list[int]:
         known, position = self._sequences[slot], len(tokens)
         return [
             (known[at] + 1) % 256 if at % self._wrong == 0 else known[at]

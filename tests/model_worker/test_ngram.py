@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.model_worker.lookup import search
+from vibe_sgl_lite.model_worker.batch import DraftRow
 from vibe_sgl_lite.model_worker.ngram import CANDIDATES, NgramDrafter
 
 
@@ -17,7 +18,7 @@ def test_it_finds_what_a_search_finds(vocab: int) -> None:
         while known < len(tokens):
             most = int(rng.integers(1, 10))
             expected = search(tokens[:known].tolist(), most, CANDIDATES)
-            assert list(drafter.propose(slot, tokens[:known], most)) == expected
+            assert drafter.propose([DraftRow(slot, tokens[:known], most)]) == [expected]
             found += bool(expected)
             known += int(rng.integers(1, 6))
     assert found > 10
@@ -26,8 +27,7 @@ def test_it_finds_what_a_search_finds(vocab: int) -> None:
 def test_a_slot_begins_anew() -> None:
     drafter = NgramDrafter(4)
     again = np.array([5, 6, 7, 8, 5, 6], np.int32)
-    assert list(drafter.propose(3, again, 3)) == [7, 8, 5]
+    assert drafter.propose([DraftRow(3, again, 3)]) == [[7, 8, 5]]
     drafter.release(3)
     drafter.release(9)
-    assert list(drafter.propose(3, again[:4], 3)) == []
-    assert list(drafter.propose(4, again, 1)) == [7]
+    assert drafter.propose([DraftRow(3, again[:4], 3), DraftRow(4, again, 1)]) == [[], [7]]
