@@ -19,6 +19,7 @@ Depends on nothing but its inputs.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -27,35 +28,40 @@ from vibe_sgl_lite.scheduler.cost import CostModel, decode_work
 from vibe_sgl_lite.scheduler.request import Request
 
 MARGIN = 1.25  # a draft must bring so many times what a token more costs: estimates err
-GAIN = 1.03  # and a step with drafts so many times the tokens a second
+GAIN = 1.08  # and a step with drafts so many times the tokens a second
 SIZES = (1, 3, 7)  # rooms to choose from, and the most that there may be
 TRY = 3  # room of a try, and the first one
-SHARE, CREDIT, MOST_CREDIT = 0.004, 0.5, 4.0  # of the accounts: paid in a step, at first, at most
-FADE = 0.9  # weight of a row's past drafts with each step that has some; of steps' times
+SHARE, CREDIT, MOST_CREDIT = 0.004, 1.0, 4.0  # of the accounts: paid in a step, at first, at most
+FADE = 0.9  # weight of a row's past drafts with each step that has some
 FOUND_FADE = 0.7  # of whether any were proposed
 IN_FLIGHT = 4  # steps, more than there ever are
-OUTLIER = 2.0  # what takes so many times what it did counts as that: something else took the time
+KNOWN, KEPT = 4, 15  # steps without drafts before any has some, and those whose time is remembered
+BEHIND = 3  # steps behind one with drafts, which may take longer for it: ranks wait, and send what has changed
+PAUSE = 8  # from a try that brought nothing to the next, and of steps without drafts to see anew what these take
+FIRST_RUN, LONGEST_RUN = 16, 1024  # steps with drafts between two such pauses: twice as many each time
 
 
 class DraftPlan(NamedTuple):
-    """rooms: of each decode row. size: what their most is counted as. multiple: of a step without that it should take.
-    tries: to learn what they yield."""
+    """rooms: of each decode row. size: what their most is counted as. tries: to learn what they yield."""
 
     rooms: list[int]
     size: int
-    multiple: float
     tries: bool = False
 
 
-class _Mean:
-    """Of what came so far, the last ten or so."""
+class _Median:
+    """Of what came last; something else takes time too, now and then much."""
 
-    def __init__(self, first: float) -> None:
-        self.value, self._count = first, 1
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=KEPT)
+        self.value = 0.0
 
-    def add(self, value: float, outlier: float = OUTLIER) -> None:
-        self._count += 1
-        self.value += max(1 / self._count, 1 - FADE) * (min(value, outlier * self.value) - self.value)
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, value: float) -> None:
+        self._values.append(value)
+        self.value = sorted(self._values)[len(self._values) // 2]
 
 
 class Speculation:
@@ -66,12 +72,14 @@ class Speculation:
         self._budget = config.draft_budget
         self._cost = cost
         self._step = self._wait_until = 0
+        self._ends_early = False
         self._found, self._probability = 0.5, 0.5  # a new request's
-        self._plain: dict[int, _Mean] = {}  # seconds of steps without drafts, by their rows
-        self._slower: dict[tuple[int, int], _Mean] = {}  # and multiples of them with, by rows and size
+        self._plain: dict[int, _Median] = {}  # seconds of steps without drafts, by their rows
+        self._slower: dict[tuple[int, int], _Median] = {}  # and multiples of them with, by rows and size
+        self._after: tuple[_Median, ...] = tuple(_Median() for _ in range(BEHIND))  # multiples of the steps behind
         self._accounts = {False: CREDIT, True: CREDIT}  # by whether it tries
-        self._behind: bool | None = None  # the step before had drafts, and whether it tried
-        self._wait = _Mean(1.0)  # multiple of steps behind such
+        self._since, self._tried = BEHIND, False  # steps since the last one with drafts, and whether that tried
+        self._run, self._longest_run = 0, FIRST_RUN
         self.drafts = self.draft_tokens = self.accepted_tokens = 0
 
     def plan(self, requests: Collection[Request]) -> DraftPlan | None:
@@ -82,7 +90,7 @@ class Speculation:
         if most == 0 or self._step < self._wait_until or max(self._accounts.values()) <= 0.0:
             return None
         plain = self._plain.get(_group(rows))
-        if plain is None and self._cost.measured:
+        if self._cost.measured and (plain is None or len(plain) < KNOWN):
             return None  # first what a step takes without
         context = sum(request.num_computed_tokens for request in requests)
         seconds = self._cost.seconds(decode_work(rows, rows + context)) if plain is None else plain.value
@@ -92,34 +100,45 @@ class Speculation:
         plan = self._best(requests, most, token) if self._accounts[False] > 0.0 else None
         plan = self._with_tries(plan, rows, most, token) if self._accounts[True] > 0.0 else plan
         if plan is None:
-            self._wait_until = self._step + 1 + rows // 8  # looking costs time too
-        elif self._cost.measured and (plan.tries or not any(size == plan.size for _, size in self._slower)):
-            self._wait_until = self._step + IN_FLIGHT  # or until it is known what it took
+            self._pause(1 + rows // 8, until_known=False)  # looking costs time too
+        elif self._cost.measured and plan.tries:
+            self._pause(PAUSE, until_known=True)
+        elif self._cost.measured:
+            self._run += 1
+            if not any(size == plan.size for _, size in self._slower):
+                self._pause(IN_FLIGHT, until_known=True)
+            elif self._run >= self._longest_run:
+                self._pause(PAUSE, until_known=False)
+                self._run, self._longest_run = 0, min(2 * self._longest_run, LONGEST_RUN)
         return plan
+
+    def _pause(self, steps: int, *, until_known: bool) -> None:
+        """Nobody drafts in so many; or until it is known what those with drafts took, and that they brought any."""
+        self._wait_until, self._ends_early = self._step + steps, until_known
 
     def _best(self, requests: Collection[Request], most: int, token: float) -> DraftPlan | None:
         """What gains most, if anything does. token: what one more takes, of a step without drafts."""
         rows, least = len(requests), MARGIN * token * len(requests)
         chances = [self._chance(request, least, most) for request in requests]
-        best, best_value, best_multiple = None, GAIN, 1.0
+        best, best_value = None, GAIN
         for size in self._sizes(most):
             tokens, drafts = float(rows), 0
             for found, p, most_room in chances:
                 room = min(size, most_room)
                 tokens += found * _yield(p, room)
                 drafts += room
-            multiple = self._multiple(rows, size, 1.0 + drafts * token)
-            if tokens / rows / multiple > best_value:
-                best, best_value, best_multiple = size, tokens / rows / multiple, multiple
+            value = tokens / rows / self._multiple(rows, size, 1.0 + drafts * token)
+            if value > best_value:
+                best, best_value = size, value
         if best is None:
             return None
-        return DraftPlan([min(best, room) for _, _, room in chances], best, best_multiple)
+        return DraftPlan([min(best, room) for _, _, room in chances], best)
 
     def _with_tries(self, plan: DraftPlan | None, rows: int, most: int, token: float) -> DraftPlan | None:
         """All rows try if nobody gains, or those that rest, beside the others."""
         room = min(TRY, most)
         if plan is None:
-            return DraftPlan([room] * rows, room, self._multiple(rows, room, 1.0 + rows * room * token), tries=True)
+            return DraftPlan([room] * rows, room, tries=True)
         resting = plan.rooms.count(0)
         if resting:
             room = min(TRY, plan.size)
@@ -162,28 +181,24 @@ class Speculation:
             return
         for tries in self._accounts:
             self._accounts[tries] = min(self._accounts[tries] + SHARE, MOST_CREDIT)
-        group, behind = _group(rows), self._behind
-        self._behind = None if plan is None else plan.tries
-        plain = self._plain.get(group)
-        if plain is None:
-            if plan is None and behind is None:
-                self._plain[group] = _Mean(seconds)
+        group, behind = _group(rows), self._since
+        self._since = 0 if plan is not None else min(behind + 1, BEHIND)
+        plain = self._plain.setdefault(group, _Median())
+        if plan is None and behind >= BEHIND:
+            plain.add(seconds)
+        if len(plain) < KNOWN:
             return
         multiple = seconds / plain.value
         if plan is not None:
-            slower = self._slower.get((group, plan.size))
-            if slower is None:
-                slower = self._slower[group, plan.size] = _Mean(min(multiple, OUTLIER * plan.multiple))
-            else:
-                slower.add(multiple)
+            self._tried = plan.tries
+            slower = self._slower.setdefault((group, plan.size), _Median())
+            slower.add(multiple)
             self._book(accepted / rows + 1.0 - slower.value, tries=plan.tries)
-            self._wait_until = 0
-        elif behind is None:
-            plain.add(seconds)
-        else:  # the ranks may have waited until they knew how much the one before had yielded
-            plain.add(seconds, outlier=1.05)
-            self._wait.add(multiple)
-            self._book(min(1.0 - self._wait.value, 0.0), tries=behind)
+            if self._ends_early and (accepted or not plan.tries):
+                self._wait_until = 0
+        elif behind < BEHIND:
+            self._after[behind].add(multiple)
+            self._book(min(1.0 - self._after[behind].value, 0.0), tries=self._tried)
 
     @property
     def multiples(self) -> dict[str, float]:
@@ -192,6 +207,8 @@ class Speculation:
 
     def _book(self, gain: float, *, tries: bool) -> None:
         self._accounts[tries] = min(self._accounts[tries] + gain, MOST_CREDIT)
+        if not tries and self._accounts[tries] <= 0.0:
+            self._longest_run = FIRST_RUN
 
     def observe(self, request: Request, drafted: int, accepted: int) -> None:
         """A row with room had so many drafts, of which so many held."""

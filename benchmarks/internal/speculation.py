@@ -113,18 +113,15 @@ class ForcedOnDevice:
         )  # fmt: skip
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _propose(rooms: Any, row_lengths: Any, drafted: Any, proposes: Any) -> None:
+@triton.jit  # its compiler takes no types of Python
+def _propose(rooms, row_lengths, drafted, proposes):  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     room = tl.load(rooms + row) * tl.load(proposes)
     tl.store(drafted + row, tl.where(tl.load(row_lengths + row) > 0, room, 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _accept(
-    sampled: Any, slots: Any, row_lengths: Any, drafted: Any, lengths: Any, result: Any, holding: Any, rows: Any,
-    N: tl.constexpr, NP: tl.constexpr,
-) -> None:  # fmt: skip
+def _accept(sampled, slots, row_lengths, drafted, lengths, result, holding, rows, N: tl.constexpr, NP: tl.constexpr):  # type: ignore[no-untyped-def]
     """As that of the engine, but for what holds: a program a row."""
     row = tl.program_id(0)
     index = tl.arange(0, NP)

@@ -292,7 +292,8 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     draft_model_path: Annotated[str | None, Spec(
         "the folder of a model that guesses, a smaller Qwen3 of the same vocabulary; it turns on "
         "`--speculative-algorithm draft`",
-        "On a CPU. Its weights and its own KV cache take memory beside the large model's.",
+        "On a CPU, or on one GPU without `--deterministic`. Its weights and its own KV cache take memory beside the "
+        "large model's.",
         unset="none", group=MEMORY, path=True, aliases=("speculative_draft_model_path",),
         like=("speculative_model", "model_draft"),
     )] = None

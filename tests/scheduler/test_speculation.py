@@ -10,7 +10,7 @@ from vibe_sgl_lite.runtime.messages import StepResult, pack_ids, unpack_ids
 from vibe_sgl_lite.scheduler.core import Scheduler
 from vibe_sgl_lite.scheduler.cost import CostModel, Work, decode_work
 from vibe_sgl_lite.scheduler.request import Request, samples_of
-from vibe_sgl_lite.scheduler.speculation import MARGIN, DraftPlan, Speculation
+from vibe_sgl_lite.scheduler.speculation import KNOWN, MARGIN, DraftPlan, Speculation
 
 
 def rows(count: int) -> list[Request]:
@@ -36,10 +36,13 @@ def rooms(speculation: Speculation, requests: list[Request]) -> list[int]:
 
 class Device:
     """Runs steps as a rank does, two in flight. plain: seconds without drafts; slower: multiples with so much room;
-    noise: of all times; waits: what a step takes longer whose predecessor's drafts must be known."""
+    noise: of all times, of which every 20th is three times as long; behind: what the steps behind one with drafts take
+    longer."""
 
-    def __init__(self, rows: int, plain: float, slower: dict[int, float], noise: float = 0.05, waits: float = 0.0):
-        self.rows, self.plain, self.slower, self.noise, self.waits = rows, plain, slower, noise, waits
+    def __init__(
+        self, rows: int, plain: float, slower: dict[int, float], noise: float = 0.05, behind: tuple[float, ...] = ()
+    ):
+        self.rows, self.plain, self.slower, self.noise, self.behind = rows, plain, slower, noise, behind
 
     def serve(
         self, speculation: Speculation, requests: list[Request], holds: dict[int, float], steps: int, seed: int = 0
@@ -47,19 +50,20 @@ class Device:
         """Seconds a token, over those without drafts. holds: by uid, how likely a draft is right; below 0: none is
         ever proposed."""
         rng, seconds, tokens = random.Random(seed), 0.0, 0
-        flying: list[tuple[DraftPlan | None, float]] = []
-        behind = False
+        flying: list[tuple[DraftPlan | None, float, float]] = []
+        since = 100
         for _ in range(steps):
             plan = speculation.plan(requests)
             took = self.plain
             if plan is not None:
                 took *= next(value for size, value in sorted(self.slower.items()) if size >= max(plan.rooms))
-            elif behind:
-                took += self.waits
-            behind = plan is not None
-            flying.append((plan, took * rng.uniform(1 - self.noise, 1 + self.noise)))
+            elif since < len(self.behind):
+                took += self.behind[since]
+            since = 0 if plan is not None else since + 1
+            shown = took * rng.uniform(1 - self.noise, 1 + self.noise) * (3 if rng.random() < 0.05 else 1)
+            flying.append((plan, took, shown))
             if len(flying) == 2:
-                plan, took = flying.pop(0)
+                plan, took, shown = flying.pop(0)
                 accepted = 0
                 for request, room in zip(requests, plan.rooms if plan is not None else (), strict=False):
                     if room:
@@ -67,7 +71,7 @@ class Device:
                         kept = next((i for i in range(room) if rng.random() >= p), room)
                         speculation.observe(request, 0 if p < 0 else room, kept)
                         accepted += kept
-                speculation.observe_step(len(requests), took, plan, accepted)
+                speculation.observe_step(len(requests), shown, plan, accepted)
                 seconds += took
                 tokens += len(requests) + accepted
         return seconds / tokens / (self.plain / self.rows)
@@ -75,11 +79,12 @@ class Device:
 
 # As an H100 took them at the 0.6B shape, and dearer; a CPU.
 DEVICES = {
-    "one row": Device(1, 0.0007, {1: 1.5, 3: 1.6, 7: 1.9, 12: 2.3}, waits=0.0003),
-    "one cheap row": Device(1, 0.0007, {1: 1.2, 3: 1.2, 7: 1.3, 12: 1.4}, waits=0.0001),
+    "one row": Device(1, 0.0007, {1: 1.5, 3: 1.6, 7: 1.9, 12: 2.3}, behind=(0.0003,)),
+    "one cheap row": Device(1, 0.0007, {1: 1.2, 3: 1.2, 7: 1.3, 12: 1.4}, behind=(0.0001,)),
     "eight rows": Device(8, 0.0014, {1: 1.2, 3: 1.4, 8: 1.7}),
     "64 rows": Device(64, 0.0035, {1: 1.4}),
-    "a CPU": Device(1, 0.05, {1: 1.03, 3: 1.08, 7: 1.2, 12: 1.4}, noise=0.1),
+    "a slow host": Device(1, 0.0004, {12: 1.05}, noise=0.3, behind=(0.0002, 0.0001, 0.0001)),
+    "a CPU": Device(1, 0.05, {1: 1.03, 3: 1.08, 7: 1.2, 12: 1.4}, noise=0.3),
 }
 
 
@@ -100,16 +105,18 @@ def test_nothing_is_lost_where_drafts_do_not_hold(name: str, holds: float) -> No
 @pytest.mark.parametrize(
     ("name", "holds", "most"),
     [
-        ("one row", 0.7, 0.75), ("one row", 0.9, 0.45), ("one row", 1.0, 0.2), ("one cheap row", 0.5, 0.75),
+        ("one row", 0.7, 0.9), ("one row", 0.9, 0.45), ("one row", 1.0, 0.2), ("one cheap row", 0.5, 0.75),
         ("eight rows", 0.7, 0.75), ("eight rows", 1.0, 0.3), ("64 rows", 0.7, 0.9), ("a CPU", 0.5, 0.7),
         ("a CPU", 0.9, 0.3),
     ],
 )  # fmt: skip
 def test_what_holds_gains(name: str, holds: float, most: float) -> None:
-    device = DEVICES[name]
-    speculation = Speculation(config(draft_tokens=12), cost_of(device.plain, device.plain / 1000))
-    of_all = dict.fromkeys(range(device.rows), holds)
-    assert device.serve(speculation, rows(device.rows), of_all, 1000) < most
+    device, took = DEVICES[name], []
+    for seed in range(5 if device.rows < 64 else 1):
+        speculation = Speculation(config(draft_tokens=12), cost_of(device.plain, device.plain / 1000))
+        of_all = dict.fromkeys(range(device.rows), holds)
+        took.append(device.serve(speculation, rows(device.rows), of_all, 500, seed))
+    assert sum(took) / len(took) < most
 
 
 def test_who_begins_to_repeat_itself_is_found() -> None:
@@ -133,11 +140,12 @@ def test_drafts_that_hold_get_company_and_others_none() -> None:
 def test_a_room_ends_where_a_draft_costs_more_than_it_brings() -> None:
     """Half of the drafts hold: the last one brings its cost, with a margin; one more would not."""
     speculation, token = Speculation(config(draft_tokens=20), cost_of(0.05, 0.002)), 0.002
-    speculation.observe_step(1, 0.052, None, 0)
+    for _ in range(KNOWN):
+        speculation.observe_step(1, 0.052, None, 0)
     (one,) = rows(1)
     for size in (3, 7):
         (room,) = rooms(speculation, [one])
-        speculation.observe_step(1, 0.055, DraftPlan([room], size, 1.1), room)
+        speculation.observe_step(1, 0.055, DraftPlan([room], size), room)
     (room,) = rooms(speculation, [one])
     assert 0.5**room * 0.052 > MARGIN * token > 0.5 ** (room + 1) * 0.052
 
@@ -146,14 +154,16 @@ def test_nobody_drafts_where_computing_takes_the_time() -> None:
     assert Speculation(config(draft_tokens=10), cost_of(0.001, 0.02)).plan(rows(4)) is None
     for count, a_token, drafts in ((1, 0.002, True), (48, 0.01, False)):
         speculation = Speculation(config(draft_tokens=10, draft_budget=1000), cost_of(0.05, a_token))
-        speculation.observe_step(count, 0.05 + count * a_token, None, 0)
+        for _ in range(KNOWN):
+            speculation.observe_step(count, 0.05 + count * a_token, None, 0)
         assert (speculation.plan(rows(count)) is not None) == drafts
 
 
 @pytest.mark.parametrize("count", [1, 5, 64, 65])
 def test_a_step_has_no_more_drafts_than_its_budget(count: int) -> None:
     speculation = Speculation(config(draft_tokens=3, draft_budget=64), cost_of(1.0, 1e-6))
-    speculation.observe_step(count, 1.0, None, 0)
+    for _ in range(KNOWN):
+        speculation.observe_step(count, 1.0, None, 0)
     assert rooms(speculation, rows(count)) == [min(3, 64 // count)] * count
 
 
@@ -174,7 +184,8 @@ def test_a_step_counts_as_what_was_run() -> None:
     observe = scheduler.cost.observe
     scheduler.cost.observe = lambda work, seconds: seen.append(work) or observe(work, seconds)  # type: ignore
     planned: list[list[int]] = []
-    for step, (tokens, drafted) in enumerate([([7], 0), ([8], 0), ([9], 0), ([10, 11], 3), ([12], 1)]):
+    steps = [([7], 0), *(([8], 0) for _ in range(KNOWN)), ([9], 0), ([10, 11], 3), ([12], 1)]
+    for step, (tokens, drafted) in enumerate(steps):
         batch = scheduler.schedule(0.0)
         assert batch is not None
         planned.append(unpack_ids(batch.row_tokens) if batch.row_tokens is not None else planned[-1])
@@ -184,8 +195,8 @@ def test_a_step_counts_as_what_was_run() -> None:
                 drafted=pack_ids([drafted]) if drafted else b"",
             ), 0.0,
         )  # fmt: skip
-    assert planned == [[3], [1], [5], [5], [5]]
-    assert seen == [Work(3, 6, 3), Work(1, 4, 4)]
+    assert planned == [[3], *([[1]] * KNOWN), [5], [5], [5]]
+    assert seen == [Work(3, 6, 3), *(Work(1, 4 + at, 4 + at) for at in range(KNOWN))]
     stats = scheduler.stats()
     assert (stats["drafts_total"], stats["draft_tokens_total"], stats["accepted_tokens_total"]) == (2, 4, 1)
 

@@ -52,7 +52,7 @@ def test_drafts_that_hold_save_steps(acceptance: float, tokens_a_row: float) -> 
     report = Simulation(config, COST, acceptance).run([arrival])
     assert report.output_tokens_per_second * report.seconds == pytest.approx(400)
     prefill_steps = -(-len(arrival.message.token_ids) // 4 // 512)
-    assert report.steps == pytest.approx(prefill_steps + 399 / tokens_a_row, abs=5)  # and some to learn it
+    assert report.steps == pytest.approx(prefill_steps + 399 / tokens_a_row, abs=30)  # and some to learn what they take
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
