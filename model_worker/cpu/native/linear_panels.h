@@ -97,9 +97,9 @@ struct Following {
     }
 };
 
-// Adds the products of `steps` units of x to sums[kRows][kSlab], or begins them. kept: if any, where weights are left in the
-// form in which they were multiplied, as units of `Units::Sum`. kAsk: lines of the following weights, each step.
-template <class Units, int kRows, int kVectors, int kAsk>
+// Adds the products of `steps` units of x to sums[kRows][kSlab], or begins them. With kKeep, weights are left at `kept` in the
+// form in which they were multiplied (a function of its own: else registers of all others are spilled). kAsk: lines of the following weights, each step.
+template <class Units, int kRows, int kVectors, int kAsk, bool kKeep>
 inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typename Units::Unit* x, int64_t x_stride,
                              typename Units::Unit* sums, bool begin, Following& following, typename Units::Unit* kept) {
     typename Units::Sum into[kRows][kVectors] = {};
@@ -117,7 +117,7 @@ inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typen
             if constexpr (kRows >= kVectors) {
                 typename Units::Sum parts[kVectors];
                 for (int v = 0; v < kVectors; v++) parts[v] = Units::part(p, weights + v * kLanes);
-                if (kept != nullptr)
+                if constexpr (kKeep)
                     for (int v = 0; v < kVectors; v++)
                         std::memcpy(kept + (k * Units::kParts + p) * kSlab + v * kLanes, &parts[v], sizeof parts[v]);
                 for (int r = 0; r < kRows; r++)
@@ -144,12 +144,12 @@ inline void multiply_together(const uint32_t* weights, int64_t steps, const type
     constexpr int kAll = kSlab / kLanes, kRegisters = kMoreRegisters * (kRows == 1 ? 8 : kRows == 2 ? 4 : 2);
     constexpr int kVectors = kAll < 8 || kAll < kRegisters ? kAll : kRegisters, kPasses = kAll / kVectors;
     for (int j = 0; j < kAll; j += kVectors) {
-        const auto multiply = [&](auto ask) {
-            multiply_vectors<Units, kRows, kVectors, ask>(weights + j * kLanes, steps, x, x_stride, sums + j * kLanes, begin,
-                                                          following, kept == nullptr ? nullptr : kept + j * kLanes);
+        const auto multiply = [&](auto ask, auto keep) {
+            multiply_vectors<Units, kRows, kVectors, ask, keep>(weights + j * kLanes, steps, x, x_stride, sums + j * kLanes,
+                                                                begin, following, kept == nullptr ? nullptr : kept + j * kLanes);
         };
         if (alone) {
-            multiply(std::integral_constant<int, (4 + kPasses - 1) / kPasses>());
+            multiply(std::integral_constant<int, (4 + kPasses - 1) / kPasses>(), std::false_type());
             continue;
         }
         following.ask(following.lines);
@@ -157,7 +157,10 @@ inline void multiply_together(const uint32_t* weights, int64_t steps, const type
         const int64_t share = steps * Units::kParts / kPasses;
         for (int r = kRows; following.many_rows && r < 2 * kRows; r++)
             for (int64_t k = j / kVectors * share; k < (j / kVectors + 1) * share; k += 16) __builtin_prefetch(x + r * x_stride + k);
-        multiply(std::integral_constant<int, 0>());
+        if (kept == nullptr)
+            multiply(std::integral_constant<int, 0>(), std::false_type());
+        else
+            multiply(std::integral_constant<int, 0>(), std::true_type());
     }
 }
 
