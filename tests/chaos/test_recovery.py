@@ -24,7 +24,7 @@ TOKENS = 120
 @pytest.mark.parametrize(
     ("flags", "victim", "sent"),
     [
-        (("--step-timeout", "1.5"), "model_worker.0", signal.SIGSTOP),
+        (("--step-timeout", "4"), "model_worker.0", signal.SIGSTOP),
         pytest.param(("--tp", "2"), "model_worker.1", signal.SIGSEGV, marks=pytest.mark.slow),
     ],
     ids=["rank-hung", "rank-of-two"],
