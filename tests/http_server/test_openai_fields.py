@@ -14,8 +14,8 @@ from vibe_sgl_lite.http_server.requests import engine_options
 
 PROMPT = "Once upon a time there was a dog. The dog"
 QUESTION: Any = [{"role": "user", "content": "What is 17 + 25?"}]
-BASE: dict[str, Any] = {"seed": 8, "temperature": 1.5, "max_tokens": 16}
-OURS = SamplingParams(seed=8, temperature=1.5, max_new_tokens=16)
+BASE: dict[str, Any] = {"seed": 4, "temperature": 1.5, "max_tokens": 16}
+OURS = SamplingParams(seed=4, temperature=1.5, max_new_tokens=16)
 # a body's field -> ours; each changes what is said
 FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"seed": 6}, {"seed": 6}),
