@@ -74,7 +74,8 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         like=("cache_type_k", "cache_type_v"),
     )] = "auto"
     device: Annotated[str, Spec(
-        "where the model runs: `auto` is `cuda` where a GPU and a torch built for it are found, else `cpu`",
+        "where the model runs: `auto` is `cuda` where a GPU that `CUDA_VISIBLE_DEVICES` does not hide and a torch "
+        "built for it are found, else `cpu`",
         group=MODEL, choices=("auto", "cpu", "cuda"),
         like=("n_gpu_layers", "gpu_layers", "num_gpu", "device_map", "ngl"),
     )] = "auto"

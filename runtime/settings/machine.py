@@ -129,6 +129,10 @@ def raise_descriptor_limit() -> int:
     return max(soft, wanted)
 
 
-def has_gpu() -> bool:
-    """Whether this machine has one of NVIDIA's, for which torch may or may not be built."""
-    return any(Path(node).exists() for node in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg"))
+def has_gpu(root: Path = Path("/")) -> bool:
+    """Whether this machine has one of NVIDIA's, which CUDA_VISIBLE_DEVICES does not hide; torch may or may not be built
+    for it. root: of the file system, for tests."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.split(",")[0].strip() in ("", "-1"):
+        return False  # CUDA takes no device behind one that there is not
+    return any((root / "dev" / node).exists() for node in ("nvidia0", "nvidiactl", "dxg"))

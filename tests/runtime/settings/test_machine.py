@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vibe_sgl_lite.runtime.settings.machine import available_memory, usable_cores
+from vibe_sgl_lite.runtime.settings.machine import available_memory, has_gpu, usable_cores
 
 MIB = 1 << 20
 V1_MOUNTS = (
@@ -143,3 +143,20 @@ def test_in_a_real_group(memory_group: Path) -> None:
     joined = ["sh", "-c", f'echo $$ > {memory_group}/cgroup.procs; exec "$@"', "sh", sys.executable, "-c", code]
     free = float(subprocess.run(joined, capture_output=True, text=True, check=True).stdout)
     assert 150 < free < 300
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [(None, True), ("0", True), ("1,0", True), ("GPU-ac578e61", True), ("", False), (" ", False), ("-1", False)],
+)
+def test_a_hidden_gpu_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: bool
+) -> None:
+    """So that an engine goes to the CPU where its user hides the cards from it."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert not has_gpu(tmp_path)
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvidia0").touch()
+    assert has_gpu(tmp_path) == expected
