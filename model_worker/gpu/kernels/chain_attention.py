@@ -64,6 +64,22 @@ def _places(table, token, here, head, page_stride, token_stride, head_stride, PA
 
 
 @triton.jit
+def _part(length, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many splits a context has, and where this one begins and ends, of what is cached already."""
+    each = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK), 1) * BLOCK
+    return tl.maximum(tl.cdiv(length, each), 1), split * each, tl.minimum(split * each + each, length - 1)
+
+
+@triton.jit
+def _angles(cosines, sines, place, D: tl.constexpr):
+    """fp32 [D]: the cosines of a position's angles, and its sines as the first half of a head takes them."""
+    dim = tl.arange(0, D)
+    angle = place + dim % (D // 2)
+    cos = tl.load(cosines + angle).to(tl.float32)
+    return cos, tl.load(sines + angle).to(tl.float32) * tl.where(dim < D // 2, -1.0, 1.0)
+
+
+@triton.jit
 def _attend(query, key, value, here, maximum, norm, total):
     """One block of keys into the running softmax of one query head."""
     score = tl.where(here, tl.sum(key.to(tl.float32) * query[None, :], 1), -float("inf"))
@@ -89,11 +105,7 @@ def _chain_attention(
     dim = tl.arange(0, D)
     if PDL:
         gdc_launch_dependents()
-    length = tl.load(context_lengths + row)
-    each = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK), 1) * BLOCK
-    splits = tl.maximum(tl.cdiv(length, each), 1)
-    start = split * each
-    end = tl.minimum(start + each, length - 1)  # of what is cached already
+    splits, start, end = _part(tl.load(context_lengths + row), split, SPLITS, BLOCK)
     table = page_table + row.to(tl.int64) * table_stride
     token = start + tl.arange(0, BLOCK)
     here = token < end
@@ -105,9 +117,7 @@ def _chain_attention(
     pair_gain = tl.load(query_norm + pair).to(tl.float32)
     key_gain = tl.load(key_norm + dim).to(tl.float32)
     key_pair_gain = tl.load(key_norm + pair).to(tl.float32)
-    angle = row * angle_stride + dim % (D // 2)
-    cos = tl.load(cosines + angle).to(tl.float32)
-    sin = tl.load(sines + angle).to(tl.float32) * tl.where(dim < D // 2, -1.0, 1.0)
+    cos, sin = _angles(cosines, sines, row * angle_stride, D)
     slot = tl.load(slots + row).to(tl.int64)
     if PDL:
         gdc_wait()
@@ -218,20 +228,14 @@ def _group_attention(
     dim = tl.arange(0, D)
     if PDL:
         gdc_launch_dependents()
-    length = tl.load(context_lengths + row)
-    each = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK), 1) * BLOCK
-    splits = tl.maximum(tl.cdiv(length, each), 1)
-    start = split * each
-    end = tl.minimum(start + each, length - 1)  # of what is cached already
+    splits, start, end = _part(tl.load(context_lengths + row), split, SPLITS, BLOCK)
     table = page_table + row.to(tl.int64) * table_stride
     token = start + tl.arange(0, BLOCK)
     here = token < end
     place = _places(table, token, here, head, page_stride, token_stride, head_stride, PAGE)
     key = tl.load(keys + place[:, None] + dim[None, :], mask=here[:, None], other=0.0)
     value = tl.load(values + place[:, None] + dim[None, :], mask=here[:, None], other=0.0)
-    angle = row * angle_stride + dim % (D // 2)
-    cos = tl.load(cosines + angle).to(tl.float32)
-    sin = tl.load(sines + angle).to(tl.float32) * tl.where(dim < D // 2, -1.0, 1.0)
+    cos, sin = _angles(cosines, sines, row * angle_stride, D)
     slot = tl.load(slots + row).to(tl.int64)
     if PDL:
         gdc_wait()
