@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,6 +165,7 @@ class Harness:
         self.poison = poison
         self.rng = random.Random(seed)
         self.rank = self._new_rank(scheduler_config.num_pages, scheduler_config.epoch)
+        self.from_earlier_ranks: set[tuple[object, bytes]] = set()  # prefixes that the folder may have of them
         self.movers: list[FakeMover] = []
         self._open_folder()
 
@@ -243,6 +244,8 @@ class Harness:
             sample.tokens_at_loss = len(sample.tokens)
         guilty = {uid for uid in self.live() if self.samples[uid].losses >= 3}
         epoch = self.rank.epoch + 1
+        if self.folder is not None:
+            self.from_earlier_ranks |= self._prefixes(self.rank.computed)
         outputs = self.scheduler.lose_ranks(epoch, self.now)
         self._take(outputs)
         ended = {output.uid: output.finish.error for output in outputs.tokens if output.finish is not None}
@@ -316,17 +319,12 @@ class Harness:
         in flight that had ended, by an abort or a stop string, or was retracted, and then failed may be missing too.
         """
         cache, page_bytes = self.scheduler.state.memory.cache, 4 * self.config.page_size
-        expected, required = set(), set()
-        for uid, sample in self.samples.items():
-            retracted = bool(self.scheduler.state.num_retractions)
-            ended = sample.finish is None or sample.finish.reason != "error"
-            ended_before = uid in self.rank.failed and (ended or retracted)
-            tokens = sample.message.token_ids + pack_ids(sample.tokens)
-            end = min(len(tokens), 4 * self.rank.computed.get(uid, 0))
-            for stop in range(page_bytes, end + 1, page_bytes):
-                expected.add((self._cache_salt(uid), tokens[:stop]))
-                if not ended_before and stop <= 4 * self.rank.counted.get(uid, 0):
-                    required.add((self._cache_salt(uid), tokens[:stop]))
+        expected = self._prefixes(self.rank.computed) | self.from_earlier_ranks
+        retracted = bool(self.scheduler.state.num_retractions)
+        ended = {uid for uid, one in self.samples.items() if one.finish is None or one.finish.reason != "error"}
+        counted = self.rank.counted.items()
+        ended_before = {uid for uid in self.rank.failed if uid in ended or retracted}
+        required = self._prefixes({uid: count for uid, count in counted if uid not in ended_before}) & expected
         cached = set()
         paths: dict[int, bytes] = {}
         for node in cache.nodes():
@@ -337,6 +335,17 @@ class Harness:
         assert cached <= expected
         if cache.num_evicted == 0 and self.config.radix_cache:
             assert cached >= required
+
+    def _prefixes(self, counts: Mapping[int, int]) -> set[tuple[object, bytes]]:
+        """All of whole pages, among the first so many tokens of each sample."""
+        prefixes: set[tuple[object, bytes]] = set()
+        page_bytes = 4 * self.config.page_size
+        for uid, count in counts.items():
+            sample = self.samples[uid]
+            tokens = sample.message.token_ids + pack_ids(sample.tokens)
+            for stop in range(page_bytes, min(len(tokens), 4 * count) + 1, page_bytes):
+                prefixes.add((self._cache_salt(uid), tokens[:stop]))
+        return prefixes
 
     def live(self) -> list[int]:
         """Samples without a terminal event."""

@@ -75,8 +75,9 @@ def test_one_for_each_rank_until_it_is_taken(spares: Standby) -> None:
     assert taken is not None
     assert taken.spec == SPECS[0]
     assert spares.take("model_worker.0") is None
+    kept = running()
     spares.keep()  # at once: this one was wanted
-    assert len(running()) == before + 3
+    assert len({*running()} - {*kept}) == 1, "the taken one may have ended by now"
     taken.kill()
     taken.reap()
     spares.close()
