@@ -14,13 +14,12 @@ from torch import Tensor
 from vibe_sgl_lite.model_worker.compute import Compute
 from vibe_sgl_lite.model_worker.device import Device
 from vibe_sgl_lite.model_worker.device_batch import DeviceBatch, IntArray
+from vibe_sgl_lite.model_worker.draft_model import CATCH_UP
 from vibe_sgl_lite.model_worker.gpu.kernels.expand_rows import expand_rows
 from vibe_sgl_lite.model_worker.gpu.kernels.speculate import accept, expand_drafts
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.step_input import StepBuffers
 from vibe_sgl_lite.qwen3.model import Qwen3
-
-CATCH_UP = 1024  # tokens that are run at once, of all rows: one that misses more has no drafts meanwhile
 
 
 class DraftsByModel:
@@ -51,9 +50,7 @@ class DraftsByModel:
             max_rows=slots, max_places=1, max_tokens=CATCH_UP, expand_rows=None,
         )  # fmt: skip
         self._chunks.device_pages = buffers.device_pages
-        self._token_ids, self._positions, self._none = (
-            torch.zeros(2 * max_rows, dtype=torch.int32, device=kind) for _ in range(3)
-        )
+        self._token_ids, self._positions = (torch.zeros(2 * max_rows, dtype=torch.int32, device=kind) for _ in range(2))
         self._contexts = torch.zeros(max_rows, dtype=torch.int32, device=kind)
         self._mapping, self._unused, self._unused_places, self._unused_slots = (
             torch.zeros(2 * max_rows, dtype=torch.int64, device=kind) for _ in range(4)

@@ -64,6 +64,12 @@ def _places(table, token, here, head, page_stride, token_stride, head_stride, PA
 
 
 @triton.jit
+def _lines(pool, place, here, D: tl.constexpr):
+    """Keys or values of a block: [BLOCK, D], zeros where it is not `here`."""
+    return tl.load(pool + place[:, None] + tl.arange(0, D)[None, :], mask=here[:, None], other=0.0)
+
+
+@triton.jit
 def _part(length, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """How many splits a context has, and where this one begins and ends, of what is cached already."""
     each = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK), 1) * BLOCK
@@ -110,8 +116,8 @@ def _chain_attention(
     token = start + tl.arange(0, BLOCK)
     here = token < end
     place = _places(table, token, here, head, page_stride, token_stride, head_stride, PAGE)
-    first_key = tl.load(keys + place[:, None] + dim[None, :], mask=here[:, None], other=0.0)
-    first_value = tl.load(values + place[:, None] + dim[None, :], mask=here[:, None], other=0.0)
+    first_key = _lines(keys, place, here, D)
+    first_value = _lines(values, place, here, D)
     pair = (dim + D // 2) % D
     gain = tl.load(query_norm + dim).to(tl.float32)
     pair_gain = tl.load(query_norm + pair).to(tl.float32)
@@ -148,8 +154,8 @@ def _chain_attention(
                 later = first + tl.arange(0, BLOCK)
                 inside = later < end
                 spot = _places(table, later, inside, head, page_stride, token_stride, head_stride, PAGE)
-                key = tl.load(keys + spot[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
-                value = tl.load(values + spot[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
+                key = _lines(keys, spot, inside, D)
+                value = _lines(values, spot, inside, D)
                 maximum, norm, total = _attend(query, key, value, inside, maximum, norm, total)
             output_line = (row.to(tl.int64) * KV_HEADS + head) * G + member
             if splits == 1:
@@ -233,8 +239,8 @@ def _group_attention(
     token = start + tl.arange(0, BLOCK)
     here = token < end
     place = _places(table, token, here, head, page_stride, token_stride, head_stride, PAGE)
-    key = tl.load(keys + place[:, None] + dim[None, :], mask=here[:, None], other=0.0)
-    value = tl.load(values + place[:, None] + dim[None, :], mask=here[:, None], other=0.0)
+    key = _lines(keys, place, here, D)
+    value = _lines(values, place, here, D)
     cos, sin = _angles(cosines, sines, row * angle_stride, D)
     slot = tl.load(slots + row).to(tl.int64)
     if PDL:
@@ -260,8 +266,8 @@ def _group_attention(
             later = first + tl.arange(0, BLOCK)
             inside = later < end
             spot = _places(table, later, inside, head, page_stride, token_stride, head_stride, PAGE)
-            key = tl.load(keys + spot[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
-            value = tl.load(values + spot[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
+            key = _lines(keys, spot, inside, D)
+            value = _lines(values, spot, inside, D)
             maximum, norm, total = _attend_group(query, key, value, inside, scale, maximum, norm, total, PRECISION)
         in_group = group < G
         output_group = output + (row.to(tl.int64) * KV_HEADS + head) * G * D
