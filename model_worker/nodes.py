@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
+from vibe_sgl_lite.model_worker.lifeline import hold_lifeline
 from vibe_sgl_lite.model_worker.parallel import COLLECTIVE_TIMEOUT, build_state, init_group, use_interface
+from vibe_sgl_lite.model_worker.relay import BatchRelay
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
 from vibe_sgl_lite.runtime.errors import ConfigError
 
@@ -41,12 +43,16 @@ def init_parallel_nodes(
     device: torch.device,
     meeting: tuple[str, int],
     settings: Mapping[str, Any],
+    local_size: int,
+    failed: Callable[[str], None],
     patience_s: float = 0.0,
-) -> ParallelState:
-    """`init_parallel` over several nodes. meeting: host and port at which rank 0 listens.
+) -> tuple[ParallelState, BatchRelay | None]:
+    """`init_parallel` over several nodes, and the way of batches on rank 0 and the other nodes' ranks.
 
-    settings: JSON values that must be the same on all nodes; ConfigError, on every rank that learns of it and on rank
-    0, names the first that is not. patience_s: how long the network may be away.
+    meeting: host and port at which rank 0 listens. settings: JSON values that must be the same on all nodes;
+    ConfigError, on every rank that learns of it and on rank 0, names the first that is not. local_size: ranks of this
+    node. failed: called in a thread with the reason when the group is lost, whatever this rank waits for; it ends the
+    process. patience_s: how long the network may be away.
     """
     host, port = meeting
     deadline = time.monotonic() + patience_s
@@ -55,13 +61,21 @@ def init_parallel_nodes(
     if rank == 0:
         listening = _patiently(lambda: _listen(own_address, host, port), deadline)
         store = _store(host, port, tp_size, listening)
-        watcher = threading.Thread(target=_end_when_lost, args=(_store(host, port, tp_size),), daemon=True)
+        watcher = threading.Thread(target=_end_when_lost, args=(_store(host, port, tp_size), failed), daemon=True)
         watcher.start()
     else:
         store = _join_new_store(host, port, tp_size, rank)
     compare_settings(store, rank, tp_size, settings)
     init_group(store, rank, tp_size, device)
-    return build_state(rank, tp_size, ep_size)
+    state = build_state(rank, tp_size, ep_size)
+    group = relay_group(local_size, tp_size)
+    if 0 < rank < local_size:
+        return state, None
+    lifeline = hold_lifeline(
+        store, rank, range(local_size, tp_size), own_address if rank == 0 else host, COLLECTIVE_TIMEOUT.total_seconds(),
+        lambda lost: failed(f"rank {lost}, of another node, has died"),
+    )  # fmt: skip
+    return state, BatchRelay(group, lifeline)
 
 
 def _store(host: str, port: int, tp_size: int, listening: int | None = None) -> TCPStore:
@@ -92,13 +106,12 @@ def _join_new_store(host: str, port: int, tp_size: int, rank: int) -> TCPStore:
         time.sleep(RETRY_S)
 
 
-def _end_when_lost(store: Store) -> None:
+def _end_when_lost(store: Store, failed: Callable[[str], None]) -> None:
     """In a thread of rank 0, which may be waiting for the lost ones in a collective."""
     while True:
         with contextlib.suppress(RuntimeError):  # nobody was lost for COLLECTIVE_TIMEOUT
             rank = store.get(LOST_KEY).decode()
-            log.error("rank %s has started anew, so this group is lost", rank)
-            os._exit(1)
+            failed(f"rank {rank} has started anew, so this group is lost")
         time.sleep(RETRY_S)
 
 

@@ -7,15 +7,21 @@ wait for each other; rank 0 sends an empty frame when it has had nothing to send
 import torch
 import torch.distributed as dist
 
+from vibe_sgl_lite.model_worker.lifeline import Lifeline
+
 LENGTH_BYTES = 8
 INLINE_BYTES = 4096 - LENGTH_BYTES  # what a first broadcast carries: the usual decode step fits
 
 
 class BatchRelay:
-    """Rank 0 calls `send`, every other member `receive`. process_group: of rank 0 and the ranks of other nodes."""
+    """Rank 0 calls `send`, every other member `receive`. process_group: of rank 0 and the ranks of other nodes.
 
-    def __init__(self, process_group: dist.ProcessGroup) -> None:
+    lifeline: of the same ranks, to be told before they end in order.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup, lifeline: Lifeline | None = None) -> None:
         self._group = process_group
+        self._lifeline = lifeline
         self._head = torch.zeros(LENGTH_BYTES + INLINE_BYTES, dtype=torch.uint8)
 
     def send(self, frame: bytes) -> None:
@@ -37,3 +43,8 @@ class BatchRelay:
         rest = torch.empty(length - INLINE_BYTES, dtype=torch.uint8)
         dist.broadcast(rest, 0, self._group)
         return inline + rest.numpy().tobytes()
+
+    def close(self) -> None:
+        """After the last frame, by every member: their ends are no losses then."""
+        if self._lifeline is not None:
+            self._lifeline.say_farewell()

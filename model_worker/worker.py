@@ -17,7 +17,7 @@ import zmq
 
 from vibe_sgl_lite.model_worker.host_pages import HostPages, host_slots
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
-from vibe_sgl_lite.model_worker.nodes import init_parallel_nodes, relay_group
+from vibe_sgl_lite.model_worker.nodes import init_parallel_nodes
 from vibe_sgl_lite.model_worker.page_files import PageFiles
 from vibe_sgl_lite.model_worker.parallel import init_parallel, join_peers
 from vibe_sgl_lite.model_worker.rank_digest import RankDigest
@@ -77,7 +77,7 @@ def main(child: Child) -> None:
         torch.cuda.set_device(device)
         # cuDNN's attention makes a plan for every new shape, tens of milliseconds at each step of a growing context.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    parallel, relay = _join(spec, rank, device)
+    parallel, relay = _join(child, rank, device)
     timer = StepTimer() if args.profile is not None and rank == 0 else None
     if timer is not None:
         parallel = time_collectives(parallel, timer)
@@ -142,18 +142,18 @@ def main(child: Child) -> None:
         outbox.close()
 
 
-def _join(spec: PipelineSpec, rank: int, device: torch.device) -> tuple[ParallelState, BatchRelay | None]:
+def _join(child: Child, rank: int, device: torch.device) -> tuple[ParallelState, BatchRelay | None]:
     """This rank's groups; and, on rank 0 and on other nodes, the way of batches from the one to the others."""
-    args = spec.args
+    spec, args = child.spec, child.spec.args
     if args.dist_init_addr is None:
         parallel = init_parallel(rank, args.tp, args.ep, device, Path(spec.endpoints.rendezvous))
         return parallel if args.disable_custom_all_reduce else join_peers(parallel, device), None
     meeting = split_host_port(args.dist_init_addr)
     patience_s = args.rejoin_timeout if spec.endpoints.epoch else 0.0
-    parallel = init_parallel_nodes(rank, args.tp, args.ep, device, meeting, _shared_settings(spec), patience_s)
-    local_size = len(args.local_ranks)
-    group = relay_group(local_size, args.tp)
-    return parallel, BatchRelay(group) if rank == 0 or rank >= local_size else None
+    return init_parallel_nodes(
+        rank, args.tp, args.ep, device, meeting, _shared_settings(spec), len(args.local_ranks), child.fail_at_once,
+        patience_s,
+    )  # fmt: skip
 
 
 def _shared_settings(spec: PipelineSpec) -> dict[str, Any]:
@@ -217,6 +217,8 @@ def _serve(
             relay.send(msgspec.msgpack.encode(message))
         timer.mark(OTHER)
         if isinstance(message, StopRank):
+            if relay is not None:
+                relay.close()
             return None
         if not isinstance(message, ForwardBatch):
             return message
@@ -238,6 +240,7 @@ def _follow(child: Child, steps: StepPipeline, relay: BatchRelay) -> None:
             continue
         message = decoder.decode(frame)
         if isinstance(message, StopRank):
+            relay.close()
             return
         assert isinstance(message, ForwardBatch)
         steps.launch(message)

@@ -41,6 +41,7 @@ from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
 
 HEARTBEAT_S = 0.5
+FAIL_AT_ONCE_S = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ class PipelineSpec(msgspec.Struct, frozen=True):
 
 
 class Child:
-    """One child's context: spec, ZeroMQ context, the control line to the launcher. For the main thread only."""
+    """One child's context: spec, ZeroMQ context, the control line to the launcher. For the main thread only, but
+    for `fail_at_once`."""
 
     def __init__(self, name: str, spec: PipelineSpec, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self.name = name
@@ -102,6 +104,16 @@ class Child:
 
     def failed(self, message: str, *, user: bool = False, culprit: str | None = None) -> None:
         self._send(ChildFailed(self.name, message, user, culprit, self._pid))
+
+    def fail_at_once(self, message: str) -> None:
+        """For another thread, when the main one may be stuck in native code: say why, and end the process."""
+        log.error("%s", message)
+        control = self.context.socket(zmq.DEALER)
+        control.setsockopt(zmq.IDENTITY, self.name.encode())  # it takes the main one's place
+        control.connect(self.spec.endpoints.control)
+        control.send(msgspec.msgpack.encode(ChildFailed(self.name, message, False, None, self._pid)))
+        time.sleep(FAIL_AT_ONCE_S)  # ZeroMQ's own thread sends it
+        os._exit(1)
 
     def keep_weights(self, weights: Weights, rank_epoch: int) -> None:
         self._send(KeepWeights(self.name, weights, rank_epoch, self._pid))
