@@ -5,14 +5,14 @@
 Each request, greedy or sampled in every way, runs alone; then all of them, with others that are not compared, so many
 times in random order, with random numbers of requests and pages, chunk sizes, drafts, cached prefixes and retractions.
 Tokens, logprobs and those of the two best tokens at each place must have the same bits. Prints a line a surrounding;
-exits with 1 if anything differs. --first and --count: a part of the requests. --seconds: begin no surrounding later
-than so long after the start. Several parts at a time share a GPU well: each waits for its own host most of the time.
+exits with 1 if anything differs, and names it. --first and --count: a part of the requests. --seconds: begin no
+surrounding later than so long after the start. Several parts at a time share a GPU well: each waits for its own host
+most of the time.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import sys
 import time
@@ -47,10 +47,19 @@ def sampling(number: int, new_tokens: int) -> ResolvedSampling:
     return ResolvedSampling(**{**DEFAULTS, "end_token_ids": (END,), "max_new_tokens": new_tokens} | kind)
 
 
-def digest(sample: Sample) -> bytes:
-    """Of all bits that are promised."""
-    seen = sample.tokens, [(entry.logprob, entry.top) for entry in sample.logprobs], sample.finish
-    return hashlib.blake2b(repr(seen).encode(), digest_size=16).digest()
+def promised(sample: Sample) -> list[str]:
+    """All bits that are promised, by place; last, how it ended."""
+    seen = zip(sample.tokens, sample.logprobs, strict=True)
+    return [*(repr((token, entry.logprob, entry.top)) for token, entry in seen), repr(sample.finish)]
+
+
+def difference(kind: int, before: list[str], now: list[str]) -> str:
+    """The first, with the places at which there are others."""
+    places = [place for place, (a, b) in enumerate(zip(before, now, strict=False)) if a != b]
+    first = places[0] if places else min(len(before), len(now)) - 1
+    return (
+        f"{KINDS[kind]}, {len(before) - 1} tokens, at {places or 'the end'}: {before[first]} alone, {now[first]} here"
+    )
 
 
 def main() -> None:
@@ -59,6 +68,7 @@ def main() -> None:
     parser.add_argument("--surroundings", type=int, default=20)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, help="how many of the requests (all)")
+    parser.add_argument("--first-surrounding", type=int, default=0)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1)
@@ -76,10 +86,10 @@ def main() -> None:
     alone = {}
     for number in tested:
         [sample] = engines[0].serve([prompts[number]], [sampling(number, options.new_tokens)], timed=False)
-        alone[number] = digest(sample)
+        alone[number] = promised(sample)
     print(f"{len(alone)} requests have run alone", flush=True)
     wrong = done = 0
-    for surrounding in range(options.surroundings):
+    for surrounding in range(options.first_surrounding, options.surroundings):
         if time.perf_counter() > end:
             break
         rng, began = Random(1000 * options.first + surrounding), time.perf_counter()
@@ -96,15 +106,18 @@ def main() -> None:
             conservativeness=0.1, base_tokens=2000.0, timed=False, max_queued_requests=len(order) + 1,
         )  # fmt: skip
         pairs = [(number, sample) for number, sample in zip(order, samples, strict=True) if number in alone]
-        different = sum(digest(sample) != alone[number] for number, sample in pairs)
+        different = [(number, promised(sample)) for number, sample in pairs if promised(sample) != alone[number]]
         stats = engine.core.stats()
         print(
-            f"surrounding {surrounding}: {different} of {len(pairs)} differ; {stats['num_retractions']} retractions, "
-            f"{stats['cached_tokens_total']} cached and {stats['accepted_tokens_total']} accepted tokens, "
-            f"{stats['steps_total']} steps, {time.perf_counter() - began:.0f} s",
+            f"surrounding {surrounding}: {len(different)} of {len(pairs)} differ; "
+            f"{stats['num_retractions']} retractions, {stats['cached_tokens_total']} cached and "
+            f"{stats['accepted_tokens_total']} accepted tokens, {stats['steps_total']} steps, "
+            f"{time.perf_counter() - began:.0f} s",
             flush=True,
         )
-        wrong += different
+        for number, now in different:
+            print(f"  request {number}: {difference(number % len(KINDS), alone[number], now)}", flush=True)
+        wrong += len(different)
         done += 1
     print(f"{wrong} differ: {len(alone)} requests from {options.first} on, in {done} surroundings", flush=True)
     sys.exit(1 if wrong else 0)
