@@ -34,7 +34,7 @@ INNER_BYTES = 4  # randomness of the inner folder's name, which is a lock-protec
 LONGEST_INNER_NAME = "rank999.9999"  # of runtime/transport/endpoints.py
 LOCK_FILE = "lock"
 API_SOCKET = "api.sock"
-OWNER_PID_WAIT_S = 1.0  # how long a holder of the lock may take to write its pid
+OWNER_PID_WAIT_S = 5.0  # how long a holder of the lock may take to write its pid, or to sweep
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +235,7 @@ def _sweep(base: Path) -> None:
             if not (folder / LOCK_FILE).exists():
                 folder.rmdir()  # only an empty one, and who has just made it makes it again
                 continue
-            lock = _Lock(folder / LOCK_FILE, "", wait=False)
+            lock = _Lock(folder / LOCK_FILE, "", sweep=True)
         except (OSError, ConfigError):
             continue
         _empty(folder)
@@ -278,9 +278,11 @@ def _check_owner(folder: Path) -> None:
 class _Lock:
     """An flock on a file that holds the owner's pid. The kernel drops it when the owner dies, however it dies."""
 
-    def __init__(self, path: Path, what: str, *, wait: bool = True) -> None:
-        """Raises ConfigError when it is held, naming `what` and the owner, for whose pid to come it may `wait`."""
+    def __init__(self, path: Path, what: str, *, sweep: bool = False) -> None:
+        """Raises ConfigError when it is held, naming `what` and the owner. sweep: it is taken for a moment, to clean
+        up; so no pid is written, and who wants it meanwhile waits for it."""
         self._path = path
+        deadline, seen = time.monotonic() + OWNER_PID_WAIT_S, ""
         while True:
             try:
                 self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -291,17 +293,22 @@ class _Lock:
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                owner = self._owner() if wait else "unknown"
+                pid = os.pread(self._fd, 32, 0).decode(errors="replace")
                 os.close(self._fd)
-                raise ConfigError(
-                    f"{what} is in use by process {owner}: stop it or choose another", field="name"
-                ) from error
+                if sweep or (pid and pid == seen) or time.monotonic() > deadline:  # at first it may be a dead owner's
+                    raise ConfigError(
+                        f"{what} is in use by process {pid or 'unknown'}: stop it or choose another", field="name"
+                    ) from error
+                seen = pid
+                time.sleep(0.02)
+                continue
             if self._still_there():
                 break
             os.close(self._fd)  # its owner removed the file between our open and our flock
         try:
             os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+            if not sweep:
+                os.pwrite(self._fd, str(os.getpid()).encode(), 0)
         except OSError:  # the disk is full
             self.release()
             raise
@@ -316,11 +323,3 @@ class _Lock:
         except FileNotFoundError:
             return False
         return os.path.samestat(on_disk, os.fstat(self._fd))
-
-    def _owner(self) -> str:
-        deadline = time.monotonic() + OWNER_PID_WAIT_S
-        while True:
-            pid = os.pread(self._fd, 32, 0).decode(errors="replace")
-            if pid or time.monotonic() > deadline:
-                return pid or "unknown"
-            time.sleep(0.02)

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.settings.address import MAX_IPC_PATH, check_address
+from vibe_sgl_lite.runtime.transport import rundir
 from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
 from vibe_sgl_lite.runtime.transport.rundir import RunDir, default_address
 
@@ -171,6 +173,28 @@ def test_folders_of_killed_daemons_are_swept(base: Path, tmp_path: Path) -> None
         assert sorted(path.name for path in run.iterdir()) == ["a", "a-file", "alive", "link", "no-lock"]
         assert (run / "alive" / "lock").read_text() == str(os.getpid())
     assert (tmp_path / "lock").exists()
+
+
+def test_who_is_swept_while_it_starts_waits(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir, "OWNER_PID_WAIT_S", 60.0)
+    folder = base / "vibe-sgl-lite" / "a"
+    folder.mkdir(parents=True)
+    swept, empty = threading.Event(), rundir._empty
+
+    def slow(path: Path) -> None:
+        if path == folder and threading.current_thread() is sweeper:
+            swept.set()
+            time.sleep(0.2)
+        empty(path)
+
+    monkeypatch.setattr(rundir, "_empty", slow)
+    (folder / "lock").write_text("1")  # a killed owner's
+    sweeper = threading.Thread(target=lambda: RunDir("b").close())
+    sweeper.start()
+    assert swept.wait(30)
+    with RunDir("a"):
+        sweeper.join()
+        assert (folder / "lock").read_text() == str(os.getpid())
 
 
 def test_everything_is_private_and_removed(base: Path) -> None:
