@@ -9,7 +9,7 @@ completed the match, and whatever the scheduler still sends for it is dropped. R
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -132,7 +132,7 @@ class Detokenizer:
         """Chunks of one step, one a sample that brought something new, and the samples that a stop string ended."""
         chunks: list[RoutedChunk] = []
         matches: list[StopMatched] = []
-        for output in step.outputs:
+        for output in (*step.outputs, *self._next_tokens(step)):
             sample = self._samples.get(output.uid)
             if sample is None:
                 self.late += 1
@@ -147,6 +147,11 @@ class Detokenizer:
             payload = self._encoder.encode(chunk)
             chunks.append(RoutedChunk(output.uid, chunk.finish is not None, payload, sample.count))
         return ChunkBatch(chunks), matches
+
+    def _next_tokens(self, step: StepOutput) -> Iterator[TokenOutput]:
+        for uid, token in step.next_tokens:
+            sample = self._samples.get(uid)
+            yield TokenOutput(uid, 0 if sample is None else sample.count, token)
 
     def _chunk(self, sample: _Sample, output: TokenOutput) -> Chunk | None:
         """None when the output only repeats what came before."""

@@ -6,7 +6,7 @@ Changes may gather while no step is sent (slots released, pages replaced by a sh
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -25,6 +25,23 @@ class PrefillChunk(msgspec.Struct, frozen=True):
     samples: bool
 
 
+class DecodeRows:
+    """Requests with a decode row, and their numbers as arrays; the same object while the same ones run."""
+
+    __slots__ = ("requests", "slots", "uids")
+
+    def __init__(self, requests: list[Request]) -> None:
+        self.requests = requests
+        self.uids = array("q", [request.uid for request in requests])
+        self.slots = array("i", [request.slot for request in requests])
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.requests)
+
+
 class Step(msgspec.Struct):
     """A step in flight. Row order: `decode`, then `chunks`.
 
@@ -33,7 +50,7 @@ class Step(msgspec.Struct):
     """
 
     number: int
-    decode: list[Request]
+    decode: DecodeRows
     chunks: list[PrefillChunk]
     sent_at: float
     work: Work
@@ -84,7 +101,7 @@ class BatchBuilder:
         self._replaced += [(request, index, page) for index, page in changes]
 
     def build(self, step: Step) -> ForwardBatch:
-        slots = array("i", [r.slot for r in step.decode])
+        slots = step.decode.slots[:]
         tokens = array("i", [1]) * len(step.decode) if step.tokens is None else step.tokens[:]
         for chunk in step.chunks:
             slots.append(chunk.request.slot)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from vibe_sgl_lite.scheduler.admission import NewTokenRatio
-from vibe_sgl_lite.scheduler.batch import PrefillChunk, Step
+from vibe_sgl_lite.scheduler.batch import DecodeRows, PrefillChunk, Step
 from vibe_sgl_lite.scheduler.cost import CostModel, Work, chunk_work, decode_work
 from vibe_sgl_lite.scheduler.policies import SchedulePolicy
 from vibe_sgl_lite.scheduler.request import NO_SLOT, Request
@@ -47,6 +47,7 @@ class StepPlanner:
         self._page_size = state.config.page_size
         self._speculation = speculation
         self._blocked: tuple[int, int, int] | None = None  # how things were when memory was last found short
+        self._rows = DecodeRows([])  # of the last step
         # of the step being planned
         self._tokens_left = 0
         self._cost_left = math.inf
@@ -134,12 +135,15 @@ class StepPlanner:
                     state.builder.add_pages(request, (page,))
             return {r.uid for r in stalled}
 
-    def _decode_rows(self, stalled: set[int], tokens: array[int] | None) -> tuple[list[Request], Work]:
+    def _decode_rows(self, stalled: set[int], tokens: array[int] | None) -> tuple[DecodeRows, Work]:
         """One token, or so many `tokens`, of every decoding request that is not stalled; and what that comes to."""
         state, number = self._state, self._state.next_step
-        rows = list(state.decoding.values())
+        requests = list(state.decoding.values())
         if stalled:
-            rows = [r for r in rows if r.uid not in stalled]
+            requests = [r for r in requests if r.uid not in stalled]
+        if requests != self._rows.requests:
+            self._rows = DecodeRows(requests)
+        rows = self._rows
         context = 0
         ending = []
         if tokens is None:

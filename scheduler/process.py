@@ -327,8 +327,8 @@ class SchedulerProcess:
     def _tell(self, outputs: Outputs) -> None:
         for opened in outputs.opens:
             self.detokenizer.send(opened)
-        if outputs.tokens:
-            self.detokenizer.send(StepOutput(outputs.tokens))
+        if outputs:
+            self.detokenizer.send(StepOutput(outputs.tokens, outputs.next_tokens))
 
     @staticmethod
     def _answer(core: Scheduler, query: SchedulerQuery, sleep_level: int) -> SchedulerReply:

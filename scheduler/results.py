@@ -7,6 +7,8 @@ may even be its last.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence, Set
+from itertools import accumulate
 
 import msgspec
 
@@ -14,14 +16,16 @@ from vibe_sgl_lite.runtime.errors import NumericalError
 from vibe_sgl_lite.runtime.messages import (
     ErrorInfo,
     Finish,
+    NextTokens,
     OpenText,
     RowLogprobs,
     StepResult,
     TokenLogprob,
     TokenOutput,
+    split_ids,
     unpack_ids,
 )
-from vibe_sgl_lite.scheduler.batch import PrefillChunk, Step
+from vibe_sgl_lite.scheduler.batch import DecodeRows, PrefillChunk, Step
 from vibe_sgl_lite.scheduler.request import TOKEN_BYTES, Request
 from vibe_sgl_lite.scheduler.speculation import Speculation
 from vibe_sgl_lite.scheduler.state import SchedulerState
@@ -34,9 +38,10 @@ class Outputs(msgspec.Struct):
 
     opens: list[OpenText] = []
     tokens: list[TokenOutput] = []
+    next_tokens: NextTokens = NextTokens()
 
     def __bool__(self) -> bool:
-        return bool(self.tokens)
+        return bool(self.tokens or self.next_tokens)
 
 
 class ResultApplier:
@@ -45,6 +50,7 @@ class ResultApplier:
     def __init__(self, state: SchedulerState, speculation: Speculation) -> None:
         self._state = state
         self._speculation = speculation
+        self._unopened: dict[int, Request] = {}  # those that decode and have had no token yet
         self.num_completion_tokens = 0
 
     def apply(self, step: Step, result: StepResult) -> Outputs:
@@ -54,22 +60,23 @@ class ResultApplier:
         failed = {row.row: row.code for row in result.failed}
         logprobs = {row.row: row for row in result.logprobs}
         pooled = {row.row: row.values for row in result.pooled}
-        plain = not (result.counts or failed or logprobs or step.tokens)
-        rows = [] if plain and not step.chunks else tokens_by_row(result, step.num_rows)
-        accepted = self._observe_drafts(step, result, rows)
-        if step.decode and not step.chunks:
-            self._speculation.observe_step(len(step.decode), result.total_s, step.drafts, accepted)
-        if plain:
-            self._decode_rows(step, result.token_ids, outputs)
+        tokens, decode = _RowTokens(result, step.num_rows), step.decode
+        accepted = self._observe_drafts(step, result, tokens)
+        if decode and not step.chunks:
+            self._speculation.observe_step(len(decode), result.total_s, step.drafts, accepted)
+        if result.counts or step.tokens is not None:
+            apart = list(range(len(decode)))
         else:
-            for row, request in enumerate(step.decode):
-                if row in failed:
-                    self._fail(request, failed[row], outputs)
-                else:
-                    planned = 1 if step.tokens is None else step.tokens[row]
-                    self._sampled(request, rows[row], planned, logprobs.get(row), outputs)
-        for row, chunk in enumerate(step.chunks, len(step.decode)):
-            self._chunk(chunk, rows[row], failed.get(row), logprobs.get(row), outputs)
+            apart = self._rows_apart(decode, result.token_ids, failed.keys() | logprobs.keys())
+            self._take_next_tokens(decode, result.token_ids, apart, outputs)
+        for row in apart:
+            if row in failed:
+                self._fail(decode.requests[row], failed[row], outputs)
+            else:
+                planned = 1 if step.tokens is None else step.tokens[row]
+                self._sampled(decode.requests[row], tokens[row], planned, logprobs.get(row), outputs)
+        for row, chunk in enumerate(step.chunks, len(decode)):
+            self._chunk(chunk, tokens[row], failed.get(row), logprobs.get(row), outputs)
             if chunk.samples and chunk.request.pools and not chunk.request.finished:
                 self.end(chunk.request, Finish("stop"), outputs, pooled[row])
         self._state.step_done(step)
@@ -83,40 +90,41 @@ class ResultApplier:
         )
         self._state.finish(request)
 
-    def _observe_drafts(self, step: Step, result: StepResult, rows: list[bytes]) -> int:
+    def _observe_drafts(self, step: Step, result: StepResult, tokens: _RowTokens) -> int:
         """How many drafts held in all."""
         if step.drafts is None or (step.chunks and not result.drafted):  # on some devices there are none beside chunks
             return 0
         drafted = unpack_ids(result.drafted) or [0] * step.num_rows
         total = 0
-        for request, room, count, tokens in zip(step.decode, step.drafts.rooms, drafted, rows, strict=False):
-            if tokens:  # else it failed, or its mask was late
-                accepted = len(tokens) // TOKEN_BYTES - 1
+        for row, (request, room, count) in enumerate(zip(step.decode, step.drafts.rooms, drafted, strict=False)):
+            if tokens[row]:  # else it failed, or its mask was late
+                accepted = len(tokens[row]) // TOKEN_BYTES - 1
                 total += accepted
                 if room:
                     self._speculation.observe(request, count, accepted)
         return total
 
-    def _decode_rows(self, step: Step, packed: bytes, outputs: Outputs) -> None:
-        """The hot loop: rows that sampled one token each, with nothing else to tell."""
-        ids = array("i")
-        ids.frombytes(packed)
-        assert len(ids) == step.num_rows, f"step {step.number}: {len(ids)} results for {step.num_rows} rows"
-        append = outputs.tokens.append
-        at = taken = 0
-        for request, token in zip(step.decode, ids, strict=False):
-            if not request.finished:
-                tokens = request.tokens
-                first = len(tokens) // TOKEN_BYTES
-                one = packed[at : at + TOKEN_BYTES]
-                if first >= request.kv_limit or token in request.ends or not request.opened:
-                    self._sampled(request, one, 1, None, outputs)
-                else:
-                    tokens += one
-                    taken += 1
-                    append(TokenOutput(request.uid, first - request.num_prompt_tokens, one))
-            at += TOKEN_BYTES
-        self.num_completion_tokens += taken
+    def _rows_apart(self, decode: DecodeRows, packed: bytes, told: Set[int]) -> list[int]:
+        """The rows, all of one token, of which there may be more to tell: they end, may have ended before, or have
+        their first output. told: those of which the result tells more."""
+        state, requests, ids = self._state, decode.requests, array("i", packed)
+        rows = {row for row in told if row < len(decode)}
+        for place in (state.ending, state.leaving, self._unopened):
+            rows.update(requests.index(request) for request in place.values() if request in requests)
+        if not state.ends.keys().isdisjoint(ids):
+            by_row = enumerate(zip(decode, ids, strict=False))
+            rows.update(row for row, (request, token) in by_row if token in request.ends)
+        return sorted(rows)
+
+    def _take_next_tokens(self, decode: DecodeRows, packed: bytes, apart: list[int], outputs: Outputs) -> None:
+        """The hot loop: of all rows but those `apart` there is nothing to tell but the next token."""
+        requests, uids, ids = decode.requests[:], decode.uids[:], array("i", packed)[: len(decode)]
+        for row in reversed(apart):
+            del requests[row], uids[row], ids[row]
+        outputs.next_tokens = NextTokens(uids.tobytes(), ids.tobytes())
+        for request, token in zip(requests, split_ids(outputs.next_tokens.token_ids), strict=True):
+            request.tokens += token
+        self.num_completion_tokens += len(ids)
 
     def _chunk(
         self, chunk: PrefillChunk, tokens: bytes, failed: str | None, logprobs: RowLogprobs | None, outputs: Outputs
@@ -154,8 +162,10 @@ class ResultApplier:
         assert len(ids) <= planned, f"{request}: {len(ids)} tokens from a row of {planned}"
         if len(ids) < planned:
             self._state.reject_drafts(request, planned - len(ids))
-        if not ids:
-            return  # its mask was late
+        if not ids:  # its mask was late
+            if not request.opened:
+                self._unopened[request.uid] = request
+            return
         self._open(request, outputs)
         first, finish = request.num_tokens, None
         for count, token in enumerate(ids, 1):
@@ -199,18 +209,23 @@ class ResultApplier:
     def _open(self, request: Request, outputs: Outputs) -> None:
         if not request.opened:
             request.opened = True
+            self._unopened.pop(request.uid, None)
             outputs.opens.append(request.open_text(self._state.weight_version))
 
 
-def tokens_by_row(result: StepResult, num_rows: int) -> list[bytes]:
-    """The packed ids that each row yielded."""
-    packed = result.token_ids
-    counts = unpack_ids(result.counts) if result.counts else [1] * num_rows
-    assert (len(counts), sum(counts) * TOKEN_BYTES) == (num_rows, len(packed)), (
-        f"step {result.step}: {len(counts)} results with {len(packed)} bytes of tokens for {num_rows} rows"
-    )
-    rows, at = [], 0
-    for count in counts:
-        rows.append(packed[at : at + count * TOKEN_BYTES])
-        at += count * TOKEN_BYTES
-    return rows if result.counts else [b"" if row == NO_TOKEN else row for row in rows]
+class _RowTokens:
+    """The packed ids that each row yielded, by its number. A result without counts has one id a row: -1 for none."""
+
+    def __init__(self, result: StepResult, num_rows: int) -> None:
+        self._packed = result.token_ids
+        self._bounds: Sequence[int] = range(num_rows + 1)
+        if result.counts:
+            self._bounds = [0, *accumulate(unpack_ids(result.counts))]
+        assert (len(self._bounds) - 1, self._bounds[-1] * TOKEN_BYTES) == (num_rows, len(self._packed)), (
+            f"step {result.step}: {len(self._bounds) - 1} results with {len(self._packed)} bytes of tokens "
+            f"for {num_rows} rows"
+        )
+
+    def __getitem__(self, row: int) -> bytes:
+        tokens = self._packed[self._bounds[row] * TOKEN_BYTES : self._bounds[row + 1] * TOKEN_BYTES]
+        return b"" if tokens == NO_TOKEN else tokens

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Literal
 
@@ -68,7 +68,8 @@ class WaitingQueue:
 
 
 class SchedulerState:
-    """`requests`: every live sample by uid. `groups`: the live samples' uids of each client request.
+    """`requests`: every live sample by uid. `groups`: the live samples' uids of each client request. `ends`: the tokens
+    that may end live samples, and how many.
 
     epoch: the number of the rank group that runs the steps, or, unless `has_ranks`, of the one to come.
     pause: how running requests are treated while no others begin; None while there is none.
@@ -89,6 +90,7 @@ class SchedulerState:
         self.shares = FairShares()
         self.requests: dict[int, Request] = {}
         self.groups: dict[int, list[int]] = {}
+        self.ends = Counter[int]()
         self.waiting = WaitingQueue()
         self.prefilling: dict[int, Request] = {}
         self.decoding: dict[int, Request] = {}
@@ -126,6 +128,7 @@ class SchedulerState:
         self.num_resumed += request.num_generated > 0
         self.requests[request.uid] = request
         self.groups.setdefault(request.group, []).append(request.uid)
+        self.ends.update(request.ends)
         self.shares.enter(request)
         self.waiting.add(request)
 
@@ -200,6 +203,10 @@ class SchedulerState:
         group.remove(request.uid)
         if not group:
             del self.groups[request.group]
+        for token in request.ends:
+            self.ends[token] -= 1
+            if not self.ends[token]:
+                del self.ends[token]
         if request.queued:
             self.waiting.remove(request)
         elif request.uid not in self.leaving:

@@ -128,7 +128,10 @@ class InProcess:
             result = runner.collect(pending.popleft())
             if not timed:
                 result = msgspec.structs.replace(result, total_s=0.0)
-            for output in core.complete(result, time.perf_counter()).tokens:
+            outputs = core.complete(result, time.perf_counter())
+            for uid, token in outputs.next_tokens:
+                samples[uid].tokens += unpack_ids(token)
+            for output in outputs.tokens:
                 sample = samples[output.uid]
                 sample.tokens += unpack_ids(output.token_ids)
                 sample.logprobs += output.logprobs or ()

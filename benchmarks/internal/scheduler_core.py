@@ -5,7 +5,8 @@
 Prints a table and, last, one JSON line. Times are CPU time of this thread, so other load on the machine hardly shows.
 
 step_ms       one `schedule` + `complete` of pure decode, two steps in flight, as median and p99; `_waiting`: with 100
-              more requests waiting that do not fit
+              more requests waiting that do not fit; `_turnover`: a load as it is served, prompts and outputs of 100 to
+              1,024 tokens, the next one waiting when one ends, so that about a step in two has other rows than before
 match_ms      a match of a 32,000-token prompt that is cached, in one piece and in pieces of 512 tokens
 pairs_per_s   insertions of a 4-page prefix, each into a full cache and so with an eviction of as many pages
 """
@@ -18,6 +19,10 @@ import random
 import statistics
 import time
 from array import array
+from collections import deque
+from itertools import count
+
+import msgspec
 
 from vibe_sgl_lite.runtime.messages import AddRequest, StepResult, pack_ids
 from vibe_sgl_lite.runtime.settings.sampling_params import DEFAULTS, ResolvedSampling
@@ -68,6 +73,41 @@ def step_seconds(rows: int, steps: int, waiting: int = 0) -> list[float]:
     return times
 
 
+def turnover_seconds(rows: int, steps: int) -> list[float]:
+    """Seconds of each `schedule` + `complete` while ended requests are replaced, from when all rows are there."""
+    scheduler = Scheduler(
+        SchedulerConfig(num_pages=rows * 200, max_running_requests=rows, chunked_prefill_size=8192)
+    )  # fmt: skip
+    rng = random.Random(0)
+    sampling = ResolvedSampling(**{**DEFAULTS, "seed": 0, "end_token_ids": (END_TOKEN,), "max_new_tokens": 1024})
+    results: deque[StepResult] = deque()
+    times: list[float] = []
+    arrivals = count()
+    while len(times) < steps:
+        while len(scheduler.client_requests) < rows + 8:
+            uid, size = next(arrivals), rng.randint(100, 1024)
+            asked = msgspec.structs.replace(sampling, max_new_tokens=rng.randint(100, 1024))
+            scheduler.add(
+                AddRequest(uid, str(uid), pack_ids(rng.randrange(2, 150_000) for _ in range(size)), asked), 0.0
+            )
+        full = scheduler.stats()["num_running"] == rows
+        began = time.thread_time()
+        batch = scheduler.schedule(0.0)
+        step = scheduler.newest_step
+        scheduled = time.thread_time() - began
+        assert batch is not None
+        assert step is not None
+        ids = [7] * len(step.decode) + [7 if chunk.samples else -1 for chunk in step.chunks]
+        results.append(StepResult(batch.step, pack_ids(ids), total_s=0.01 + 3e-5 * step.work.tokens))
+        if len(results) == 2:
+            result = results.popleft()
+            began = time.thread_time()
+            scheduler.complete(result, 0.0)
+            if full:
+                times.append(time.thread_time() - began + scheduled)
+    return times
+
+
 def match_seconds(pieces: int, repeats: int = 200) -> float:
     """Seconds of one match of a cached 32,000-token prompt that was inserted in so many tokens a piece."""
     tokens = pack_ids(random.Random(0).randrange(150_000) for _ in range(32_000))
@@ -111,12 +151,17 @@ def main() -> None:
     figures: dict[str, float] = {}
     print(f"{'what':<44}{'median':>12}{'p99':>12}")
     for rows in (int(r) for r in args.rows.split(",")):
-        for waiting in (0, 100):
-            times = sorted(step_seconds(rows, args.steps, waiting))
+        loads = {
+            "": step_seconds(rows, args.steps),
+            "_waiting": step_seconds(rows, args.steps, waiting=100),
+            "_turnover": turnover_seconds(rows, args.steps),
+        }
+        for load, times in loads.items():
+            times.sort()
             median, p99 = statistics.median(times) * 1e3, times[int(len(times) * 0.99)] * 1e3
-            name = f"step_ms_{rows}" + ("_waiting" if waiting else "")
+            name = f"step_ms_{rows}{load}"
             figures[name], figures[name + "_p99"] = round(median, 4), round(p99, 4)
-            what = f"schedule + complete, {rows} rows" + (", 100 waiting" if waiting else "")
+            what = f"schedule + complete, {rows} rows {load.strip('_')}"
             print(f"{what:<44}{median:>9.3f} ms{p99:>9.3f} ms")
     for pieces in (32_000, 512):
         ms = match_seconds(pieces) * 1e3

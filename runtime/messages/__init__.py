@@ -20,6 +20,7 @@ the ranks' tensors; slots are reused.
 from vibe_sgl_lite.runtime.messages.base import (
     Message as Message,
     pack_ids as pack_ids,
+    split_ids as split_ids,
     unpack_ids as unpack_ids,
 )
 from vibe_sgl_lite.runtime.messages.client import (
@@ -64,6 +65,7 @@ from vibe_sgl_lite.runtime.messages.detokenizer import (
     ChunkBatch as ChunkBatch,
     DetokenizerInput as DetokenizerInput,
     NewWeights as NewWeights,
+    NextTokens as NextTokens,
     OpenText as OpenText,
     RoutedChunk as RoutedChunk,
     StepOutput as StepOutput,

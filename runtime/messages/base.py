@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from struct import unpack
 
 import msgspec
 
@@ -18,6 +19,11 @@ def unpack_ids(data: bytes) -> list[int]:
     ids = array("i")
     ids.frombytes(data)
     return ids.tolist()
+
+
+def split_ids(data: bytes) -> tuple[bytes, ...]:
+    """Each id's own 4 bytes. Raises struct.error when the length is no multiple of 4."""
+    return unpack("4s" * (len(data) // 4), data)
 
 
 class Message(msgspec.Struct, array_like=True, tag=True, frozen=True):

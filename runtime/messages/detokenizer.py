@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator
+
 import msgspec
 
-from vibe_sgl_lite.runtime.messages.base import Message
+from vibe_sgl_lite.runtime.messages.base import Message, split_ids
 from vibe_sgl_lite.runtime.messages.parts import Finish, TextFormat, TokenLogprob, Usage
 from vibe_sgl_lite.runtime.messages.scheduler import RequestRejected, SchedulerReply
 
@@ -45,10 +48,27 @@ class TokenOutput(msgspec.Struct, array_like=True, frozen=True, gc=False):
     pooled: bytes | None = None
 
 
+class NextTokens(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Samples of which there is nothing to tell but their next token. Iterates over (uid, the token's 4 bytes).
+
+    uids: packed int64. token_ids: packed int32, one each.
+    """
+
+    uids: bytes = b""
+    token_ids: bytes = b""
+
+    def __len__(self) -> int:
+        return len(self.uids) // 8
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        return zip(array("q", self.uids), split_ids(self.token_ids), strict=True)
+
+
 class StepOutput(Message, frozen=True):
-    """Scheduler -> detokenizer: what one step brought. A sample never opened (rejected before) is not in here."""
+    """Scheduler -> detokenizer: what one step brought; a sample is named once. None is here that was never opened."""
 
     outputs: list[TokenOutput]
+    next_tokens: NextTokens = NextTokens()
 
 
 class NewWeights(Message, frozen=True):

@@ -199,8 +199,10 @@ class Simulation:
     def _complete(self, result: StepResult) -> None:
         now, last_token = self.now, self._last_token
         gaps: dict[float, int] = {}
-        for output in self.core.complete(result, now).tokens:
-            uid, count = output.uid, len(output.token_ids) // 4
+        outputs = self.core.complete(result, now)
+        yielded = [(uid, 1) for uid, _ in outputs.next_tokens]
+        yielded += [(output.uid, len(output.token_ids) // 4) for output in outputs.tokens]
+        for uid, count in yielded:
             before = last_token.get(uid)
             if before is None:
                 self._ttft.add(now - self._arrived[uid][0])
@@ -208,8 +210,9 @@ class Simulation:
                 gap = (now - before) / count
                 gaps[gap] = gaps.get(gap, 0) + count
             last_token[uid] = now
+        for output in outputs.tokens:
             if output.finish is not None:
-                self._end(uid, output.first + count)
+                self._end(output.uid, output.first + len(output.token_ids) // 4)
         for gap, count in gaps.items():
             self._itl.add(gap, count)
 

@@ -82,7 +82,7 @@ class Timeline:
             self._phase("e", uid, "request", now, {"finish": "stop string"})
 
     def _completed(self, result: StepResult, now: float, step: Step, outputs: Outputs) -> None:
-        self._span_of_ours(f"complete {step.number}", now, outputs=len(outputs.tokens))
+        self._span_of_ours(f"complete {step.number}", now, outputs=len(outputs.tokens) + len(outputs.next_tokens))
         if result.times is None:
             began = max(step.sent_at, self._worker_free_at)
             if result.total_s > 0:

@@ -22,7 +22,7 @@ from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.observer import Call
 from vibe_sgl_lite.scheduler.tiers.disk import TierContents
 
-TRACE_VERSION = 2
+TRACE_VERSION = 3
 DIGEST_BYTES = 8
 LENGTH_BYTES = 4
 

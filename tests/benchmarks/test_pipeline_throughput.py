@@ -24,7 +24,10 @@ def test_the_null_rank_yields_a_token_for_every_row_at_its_end() -> None:
         scheduler.add(request(uid, range(3 + uid * 4), max_new_tokens=5), 0.0)
     tokens: dict[int, list[int]] = {uid: [] for uid in range(12)}
     while (batch := scheduler.schedule(0.0)) is not None:
-        for output in scheduler.complete(steps.run(batch), 0.0).tokens:
+        outputs = scheduler.complete(steps.run(batch), 0.0)
+        for uid, token in outputs.next_tokens:
+            tokens[uid] += unpack_ids(token)
+        for output in outputs.tokens:
             tokens[output.uid] += unpack_ids(output.token_ids)
     assert scheduler.idle
     assert all(len(ids) == 5 and all(0 <= token < 50 for token in ids) for ids in tokens.values())

@@ -1,6 +1,8 @@
 """The detokenizer object: chunks, repeats, terminal events, logprobs, cost."""
 
+import random
 import time
+from array import array
 from typing import Any
 
 import msgspec
@@ -10,9 +12,11 @@ from tests.detokenizer.corpus import small_tokenizer
 from vibe_sgl_lite.detokenizer.core import Detokenizer
 from vibe_sgl_lite.runtime.messages import (
     Chunk,
+    ChunkBatch,
     ErrorInfo,
     Finish,
     LogprobEntry,
+    NextTokens,
     OpenText,
     StepOutput,
     StopMatched,
@@ -269,6 +273,26 @@ def test_chats_are_parsed_behind_stop_strings() -> None:
     assert "".join(chunk.text for chunk in chunks) == "hi"
     assert [raw for chunk in chunks for raw in chunk.tool_calls] == ['{"name": "f"}']
     assert chunks[-1].finish == Finish("stop", matched="END")
+
+
+def test_next_tokens_are_outputs_of_one_token() -> None:
+    """They follow what a sample has, whatever came how; one that is not open is late."""
+    whole, told = Detokenizer(TOKENIZER), Detokenizer(TOKENIZER)
+    for uid in (1, 2**40):
+        whole.open(open_text(uid, stop=("never",)))
+        told.open(open_text(uid, stop=("never",)))
+    rng = random.Random(0)
+    for place in range(50):
+        tokens = {uid: rng.randrange(3, 400) for uid in (1, 2**40)}
+        expected = whole.step(StepOutput([out(place, [token], uid) for uid, token in tokens.items()]))
+        packed = NextTokens(array("q", tokens).tobytes(), pack_ids(tokens.values()))
+        step = StepOutput([], packed)
+        if place % 7 == 3:
+            step = StepOutput([out(place, [tokens[1]])], NextTokens(packed.uids[8:], packed.token_ids[4:]))
+        assert told.step(msgspec.msgpack.decode(msgspec.msgpack.encode(step), type=StepOutput)) == expected
+    assert told.late == 0
+    assert told.step(StepOutput([], NextTokens(array("q", [3]).tobytes(), pack_ids([5])))) == (ChunkBatch([]), [])
+    assert told.late == 1
 
 
 def test_many_streams_cost_little() -> None:

@@ -1,6 +1,7 @@
 """Stop strings against a brute-force model that sees one character at a time."""
 
 import random
+from array import array
 from collections.abc import Sequence
 
 import msgspec
@@ -11,7 +12,16 @@ from tests.detokenizer.corpus import CORPUS, small_tokenizer
 from vibe_sgl_lite.detokenizer.core import Detokenizer
 from vibe_sgl_lite.detokenizer.incremental import Vocabulary
 from vibe_sgl_lite.detokenizer.stop import StopMatcher
-from vibe_sgl_lite.runtime.messages import Chunk, OpenText, StepOutput, TokenOutput, Usage, pack_ids, unpack_ids
+from vibe_sgl_lite.runtime.messages import (
+    Chunk,
+    NextTokens,
+    OpenText,
+    StepOutput,
+    TokenOutput,
+    Usage,
+    pack_ids,
+    unpack_ids,
+)
 
 ALPHABET = "ab\u0301你"
 STOPS = st.lists(st.text(ALPHABET, min_size=1, max_size=4), min_size=1, max_size=3)
@@ -84,7 +94,10 @@ def test_whole_samples(script: str, places: list[tuple[int, int]], include: bool
         first += len(part)
         if first == len(ids):
             output = msgspec.structs.replace(output, usage=Usage(5, first, 2))
-        batch, found = detokenizer.step(StepOutput([output]))
+        step = StepOutput([output])
+        if len(part) == 1 and output.usage is None:
+            step = StepOutput([], NextTokens(array("q", [1]).tobytes(), pack_ids(part)))
+        batch, found = detokenizer.step(step)
         matches += len(found)
         chunks += [msgspec.msgpack.decode(chunk.payload, type=Chunk) for chunk in batch.chunks]
     got = [token_id for chunk in chunks for token_id in unpack_ids(chunk.token_ids)]

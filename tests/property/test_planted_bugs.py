@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 
 from tests.property.test_scheduler_machine import SchedulerMachine
 from vibe_sgl_lite.runtime.messages import StepResult, TokenOutput
-from vibe_sgl_lite.scheduler.batch import BatchBuilder
+from vibe_sgl_lite.scheduler.batch import BatchBuilder, DecodeRows
 from vibe_sgl_lite.scheduler.core import Scheduler
 from vibe_sgl_lite.scheduler.memory import KVMemory, PageAllocator
 from vibe_sgl_lite.scheduler.planner import StepPlanner
@@ -52,13 +52,18 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 
 
 SAMPLED, LOSE_RANKS, LOSE = ResultApplier._sampled, SchedulerState.lose_ranks, KVMemory.lose
-COMPLETE = Scheduler.complete
+COMPLETE, DECODE_ROWS = Scheduler.complete, DecodeRows.__init__
 
 
 def lose_the_last_output(applier: ResultApplier, request: Request, *rest: Any) -> None:
     SAMPLED(applier, request, *rest)
     if request.finished and rest[-1].tokens[-1].finish is not None:
         rest[-1].tokens.pop()
+
+
+def mix_up_slots(rows: DecodeRows, requests: list[Request]) -> None:
+    DECODE_ROWS(rows, requests)
+    rows.slots[-1:] = rows.slots[:1]
 
 
 def count_a_dropped_row(applier: ResultApplier, request: Request, tokens: bytes, *rest: Any) -> None:
@@ -150,6 +155,8 @@ PLANTED = {
     "pages are free before their step is done": Planted(SchedulerState, "_leave", 1, leave_at_once),
     "the ranks do not learn of a page": Planted(BatchBuilder, "add_pages", 3, nothing),
     "a failed row enters the cache": Planted(ResultApplier, "_fail", 1, lambda applier, r, *rest: None),
+    "all rows only have a token more": Planted(ResultApplier, "_rows_apart", 1, lambda *args: []),
+    "a row has another one's slot": Planted(DecodeRows, "__init__", 1, mix_up_slots),
     "a dropped row counts": Planted(ResultApplier, "_sampled", 1, count_a_dropped_row),
     "what follows an end counts": Planted(ResultApplier, "_sampled", 1, keep_what_follows_an_end),
     "a page of a rejected draft leaks": Planted(KVMemory, "shrink", 1, leak_pages_of_drafts),

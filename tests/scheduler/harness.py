@@ -379,6 +379,8 @@ class Harness:
             sample = self.samples[message.uid]
             assert not sample.opened, "opened twice"
             sample.opened = True
+        for uid, token in outputs.next_tokens:
+            self._take_output(TokenOutput(uid, len(self.samples[uid].tokens), token))
         for output in outputs.tokens:
             self._take_output(output)
 

@@ -91,7 +91,7 @@ class Neighbours:
         return ready
 
     def run_rank(self, until_finished: int) -> tuple[list[OpenText], list[TokenOutput]]:
-        """Answer steps until so many samples have ended."""
+        """Answer steps until so many samples have ended. `first` of an output is -1 where it is not told."""
         opens: list[OpenText] = []
         outputs: list[TokenOutput] = []
         deadline = time.monotonic() + 10
@@ -107,6 +107,7 @@ class Neighbours:
                 else:
                     assert isinstance(message, StepOutput)
                     outputs += message.outputs
+                    outputs += [TokenOutput(uid, -1, token) for uid, token in message.next_tokens]
         return opens, outputs
 
     def reply(self) -> TokenizerInput:
