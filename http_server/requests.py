@@ -10,27 +10,15 @@ import msgspec
 
 from vibe_sgl_lite.http_server.errors import ApiError, bad_request
 from vibe_sgl_lite.http_server.openai_types import CommonBody
-from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams
+from vibe_sgl_lite.runtime.settings.sampling_params import FIELDS, SamplingParams
 
 JSON_OBJECT = {"type": "object"}
-# A body's field -> the sampling parameter of the same meaning.
+# A body's field -> the sampling parameter of that name or alias; max_tokens aside, which chats call otherwise too.
 SAMPLING = {
-    "n": "n",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "frequency_penalty": "frequency_penalty",
-    "presence_penalty": "presence_penalty",
-    "repetition_penalty": "repetition_penalty",
-    "seed": "seed",
-    "stop": "stop",
-    "stop_token_ids": "stop_token_ids",
-    "include_stop_str_in_output": "include_stop",
-    "skip_special_tokens": "skip_special_tokens",
-    "ignore_eos": "ignore_eos",
-    "logit_bias": "logit_bias",
-    "min_tokens": "min_new_tokens",
+    theirs: ours
+    for ours, field in FIELDS.items()
+    for theirs in (ours, *field.spec.aliases)
+    if theirs in CommonBody.__struct_fields__ and theirs != "max_tokens"
 }
 
 
@@ -69,8 +57,7 @@ def several_prompts(prompt: str | list[Any], field: str, most: int) -> list[Any]
 
 def sampling_values(body: CommonBody) -> dict[str, Any]:
     """Keywords of `SamplingParams` for what is set, `max_new_tokens` and logprobs aside."""
-    values = {ours: value for theirs, ours in SAMPLING.items() if (value := getattr(body, theirs)) not in (None, [])}
-    return values
+    return {ours: value for theirs, ours in SAMPLING.items() if (value := getattr(body, theirs)) not in (None, [])}
 
 
 def make_sampling(values: Mapping[str, Any]) -> SamplingParams:
