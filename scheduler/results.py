@@ -61,9 +61,9 @@ class ResultApplier:
         logprobs = {row.row: row for row in result.logprobs}
         pooled = {row.row: row.values for row in result.pooled}
         tokens, decode = _RowTokens(result, step.num_rows), step.decode
-        accepted = self._observe_drafts(step, result, tokens)
+        drafted, accepted = self._observe_drafts(step, result, tokens)
         if decode and not step.chunks:
-            self._speculation.observe_step(len(decode), result.total_s, step.drafts, accepted)
+            self._speculation.observe_step(len(decode), result.total_s, step.drafts, drafted, accepted)
         if result.counts or step.tokens is not None:
             apart = list(range(len(decode)))
         else:
@@ -90,10 +90,10 @@ class ResultApplier:
         )
         self._state.finish(request)
 
-    def _observe_drafts(self, step: Step, result: StepResult, tokens: _RowTokens) -> int:
-        """How many drafts held in all."""
+    def _observe_drafts(self, step: Step, result: StepResult, tokens: _RowTokens) -> tuple[int, int]:
+        """How many drafts there were in all, and how many held."""
         if step.drafts is None or (step.chunks and not result.drafted):  # on some devices there are none beside chunks
-            return 0
+            return 0, 0
         drafted = unpack_ids(result.drafted) or [0] * step.num_rows
         total = 0
         for row, (request, room, count) in enumerate(zip(step.decode, step.drafts.rooms, drafted, strict=False)):
@@ -102,7 +102,7 @@ class ResultApplier:
                 total += accepted
                 if room:
                     self._speculation.observe(request, count, accepted)
-        return total
+        return sum(drafted), total
 
     def _rows_apart(self, decode: DecodeRows, packed: bytes, told: Set[int]) -> list[int]:
         """The rows, all of one token, of which there may be more to tell: they end, may have ended before, or have

@@ -3,15 +3,18 @@
 The ranks propose drafts and check them (`ForwardBatch`). Of each request it is known how often something was proposed,
 and how likely a draft holds, given those before it: with p, room for k yields p + p^2 + ... + p^k tokens more.
 What a step with room takes is measured, for each number of rows and size of room, as a multiple of one without: how
-it grows depends on the device, its kernels and what proposes. Of some sizes that one is taken that yields most tokens a
-second, if these are more than without any. A row's room ends where the next draft brings less than a token more in a
-step costs by the cost model.
+it grows depends on the device, its kernels and what proposes. It is measured apart where nothing was proposed: on a CPU
+such a step takes hardly longer. Of some sizes that one is taken that yields most tokens a second, what it costs
+counted with a margin, if these are more than without any. A row's room ends where the next draft brings less than a
+token more in a step costs by the cost model.
 
 Estimates err and texts change, so nothing is risked but what an account allows. Its unit is a step without drafts. Each
 step pays in a small share of one; a step with drafts books what it gained or lost: tokens more, and time more.
 What should gain draws on one account, and stops while that is overdrawn. The other one is for trying anew what did not
 gain, all rows at once. So a load that never gains loses that share and the first credit; where trying costs nearly
-nothing, it is done nearly always.
+nothing, it is done nearly always. Something else may take a step's time, several in a row too. So a step is booked as
+such steps typically take, and as long as few of a kind have been seen, at most a step; what was booked too high then
+is given back as more are seen.
 
 Depends on nothing but its inputs.
 """
@@ -27,18 +30,20 @@ from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.cost import CostModel, decode_work
 from vibe_sgl_lite.scheduler.request import Request
 
-MARGIN = 1.25  # a draft must bring so many times what a token more costs: estimates err
-GAIN = 1.08  # and a step with drafts so many times the tokens a second
+MARGIN = 1.25  # drafts must bring so many times what they cost: estimates err
 SIZES = (1, 3, 7)  # rooms to choose from, and the most that there may be
 TRY = 3  # room of a try, and the first one
-SHARE, CREDIT, MOST_CREDIT = 0.004, 1.0, 4.0  # of the accounts: paid in a step, at first, at most
+SHARE, CREDIT, MOST_CREDIT = 0.003, 0.5, 4.0  # of the accounts: paid in a step, at first, at most
 FADE = 0.9  # weight of a row's past drafts with each step that has some
 FOUND_FADE = 0.7  # of whether any were proposed
+LEAST = 0.02  # of a step: what one with drafts costs beside what is measured, as that is not known better
 IN_FLIGHT = 4  # steps, more than there ever are
-KNOWN, KEPT = 4, 15  # steps without drafts before any has some, and those whose time is remembered
+SURE = 2  # steps with drafts from which on it is known what they take
+KNOWN, KEPT = 6, 25  # steps from which on it is known well, those without drafts; and those that are remembered
 BEHIND = 3  # steps behind one with drafts, which may take longer for it: ranks wait, and send what has changed
-PAUSE = 8  # from a try that brought nothing to the next, and of steps without drafts to see anew what these take
-FIRST_RUN, LONGEST_RUN = 16, 1024  # steps with drafts between two such pauses: twice as many each time
+REST = 12  # steps until it is looked again whether somebody may gain, where nobody may
+LOOK = BEHIND + 3  # steps without drafts to see anew what these take
+FIRST_RUN, LONGEST_RUN = 32, 1024  # steps with drafts between two such pauses: twice as many each time
 
 
 class DraftPlan(NamedTuple):
@@ -49,8 +54,8 @@ class DraftPlan(NamedTuple):
     tries: bool = False
 
 
-class _Median:
-    """Of what came last; something else takes time too, now and then much."""
+class _Typical:
+    """What the last values were like: the one in their middle, of two the lower. Of steps: seconds, or multiples."""
 
     def __init__(self) -> None:
         self._values: deque[float] = deque(maxlen=KEPT)
@@ -61,7 +66,18 @@ class _Median:
 
     def add(self, value: float) -> None:
         self._values.append(value)
-        self.value = sorted(self._values)[len(self._values) // 2]
+        self.value = sorted(self._values)[(len(self._values) - 1) // 2]
+
+    @property
+    def excess(self) -> float:
+        """Of multiples, over 1; of few at most 1."""
+        return max(0.0, (self.value if len(self) >= KNOWN else min(self.value, 2.0)) - 1.0)
+
+    def price(self, multiple: float) -> float:
+        """Add one; what it costs, less what those before it were charged too much by what is known now."""
+        before, few = self.excess, len(self) if len(self) < KNOWN else 0
+        self.add(multiple)
+        return self.excess - few * max(before - self.excess, 0.0)
 
 
 class Speculation:
@@ -74,9 +90,10 @@ class Speculation:
         self._step = self._wait_until = 0
         self._ends_early = False
         self._found, self._probability = 0.5, 0.5  # a new request's
-        self._plain: dict[int, _Median] = {}  # seconds of steps without drafts, by their rows
-        self._slower: dict[tuple[int, int], _Median] = {}  # and multiples of them with, by rows and size
-        self._after: tuple[_Median, ...] = tuple(_Median() for _ in range(BEHIND))  # multiples of the steps behind
+        self._plain: dict[int, _Typical] = {}  # seconds of steps without drafts, by their rows
+        # and multiples of them with, by rows, size, and whether anything was proposed
+        self._slower: dict[tuple[int, int, bool], _Typical] = {}
+        self._after: tuple[_Typical, ...] = tuple(_Typical() for _ in range(BEHIND))  # multiples of the steps behind
         self._accounts = {False: CREDIT, True: CREDIT}  # by whether it tries
         self._since, self._tried = BEHIND, False  # steps since the last one with drafts, and whether that tried
         self._run, self._longest_run = 0, FIRST_RUN
@@ -100,34 +117,35 @@ class Speculation:
         plan = self._best(requests, most, token) if self._accounts[False] > 0.0 else None
         plan = self._with_tries(plan, rows, most, token) if self._accounts[True] > 0.0 else plan
         if plan is None:
-            self._pause(1 + rows // 8, until_known=False)  # looking costs time too
-        elif self._cost.measured and plan.tries:
-            self._pause(PAUSE, until_known=True)
+            self._pause(REST, until_known=False)  # looking costs time too, and little changes meanwhile
         elif self._cost.measured:
             self._run += 1
-            if not any(size == plan.size for _, size in self._slower):
+            if plan.tries or plan.size > self._known_size:
                 self._pause(IN_FLIGHT, until_known=True)
             elif self._run >= self._longest_run:
-                self._pause(PAUSE, until_known=False)
+                self._pause(LOOK, until_known=False)
                 self._run, self._longest_run = 0, min(2 * self._longest_run, LONGEST_RUN)
         return plan
 
     def _pause(self, steps: int, *, until_known: bool) -> None:
-        """Nobody drafts in so many; or until it is known what those with drafts took, and that they brought any."""
+        """Nobody drafts in so many; or until it is known what those with drafts took."""
         self._wait_until, self._ends_early = self._step + steps, until_known
 
     def _best(self, requests: Collection[Request], most: int, token: float) -> DraftPlan | None:
         """What gains most, if anything does. token: what one more takes, of a step without drafts."""
         rows, least = len(requests), MARGIN * token * len(requests)
         chances = [self._chance(request, least, most) for request in requests]
-        best, best_value = None, GAIN
+        nothing = math.prod(1.0 - found for found, _, _ in chances)
+        best, best_value = None, 1.0
         for size in self._sizes(most):
-            tokens, drafts = float(rows), 0
+            gain, drafts = 0.0, 0
             for found, p, most_room in chances:
                 room = min(size, most_room)
-                tokens += found * _yield(p, room)
+                gain += found * _yield(p, room) / rows
                 drafts += room
-            value = tokens / rows / self._multiple(rows, size, 1.0 + drafts * token)
+            cost = (1.0 - nothing) * (self._multiple(rows, size, True, 1.0 + drafts * token) - 1.0)
+            cost += nothing * (self._multiple(rows, size, False, 1.0) - 1.0)
+            value = (1.0 + gain) / (1.0 + MARGIN * max(cost, 0.0))
             if value > best_value:
                 best, best_value = size, value
         if best is None:
@@ -163,27 +181,38 @@ class Speculation:
         sizes = [*(size for size in SIZES if 3 * size <= 2 * most), most]
         if not self._cost.measured:
             return sizes
-        known = max((size for _, size in self._slower), default=0)
-        bound = next((size for size in sizes if size > known and size >= TRY), most)
+        bound = next((size for size in sizes if size > self._known_size and size >= TRY), most)
         return [size for size in sizes if size <= bound]
 
-    def _multiple(self, rows: int, size: int, guess: float) -> float:
+    @property
+    def _known_size(self) -> int:
+        return max((size for _, size, proposed in self._slower if proposed), default=0)
+
+    def _multiple(self, rows: int, size: int, proposed: bool, guess: float) -> float:
         """Of what a step without drafts takes; of the nearest number of rows of which it is known."""
         group = _group(rows)
-        near = [(abs(known - group), mean.value) for (known, other), mean in self._slower.items() if other == size]
-        if near:
-            return min(near)[1]
-        return max([guess, *(mean.value for (_, other), mean in self._slower.items() if other < size)])
+        exact = self._slower.get((group, size, proposed))
+        if exact is not None and len(exact) >= SURE:
+            return exact.value
+        known = [
+            (abs(near - group), other, typical.value)
+            for (near, other, of), typical in self._slower.items()
+            if of == proposed and len(typical) >= SURE
+        ]
+        of_size = [(near, value) for near, other, value in known if other == size]
+        if of_size:
+            return min(of_size)[1]
+        return max([guess, *(value for _, other, value in known if other < size)])
 
-    def observe_step(self, rows: int, seconds: float, plan: DraftPlan | None, accepted: int) -> None:
-        """A step of so many decode rows alone took so long; so many of its drafts held in all."""
+    def observe_step(self, rows: int, seconds: float, plan: DraftPlan | None, drafted: int, accepted: int) -> None:
+        """A step of so many decode rows alone took so long; so many drafts were in it, of which so many held."""
         if seconds <= 0.0 or self._most == 0:
             return
         for tries in self._accounts:
             self._accounts[tries] = min(self._accounts[tries] + SHARE, MOST_CREDIT)
         group, behind = _group(rows), self._since
         self._since = 0 if plan is not None else min(behind + 1, BEHIND)
-        plain = self._plain.setdefault(group, _Median())
+        plain = self._plain.setdefault(group, _Typical())
         if plan is None and behind >= BEHIND:
             plain.add(seconds)
         if len(plain) < KNOWN:
@@ -191,19 +220,20 @@ class Speculation:
         multiple = seconds / plain.value
         if plan is not None:
             self._tried = plan.tries
-            slower = self._slower.setdefault((group, plan.size), _Median())
-            slower.add(multiple)
-            self._book(accepted / rows + 1.0 - slower.value, tries=plan.tries)
-            if self._ends_early and (accepted or not plan.tries):
+            slower = self._slower.setdefault((group, plan.size, drafted > 0), _Typical())
+            self._book(accepted / rows - slower.price(multiple) - LEAST, tries=plan.tries)
+            if self._ends_early:
                 self._wait_until = 0
         elif behind < BEHIND:
-            self._after[behind].add(multiple)
-            self._book(min(1.0 - self._after[behind].value, 0.0), tries=self._tried)
+            self._book(-self._after[behind].price(multiple), tries=self._tried)
 
     @property
     def multiples(self) -> dict[str, float]:
         """What steps with drafts take, of those without: by rows and size of room."""
-        return {f"{rows} x {size}": round(mean.value, 2) for (rows, size), mean in sorted(self._slower.items())}
+        return {
+            f"{rows} x {size}{'' if proposed else ', none'}": round(typical.value, 2)
+            for (rows, size, proposed), typical in sorted(self._slower.items())
+        }
 
     def _book(self, gain: float, *, tries: bool) -> None:
         self._accounts[tries] = min(self._accounts[tries] + gain, MOST_CREDIT)

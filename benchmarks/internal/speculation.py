@@ -5,16 +5,19 @@
     python benchmarks/internal/speculation.py --device cuda --dtype float32 --identity 300    tokens alone
     python benchmarks/internal/speculation.py --model-path DIR --load-format dummy   forced acceptance, any shape
 
-Each workload is served without and with speculation in turns, greedy or sampled, and the best of each is taken: on a
-shared machine only their ratio means something. With --load-format dummy the drafts come from what the plain run gave,
-wrong at random, so that each holds with the probability that is asked for; `none` are random prompts and prompt lookup.
-Tokens of all runs are compared. Prints a table and, last, one JSON line.
+Each workload is served without and with speculation in turns, greedy or sampled. A ratio is that of the two runs
+without beside one with it to that one; told are the median of all, the lowest and the highest, and the same of the runs
+without to each other, which says what the machine is good for. With --load-format dummy the drafts come from what the
+plain run gave, wrong at random, so that each holds with the probability that is asked for; `none` are random prompts
+and prompt lookup. Tokens of all runs are compared. Prints a table and, last, one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -207,6 +210,11 @@ def identity_workloads(most: int, count: int) -> list[Workload]:
     ]
 
 
+def spread(values: list[float]) -> list[float]:
+    """Median, lowest, highest."""
+    return [round(value, 3) for value in (statistics.median(values), min(values), max(values))]
+
+
 def measure(
     engine: InProcess, workload: Workload, repeats: int, *, cpu_time: bool, forced: ForcedOnDevice | None, most: int
 ) -> dict[str, Any]:
@@ -222,24 +230,28 @@ def measure(
     steps, same = engine.steps, 0
     if forced is not None:
         forced.expect(workload.forced)
+    engine.serve(workload.prompts, workload.sampling, **settings)
+    plain.append(clock())
     for _ in range(repeats):
-        engine.serve(workload.prompts, workload.sampling, **settings)
-        plain.append(clock())
         drafter = None if most else workload.drafter(whole)
         got = engine.serve(workload.prompts, workload.sampling, drafter, drafts=most, **settings)
         with_drafts.append(clock())
         same = sum(one.tokens == other.tokens for one, other in zip(expected, got, strict=True))
-    stats = engine.core.stats()
+        stats, steps_with, slower = engine.core.stats(), engine.steps, engine.core.speculation.multiples
+        engine.serve(workload.prompts, workload.sampling, **settings)
+        plain.append(clock())
+    beside = [(before + after) / 2 for before, after in itertools.pairwise(plain)]
     return {
         "workload": workload.name,
         "tokens": sum(len(one.tokens) for one in expected),
         "same": f"{same}/{len(expected)}",
         "steps": steps,
-        "steps_with": engine.steps,
+        "steps_with": steps_with,
         "drafted": stats["draft_tokens_total"],
         "accepted": stats["accepted_tokens_total"],
-        "ratio": round(min(plain) / min(with_drafts), 3),
-        "slower": engine.core.speculation.multiples,
+        "ratio": spread([one / other for one, other in zip(beside, with_drafts, strict=True)]),
+        "plain_ratio": spread([one / other for one, other in itertools.pairwise(plain)]),
+        "slower": slower,
         "plain_s": round(min(plain), 3),
         "plain_ms_a_token": round(1000 * min(plain) / sum(len(one.tokens) for one in expected), 3),
     }

@@ -36,42 +36,49 @@ def rooms(speculation: Speculation, requests: list[Request]) -> list[int]:
 
 class Device:
     """Runs steps as a rank does, two in flight. plain: seconds without drafts; slower: multiples with so much room;
-    noise: of all times, of which every 20th is three times as long; behind: what the steps behind one with drafts take
-    longer."""
+    noise: of all times, of which every 20th is some times as long; behind: what the steps behind one with drafts take
+    longer; idle: the multiple where nothing is proposed, if another; outliers: how many times as long, at most."""
 
     def __init__(
-        self, rows: int, plain: float, slower: dict[int, float], noise: float = 0.05, behind: tuple[float, ...] = ()
-    ):
+        self, rows: int, plain: float, slower: dict[int, float], noise: float = 0.05, behind: tuple[float, ...] = (),
+        idle: float | None = None, outliers: float = 3.0,
+    ):  # fmt: skip
         self.rows, self.plain, self.slower, self.noise, self.behind = rows, plain, slower, noise, behind
+        self.idle, self.outliers = idle, outliers
 
     def serve(
-        self, speculation: Speculation, requests: list[Request], holds: dict[int, float], steps: int, seed: int = 0
-    ) -> float:
+        self, speculation: Speculation, requests: list[Request], holds: dict[int, float], steps: int, seed: int = 0,
+        found: float = 1.0,
+    ) -> float:  # fmt: skip
         """Seconds a token, over those without drafts. holds: by uid, how likely a draft is right; below 0: none is
-        ever proposed."""
+        ever proposed; found: else so often."""
         rng, seconds, tokens = random.Random(seed), 0.0, 0
-        flying: list[tuple[DraftPlan | None, float, float]] = []
+        flying: list[tuple[DraftPlan | None, list[int], float, float]] = []
         since = 100
         for _ in range(steps):
             plan = speculation.plan(requests)
-            took = self.plain
+            took, drafts = self.plain, [0] * len(requests)
             if plan is not None:
-                took *= next(value for size, value in sorted(self.slower.items()) if size >= max(plan.rooms))
+                for row, (request, room) in enumerate(zip(requests, plan.rooms, strict=True)):
+                    drafts[row] = room if holds[request.uid] >= 0 and rng.random() < found else 0
+                slower = next(value for size, value in sorted(self.slower.items()) if size >= max(plan.rooms))
+                took *= slower if self.idle is None or any(drafts) else self.idle
             elif since < len(self.behind):
                 took += self.behind[since]
             since = 0 if plan is not None else since + 1
-            shown = took * rng.uniform(1 - self.noise, 1 + self.noise) * (3 if rng.random() < 0.05 else 1)
-            flying.append((plan, took, shown))
+            shown = took * rng.uniform(1 - self.noise, 1 + self.noise)
+            shown *= rng.uniform(2.0, self.outliers) if rng.random() < 0.05 else 1.0
+            flying.append((plan, drafts, took, shown))
             if len(flying) == 2:
-                plan, took, shown = flying.pop(0)
+                plan, drafts, took, shown = flying.pop(0)
                 accepted = 0
-                for request, room in zip(requests, plan.rooms if plan is not None else (), strict=False):
+                for request, room, drafted in zip(requests, plan.rooms if plan else (), drafts, strict=False):
                     if room:
                         p = holds[request.uid]
-                        kept = next((i for i in range(room) if rng.random() >= p), room)
-                        speculation.observe(request, 0 if p < 0 else room, kept)
+                        kept = next((i for i in range(drafted) if rng.random() >= p), drafted)
+                        speculation.observe(request, drafted, kept)
                         accepted += kept
-                speculation.observe_step(len(requests), shown, plan, accepted)
+                speculation.observe_step(len(requests), shown, plan, sum(drafts), accepted)
                 seconds += took
                 tokens += len(requests) + accepted
         return seconds / tokens / (self.plain / self.rows)
@@ -85,6 +92,7 @@ DEVICES = {
     "64 rows": Device(64, 0.0035, {1: 1.4}),
     "a slow host": Device(1, 0.0004, {12: 1.05}, noise=0.3, behind=(0.0002, 0.0001, 0.0001)),
     "a CPU": Device(1, 0.05, {1: 1.03, 3: 1.08, 7: 1.2, 12: 1.4}, noise=0.3),
+    "a small model": Device(1, 0.0014, {1: 1.25, 3: 1.36, 7: 1.5, 12: 1.6}, noise=0.1, idle=1.02, outliers=10.0),
 }
 
 
@@ -107,7 +115,7 @@ def test_nothing_is_lost_where_drafts_do_not_hold(name: str, holds: float) -> No
     [
         ("one row", 0.7, 0.9), ("one row", 0.9, 0.6), ("one row", 1.0, 0.35), ("one cheap row", 0.5, 0.75),
         ("eight rows", 0.7, 0.75), ("eight rows", 1.0, 0.3), ("64 rows", 0.7, 0.9), ("a CPU", 0.5, 0.7),
-        ("a CPU", 0.9, 0.3),
+        ("a CPU", 0.9, 0.3), ("a small model", 0.5, 0.85), ("a small model", 0.9, 0.3),
     ],
 )  # fmt: skip
 def test_what_holds_gains(name: str, holds: float, most: float) -> None:
@@ -141,11 +149,11 @@ def test_a_room_ends_where_a_draft_costs_more_than_it_brings() -> None:
     """Half of the drafts hold: the last one brings its cost, with a margin; one more would not."""
     speculation, token = Speculation(config(draft_tokens=20), cost_of(0.05, 0.002)), 0.002
     for _ in range(KNOWN):
-        speculation.observe_step(1, 0.052, None, 0)
+        speculation.observe_step(1, 0.052, None, 0, 0)
     (one,) = rows(1)
-    for size in (3, 7):
+    for size in (3, 3, 7, 7):
         (room,) = rooms(speculation, [one])
-        speculation.observe_step(1, 0.055, DraftPlan([room], size), room)
+        speculation.observe_step(1, 0.055, DraftPlan([room], size), room, room)
     (room,) = rooms(speculation, [one])
     assert 0.5**room * 0.052 > MARGIN * token > 0.5 ** (room + 1) * 0.052
 
@@ -155,7 +163,7 @@ def test_nobody_drafts_where_computing_takes_the_time() -> None:
     for count, a_token, drafts in ((1, 0.002, True), (48, 0.01, False)):
         speculation = Speculation(config(draft_tokens=10, draft_budget=1000), cost_of(0.05, a_token))
         for _ in range(KNOWN):
-            speculation.observe_step(count, 0.05 + count * a_token, None, 0)
+            speculation.observe_step(count, 0.05 + count * a_token, None, 0, 0)
         assert (speculation.plan(rows(count)) is not None) == drafts
 
 
@@ -163,7 +171,7 @@ def test_nobody_drafts_where_computing_takes_the_time() -> None:
 def test_a_step_has_no_more_drafts_than_its_budget(count: int) -> None:
     speculation = Speculation(config(draft_tokens=3, draft_budget=64), cost_of(1.0, 1e-6))
     for _ in range(KNOWN):
-        speculation.observe_step(count, 1.0, None, 0)
+        speculation.observe_step(count, 1.0, None, 0, 0)
     assert rooms(speculation, rows(count)) == [min(3, 64 // count)] * count
 
 
