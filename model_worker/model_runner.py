@@ -269,6 +269,7 @@ class ModelRunner:
         lengths = None if step.expand is None or step.accept is not None else batch.context_lengths
 
         def drawn() -> Tensor:
+            self.timer.mark("sampling")
             token_ids = draw(logits, *where, lengths)
             return token_ids if step.accept is None else step.accept(token_ids)
 
@@ -279,7 +280,11 @@ class ModelRunner:
 
     def _run(self, key: Hashable | None, work: Callable[[], Result]) -> Result:
         """As a graph, if there is a key for it."""
-        return work() if key is None or self.graphs is None else self.graphs.run(key, work)
+
+        def run(work: Callable[[], Result]) -> Result:
+            return work() if key is None or self.graphs is None else self.graphs.run(key, work)
+
+        return self.timer.on_device(key, work, run)
 
     def _compute(self, step: StepInput, metadata: object) -> ForwardOutput:
         batch = step.batch

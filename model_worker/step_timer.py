@@ -3,8 +3,8 @@
 Shared by `--profile` and benchmarks/internal/cpu_step.py.
 
 What runs a part marks where it begins (qwen3/layers/part_timer.py); a rank without a profile has a timer that does
-nothing. Each moment belongs to one part, so the parts of a step add up to the step. Times are the host's: where a
-device works behind its back, they say how long the host took to ask for the work, and how long it waited.
+nothing. Each moment belongs to one part, so the parts of a step add up to the step. Times are the host's; of a device
+that works behind its back: gpu/device_timer.py.
 """
 
 import time

@@ -78,7 +78,7 @@ def main(child: Child) -> None:
         # cuDNN's attention makes a plan for every new shape, tens of milliseconds at each step of a growing context.
         torch.backends.cuda.enable_cudnn_sdp(False)
     parallel, relay = _join(child, rank, device)
-    timer = StepTimer() if args.profile is not None and rank == 0 else None
+    timer = _timer(device) if args.profile is not None and rank == 0 else None
     if timer is not None:
         parallel = time_collectives(parallel, timer)
 
@@ -140,6 +140,14 @@ def main(child: Child) -> None:
         files.close()
     if outbox is not None:
         outbox.close()
+
+
+def _timer(device: torch.device) -> StepTimer:
+    if device.type != "cuda":
+        return StepTimer()
+    from vibe_sgl_lite.model_worker.gpu.device_timer import DeviceTimer
+
+    return DeviceTimer()
 
 
 def _join(child: Child, rank: int, device: torch.device) -> tuple[ParallelState, BatchRelay | None]:

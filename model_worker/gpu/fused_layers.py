@@ -165,21 +165,27 @@ class FusedLayers:
             stream.new_empty((rows, hidden // cut.outputs), dtype=torch.float32) for cut in (cuts.output, cuts.down)
         )
         begin_stream(stream, first.attention_norm.weight.tensor, gained, after_layer, pdl=pdl)
+        mark = context.timer.mark
         for number, layer in enumerate(self.layers):
+            mark("qkv")
             normed_product(
                 gained, after_layer, layer.attention_norm.eps, layer.qkv, qkv, cuts.qkv, scratch, pdl=pdl
             )  # fmt: skip
+            mark("attention")
             attended = self.attention.forward(
                 number, qkv, layer.query_norm, layer.key_norm, context.angles, context.metadata
             )
+            mark("o")
             norm = layer.feed_forward_norm
             added_product(
                 attended, layer.output, stream, norm.weight.tensor, gained, after_attention, cuts.output, scratch,
                 pdl=pdl,
             )  # fmt: skip
+            mark("gate_up")
             normed_product(
                 gained, after_attention, norm.eps, layer.gate_up, inner, cuts.gate_up, scratch, pdl=pdl, silu=True
             )
+            mark("down")
             following = self.layers[min(number + 1, len(self.layers) - 1)].attention_norm  # of the last not used
             added_product(
                 inner, layer.down, stream, following.weight.tensor, gained, after_layer, cuts.down, scratch, pdl=pdl

@@ -104,14 +104,20 @@ class GpuLayers:
         first, pdl = self.chain[0], self.attention.pdl
         qkv = stream.new_empty((len(stream), first.qkv.matrix.shape[0]))
         inner = stream.new_empty((len(stream), first.down.matrix.shape[1]))
+        mark = context.timer.mark
         for number, cut in enumerate(self.chain):
             layer = cut.weights
+            mark("qkv")
             _multiply(stream, cut.qkv, qkv, pdl=pdl, norm=layer.attention_norm)
+            mark("attention")
             attended = self.attention.forward(
                 number, qkv, layer.query_norm, layer.key_norm, context.angles, context.metadata
             )
+            mark("o")
             self._add_product(attended, cut.output, stream)
+            mark("gate_up")
             _multiply(stream, cut.gate_up, inner, pdl=pdl, norm=layer.feed_forward_norm, silu=True)
+            mark("down")
             self._add_product(inner, cut.down, stream)
         return stream
 

@@ -66,12 +66,18 @@ class ParallelLayers:
         self._last = last.down if isinstance(last, MLP) else None  # its sum is the group's
 
     def __call__(self, update: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
-        new = Update(update)
+        new, mark = Update(update), context.timer.mark
         for layer in self.layers:
             attention = layer.attention
+            mark("norm")
             x = self._add_norm(new, residual, layer.attention_norm)
-            x = attention.steps[1](self.products.multiply(x, attention.qkv.weight), residual, context)
+            mark("qkv")
+            x = self.products.multiply(x, attention.qkv.weight)
+            mark("attention")
+            x = attention.steps[1](x, residual, context)
+            mark("o")
             new = self._part(x, attention.output)
+            mark("norm")
             x = self._add_norm(new, residual, layer.feed_forward_norm)
             new = self._feed_forward(layer.feed_forward, x, context)
         return self.group.all_reduce(new.x) if new.partial else new.x
@@ -87,7 +93,10 @@ class ParallelLayers:
 
     def _feed_forward(self, block: MLP | MoEBlock, x: Tensor, context: ForwardContext) -> Update:
         if isinstance(block, MLP):
-            return self._part(self.products.multiply_silu(x, block.gate_up.weight), block.down)
+            context.timer.mark("gate_up")
+            x = self.products.multiply_silu(x, block.gate_up.weight)
+            context.timer.mark("down")
+            return self._part(x, block.down)
         if isinstance(block.dispatch, AllReduceDispatch):
             return Update(block.dispatch.partial(x, block.router, block.experts, context.timer), partial=True)
         return Update(block(x, context.timer))
