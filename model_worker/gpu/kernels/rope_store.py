@@ -39,11 +39,12 @@ def _rope_store(
     dim = tl.arange(0, D)
     slot = tl.load(slots + token).to(tl.int64)
     angle = token.to(tl.int64) * angle_stride + dim % (D // 2)
-    cos = tl.load(cosines + angle).to(tl.float32)
-    sin = tl.load(sines + angle).to(tl.float32) * tl.where(dim < D // 2, -1.0, 1.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    # In the first layer, the kernel that makes these may have been running a moment ago.
+    cos = tl.load(cosines + angle).to(tl.float32)
+    sin = tl.load(sines + angle).to(tl.float32) * tl.where(dim < D // 2, -1.0, 1.0)
     start = qkv + token.to(tl.int64) * ((H + 2 * KV_HEADS) * D)
     turned = normal_and_turned(start, query_norm, cos, sin, query_eps, D, H, HP)
     head = tl.arange(0, HP)[:, None]

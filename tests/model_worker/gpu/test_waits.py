@@ -1,0 +1,84 @@
+"""What kernels read before they wait for the kernel before them must have been there for longer than that one.
+
+With programmatic dependent launch a kernel may begin while several before it still run: each of these lets the next one
+begin as soon as it has begun itself. Waiting is for the one before, and so for all before that; what is read sooner may
+be weights, and what the host or a kernel that lets nobody begin early has made of the step.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import vibe_sgl_lite.model_worker.gpu.kernels as kernels
+
+FOLDER = Path(kernels.__path__[0])
+WEIGHTS = {"matrix", "weight", "gain", "words", "scales", "query_norm", "key_norm"}
+OF_THE_STEP = {"order", "context_lengths", "slots", "positions", "page_table", "tiles", "query_start"}
+OF_SLOTS = {"inverse_temperatures", "seeds"}
+# Kernels that make what is OF_THE_STEP.
+MAKERS = {"expand_rows.py", "speculate.py"}
+
+
+def early(function: ast.FunctionDef, access: str) -> set[str]:
+    """Names of the tensors that are loaded from, or stored to, before the function waits; none if it does not."""
+    waits = [node.lineno for node in ast.walk(function) if isinstance(node, ast.Call) and _calls(node, "gdc_wait")]
+    if not waits:
+        return set()
+    return {
+        _pointer(node.args[0])
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and _calls(node, access) and node.lineno < min(waits)
+    }
+
+
+def _pointer(address: ast.expr) -> str:
+    """Of `pointer + offset + ...`."""
+    while isinstance(address, ast.BinOp):
+        address = address.left
+    assert isinstance(address, ast.Name), ast.unparse(address)
+    return address.id
+
+
+def _calls(node: ast.AST, name: str) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    return (isinstance(node.func, ast.Name) and node.func.id == name) or (
+        isinstance(node.func, ast.Attribute) and node.func.attr == name
+    )
+
+
+def functions() -> list[tuple[str, ast.FunctionDef]]:
+    return [
+        (path.name, node)
+        for path in sorted(FOLDER.glob("*.py"))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.decorator_list
+    ]
+
+
+# The kernels that a dependent launch may start.
+STARTED_EARLY = {
+    f"{name}:{node.name}": node
+    for name, node in functions()
+    if any(argument.arg == "PDL" for argument in node.args.args) and node.name.startswith("_")
+}
+
+
+@pytest.mark.parametrize("kernel", STARTED_EARLY)
+def test_only_what_is_old_is_read_before_the_wait(kernel: str) -> None:
+    function = STARTED_EARLY[kernel]
+    assert any(_calls(node, "gdc_wait") for node in ast.walk(function)), "it never waits"
+    assert early(function, "load") - WEIGHTS - OF_THE_STEP - OF_SLOTS == set()
+    assert early(function, "store") == set()
+
+
+def test_some_read_early() -> None:
+    assert "context_lengths" in early(STARTED_EARLY["decode_attention.py:_decode_attention"], "load")
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_what_makes_a_steps_tables_lets_nobody_begin_early(name: str) -> None:
+    made = [node for file, node in functions() if file == name]
+    assert made
+    assert not any(_calls(node, "gdc_launch_dependents") for function in made for node in ast.walk(function))
