@@ -1,6 +1,8 @@
-"""The CPU kernels against plain torch on Qwen3-0.6B's layer shape in bf16, with the memory's read rate beside them.
+"""The CPU kernels against plain torch on Qwen3-0.6B's layer shape in bf16, and its linears in every format, with the
+memory's read rate and the FMA rate beside them.
 
-python benchmarks/internal/cpu_kernels.py [--threads N] [--seconds S] [--target avx2]    a table and one line of JSON
+python benchmarks/internal/cpu_kernels.py [--threads N] [--seconds S] [--target avx2] [--only linear]
+a table and one line of JSON
 
 Every time is the best of many runs, each on memory that the caches no longer hold, all variants of a case in turn, and
 the read rate is that of summing as many bytes: what else the machine does then meets all alike.
@@ -21,8 +23,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.internal.fma_rate import fma_gflops
 from vibe_sgl_lite.model_worker.cpu import CpuKernels, LayerCache, load
 from vibe_sgl_lite.model_worker.cpu.huge_memory import HugeMemory
+from vibe_sgl_lite.model_worker.cpu.linear import WeightFormat
+from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabFormat
 from vibe_sgl_lite.model_worker.kv_int8 import SCALE_BYTES, quantize
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 16, 8, 128, 16
@@ -31,6 +36,9 @@ SCALE = HEAD_DIM**-0.5
 DECODE = ((1, 512), (8, 512), (8, 2048), (32, 512), (32, 2048))  # rows x context
 CHUNKS = ((512, 512), (512, 1024), (512, 2048), (512, 4096), (128, 2048), (16, 2048), (8, 4096))  # new, context
 FUSED = (1, 16, 512)  # tokens
+LINEAR = (1, 4, 8, 16, 32, 512)  # rows
+MATRICES = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072))  # outputs and inputs of a layer's linears
+FORMATS = (WeightFormat.BF16, WeightFormat.INT8, WeightFormat.INT4)
 KEEP_COLD_BYTES = 256 << 20  # data of all layers together, so that a layer has left the caches when its turn comes
 
 Variants = dict[str, Callable[[int], object]]  # each called with the number of the layer to use
@@ -41,6 +49,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
     parser.add_argument("--target", help="instruction set (model_worker/cpu/targets.py) in place of the best one")
+    parser.add_argument("--only", choices=("decode", "chunk", "fused", "linear"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     kernels = load(target=args.target)
@@ -50,9 +59,14 @@ def main() -> None:
     print(f"{kernels.instruction_set}, {kernels.threads} threads")
     result: dict[str, object] = {"instruction_set": kernels.instruction_set, "threads": kernels.threads}
     with torch.inference_mode():
-        result["decode"] = [decode(kernels, rows, context, args.seconds) for rows, context in DECODE]
-        result["chunk"] = [chunk(kernels, new, context, args.seconds) for new, context in CHUNKS]
-        result["fused"] = [line for tokens in FUSED for line in fused(kernels, tokens, args.seconds)]
+        if args.only in (None, "decode"):
+            result["decode"] = [decode(kernels, rows, context, args.seconds) for rows, context in DECODE]
+        if args.only in (None, "chunk"):
+            result["chunk"] = [chunk(kernels, new, context, args.seconds) for new, context in CHUNKS]
+        if args.only in (None, "fused"):
+            result["fused"] = [line for tokens in FUSED for line in fused(kernels, tokens, args.seconds)]
+        if args.only in (None, "linear"):
+            result["linear"] = linears(kernels, args.target, args.seconds)
     print(json.dumps(result))
 
 
@@ -168,6 +182,41 @@ def fused(kernels: CpuKernels, tokens: int, seconds: float) -> list[dict[str, ob
             + (f"; int8 {times['int8'] * 1e6:8.1f} us" if "int8" in times else "")
         )
         lines.append({"name": name, "tokens": tokens, **micro(times)})
+    return lines
+
+
+def linears(kernels: CpuKernels, target: str | None, seconds: float) -> list[dict[str, object]]:
+    """A layer's linears for x in bf16. FMA: fp32 products from registers alone, measured before and after."""
+    elements = sum(outputs * inputs for outputs, inputs in MATRICES)
+    layers = KEEP_COLD_BYTES // (2 * elements)
+    packed = {}
+    for kind in FORMATS:
+        form = SlabFormat(kernels, kind)
+        packed[kind] = [[form(torch.randn(shape).bfloat16()) for shape in MATRICES] for _ in range(layers)]
+    blocks = HugeMemory().empty((layers, elements // 2), torch.float32).fill_(1)
+    lines: list[dict[str, object]] = []
+    for rows in LINEAR:
+        x = {inputs: torch.randn(rows, inputs).bfloat16() for _, inputs in MATRICES}
+
+        def ours(kind: WeightFormat, x: dict[int, Tensor] = x) -> Callable[[int], object]:
+            return lambda layer: [
+                matrix.multiply(x[inputs]) for matrix, (_, inputs) in zip(packed[kind][layer], MATRICES, strict=True)
+            ]
+
+        fma = fma_gflops(target, kernels.threads)
+        variants: Variants = {kind.name.lower(): ours(kind) for kind in FORMATS}
+        times = measure(variants | {"read": lambda layer: blocks[layer].sum()}, layers, seconds)
+        fma = max(fma, fma_gflops(target, kernels.threads))
+        rates = {kind: 2 * rows * elements / times[kind] / 1e9 for kind in variants}
+        print(
+            f"linear {rows:5} rows: bf16 {times['bf16'] * 1e3:7.2f} ms, {rates['bf16']:5.0f} GFLOP/s = "
+            f"{rates['bf16'] / fma:4.0%} of FMA, {times['read'] / times['bf16']:4.0%} of reading; "
+            + ", ".join(
+                f"{kind} {times['bf16'] / times[kind]:.2f}x ({rates[kind] / fma:4.0%})" for kind in ("int8", "int4")
+            )
+        )
+        gflops = {f"{kind}_gflop_s": round(rate) for kind, rate in rates.items()}
+        lines.append({"rows": rows, "fma_gflop_s": round(fma), **gflops, **micro(times)})
     return lines
 
 

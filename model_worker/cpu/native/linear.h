@@ -134,7 +134,7 @@ inline void gather_rows(Context& context, const uint32_t* weights, int64_t units
 struct QuantizedRows {
     int8_t* codes;  // [rows][inputs]
     float* scales;  // [rows]; NaN for a row that is not finite
-    int32_t* sums;  // [rows], of 128 x the codes
+    int32_t* sums;  // [rows], of 128 x the codes; ByteUnits may have others
 
     static size_t bytes(int64_t rows, int64_t inputs) { return (rows * inputs + 63) / 64 * 64 + rows * 8; }
 
@@ -156,12 +156,18 @@ inline void quantize_row(const T* x, int64_t inputs, int8_t* codes, float* scale
     const float largest = std::fmax(maximum(most), kSmallest);
     const vf factor = splat(kLevels / largest);
     vi total = {};
-    for (int64_t i = 0; i < inputs; i += kLanes) {
+    const auto code = [&](int64_t i) {
         // Adding 1.5 x 2^23 rounds to a whole number, to even on ties, in the lowest bits.
-        const vi code = (vi)(load(x + i) * factor + splat(12582912.0f)) - splat((int32_t)0x4b400000);
-        total += code;
-        store_bytes(codes + i, code);
-    }
+        const vi whole = (vi)(load(x + i) * factor + splat(12582912.0f)) - splat((int32_t)0x4b400000);
+        total += whole;
+        return whole;
+    };
+#if defined(VSL_AVX2)
+    for (int64_t i = 0; i < inputs; i += 4 * kLanes)
+        store_bytes(codes + i, code(i), code(i + kLanes), code(i + 2 * kLanes), code(i + 3 * kLanes));
+#else
+    for (int64_t i = 0; i < inputs; i += kLanes) store_bytes(codes + i, code(i));
+#endif
     int32_t codes_sum = 0;
     for (int j = 0; j < kLanes; j++) codes_sum += total[j];
     *sum = 128 * codes_sum;

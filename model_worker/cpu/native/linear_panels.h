@@ -7,19 +7,26 @@
 
 namespace vsl {
 
-// Inputs of a slab that are multiplied before the next ones, whose sums then pass through memory. With 64, the weights
-// prepared are 16 KiB, which stay in the first-level cache; on AVX2 twice as many are quicker all the same.
+// Inputs of a slab that are multiplied before the next ones, whose sums then pass through memory. 16 outputs' weights of a
+// block, prepared, are 16 KiB with AVX2 (32 outputs' with AVX-512), which stay in the first-level cache while all rows pass.
 #if defined(VSL_AVX2)
-constexpr int kBlockInputs = 128;
+constexpr int kBlockInputs = 256;
 #else
-constexpr int kBlockInputs = 64;
+constexpr int kBlockInputs = 128;
 #endif
-constexpr int kLine = 16;         // units that rows of x lie further apart: at 4 KiB they would share places of the cache
-constexpr int kMostTogether = 6, kMostInt4Together = 4;  // rows
-// From here on, weights are brought into the form that is multiplied once a block, and not by each few rows again.
+constexpr int kMostInt4Together = 4;  // rows
+// From here on, weights are brought into the form that is multiplied once a block, and not by each few rows again. With AVX-512
+// storing that form costs as much as making it eight times.
+#if defined(VSL_AVX512)
+constexpr int kPreparedRows = 96, kPreparedInt8Rows = 4;
+#elif defined(VSL_AVX2)
+constexpr int kPreparedRows = 14, kPreparedInt8Rows = 4;
+#else
 constexpr int kPreparedRows = 12, kPreparedInt8Rows = 4;
-constexpr int kManyRows = 64;
+#endif
+constexpr int kManyRows = 64;     // more than these lie in no near cache
 constexpr int kNearAhead = 2048;  // as kAhead, where one row is all that a slab is multiplied by
+constexpr int64_t kAloneSteps = 64;  // of fewer rows, after which come the next weights: 16 KiB
 
 #if defined(VSL_NEON)
 constexpr int kMoreRegisters = 2;  // 32, of which sums take 24 at most
@@ -33,13 +40,14 @@ inline vu load_units(const void* weights) {
     return units;
 }
 
-// How 32 bits of weights are multiplied by kParts units of x.
+// How 32 bits of weights are multiplied by kParts units of x, for kTogether rows at most at a time.
 struct FloatUnits {
     using Sum = vf;
     using Unit = float;  // of x, and of sums in memory
-    static constexpr int kParts = 1;
+    static constexpr int kParts = 1, kTogether = 6;
+    static constexpr int kPlanes = 1;  // forms of a block of x that follow each other
     static vf part(int, const uint32_t* weights) { return load((const float*)weights); }
-    static vf multiply_add(vf sum, vf weights, float x) { return sum + weights * splat(x); }
+    static vf multiply_add(vf sum, vf weights, const float* x) { return sum + weights * splat(*x); }
 };
 
 struct Bf16Units : FloatUnits {
@@ -54,19 +62,29 @@ struct Bf16Units : FloatUnits {
 struct ShortUnits {
     using Sum = vi;
     using Unit = int32_t;
-    static constexpr int kParts = 1;
+    static constexpr int kParts = 1, kTogether = 6, kPlanes = 1;
     static vi part(int, const uint32_t* weights) { return (vi)load_units(weights); }
-    static vi multiply_add(vi sum, vi weights, int32_t x) { return multiply_pairs(sum, weights, x); }
+    static vi multiply_add(vi sum, vi weights, const int32_t* x) { return multiply_pairs(sum, weights, *x); }
 };
 
 #if defined(VSL_NEON_BF16)
 // Pairs of bfloat16, of x too.
 struct PairsOfBf16 : FloatUnits {
-    static vf multiply_add(vf sum, vf weights, float x) { return multiply_bf16(sum, weights, splat(x)); }
+    static vf multiply_add(vf sum, vf weights, const float* x) { return multiply_bf16(sum, weights, splat(*x)); }
 };
 #endif
 
-#if defined(VSL_QUADS)
+#if defined(VSL_BYTES)
+// Four bytes, times four magnitudes of x. Weights, which are codes plus 128, are flipped into codes where x is positive; where
+// it is not, into less than their negatives by one, so that the magnitudes have to be added. Two products fit 16 bits:
+// 2 x 127 x 128 = 32512. A block of x is its magnitudes and then what flips weights.
+struct ByteUnits : ShortUnits {
+    static constexpr int32_t kMiddle = 1, kTogether = 4, kPlanes = 2;
+    static vi multiply_add(vi sum, vi weights, const int32_t* x) {
+        return sum + add_pairs(multiply_bytes((vu)splat(x[0]), weights ^ splat(x[kBlockInputs / 4])));
+    }
+};
+#elif defined(VSL_QUADS)
 // Four bytes, times four with a sign.
 struct ByteUnits : ShortUnits {
     static constexpr int32_t kMiddle = kUnsignedQuads ? 1 : 0;
@@ -74,7 +92,7 @@ struct ByteUnits : ShortUnits {
         const vu units = load_units(weights);
         return (vi)(kUnsignedQuads ? units : units ^ 0x80808080u);
     }
-    static vi multiply_add(vi sum, vi weights, int32_t x) { return multiply_quads(sum, weights, x); }
+    static vi multiply_add(vi sum, vi weights, const int32_t* x) { return multiply_quads(sum, weights, *x); }
 };
 #else
 // The same as two pairs: of bytes 0 and 2, and of 1 and 3.
@@ -85,83 +103,54 @@ struct ByteUnits : ShortUnits {
 };
 #endif
 
-// The weights that follow those that are multiplied. They are asked for a few at a time, all along: a core can wait for some
-// 16 lines at once, and in bursts it would wait for them in place of multiplying.
+// What is asked for before it is multiplied. The weights that follow, all along: a core can wait for some 16 lines at once, and
+// in bursts it would wait for them in place of multiplying. And the rows of x that come next.
 struct Following {
-    const char *next, *end;
-    int lines;  // before each pass over the inputs
-    bool many_rows;
-
-    void ask(int count) {
-        for (; count > 0 && next < end; count--, next += 64) __builtin_prefetch(next, 0, 2);
-    }
+    const char* next;
+    int64_t mask;  // of steps: those with none of its bits ask
+    bool rows;
 };
 
-// Adds the products of `steps` units of x to sums[kRows][kSlab], or begins them. With kKeep, weights are left at `kept` in the
-// form in which they were multiplied (a function of its own: else registers of all others are spilled). kAsk: lines of the following weights, each step.
-template <class Units, int kRows, int kVectors, int kAsk, bool kKeep>
-inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typename Units::Unit* x, int64_t x_stride,
+// Adds the products of `steps` units of weights and of x, rows of kApart units, to sums[kRows][kSlab], or begins them. With kKeep,
+// weights are left at `kept`, [unit][kVectors], in the form in which they were multiplied (a function of its own: else registers
+// of all others are spilled). kAsk: lines of the following weights that are asked for at once. One loop, and rows that are a
+// constant apart: else gcc keeps sums in memory.
+template <class Units, int kApart, int kRows, int kVectors, int kAsk, bool kKeep, int kStride = kSlab>
+inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typename Units::Unit* x,
                              typename Units::Unit* sums, bool begin, Following& following, typename Units::Unit* kept) {
     typename Units::Sum into[kRows][kVectors] = {};
     if (!begin)
         for (int r = 0; r < kRows; r++)
             for (int v = 0; v < kVectors; v++) std::memcpy(&into[r][v], sums + r * kSlab + v * kLanes, sizeof into[r][v]);
-    for (int64_t k = 0; k < steps; k++, weights += kSlab) {
-        if constexpr (kRows == 1)
-            for (int line = 0; line < kAsk; line++) __builtin_prefetch((const char*)weights + kNearAhead + line * 64);
-        else
-            following.ask(kAsk);
+    const char* next = following.next;
+    const int64_t mask = following.mask;
+    const bool rows = following.rows;
+    for (int64_t k = 0; k < steps; k++, weights += kStride) {
+        if ((k & mask) == 0)
+            for (int line = 0; line < kAsk; line++, next += 64) __builtin_prefetch(next, 0, kRows == 1 ? 3 : 2);
+        if (rows && k * Units::kParts % 16 == 0)
+            for (int r = 0; r < kRows; r++) __builtin_prefetch(x + (kRows + r) * kApart);
         // What is fewer, vectors or rows, stays in registers beside the sums.
-        for (int p = 0; p < Units::kParts; p++) {
-            const typename Units::Unit* const units = x + k * Units::kParts + p;
+        for (int p = 0; p < Units::kParts; p++, x++) {
             if constexpr (kRows >= kVectors) {
                 typename Units::Sum parts[kVectors];
                 for (int v = 0; v < kVectors; v++) parts[v] = Units::part(p, weights + v * kLanes);
                 if constexpr (kKeep)
-                    for (int v = 0; v < kVectors; v++)
-                        std::memcpy(kept + (k * Units::kParts + p) * kSlab + v * kLanes, &parts[v], sizeof parts[v]);
+                    for (int v = 0; v < kVectors; v++, kept += kLanes) std::memcpy(kept, &parts[v], sizeof parts[v]);
                 for (int r = 0; r < kRows; r++)
                     for (int v = 0; v < kVectors; v++)
-                        into[r][v] = Units::multiply_add(into[r][v], parts[v], units[r * x_stride]);
+                        into[r][v] = Units::multiply_add(into[r][v], parts[v], x + r * kApart);
             } else {
                 for (int v = 0; v < kVectors; v++) {
                     const typename Units::Sum part = Units::part(p, weights + v * kLanes);
-                    for (int r = 0; r < kRows; r++)
-                        into[r][v] = Units::multiply_add(into[r][v], part, units[r * x_stride]);
+                    for (int r = 0; r < kRows; r++) into[r][v] = Units::multiply_add(into[r][v], part, x + r * kApart);
                 }
             }
         }
     }
+    following.next = next;
     for (int r = 0; r < kRows; r++)
         for (int v = 0; v < kVectors; v++) std::memcpy(sums + r * kSlab + v * kLanes, &into[r][v], sizeof into[r][v]);
-}
-
-// As multiply_vectors, for all outputs of a slab. alone: no other rows share these weights.
-template <class Units, int kRows>
-inline void multiply_together(const uint32_t* weights, int64_t steps, const typename Units::Unit* x, int64_t x_stride,
-                              typename Units::Unit* sums, bool begin, bool alone, Following& following,
-                              typename Units::Unit* kept = nullptr) {
-    constexpr int kAll = kSlab / kLanes, kRegisters = kMoreRegisters * (kRows == 1 ? 8 : kRows == 2 ? 4 : 2);
-    constexpr int kVectors = kAll < 8 || kAll < kRegisters ? kAll : kRegisters, kPasses = kAll / kVectors;
-    for (int j = 0; j < kAll; j += kVectors) {
-        const auto multiply = [&](auto ask, auto keep) {
-            multiply_vectors<Units, kRows, kVectors, ask, keep>(weights + j * kLanes, steps, x, x_stride, sums + j * kLanes,
-                                                                begin, following, kept == nullptr ? nullptr : kept + j * kLanes);
-        };
-        if (alone) {
-            multiply(std::integral_constant<int, (4 + kPasses - 1) / kPasses>(), std::false_type());
-            continue;
-        }
-        following.ask(following.lines);
-        // Many rows lie in no near cache: each pass asks for its share of those that come next.
-        const int64_t share = steps * Units::kParts / kPasses;
-        for (int r = kRows; following.many_rows && r < 2 * kRows; r++)
-            for (int64_t k = j / kVectors * share; k < (j / kVectors + 1) * share; k += 16) __builtin_prefetch(x + r * x_stride + k);
-        if (kept == nullptr)
-            multiply(std::integral_constant<int, 0>(), std::false_type());
-        else
-            multiply(std::integral_constant<int, 0>(), std::true_type());
-    }
 }
 
 // Calls f(integral constant) with `count`, 1 to kMost.
@@ -172,16 +161,22 @@ inline void with_count(int count, const F& f) {
     f(std::integral_constant<int, kMost>());
 }
 
-// Calls f(first row, integral constant of rows) for all rows, kMost at a time or, at the end, a few more evenly.
-template <int kMost, class F>
-inline void few_rows(int64_t rows, const F& f) {
-    for (int64_t row = 0; row < rows;) {
-        const int64_t left = rows - row;
-        const int count = (int)(left <= kMost ? left : left < 2 * kMost ? (left + 1) / 2 : kMost);
-        with_count<kMost>(count, [&](auto constant) { f(row, constant); });
-        row += count;
+// Rows in groups of kMost at most, as even as they can be.
+template <int kMost>
+struct RowGroups {
+    int64_t rows, count;
+
+    explicit RowGroups(int64_t rows) : rows(rows), count((rows + kMost - 1) / kMost) {}
+
+    // Calls f(first row, integral constant of rows) for each.
+    template <class F>
+    void each(const F& f) const {
+        for (int64_t group = 0, row = 0, end; group < count; group++, row = end) {
+            end = (group + 1) * rows / count;
+            with_count<kMost>((int)(end - row), [&](auto constant) { f(row, constant); });
+        }
     }
-}
+};
 
 // Each format: the units that lie in a slab, and from how many rows on these are brought into another form once, by the first
 // rows that are multiplied, for the others.
@@ -210,7 +205,7 @@ struct Bf16PairPanels {
 
 struct Int8Panels {
     using Direct = ByteUnits;
-    using Prepared = ShortUnits;
+    using Prepared = std::conditional_t<ByteUnits::kParts == 1, ByteUnits, ShortUnits>;
     static constexpr int kFormat = kInt8, kDepth = 4;
     static constexpr int64_t kLeastRows = ByteUnits::kParts == 1 ? INT64_MAX : kPreparedInt8Rows;
 };
@@ -221,53 +216,110 @@ struct Int4Panels {
     using Prepared = FloatUnits;
     static constexpr int kFormat = kInt4, kDepth = 1;
     static constexpr int64_t kLeastRows = 0;
-    static void prepare(const uint8_t* group, int64_t inputs, float* out) {
-        for (int64_t i = 0; i < inputs; i += kGroup, group += kGroupBytes)
-            for (int j = 0; j < kSlab; j += kLanes) {
-                const bf16* const scales = (const bf16*)(group + kSlab * kGroup / 2) + j;
+
+    // Makes `vectors` vectors of outputs, from output j on.
+    static void prepare(const uint8_t* group, int64_t inputs, int j, int vectors, float* out) {
+        for (int64_t i = 0; i < inputs; i += kGroup, group += kGroupBytes, out += kGroup * vectors * kLanes)
+            for (int v = 0; v < vectors * kLanes; v += kLanes) {
+                const bf16* const scales = (const bf16*)(group + kSlab * kGroup / 2) + j + v;
                 const vf scale = load(scales), offset = load(scales + kSlab) - scale * splat(8.0f);
                 for (int k = 0; k < kGroup; k++) {
-                    const vu units = load_units(group + (k / 8 * kSlab + j) * 4);
+                    const vu units = load_units(group + (k / 8 * kSlab + j + v) * 4);
                     const vi code = (vi)(units >> (k % 8 / 2 * 4 + k % 2 * 16) & 15);
-                    store(out + (i + k) * kSlab + j, __builtin_convertvector(code, vf) * scale + offset);
+                    store(out + k * vectors * kLanes + v, __builtin_convertvector(code, vf) * scale + offset);
                 }
             }
     }
 };
 
-// Calls store(into, slab, row, 64 sums) for all outputs. x: rows of units, x_stride apart.
+// Rows of x in the form in which they are multiplied, [block of inputs][row][units of the block]: those of a few rows lie
+// together, and a constant apart.
+template <class Panels>
+struct PackedRows {
+    using Unit = typename Panels::Direct::Unit;
+    static constexpr int kInputs = Panels::kDepth / Panels::Direct::kParts;  // of a unit
+    static constexpr int kUnits = kBlockInputs / kInputs * Panels::Direct::kPlanes;
+
+    Unit* units;
+    int64_t rows;
+
+    // convert(row, first input, end, units) makes a row of a block.
+    template <class T, class Convert>
+    PackedRows(Context& context, const Linear<T>& linear, Scratch& memory, const Convert& convert) : rows(linear.rows) {
+        const int64_t inputs = linear.inputs, blocks = (inputs + kBlockInputs - 1) / kBlockInputs;
+        units = (Unit*)memory.reserve(rows * blocks * kUnits * sizeof(Unit));
+        run_ranges(context, rows, std::max<int64_t>(1, 16384 / inputs), [&](int64_t begin, int64_t end) {
+            for (int64_t i = 0; i < inputs; i += kBlockInputs)
+                for (int64_t row = begin; row < end; row++)
+                    convert(row, i, std::min<int64_t>(inputs, i + kBlockInputs), (Unit*)at(row, i));
+        });
+    }
+
+    const Unit* at(int64_t row, int64_t input) const { return units + (input / kBlockInputs * rows + row) * kUnits; }
+};
+
+// Multiplies a block of inputs of a slab by rows from `begin` on, which are those of `sums`.
+template <class Panels, class Unit = typename Panels::Direct::Unit>
+inline void multiply_block(const uint8_t* block, int64_t i, int64_t inputs, const PackedRows<Panels>& x, int64_t begin,
+                           int64_t rows, bool prepares, Unit* sums, Unit* prepared) {
+    using Direct = typename Panels::Direct;
+    using Prepared = typename Panels::Prepared;
+    constexpr bool kUnpacked = Panels::kFormat == kInt4;
+    constexpr int kAll = kSlab / kLanes, kApart = PackedRows<Panels>::kUnits, kInputs = PackedRows<Panels>::kInputs;
+    const uint32_t* const weights = (const uint32_t*)block;
+    const char* const next = (const char*)block + slab_bytes(Panels::kFormat, inputs);
+    const int64_t steps = inputs / Panels::kDepth, prepared_steps = inputs / kInputs;
+    const RowGroups<Direct::kTogether> groups(rows);
+    if (groups.count == 1 && !kUnpacked)
+        return with_count<Direct::kTogether>((int)rows, [&](auto count) {
+            constexpr int kRegisters = kMoreRegisters * (count == 1 ? 8 : count == 2 ? 4 : 2);
+            constexpr int kVectors = kAll < 8 || kAll < kRegisters ? kAll : kRegisters, kPasses = kAll / kVectors;
+            for (int64_t step = 0; step < steps; step += kAloneSteps) {
+                const uint32_t* const from = weights + step * kSlab;
+                Following following{(const char*)(from + (count == 1 ? kNearAhead / 4 : kAloneSteps * kSlab)), 0, false};
+                for (int j = 0; j < kAll; j += kVectors)
+                    multiply_vectors<Direct, kApart, count, kVectors, (4 + kPasses - 1) / kPasses, false>(
+                        from + j * kLanes, std::min(kAloneSteps, steps - step), x.at(begin, i) + step * Direct::kParts,
+                        sums + j * kLanes, i + step == 0, following, nullptr);
+            }
+        });
+    // A few outputs' weights stay in the first-level cache while all rows pass.
+    constexpr int kVectors = kAll < 8 ? kAll : 2 * kMoreRegisters, kPasses = kAll / kVectors, kAsk = kPasses == 1 ? 4 : 1;
+    const int64_t all_steps = prepares ? steps + (groups.count - 1) * prepared_steps : groups.count * steps;
+    const int64_t apart = all_steps * kPasses * kAsk * 64 / slab_bytes(Panels::kFormat, inputs);  // steps
+    Following following{next, 0, rows > kManyRows};
+    while (2 * following.mask + 2 <= apart) following.mask = 2 * following.mask + 1;
+    for (int j = 0; j < kAll; j += kVectors) {
+        if constexpr (kUnpacked) Panels::prepare(block, inputs, j * kLanes, kVectors, prepared);
+        groups.each([&](int64_t row, auto count) {
+            const Unit* const units = x.at(begin + row, i);
+            Unit* const into = sums + row * kSlab + j * kLanes;
+            if (kUnpacked || (prepares && row > 0))
+                multiply_vectors<Prepared, kApart, count, kVectors, kAsk, false, kVectors * kLanes>(
+                    (const uint32_t*)prepared, prepared_steps, units, into, i == 0, following, nullptr);
+            else if (prepares)
+                multiply_vectors<Direct, kApart, count, kVectors, kAsk, true>(weights + j * kLanes, steps, units, into, i == 0,
+                                                                              following, prepared);
+            else
+                multiply_vectors<Direct, kApart, count, kVectors, kAsk, false>(weights + j * kLanes, steps, units, into, i == 0,
+                                                                               following, nullptr);
+        });
+    }
+}
+
+// Calls store(into, slab, row, 64 sums) for all outputs.
 template <class Panels, class T, class Store>
-inline void run_panels(Context& context, const Linear<T>& linear, const typename Panels::Direct::Unit* x,
-                       int64_t x_stride, const Store& store) {
+inline void run_panels(Context& context, const Linear<T>& linear, const PackedRows<Panels>& x, const Store& store) {
     using Unit = typename Panels::Direct::Unit;
     run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int worker) {
         const uint8_t* const weights = linear.weights + slab * slab_bytes(Panels::kFormat, linear.inputs);
         const int64_t rows = end - begin;
         Unit* const sums = (Unit*)context.scratch[worker].reserve((rows + kBlockInputs) * kSlab * sizeof(Unit));
-        Unit* const prepared = sums + rows * kSlab;
         const bool prepares = !context.fixed_order && rows >= Panels::kLeastRows;
-        for (int64_t i = 0; i < linear.inputs; i += kBlockInputs) {
-            const int64_t inputs = std::min<int64_t>(kBlockInputs, linear.inputs - i);
-            const uint32_t* const block = (const uint32_t*)(weights + slab_bytes(Panels::kFormat, i));
-            constexpr int kDirect = Panels::kDepth / Panels::Direct::kParts;  // inputs of a unit of x
-            const Unit* const from = x + begin * x_stride + i / kDirect;
-            const char* const next = (const char*)block + slab_bytes(Panels::kFormat, inputs);
-            const int64_t bytes = slab_bytes(Panels::kFormat, kBlockInputs);
-            Following following{next, next + bytes, (int)(bytes / 64 * kMostTogether / (rows * 4) + 1), rows > kManyRows};
-            constexpr bool kUnpacked = Panels::kFormat == kInt4;
-            if constexpr (kUnpacked) Panels::prepare((const uint8_t*)block, inputs, prepared);
-            few_rows<kMostTogether>(rows, [&](int64_t row, auto count) {
-                const Unit* const units = from + row * x_stride;
-                Unit* const into = sums + row * kSlab;
-                const bool alone = count == rows;
-                if (kUnpacked || (prepares && row > 0))
-                    multiply_together<typename Panels::Prepared, count>((const uint32_t*)prepared, inputs / kDirect, units,
-                                                                        x_stride, into, i == 0, alone, following);
-                else
-                    multiply_together<typename Panels::Direct, count>(block, inputs / Panels::kDepth, units, x_stride, into,
-                                                                      i == 0, alone, following, prepares ? prepared : nullptr);
-            });
-        }
+        for (int64_t i = 0; i < linear.inputs; i += kBlockInputs)
+            multiply_block<Panels>(weights + slab_bytes(Panels::kFormat, i), i,
+                                   std::min<int64_t>(kBlockInputs, linear.inputs - i), x, begin, rows, prepares, sums,
+                                   sums + rows * kSlab);
         for (int64_t row = begin; row < end; row++) store(into, slab, row, sums + (row - begin) * kSlab);
     });
 }
@@ -278,56 +330,69 @@ inline void store_sums(const Linear<T>& into, int64_t slab, int64_t row, const f
     store_slab(sums, into.out + row * into.out_stride + slab * kSlab, into.outputs - slab * kSlab);
 }
 
-// In fp32, from x in fp32.
+// In fp32.
+template <class Panels, class T>
+inline void run_floats(Context& context, const Linear<T>& linear) {
+    const PackedRows<Panels> x(context, linear, context.shared, [&](int64_t row, int64_t i, int64_t end, float* units) {
+        for (; i < end; i += kLanes, units += kLanes) store(units, load(linear.x + row * linear.x_stride + i));
+    });
+    run_panels(context, linear, x, store_sums<T>);
+}
+
 template <class T>
 inline void run_float(Context& context, const Linear<T>& linear) {
-    const int64_t inputs = linear.inputs, stride = inputs + kLine;
-    float* const x = (float*)context.shared.reserve(linear.rows * stride * 4);
-    run_ranges(context, linear.rows, std::max<int64_t>(1, 16384 / inputs), [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; r++)
-            for (int64_t i = 0; i < inputs; i += kLanes)
-                vsl::store(x + r * stride + i, load(linear.x + r * linear.x_stride + i));
+    if (linear.format == kInt4) return run_floats<Int4Panels>(context, linear);
+    if (linear.format == kFloat) return run_floats<FloatPanels>(context, linear);
+    run_floats<Bf16Panels>(context, linear);
+}
+
+#if defined(VSL_NEON_BF16)
+inline void run_bf16_pairs(Context& context, const Linear<bf16>& linear) {
+    const PackedRows<Bf16PairPanels> x(context, linear, context.shared, [&](int64_t row, int64_t i, int64_t end, float* units) {
+        std::memcpy(units, linear.x + row * linear.x_stride + i, (end - i) * sizeof(bf16));
     });
-    const auto store = store_sums<T>;
-    if (linear.format == kInt4) return run_panels<Int4Panels>(context, linear, x, stride, store);
-    if (linear.format == kFloat) return run_panels<FloatPanels>(context, linear, x, stride, store);
-    run_panels<Bf16Panels>(context, linear, x, stride, store);
+    run_panels(context, linear, x, store_sums<bf16>);
+}
+#endif
+
+// Codes as ByteUnits multiplies them. middle: takes what the sums of products are too large by, if it is not 128 x the codes.
+inline void pack_codes(const int8_t* codes, int64_t count, int32_t* units, [[maybe_unused]] int32_t* middle) {
+#if defined(VSL_BYTES)
+    for (int64_t i = 0; i < count; i += 32, units += 8) {
+        const __m256i whole = _mm256_loadu_si256((const __m256i*)(codes + i)), magnitudes = _mm256_abs_epi8(whole);
+        const __m256i negative = _mm256_cmpgt_epi8(__m256i{}, whole);
+        _mm256_storeu_si256((__m256i*)units, magnitudes);
+        _mm256_storeu_si256((__m256i*)(units + kBlockInputs / 4), _mm256_xor_si256(negative, _mm256_set1_epi8(-128)));
+        const __m256i sums = _mm256_sad_epu8(_mm256_and_si256(magnitudes, negative), __m256i{});
+        *middle -= (int32_t)(sums[0] + sums[1] + sums[2] + sums[3]);
+    }
+#elif defined(VSL_QUADS)
+    std::memcpy(units, codes, count);
+#else
+    for (int64_t i = 0; i < count; i += 4)
+        for (int j = 0; j < 2; j++)
+            *units++ = (int32_t)(uint16_t)codes[i + j] | (int32_t)((uint32_t)codes[i + j + 2] << 16);
+#endif
 }
 
 // In int8, exactly: sums are whole numbers.
 template <class T>
 inline void run_bytes(Context& context, const Linear<T>& linear, const QuantizedRows& rows) {
-    const int64_t inputs = linear.inputs;
-    const int32_t* x = (const int32_t*)rows.codes;
-    int64_t stride = inputs / 4;
-    if constexpr (ByteUnits::kParts == 2) {
-        stride = inputs / 2 + kLine;
-        int32_t* const pairs = (int32_t*)context.pairs.reserve(linear.rows * stride * 4);
-        run_ranges(context, linear.rows, std::max<int64_t>(1, 16384 / inputs), [&](int64_t begin, int64_t end) {
-            for (int64_t r = begin; r < end; r++)
-                for (int64_t i = 0; i < inputs; i += 4) {
-                    const int8_t* const codes = rows.codes + r * inputs + i;
-                    int32_t* const pair = pairs + r * stride + i / 2;
-                    pair[0] = (uint16_t)codes[0] | (int32_t)((uint32_t)codes[2] << 16);
-                    pair[1] = (uint16_t)codes[1] | (int32_t)((uint32_t)codes[3] << 16);
-                }
-        });
-        x = pairs;
-    }
-    run_panels<Int8Panels>(context, linear, x, stride,
-                           [&](const Linear<T>& into, int64_t slab, int64_t row, const int32_t* sums) {
-                               float values[kSlab];
-                               for (int j = 0; j < kSlab; j += kLanes) {
-                                   vi whole;
-                                   std::memcpy(&whole, sums + j, sizeof whole);
-                                   const vf scale = load(linear.scales + slab * kSlab + j) * splat(rows.scales[row]);
-                                   const int32_t shift = rows.sums[row] * ByteUnits::kMiddle;
-                                   const vf value = __builtin_convertvector(whole - splat(shift), vf);
-                                   vsl::store(values + j, value * scale);
-                               }
-                               store_slab(values, into.out + row * into.out_stride + slab * kSlab,
-                                          into.outputs - slab * kSlab);
-                           });
+    const PackedRows<Int8Panels> x(context, linear, context.packed, [&](int64_t row, int64_t i, int64_t end, int32_t* units) {
+        if (ByteUnits::kPlanes == 2 && i == 0) rows.sums[row] = 0;
+        pack_codes(rows.codes + row * linear.inputs + i, end - i, units, rows.sums + row);
+    });
+    run_panels(context, linear, x, [&](const Linear<T>& into, int64_t slab, int64_t row, const int32_t* sums) {
+        float values[kSlab];
+        for (int j = 0; j < kSlab; j += kLanes) {
+            vi whole;
+            std::memcpy(&whole, sums + j, sizeof whole);
+            const vf scale = load(linear.scales + slab * kSlab + j) * splat(rows.scales[row]);
+            const int32_t shift = rows.sums[row] * ByteUnits::kMiddle;
+            vsl::store(values + j, __builtin_convertvector(whole - splat(shift), vf) * scale);
+        }
+        store_slab(values, into.out + row * into.out_stride + slab * kSlab, into.outputs - slab * kSlab);
+    });
 }
 
 // ------------------------------------------------------------------------------------- int4 by rows in 8 bits
@@ -383,7 +448,7 @@ inline void multiply_group(const uint8_t* group, int j, const int8_t* codes, int
                 into[r][v] = multiply_quads(into[r][v], (vi)low[v], x[0]);
                 into[r][v] = multiply_quads(into[r][v], (vi)high[v], x[1]);
 #else
-                into[r][v] += multiply_bytes(low[v], x[0]) + multiply_bytes(high[v], x[1]);
+                into[r][v] += multiply_bytes(low[v], splat(x[0])) + multiply_bytes(high[v], splat(x[1]));
 #endif
             }
         }
@@ -426,7 +491,7 @@ inline void run_int4_bytes(Context& context, const Linear<T>& linear) {
                             x.sums + r * groups);
     });
     run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int) {
-        few_rows<kMostInt4Together>(end - begin, [&](int64_t first, auto count) {
+        RowGroups<kMostInt4Together>(end - begin).each([&](int64_t first, auto count) {
             float totals[count * kSlab];
             multiply_groups<count>(linear.weights + slab * slab_bytes(kInt4, inputs), begin + first, x, inputs, totals);
             for (int r = 0; r < count; r++)

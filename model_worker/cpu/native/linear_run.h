@@ -64,7 +64,7 @@ inline void run_linear(Context& context, const Linear<bf16>& linear) {
     run_pairs(context, linear);
 #elif defined(VSL_NEON_BF16)
     if (linear.format == kInt4) return run_int4_bytes(context, linear);
-    run_panels<Bf16PairPanels>(context, linear, (const float*)linear.x, linear.x_stride / 2, store_sums<bf16>);
+    run_bf16_pairs(context, linear);
 #elif defined(VSL_AVX2) || defined(VSL_AVX512) || defined(VSL_NEON)
     linear.format == kInt4 ? run_int4_bytes(context, linear) : run_float(context, linear);
 #else

@@ -50,6 +50,9 @@ constexpr int kLanes = 4;
 // Instructions, or a few of them, that multiply and add four bytes at once in vectors of kLanes.
 #if defined(VSL_AVX_VNNI) || defined(VSL_NEON)
 #define VSL_QUADS 1
+#elif (defined(VSL_AVX2) || defined(VSL_AVX512)) && !defined(VSL_VNNI)
+// Instructions that multiply bytes and add two of the products in 16 bits.
+#define VSL_BYTES 1
 #endif
 
 struct bf16 {
@@ -178,6 +181,15 @@ inline void store_bytes(int8_t* p, vi v) {
 #endif
 }
 
+#if defined(VSL_AVX2)
+// Each lane must fit a byte, or it becomes another one.
+inline void store_bytes(int8_t* p, vi a, vi b, vi c, vi d) {
+    const __m256i low = _mm256_packs_epi32((__m256i)a, (__m256i)b), high = _mm256_packs_epi32((__m256i)c, (__m256i)d);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+}
+#endif
+
 // Round to nearest even. |v| must be below 128; a NaN becomes some number.
 inline void store(int8_t* p, vf v) {
 #if defined(VSL_AVX512)
@@ -286,13 +298,12 @@ inline vi multiply_pairs(vi sum, vi w, int32_t x) {
 #if defined(VSL_AVX512) || defined(VSL_AVX2)
 typedef int16_t vs __attribute__((vector_size(4 * kLanes)));
 
-// The sums of adjacent products of bytes without a sign, of w, and with one, the same four in all lanes, of x. They must
-// fit 16 bits.
-inline vs multiply_bytes(vu w, int32_t x) {
+// The sums of adjacent products of bytes without a sign, of a, and with one, of b. They must fit 16 bits.
+inline vs multiply_bytes(vu a, vi b) {
 #if defined(VSL_AVX512)
-    return (vs)_mm512_maddubs_epi16((__m512i)w, _mm512_set1_epi32(x));
+    return (vs)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
 #else
-    return (vs)_mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x));
+    return (vs)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
 #endif
 }
 
