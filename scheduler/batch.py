@@ -26,14 +26,32 @@ class PrefillChunk(msgspec.Struct, frozen=True):
 
 
 class DecodeRows:
-    """Requests with a decode row, and their numbers as arrays; the same object while the same ones run."""
+    """Requests with a decode row each, in order, and their uids and slots as arrays in the same one."""
 
     __slots__ = ("requests", "slots", "uids")
 
-    def __init__(self, requests: list[Request]) -> None:
-        self.requests = requests
-        self.uids = array("q", [request.uid for request in requests])
-        self.slots = array("i", [request.slot for request in requests])
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.uids = array("q")
+        self.slots = array("i")
+
+    def add(self, request: Request) -> None:
+        self.requests.append(request)
+        self.uids.append(request.uid)
+        self.slots.append(request.slot)
+
+    def remove(self, request: Request) -> None:
+        """Raises ValueError when it is not there."""
+        row = self.requests.index(request)
+        del self.requests[row], self.uids[row], self.slots[row]
+
+    def clear(self) -> None:
+        del self.requests[:], self.uids[:], self.slots[:]
+
+    def copy(self) -> DecodeRows:
+        rows = DecodeRows()
+        rows.requests, rows.uids, rows.slots = self.requests[:], self.uids[:], self.slots[:]
+        return rows
 
     def __len__(self) -> int:
         return len(self.requests)

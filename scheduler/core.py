@@ -228,7 +228,7 @@ class Scheduler:
             for request in list(state.requests.values()):
                 self._results.end(request, Finish("abort"), outputs)
         elif mode == "retract":
-            for request in [*state.decoding.values(), *state.prefilling.values()]:
+            for request in [*state.decoding, *state.prefilling.values()]:
                 state.requeue(request)
         return outputs
 

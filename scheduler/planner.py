@@ -47,7 +47,7 @@ class StepPlanner:
         self._page_size = state.config.page_size
         self._speculation = speculation
         self._blocked: tuple[int, int, int] | None = None  # how things were when memory was last found short
-        self._rows = DecodeRows([])  # of the last step
+        self._rows = DecodeRows()  # of the last step
         # of the step being planned
         self._tokens_left = 0
         self._cost_left = math.inf
@@ -59,9 +59,9 @@ class StepPlanner:
         """The next step, already entered into the state; None when nothing can run before a result comes or at all."""
         state = self._state
         self._retracted = False
-        drafts = None if state.prefilling else self._speculation.plan(state.decoding.values())
+        drafts = None if state.prefilling else self._speculation.plan(state.decoding.requests)
         tokens = None if drafts is None else self._secure_draft_pages(drafts.rooms)
-        stalled = self._secure_decode_pages() if tokens is None else set()
+        stalled = self._secure_decode_pages() if tokens is None else []
         decode, work = self._decode_rows(stalled, tokens)
         self._chunks = []
         self._decode_tokens = work.tokens
@@ -101,25 +101,25 @@ class StepPlanner:
         """
         state, memory = self._state, self._state.memory
         tokens, needs = array("i"), []
-        for request, room in zip(state.decoding.values(), rooms, strict=True):
+        for request, room in zip(state.decoding, rooms, strict=True):
             count = min(1 + room, request.kv_limit - request.num_computed_tokens)
             tokens.append(count)
             needs.append(memory.pages_for(request.num_computed_tokens + count) - len(request.pages))
         if sum(needs) > memory.spare:
             return None
-        for request, need in zip(state.decoding.values(), needs, strict=True):
+        for request, need in zip(state.decoding, needs, strict=True):
             if need:
                 state.builder.add_pages(request, memory.grow(request, need))
         return tokens
 
-    def _secure_decode_pages(self) -> set[int]:
-        """Give a page to every decode row that begins one. Returns the uids that must sit this step out.
+    def _secure_decode_pages(self) -> list[Request]:
+        """Give a page to every decode row that begins one. Returns the requests that must sit this step out.
 
         When pages run out and none are on their way back, requests are retracted until the rest fits.
         """
         state, memory, page_size = self._state, self._state.memory, self._page_size
         while True:
-            needy = [r for r in state.decoding.values() if r.num_computed_tokens % page_size == 0]
+            needy = [r for r in state.decoding if r.num_computed_tokens % page_size == 0]
             stalled: list[Request] = []
             if len(needy) > memory.spare:
                 sure = [r for r in needy if r.guaranteed]
@@ -133,16 +133,15 @@ class StepPlanner:
             if needy:
                 for request, page in zip(needy, memory.grow_each(needy), strict=True):
                     state.builder.add_pages(request, (page,))
-            return {r.uid for r in stalled}
+            return stalled
 
-    def _decode_rows(self, stalled: set[int], tokens: array[int] | None) -> tuple[DecodeRows, Work]:
+    def _decode_rows(self, stalled: list[Request], tokens: array[int] | None) -> tuple[DecodeRows, Work]:
         """One token, or so many `tokens`, of every decoding request that is not stalled; and what that comes to."""
         state, number = self._state, self._state.next_step
-        requests = list(state.decoding.values())
-        if stalled:
-            requests = [r for r in requests if r.uid not in stalled]
-        if requests != self._rows.requests:
-            self._rows = DecodeRows(requests)
+        if stalled or state.decoding.requests != self._rows.requests:
+            self._rows = state.decoding.copy()  # steps in flight have the old ones
+            for request in stalled:
+                self._rows.remove(request)
         rows = self._rows
         context = 0
         ending = []
@@ -164,7 +163,7 @@ class StepPlanner:
                 if request.num_computed_tokens >= request.kv_limit:
                     ending.append(request)
         for request in ending:
-            del state.decoding[request.uid]
+            state.decoding.remove(request)
             state.ending[request.uid] = request
         return rows, work
 
@@ -179,7 +178,7 @@ class StepPlanner:
         self._ratio.retracted(self._running())
 
     def _running(self) -> Iterator[Request]:
-        yield from self._state.decoding.values()
+        yield from self._state.decoding
         yield from self._state.prefilling.values()
 
     # ------------------------------------------------------------------------------------------------------- prefill
@@ -216,8 +215,10 @@ class StepPlanner:
         self._cost_left -= self._cost.added(chunk_work(start, count))
         if samples:
             del state.prefilling[request.uid]
-            place = state.ending if end >= request.kv_limit else state.decoding
-            place[request.uid] = request
+            if end >= request.kv_limit:
+                state.ending[request.uid] = request
+            else:
+                state.decoding.add(request)
         return True
 
     def _affordable(self, start: int, wanted: int) -> int:

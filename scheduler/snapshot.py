@@ -57,7 +57,7 @@ class Snapshot(msgspec.Struct):
 
 
 def take(state: SchedulerState, stats: dict[str, int | float | str | bool]) -> Snapshot:
-    running = [*state.decoding.values(), *state.ending.values(), *state.prefilling.values()]
+    running = [*state.decoding, *state.ending.values(), *state.prefilling.values()]
     phases = dict.fromkeys(state.prefilling, "prefill")
     rows = [_row(request, phases.get(request.uid, "decode")) for request in running[:MAX_ROWS]]
     waiting = state.waiting.snapshot()[:MAX_WAITING]

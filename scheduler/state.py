@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Literal
 
-from vibe_sgl_lite.scheduler.batch import BatchBuilder, Step
+from vibe_sgl_lite.scheduler.batch import BatchBuilder, DecodeRows, Step
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.fairness import FairShares
 from vibe_sgl_lite.scheduler.histogram import Histogram
@@ -93,7 +93,7 @@ class SchedulerState:
         self.ends = Counter[int]()
         self.waiting = WaitingQueue()
         self.prefilling: dict[int, Request] = {}
-        self.decoding: dict[int, Request] = {}
+        self.decoding = DecodeRows()
         self.ending: dict[int, Request] = {}
         self.leaving: dict[int, Request] = {}
         self._suspects: list[Request] = []
@@ -187,7 +187,7 @@ class SchedulerState:
         assert self.tier is None is self.host, "its pages belong to the weights before"
         for request in list(self.prefilling.values()):
             self.requeue(request)
-        for request in self.decoding.values():
+        for request in self.decoding:
             request.tainted = True
         self.memory.cache.park(None if flush else self.weight_version)
         if not flush:
@@ -228,7 +228,7 @@ class SchedulerState:
         if request.uid not in self.leaving:
             self.memory.shrink(request)
             if self.ending.pop(request.uid, None) is not None:
-                self.decoding[request.uid] = request
+                self.decoding.add(request)
 
     def lose_ranks(self, epoch: int) -> list[Request]:
         """Everything that runs waits again, with its tokens; steps in flight, pages and cache are gone.
@@ -237,8 +237,8 @@ class SchedulerState:
         there at one loss less runs next, one at a time and with no newcomer beside it, so that the next loss tells the
         guilty from those that only ran beside them.
         """
-        holders = {**self.prefilling, **self.decoding, **self.ending, **self.leaving}
-        for request in holders.values():
+        holders = [*self.prefilling.values(), *self.decoding, *self.ending.values(), *self.leaving.values()]
+        for request in holders:
             if request.last_step > self.completed_step and not request.finished:
                 gained = request.num_tokens > request.tokens_at_loss
                 request.losses = 1 if gained else request.losses + 1
@@ -247,10 +247,10 @@ class SchedulerState:
             if watcher is not None:
                 self.memory.cache.watchers.remove(watcher)
         self.tier = self.host = None
-        self.memory.lose(holders.values())
+        self.memory.lose(holders)
         for place in (self.prefilling, self.decoding, self.ending, self.leaving):
             place.clear()
-        for request in holders.values():
+        for request in holders:
             self._wait_anew(request)
             if not request.finished and not request.queued:
                 self.waiting.add(request)
@@ -276,11 +276,8 @@ class SchedulerState:
         return None
 
     def _leave(self, request: Request) -> None:
-        for place in (self.decoding, self.prefilling, self.ending):
-            if place.pop(request.uid, None) is not None:
-                break
-        else:
-            raise AssertionError(f"{request} is not running")
+        if self.prefilling.pop(request.uid, None) is None and self.ending.pop(request.uid, None) is None:
+            self.decoding.remove(request)
         self.leaders.end(request)
         self.memory.unreserve(request)
         self.shares.charge(request, request.num_tokens - request.prefill_end)

@@ -52,7 +52,7 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 
 
 SAMPLED, LOSE_RANKS, LOSE = ResultApplier._sampled, SchedulerState.lose_ranks, KVMemory.lose
-COMPLETE, DECODE_ROWS = Scheduler.complete, DecodeRows.__init__
+COMPLETE = Scheduler.complete
 
 
 def lose_the_last_output(applier: ResultApplier, request: Request, *rest: Any) -> None:
@@ -61,9 +61,9 @@ def lose_the_last_output(applier: ResultApplier, request: Request, *rest: Any) -
         rest[-1].tokens.pop()
 
 
-def mix_up_slots(rows: DecodeRows, requests: list[Request]) -> None:
-    DECODE_ROWS(rows, requests)
-    rows.slots[-1:] = rows.slots[:1]
+def mix_up_slots(rows: DecodeRows, request: Request) -> None:
+    row = rows.requests.index(request)
+    del rows.requests[row], rows.uids[row], rows.slots[-1]
 
 
 def count_a_dropped_row(applier: ResultApplier, request: Request, tokens: bytes, *rest: Any) -> None:
@@ -82,8 +82,10 @@ def keep_what_follows_an_end(applier: ResultApplier, request: Request, tokens: b
 
 
 def leave_at_once(state: SchedulerState, request: Request) -> None:
-    for place in (state.decoding, state.prefilling, state.ending):
+    for place in (state.prefilling, state.ending):
         place.pop(request.uid, None)
+    if request in state.decoding.requests:
+        state.decoding.remove(request)
     state.leaders.end(request)
     state.memory.unreserve(request)
     state._release(request)
@@ -127,12 +129,12 @@ def never_end_a_killer(state: SchedulerState, epoch: int) -> list[Request]:
 
 def suspect_too_many(state: SchedulerState, epoch: int) -> list[Request]:
     for sample in state.requests.values():
-        sample.tokens_at_loss = sample.num_tokens
+        sample.tokens_at_loss, sample.losses = sample.num_tokens, max(sample.losses, 1)
     return LOSE_RANKS(state, epoch)
 
 
 def promise_pages(planner: StepPlanner, rooms: Iterable[int]) -> array[int]:
-    rows = zip(planner._state.decoding.values(), rooms, strict=True)
+    rows = zip(planner._state.decoding, rooms, strict=True)
     return array("i", [min(1 + room, r.kv_limit - r.num_computed_tokens) for r, room in rows])
 
 
@@ -156,7 +158,8 @@ PLANTED = {
     "the ranks do not learn of a page": Planted(BatchBuilder, "add_pages", 3, nothing),
     "a failed row enters the cache": Planted(ResultApplier, "_fail", 1, lambda applier, r, *rest: None),
     "all rows only have a token more": Planted(ResultApplier, "_rows_apart", 1, lambda *args: []),
-    "a row has another one's slot": Planted(DecodeRows, "__init__", 1, mix_up_slots),
+    "a row has another one's slot": Planted(DecodeRows, "remove", 1, mix_up_slots),
+    "rows of steps in flight change": Planted(DecodeRows, "copy", 1, lambda rows: rows),
     "a dropped row counts": Planted(ResultApplier, "_sampled", 1, count_a_dropped_row),
     "what follows an end counts": Planted(ResultApplier, "_sampled", 1, keep_what_follows_an_end),
     "a page of a rejected draft leaks": Planted(KVMemory, "shrink", 1, leak_pages_of_drafts),

@@ -200,7 +200,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def retract(self, data: st.DataObject) -> None:
         state = self.harness.scheduler.state
-        running = [*state.decoding.values(), *state.prefilling.values()]
+        running = [*state.decoding, *state.prefilling.values()]
         candidates = [r for r in running if not r.guaranteed]
         if candidates:
             state.retract(data.draw(st.sampled_from(candidates)))

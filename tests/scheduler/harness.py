@@ -60,8 +60,8 @@ def check_pages(scheduler: Scheduler, rank: FakeRank | None = None) -> None:
     nodes = list(cache.nodes())
     for node in nodes:
         places += node.pages
-    holders = {**state.prefilling, **state.decoding, **state.ending, **state.leaving}
-    for holder in holders.values():
+    holders = [*state.prefilling.values(), *state.decoding, *state.ending.values(), *state.leaving.values()]
+    for holder in holders:
         places += holder.pages[holder.num_shared_pages :]
     for _, pages in memory._deferred:
         places += pages
@@ -72,7 +72,7 @@ def check_pages(scheduler: Scheduler, rank: FakeRank | None = None) -> None:
     assert sorted(places) == list(range(memory.num_pages)), "a page is lost or in two places"
 
     locked = {id(node): 0 for node in nodes}
-    for holder in holders.values():
+    for holder in holders:
         path, walk = [], holder.node
         while walk is not None and walk.parent is not None:
             locked[id(walk)] += 1
@@ -101,7 +101,7 @@ def check_pages(scheduler: Scheduler, rank: FakeRank | None = None) -> None:
         assert memory.num_deferred == 0
         assert not state.leaving
         assert memory.spare >= 0
-    slots = [holder.slot for holder in holders.values()]
+    slots = [holder.slot for holder in holders]
     assert sorted(slots + state.free_slots) == list(range(scheduler.config.max_running_requests))
     if rank is not None:
         for step in state.in_flight:

@@ -58,7 +58,7 @@ def test_whoever_was_paused_gets_the_same_tokens(mode: PauseMode, overlap: bool)
 
 def test_a_retracted_request_comes_to_its_end_before_a_pause_has_come_about() -> None:
     harness = running()
-    harness.scheduler.state.retract(next(iter(harness.scheduler.state.decoding.values())))
+    harness.scheduler.state.retract(next(iter(harness.scheduler.state.decoding)))
     pause(harness, "wait")
     settle(harness)
     assert [uid for uid, sample in harness.samples.items() if sample.finish is not None] == [0, 1, 2]

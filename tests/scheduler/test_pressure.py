@@ -41,13 +41,13 @@ def test_after_three_retractions_the_whole_need_is_reserved(overlap: bool) -> No
     unlucky = h.scheduler.state.requests[0]
     state = h.scheduler.state
     for _ in range(MAX_RETRACTIONS):
-        while not (0 in state.decoding or 0 in state.prefilling):
+        while not (0 in state.decoding.uids or 0 in state.prefilling):
             h.step()
         state.retract(unlucky)
     assert unlucky.guaranteed
     for uid in range(1, 5):
         h.add(request(uid, [uid] * 8, max_new_tokens=40))
-    while not (0 in state.decoding or 0 in state.prefilling):
+    while not (0 in state.decoding.uids or 0 in state.prefilling):
         h.step()
     memory = state.memory
     assert len(unlucky.pages) + unlucky.reserved_pages == 12  # 8 + 39 tokens of KV
