@@ -21,9 +21,10 @@ import zmq
 
 from vibe_sgl_lite.runtime.errors import StartupError
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
+from vibe_sgl_lite.runtime.launcher.diagnosis import Facts
 from vibe_sgl_lite.runtime.launcher.spawn import ChildSpec, pipeline_children
 from vibe_sgl_lite.runtime.launcher.spec import make_spec, threads_per_rank
-from vibe_sgl_lite.runtime.launcher.watch import DRAIN_S, HEARTBEAT_LOST_S, Facts, Watch
+from vibe_sgl_lite.runtime.launcher.watch import DRAIN_S, HEARTBEAT_LOST_S, Watch
 from vibe_sgl_lite.runtime.messages import Weights
 from vibe_sgl_lite.runtime.page_folder import FolderClaim
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs

@@ -21,9 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vibe_sgl_lite.runtime.errors import EngineDeadError, EngineLostError
-from vibe_sgl_lite.runtime.launcher.boot import LOAD_FAILED
 from vibe_sgl_lite.runtime.launcher.control import ControlLine
-from vibe_sgl_lite.runtime.launcher.spawn import STACK_DUMP_S, ChildProcess, ChildSpec
+from vibe_sgl_lite.runtime.launcher.diagnosis import Facts, WatchedChild, end_hung, in_trouble, likeliest_cause
+from vibe_sgl_lite.runtime.launcher.spawn import ChildProcess, ChildSpec
 from vibe_sgl_lite.runtime.launcher.standby import Standby
 from vibe_sgl_lite.runtime.launcher.supervisor import WINDOW_S, Supervisor
 from vibe_sgl_lite.runtime.logs import one_line
@@ -46,7 +46,6 @@ from vibe_sgl_lite.runtime.messages import (
 
 POLL_S = 0.05  # an exit is noticed after this long at most, plus SETTLE_S
 SETTLE_S = 0.05  # after the first sign of trouble: let its other signs come in, to name the cause and not a consequence
-FAILED_EXIT_S = 1.0  # a child that said it failed may take this long to exit
 HEARTBEAT_LOST_S = 15.0
 OWN_PAUSE_S = 2.0  # between two checks; longer means that the launcher itself did not run (Ctrl-Z, a debugger)
 STILL_STARTING_S = 10.0  # between two words on who is awaited
@@ -56,8 +55,6 @@ HURRY_S = 1.5  # what is left of that after a second signal: all is over within 
 TELL_S = 1.0  # for the tokenizer manager to send every client its terminal event
 EXIT_S = 2.0  # from Shutdown to SIGKILL
 TOKENIZER_MANAGER, SCHEDULER, DETOKENIZER = "tokenizer_manager", "scheduler", "detokenizer"
-
-Facts = Mapping[str, int | float | str]
 
 log = logging.getLogger(__name__)
 
@@ -76,18 +73,6 @@ class _Final(_Failed):
 
 class _Stopped(Exception):
     """Asked to stop before all children were ready."""
-
-
-class _Child:
-    """What the watch knows of one child's process; a child that starts again gets a new one."""
-
-    def __init__(self, process: ChildProcess, now: float) -> None:
-        self.process = process
-        self.started = now
-        self.facts: Facts | None = None
-        self.last_seen = now
-        self.failed: ChildFailed | None = None
-        self.failed_at = 0.0
 
 
 class Watch:
@@ -136,7 +121,7 @@ class Watch:
         self._on_progress = on_progress
         self._keep_weights = keep_weights
         self._control = ControlLine(control_address)
-        self._children: dict[str, _Child] = {}
+        self._children: dict[str, WatchedChild] = {}
         self._drained = False
         self._hung: tuple[str, str] | None = None  # a child and why
         self._checked_at = time.monotonic()
@@ -187,7 +172,7 @@ class Watch:
                 process = ChildProcess(self._specs[name], spec_file, self._threads, self._life[0])
             else:
                 process.start(spec_file)
-            self._children[name] = _Child(process, time.monotonic())
+            self._children[name] = WatchedChild(process, time.monotonic())
 
     def _end(self, names: Sequence[str]) -> None:
         """Kill and reap."""
@@ -356,39 +341,15 @@ class Watch:
         """Raises _Failed when a child is gone, has said that it failed and stays, or hangs as another one says."""
         if self._hung is not None:
             self._end_hung(*self._hung)
-        if not self._in_trouble():
+        children = self._children.values()
+        if not in_trouble(children, may_leave=self._hosts_only):
             return
         deadline = time.monotonic() + SETTLE_S
         while (left := deadline - time.monotonic()) > 0:
             self._turn(left)
-        raise _Failed(*self._cause())
-
-    def _in_trouble(self) -> bool:
-        now = time.monotonic()
-        fine = (None, 0) if self._hosts_only else (None,)
-        return any(
-            child.process.exit_code() not in fine
-            or (child.failed is not None and now - child.failed_at > FAILED_EXIT_S)
-            for child in self._children.values()
-        )
-
-    def _cause(self) -> tuple[str, str]:
-        """The likeliest first cause and whose it is: a kill, then a user's mistake, a child's words, a bare exit."""
-
-        def rank(child: _Child) -> int:
-            code = child.process.exit_code()
-            if code is not None and code < 0:
-                return 0
-            if child.failed is not None:
-                return 1 if child.failed.user else 2
-            return 3 if code is not None else 4
-
-        child = min(self._children.values(), key=rank)
-        self.users_mistake = rank(child) == 1 or child.process.exit_code() == LOAD_FAILED
-        if rank(child) in (1, 2) and child.failed is not None:
-            return f"{child.process.name}: {one_line(child.failed.message)}", child.process.name
-        when = "" if child.facts is not None else " while starting"
-        return f"{child.process.name} {child.process.exit_words()}{when}", child.process.name
+        cause = likeliest_cause(children)
+        self.users_mistake = cause.users_mistake
+        raise _Failed(cause.text, cause.name)
 
     def _check_heartbeats(self) -> None:
         now = time.monotonic()
@@ -409,19 +370,7 @@ class Watch:
                 self._end_hung(child.process.name, f"no heartbeat for {limit:.0f} s")
 
     def _end_hung(self, name: str, why: str) -> None:
-        """Dump a hung child's stacks (of a rank: all ranks', they wait for each other), kill it. Raises _Failed."""
-        named = self._children.get(name)
-        suspects = [] if named is None else [named]
-        if named is not None and named.process.spec.is_rank:
-            suspects = [child for child in self._children.values() if child.process.spec.is_rank]
-        # Whoever misses an answer cannot tell which rank holds the others up; one that was stopped is the one.
-        culprit = next((child for child in suspects if child.process.is_stopped()), named)
-        name = name if culprit is None else culprit.process.name
-        log.error("%s hangs: %s; dumping its stacks and killing it", name, why)
-        for child in suspects:
-            child.process.dump_stacks()
-        time.sleep(STACK_DUMP_S)
-        if culprit is not None:
-            culprit.process.kill()
+        """Raises _Failed."""
+        cause = end_hung(self._children, name, why)
         self._hung = None
-        raise _Failed(f"{name} hung and was killed: {one_line(why)}", name)
+        raise _Failed(cause.text, cause.name)
