@@ -3,7 +3,8 @@
 It has no sockets, no clock, no torch and no globals; time comes in as arguments, in seconds of any monotonic clock. The
 same object is driven by the process (scheduler/process.py), by tests, by the simulator and by a recorded trace.
 
-    core.py       the interface: add, abort, schedule, complete, lose_ranks ...; observer.py: who watches it
+    core.py       the interface: add, abort, schedule, complete, lose_ranks ...; observer.py: who watches it;
+                  refusals.py: who is not taken
     planner.py    what runs next: policies.py, fairness.py (who), admission.py (how much room), cost.py (how long),
                   speculation.py (how many drafts)
     results.py    what a result means
@@ -29,7 +30,7 @@ from collections.abc import Callable, Sequence
 from functools import update_wrapper
 from typing import Concatenate, ParamSpec, TypeVar, cast
 
-from vibe_sgl_lite.runtime.errors import DeadlineError, KVExhaustedError, OverloadedError, PoisonError
+from vibe_sgl_lite.runtime.errors import DeadlineError, PoisonError
 from vibe_sgl_lite.runtime.messages import (
     AddRequest,
     ErrorInfo,
@@ -49,6 +50,7 @@ from vibe_sgl_lite.scheduler.histogram import Histogram
 from vibe_sgl_lite.scheduler.observer import Call, SchedulerObserver
 from vibe_sgl_lite.scheduler.planner import StepPlanner
 from vibe_sgl_lite.scheduler.policies import make_policy
+from vibe_sgl_lite.scheduler.refusals import too_long, why_full
 from vibe_sgl_lite.scheduler.request import TOKEN_BYTES, samples_of
 from vibe_sgl_lite.scheduler.results import Outputs, ResultApplier
 from vibe_sgl_lite.scheduler.snapshot import Snapshot, take
@@ -98,21 +100,13 @@ class Scheduler:
     @observed
     def add(self, message: AddRequest, now: float) -> RequestRejected | None:
         """Queue a request; returns the refusal of one that cannot fit the empty pool or finds the queue full."""
-        state, config, sampling = self.state, self.config, message.sampling
+        state, sampling = self.state, message.sampling
         assert message.token_ids
         assert message.uid not in state.groups
         seq = self._arrivals
         self._arrivals += sampling.n
-        error = self._too_long(len(message.token_ids) // TOKEN_BYTES, sampling.max_new_tokens)
-        room = 1.0 if message.session in state.shares else 1.125  # a newcomer fits into a queue that others filled
-        if error is None and len(state.waiting) - len(state.free_slots) >= config.max_queued_requests * room:
-            text = f"the queue is full: max_queued_requests={config.max_queued_requests}; try again later"
-            error = ErrorInfo(OverloadedError.code, text)
-        num_bytes = len(message.token_ids) * sampling.n
-        if error is None and state.waiting.num_bytes + num_bytes > config.max_queued_bytes * room:
-            text = f"the queue is full: its prompts take {state.waiting.num_bytes >> 20} MiB, "
-            text += f"{config.max_queued_bytes >> 20} may be; try again later"
-            error = ErrorInfo(OverloadedError.code, text)
+        error = too_long(state.memory, len(message.token_ids) // TOKEN_BYTES, sampling.max_new_tokens)
+        error = error or why_full(state, message)
         if error is not None:
             return RequestRejected(message.uid, error)
         for sample in samples_of(message, seq, now):
@@ -178,7 +172,7 @@ class Scheduler:
         if num_pages != state.memory.num_pages:
             state.memory.resize(num_pages)
             for request in list(state.requests.values()):
-                error = self._too_long(request.num_prompt_tokens, request.sampling.max_new_tokens)
+                error = too_long(state.memory, request.num_prompt_tokens, request.sampling.max_new_tokens)
                 if error is not None:
                     self._results.end(request, Finish("error", error=error), outputs)
         return outputs
@@ -320,19 +314,6 @@ class Scheduler:
     def idle(self) -> bool:
         """No request is there and nothing in flight."""
         return not (self.state.requests or self.state.in_flight or self.state.memory.num_loading)
-
-    def _too_long(self, prompt_tokens: int, max_new_tokens: int) -> ErrorInfo | None:
-        """Why the empty pool could not hold such a request; the last token needs no place."""
-        memory = self.state.memory
-        pages = memory.pages_for(prompt_tokens + max_new_tokens - 1)
-        if pages <= memory.num_pages:
-            return None
-        return ErrorInfo(
-            KVExhaustedError.code,
-            f"prompt of {prompt_tokens} tokens with max_new_tokens={max_new_tokens} "
-            f"needs {pages} KV pages of {memory.page_size} tokens, the pool has {memory.num_pages}: ask for less or "
-            "raise --max-total-tokens",
-        )
 
     # ------------------------------------------------------------------------------------------------------- queries
 
