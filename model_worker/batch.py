@@ -120,7 +120,7 @@ class SlotStates:
         for new in batch.new:
             ids, pages = unpack(new.token_ids), unpack(new.pages)
             assert 0 <= new.num_computed < len(ids)
-            self.tokens[new.slot, : len(ids)] = self.device.tensor(ids.copy())
+            self.device.copy(torch.from_numpy(ids.copy()), self.tokens[new.slot, : len(ids)])
             # One that is only pooled has, for all its rows, a token more: so none of them samples.
             self.num_tokens[new.slot] = len(ids) + (new.sampling.pooling is not None)
             self.num_computed[new.slot] = new.num_computed
