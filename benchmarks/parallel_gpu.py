@@ -270,14 +270,17 @@ def floor_ms(shape: dict[str, Any], rows: int, read_gb_s: float) -> float:
     when tokens choose at random."""
     hidden, layers, dim = shape["hidden_size"], shape["num_hidden_layers"], shape["head_dim"]
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    weights = shape["vocab_size"] * hidden + layers * hidden * dim * (2 * heads + 2 * kv_heads)
+    plain = shape["vocab_size"] * hidden
+    weights = layers * hidden * dim * (2 * heads + 2 * kv_heads)
     if "num_experts" in shape:
         count, chosen = shape["num_experts"], shape["num_experts_per_tok"]
         touched = count * (1 - (1 - chosen / count) ** rows)
-        weights += layers * (hidden * count + touched * 3 * hidden * shape["moe_intermediate_size"])
+        plain += layers * hidden * count
+        weights += layers * touched * 3 * hidden * shape["moe_intermediate_size"]
     else:
         weights += layers * 3 * hidden * shape["intermediate_size"]
-    return float(2 * weights / read_gb_s / 1e6)
+    size = 1 if "quantization_config" in shape else 2
+    return float((2 * plain + size * weights) / read_gb_s / 1e6)
 
 
 def decode_lines(results: dict[str, dict[str, Any]], read_gb_s: float) -> list[str]:

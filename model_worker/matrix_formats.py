@@ -19,7 +19,7 @@ from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.settings.checkpoint import EMBEDDING, HEAD
-from vibe_sgl_lite.runtime.settings.quantized_form import GPTQ
+from vibe_sgl_lite.runtime.settings.quantized_form import FP8, GPTQ
 
 Quantization = Literal["none", "int8", "int4", "fp8"]
 
@@ -74,11 +74,12 @@ def _keep_fixed(model: Qwen3) -> None:
 
 def keep_as_codes(model: Qwen3, *, everything: bool) -> None:
     """Let `model` keep the matrices of its quantised checkpoint as codes, where there are kernels for these; and, of
-    `everything`, all in 4 bits. Experts stay plain."""
+    `everything`, all in 4 bits. Of experts that is for fp8, in slices of whole blocks; others are plain."""
     form = model.config.quantized
     bits = 4 if everything else 0 if form is None or (form.method == GPTQ and form.bits != 4) else form.bits
     if not bits or find_spec("triton") is None:
         return
+    from vibe_sgl_lite.model_worker.gpu.block_experts import BLOCK, BlockExperts
     from vibe_sgl_lite.model_worker.gpu.grouped_matrix import GroupedFormat
 
     grouped = GroupedFormat(bits, model.device)
@@ -87,6 +88,10 @@ def keep_as_codes(model: Qwen3, *, everything: bool) -> None:
         quantized = form is not None and all(form.applies(part.name) for part in item.parts)
         if isinstance(weight, MatrixWeight) and (quantized or (everything and _is_linear(item.parts[0].name))):
             weight.keep_as(grouped)
+        if isinstance(weight, ExpertWeight) and quantized and form is not None and form.method == FP8:
+            parts = [part.source for part in item.parts]
+            if all(end % BLOCK == 0 for part in parts for side in part for end in (side.start, side.stop)):
+                weight.stack_format = BlockExperts
 
 
 def _is_linear(name: str) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vibe_sgl_lite.model_worker.quantized_files import CodedFormat, Codes, coded_slice
 from vibe_sgl_lite.qwen3.checkpoint import LoadItem, Part, load_items
-from vibe_sgl_lite.qwen3.layers.weight import CodedMatrix, MatrixWeight, PlainMatrix
+from vibe_sgl_lite.qwen3.layers.weight import CodedMatrix, ExpertWeight, MatrixWeight, PlainMatrix, StackedMatrices
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import WeightsError
 from vibe_sgl_lite.runtime.settings.checkpoint import find_tensors
@@ -40,7 +40,7 @@ def load_weights(model: Qwen3, folder: str | Path, progress: Progress | None = N
     files' headers show it; and with `finite` for NaN and inf.
     """
     checkpoint = _Checkpoint(find_tensors(model.config, folder), model.config.quantized, finite)
-    _fill(model, checkpoint.read, CPU, progress, checkpoint.matrix)
+    _fill(model, checkpoint.read, CPU, progress, checkpoint.made)
 
 
 def load_dummy_weights(model: Qwen3, seed: int, progress: Progress | None = None) -> None:
@@ -60,17 +60,21 @@ def _fill(
     read: Callable[[LoadItem, Tensor], None],
     where: torch.device,
     progress: Progress | None,
-    made: Callable[[LoadItem], CodedMatrix | None] = lambda item: None,
+    made: Callable[[LoadItem], CodedMatrix | StackedMatrices | None] = lambda item: None,
 ) -> None:
-    """where: the device of the buffers that `read` fills. made: the matrix of an item, where it isn't made of one."""
+    """where: the device of the buffers that `read` fills. made: what an item is where it isn't made of one of these."""
     items = list(load_items(model))
     for done, item in enumerate(items):
         if progress is not None:
             progress(done, len(items))
         weight = item.weights[0]
         if (matrix := made(item)) is not None:
-            assert isinstance(weight, MatrixWeight)
-            weight.install_matrix(matrix)
+            if isinstance(matrix, CodedMatrix):
+                assert isinstance(weight, MatrixWeight)
+                weight.install_matrix(matrix)
+            else:
+                assert isinstance(weight, ExpertWeight)
+                weight.install_stack(matrix)
             continue
         buffer = torch.empty(weight.shape, dtype=weight.dtype, device=where)
         read(item, buffer)
@@ -102,7 +106,39 @@ class _Checkpoint:
                     target.copy_(self._slice(part.name, part.source, stack, opened))
                 self._check(part, target)
 
-    def matrix(self, item: LoadItem) -> CodedMatrix | None:
+    def made(self, item: LoadItem) -> CodedMatrix | StackedMatrices | None:
+        """What codes make; None where `item` is to be made of plain values."""
+        weight = item.weights[0]
+        if isinstance(weight, ExpertWeight) and weight.stack_format is not None:
+            return self._stack(item, weight, weight.stack_format)
+        return self._matrix(item)
+
+    def _stack(self, item: LoadItem, weight: ExpertWeight, made: type[StackedMatrices]) -> StackedMatrices:
+        """Of slices of whole blocks."""
+        assert self._quantized is not None
+        block = self._quantized.group
+        codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+        scales = torch.empty((weight.shape[0], *(side // block for side in weight.shape[1:])))
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+            for part in item.parts:
+                values = self._slice(part.name, part.source, stack, opened)
+                if bool(((values.view(torch.uint8) & 0x7F) == 0x7F).any()):
+                    raise WeightsError(
+                        f"{part.name} has values that are no numbers; download the weights again", field=part.name
+                    )
+                codes[part.target] = values
+                factors = scales[part.target[0]]
+                if len(part.target) > 1:
+                    rows = part.target[1]
+                    assert isinstance(rows, slice)
+                    factors = factors[_blocks(rows, block)]
+                source = tuple(_blocks(side, block) for side in part.source)
+                factors.copy_(self._slice(f"{part.name}_scale_inv", source, stack, opened))
+                self._check(part, factors)
+        return made(codes.to(weight.device), scales.to(weight.device))
+
+    def _matrix(self, item: LoadItem) -> CodedMatrix | None:
         """The matrix of `item` made of its codes; None where it is to be made of plain values, or its codes cannot be
         kept: then its weight is to be as plain as they are, and no longer what it was to be."""
         weight = item.weights[0]
@@ -170,6 +206,10 @@ class _Checkpoint:
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{stored.path} is not a whole safetensors file: {error}; download it again") from error
         return tensor
+
+
+def _blocks(part: slice, size: int) -> slice:
+    return slice(part.start // size, part.stop // size)
 
 
 class _DummySource:

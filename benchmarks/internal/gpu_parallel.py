@@ -5,8 +5,9 @@
 
 collectives: a sum over the ranks in bf16 by NCCL, through symmetric memory, and that with residual and norm behind it;
 read_norm_us is the last one with few rows read from the others as many are, not sent.
-experts: one layer of the 30B-A3B shape on one GPU, by number of tokens, with the tiles that the engine chooses and some
-others; the floor is the bytes of the experts that were touched, or their products, at the card's measured rates.
+experts: one layer of the 30B-A3B shape on one GPU, in bf16 and in blocks of fp8, by number of tokens, with the tiles
+that the engine chooses and some others; the floor is the bytes of the experts that were touched, in bf16, or their
+products, at the card's measured rates.
 """
 
 from __future__ import annotations
@@ -216,6 +217,24 @@ def candidates(tokens: int) -> list[Any]:
     return [chosen, *(tiles for tiles in others if tiles != chosen)]
 
 
+def coded_candidates(tokens: int) -> list[Any]:
+    from vibe_sgl_lite.model_worker.gpu.kernels.experts import ExpertTiles
+
+    few = [
+        ExpertTiles(16, (32, 128, 4, 6), (64, 128, 4, 6)),
+        ExpertTiles(16, (64, 128, 4, 5), (128, 128, 4, 4)),
+        ExpertTiles(16, (32, 128, 8, 5), (64, 128, 8, 5)),
+        ExpertTiles(16, (64, 128, 8, 4), (128, 128, 8, 4)),
+    ]
+    many = [ExpertTiles(64, (64, 128, 4, 3), (128, 128, 8, 3)), ExpertTiles(64, (128, 128, 8, 3), (128, 128, 8, 3))]
+    mean = tokens * TOP_K / EXPERTS
+    return [*(tiles for tiles in candidates(tokens) if fits_blocks(tiles)), *(few if mean <= 20 else many)]
+
+
+def fits_blocks(tiles: Any) -> bool:
+    return all(128 % side == 0 for part in (tiles.gate_up, tiles.down) for side in part[:2])
+
+
 def compile_all() -> None:
     """A process for each number of tokens, all at once: compiling is what takes long."""
     command = [sys.executable, __file__, "experts", "--only-compile"]
@@ -225,19 +244,26 @@ def compile_all() -> None:
 
 
 def compile_experts(tokens: int) -> None:
+    from vibe_sgl_lite.model_worker.gpu.block_experts import BlockExperts
     from vibe_sgl_lite.model_worker.gpu.kernels.experts import route, run_experts
 
     gate_up = torch.zeros(EXPERTS, 2 * INNER, HIDDEN, device="cuda", dtype=torch.bfloat16)
     down = torch.zeros(EXPERTS, HIDDEN, INNER, device="cuda", dtype=torch.bfloat16)
     x = torch.zeros(tokens, HIDDEN, device="cuda").bfloat16()
+    coded = BlockExperts.of(gate_up), BlockExperts.of(down)
+    scales = coded[0].scales, coded[1].scales
+    weights, chosen = route(torch.randn(tokens, EXPERTS, device="cuda").bfloat16(), TOP_K, normalize=True, pdl=True)
     for tiles in candidates(tokens):
-        weights, chosen = route(torch.randn(tokens, EXPERTS, device="cuda").bfloat16(), TOP_K, normalize=True, pdl=True)
         with contextlib.suppress(Exception):  # told when they are timed
             run_experts(x, weights, chosen, gate_up, down, 0, tiles, pdl=True)
+    for tiles in coded_candidates(tokens):
+        with contextlib.suppress(Exception):
+            run_experts(x, weights, chosen, coded[0].codes, coded[1].codes, 0, tiles, pdl=True, scales=scales)
 
 
 def experts() -> list[dict[str, Any]]:
     from benchmarks.gpu_offline import measure_card
+    from vibe_sgl_lite.model_worker.gpu.block_experts import BlockExperts
     from vibe_sgl_lite.model_worker.gpu.kernels.experts import route, run_experts
 
     card = measure_card()
@@ -245,6 +271,7 @@ def experts() -> list[dict[str, Any]]:
     compile_all()
     gate_up = (torch.randn(EXPERTS, 2 * INNER, HIDDEN, device="cuda") * 0.02).bfloat16()
     down = (torch.randn(EXPERTS, HIDDEN, INNER, device="cuda") * 0.02).bfloat16()
+    coded = BlockExperts.of(gate_up), BlockExperts.of(down)
     flush = torch.empty(96 << 20, dtype=torch.uint8, device="cuda")  # else the experts of few tokens stay in the L2
     empty_us = in_graph_us(flush.zero_, 8)
     results = []
@@ -256,13 +283,19 @@ def experts() -> list[dict[str, Any]]:
         touched = len(torch.unique(chosen))
         read = touched * 3 * HIDDEN * INNER * 2 / card["read_gb_s"] / 1e3
         products = tokens * TOP_K * 6 * HIDDEN * INNER / card["gemm_tflop_s"] / 1e6
-        result: dict[str, Any] = {"tokens": tokens, "touched": touched, "floor_us": max(read, products), "tiles": {}}
-        for tiles in candidates(tokens):
+        result: dict[str, Any] = {"tokens": tokens, "touched": touched, "floor_us": max(read, products)}
+        tried = [("", tiles) for tiles in candidates(tokens)] + [("fp8_", tiles) for tiles in coded_candidates(tokens)]
+        for form, tiles in tried:
+            matrices = (coded[0].codes, coded[1].codes) if form else (gate_up, down)
+            scales = (coded[0].scales, coded[1].scales) if form else None
 
-            def layer(tiles: Any = tiles, x: Tensor = x, scores: Tensor = scores) -> Tensor:
+            def layer(
+                tiles: Any = tiles, x: Tensor = x, scores: Tensor = scores, matrices: Any = matrices,
+                scales: Any = scales,
+            ) -> Tensor:  # fmt: skip
                 flush.zero_()
                 weights, chosen = route(scores, TOP_K, normalize=True, pdl=True)
-                return run_experts(x, weights, chosen, gate_up, down, 0, tiles, pdl=True)
+                return run_experts(x, weights, chosen, matrices[0], matrices[1], 0, tiles, pdl=True, scales=scales)
 
             try:
                 error = difference(layer(), expected)
@@ -270,10 +303,10 @@ def experts() -> list[dict[str, Any]]:
             except Exception as problem:  # noqa: BLE001 - tiles that the card has no room for
                 print(tokens, tiles, repr(problem)[:200], flush=True)
                 continue
-            assert error < 2e-2, (tokens, tiles, error)
-            result["tiles"][str(tiles)] = us
-            result.setdefault("us", us)
-            result.setdefault("error", error)
+            assert error < (0.1 if form else 2e-2), (tokens, tiles, error)
+            result.setdefault(f"{form}tiles", {})[str(tiles)] = us
+            result.setdefault(f"{form}us", us)
+            result.setdefault(f"{form}error", error)
 
         def plain(x: Tensor = x, w: Tensor = weights, c: Tensor = chosen) -> Tensor:
             flush.zero_()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vibe_sgl_lite.model_worker.gpu.block_experts import BlockExperts
 from vibe_sgl_lite.model_worker.gpu.kernels.experts import choose_expert_tiles, route, run_experts
 from vibe_sgl_lite.qwen3.layers.moe import AllReduceDispatch, AllToAllDispatch, Experts, MoEBlock, Router
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
@@ -61,8 +62,12 @@ def _run(
 ) -> Tensor:
     timer.mark("experts")
     tiles = choose_expert_tiles(len(x), router.top_k, router.weight.shape[0], x.dtype)
-    matrices = experts.gate_up.tensor, experts.down.tensor
-    output = run_experts(x, weights, ids, *matrices, experts.ids.start, tiles, pdl=pdl)
+    gate_up, down = experts.gate_up.stack, experts.down.stack
+    if isinstance(gate_up, BlockExperts) and isinstance(down, BlockExperts):
+        matrices, scales = (gate_up.codes, down.codes), (gate_up.scales, down.scales)
+    else:
+        matrices, scales = (experts.gate_up.tensor, experts.down.tensor), None
+    output = run_experts(x, weights, ids, *matrices, experts.ids.start, tiles, pdl=pdl, scales=scales)
     timer.mark(OTHER)
     return output
 

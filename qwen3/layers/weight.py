@@ -6,7 +6,7 @@ matrices are kept only in oneDNN's packed layout; the plain copy is dropped. In 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -241,8 +241,33 @@ class EmbeddingWeight(Weight):
         return self._tied if self._tied is not None and self._tied.matrix.keeps_rows else None
 
 
+class StackedMatrices(Protocol):
+    """An [experts, out, in] stack of matrices, codes times a scale for each block. nbytes: of memory that it takes."""
+
+    nbytes: int
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None: ...
+
+    @classmethod
+    def of(cls, plain: Tensor) -> Self:
+        """Of other numbers."""
+        ...
+
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """[experts, out, in], widened."""
+        ...
+
+    def refill(self, plain: Tensor) -> None:
+        """Take other values of the same shape; programs and graphs of it stay valid."""
+        ...
+
+    def take(self, other: Any) -> None:
+        """The same, of another one of this kind."""
+        ...
+
+
 class ExpertWeight(Weight):
-    """The matrices of this rank's experts, merged: [experts, out, in]."""
+    """The matrices of this rank's experts, merged: [experts, out, in]. stack: all of them in a format of their own."""
 
     def __init__(
         self, experts: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
@@ -250,14 +275,29 @@ class ExpertWeight(Weight):
         super().__init__((experts, out_features, in_features), dtype, device)
         self._format = fastest_format(dtype, device)
         self._matrices: list[Matrix] = []
+        self.stack_format: type[StackedMatrices] | None = None
+        self.stack: StackedMatrices | None = None
 
     def keep_as(self, matrix_format: MatrixFormat) -> None:
         """Choose what `install` makes of each expert's matrix."""
         assert not self._matrices
         self._format = matrix_format
 
+    def install_stack(self, stack: StackedMatrices) -> None:
+        """In place of `install`, what was made of something else than plain matrices."""
+        if self.stack is None:
+            self.stack = stack
+        else:
+            self.stack.take(stack)
+
     def install(self, tensor: Tensor) -> None:
         self._check(tensor)
+        if self.stack is not None:
+            self.stack.refill(tensor)
+            return
+        if self.stack_format is not None:
+            self.stack = self.stack_format.of(tensor)
+            return
         if self._matrices:
             for kept, matrix in zip(self._matrices, tensor, strict=True):
                 kept.refill(matrix)
@@ -273,7 +313,7 @@ class ExpertWeight(Weight):
 
     @property
     def nbytes(self) -> int:
-        return sum(matrix.nbytes for matrix in self._matrices)
+        return sum(matrix.nbytes for matrix in self._matrices) if self.stack is None else self.stack.nbytes
 
     def multiply_grouped(self, x: Tensor, counts: Tensor) -> Tensor:
         """Rows sorted by expert, `counts` [experts] int64 of them for each: [rows, in] -> [rows, out].
@@ -282,14 +322,18 @@ class ExpertWeight(Weight):
         """
         if x.device.type == "cuda" and x.dtype == torch.bfloat16:
             ends = counts.cumsum(0).to(torch.int32)
-            grouped: Tensor = torch._grouped_mm(x, self.tensor.transpose(1, 2), offs=ends)
+            tensor = self.tensor if self.stack is None else self.stack.plain(x.dtype)
+            grouped: Tensor = torch._grouped_mm(x, tensor.transpose(1, 2), offs=ends)
             return grouped
+        matrices = self._matrices
+        if self.stack is not None:
+            matrices = [PlainMatrix(matrix) for matrix in self.stack.plain(x.dtype)]
         output = x.new_empty((x.shape[0], self.shape[1]))
         start = 0
         for expert, count in enumerate(counts.tolist()):
             if count == 0:
                 continue
             rows = slice(start, start + count)
-            output[rows] = self._matrices[expert].multiply(x[rows])
+            output[rows] = matrices[expert].multiply(x[rows])
             start += count
         return output

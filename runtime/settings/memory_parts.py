@@ -9,7 +9,7 @@ import msgspec
 
 from vibe_sgl_lite.runtime.settings.checkpoint import EMBEDDING, HEAD, tensor_shapes
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
-from vibe_sgl_lite.runtime.settings.quantized_form import GPTQ
+from vibe_sgl_lite.runtime.settings.quantized_form import FP8, GPTQ
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 INT8_SCALE_BYTES = 4  # of each head's key and value in the cache, and of each output of a matrix
@@ -42,7 +42,9 @@ def rank_memory(
     weights = dict.fromkeys(PARTS, 0)
     for name, shape in tensor_shapes(config).items():
         part, ranks, output_ranks = _split(name, tp, ep, config)
-        codes = _codes(config, name, quantization) if gpu and part != "experts" else None
+        codes = _codes(config, name, quantization) if gpu else None
+        if part == "experts" and codes is not None:
+            codes = _expert_codes(config, tp // ep)
         elements, outputs = math.prod(shape) // ranks, shape[0] // output_ranks
         if part in ("embedding", "head"):
             outputs = -(-shape[0] // ranks)
@@ -81,6 +83,14 @@ def _codes(config: ModelConfig, name: str, quantization: str) -> tuple[int, int]
     if quantization != "none" or form is None or not form.applies(name) or (form.method == GPTQ and form.bits != 4):
         return None
     return form.bits, min(form.group, GPU_MOST[form.bits])
+
+
+def _expert_codes(config: ModelConfig, parts: int) -> tuple[int, int] | None:
+    """The same of experts that are split in so many parts: fp8, where a part has whole blocks."""
+    form = config.quantized
+    if form is None or form.method != FP8 or config.hidden_size % form.group:
+        return None
+    return None if config.moe_intermediate_size % (form.group * parts) else (8, form.group**2)
 
 
 def _matrix_bytes(elements: int, outputs: int, size: int, quantization: str, codes: tuple[int, int] | None) -> int:

@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 SORT_BLOCK = 1024  # pairs
 TILE_INTS = 3  # expert or -1, its tile's first row in the order, the end of its rows
+SCALE_BLOCK = tl.constexpr(128)  # outputs and inputs that share a scale
 FEW_PAIRS = 128  # up to here, a program may look at all pairs and experts at once
 
 
@@ -122,11 +123,12 @@ def _sort_pairs(
 
 @triton.jit
 def _grouped(
-    x, matrices, order, tiles, output, blocks, K: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    x, matrices, scales, order, tiles, output, blocks, K: tl.constexpr, N: tl.constexpr, H: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr, SILU: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program BLOCK_N outputs of N of a tile. SILU: rows of `x` [T, H] by the pairs of the order, and output in the
+    """A program BLOCK_N outputs of N of a tile. SCALED: by `scales` for blocks of SCALE_BLOCK outputs and inputs, in
+    one of which BLOCK_N and BLOCK_H lie. SILU: rows of `x` [T, H] by the pairs of the order, and output in the
     order, silu(first N) times second N; else x in the order, and output by pair."""
     place = tl.program_id(0) // blocks
     if PDL:
@@ -147,6 +149,9 @@ def _grouped(
             matrix = matrices + expert.to(tl.int64) * (N * H)
         out = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         there = out < N
+        scale = scales + (expert * (2 if SILU else 1) * N + tl.program_id(0) % blocks * BLOCK_N) // SCALE_BLOCK * (
+            H // SCALE_BLOCK
+        )
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in tl.range(0, H, BLOCK_H, num_stages=STAGES):
@@ -154,10 +159,18 @@ def _grouped(
             inside = (column < H)[None, :]
             a = tl.load(x + source[:, None] * H + column[None, :], mask=real[:, None] & inside, other=0.0)
             w = tl.load(matrix + out[:, None] * H + column[None, :], mask=there[:, None] & inside, other=0.0)
-            total = tl.dot(a, w.T, total, input_precision=PRECISION)
+            if SCALED:
+                here = scale + start // SCALE_BLOCK
+                total += tl.dot(a, w.to(a.dtype).T, input_precision=PRECISION) * tl.load(here)
+            else:
+                total = tl.dot(a, w.T, total, input_precision=PRECISION)
             if SILU:
                 w = tl.load(matrix + (out + N)[:, None] * H + column[None, :], mask=there[:, None] & inside, other=0.0)
-                up = tl.dot(a, w.T, up, input_precision=PRECISION)
+                if SCALED:
+                    factor = tl.load(here + N // SCALE_BLOCK * (H // SCALE_BLOCK))
+                    up += tl.dot(a, w.to(a.dtype).T, input_precision=PRECISION) * factor
+                else:
+                    up = tl.dot(a, w.T, up, input_precision=PRECISION)
         if SILU:
             total = total / (1.0 + tl.exp(-total)) * up
         to = output + target[:, None] * N + out[None, :]
@@ -200,12 +213,13 @@ def route(scores: Tensor, top_k: int, *, normalize: bool, pdl: bool) -> tuple[Te
 
 def run_experts(
     x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, first: int, tiles: ExpertTiles,
-    *, pdl: bool,
+    *, pdl: bool, scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """[T, H] -> [T, H]: what this rank's experts, and parts of experts, make of the tokens, weighted and added up.
 
     weights, experts: as `route` gives them, K different experts a token. gate_up: [experts, 2 x I, H], down:
-    [experts, H, I] of the experts from `first` on.
+    [experts, H, I] of the experts from `first` on; with scales these are codes in e4m3, of which each block of
+    SCALE_BLOCK x SCALE_BLOCK has an fp32: [experts, 2 x I / SCALE_BLOCK, H / SCALE_BLOCK] and likewise.
     """
     tokens, hidden = x.shape
     count, inner = down.shape[0], down.shape[2]
@@ -228,10 +242,16 @@ def run_experts(
         width, depth = target.shape[1], matrices.shape[2]
         blocks = triton.cdiv(width, outputs)
         assert matrices.is_contiguous()
+        factors = x
+        if scales is not None:
+            factors = scales[0 if silu else 1]
+            assert width % SCALE_BLOCK.value == depth % SCALE_BLOCK.value == 0
+            assert factors.shape == (count, *(side // SCALE_BLOCK.value for side in matrices.shape[1:]))
+            assert factors.is_contiguous()
         _grouped[(places * blocks,)](
-            source, matrices, order, table, target, blocks, K=top_k, N=width, H=depth, BLOCK_M=tiles.rows,
-            BLOCK_N=outputs, BLOCK_H=inputs, STAGES=stages, SILU=silu, PDL=pdl, num_warps=warps,
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **_options(pdl),
+            source, matrices, factors, order, table, target, blocks, K=top_k, N=width, H=depth, BLOCK_M=tiles.rows,
+            BLOCK_N=outputs, BLOCK_H=inputs, STAGES=stages, SILU=silu, SCALED=scales is not None, PDL=pdl,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps, **_options(pdl),
         )  # fmt: skip
     output = torch.empty_like(x)
     block = min(1024, triton.next_power_of_2(hidden))

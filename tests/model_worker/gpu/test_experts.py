@@ -4,14 +4,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.qwen3.harness import MOE, load_model, make_checkpoint
+from tests.qwen3.quantised import make_quantised
+from vibe_sgl_lite.model_worker.gpu.block_experts import BlockExperts
 from vibe_sgl_lite.model_worker.gpu.experts import FixedDispatch, GroupedDispatch
 from vibe_sgl_lite.model_worker.gpu.kernels import experts as kernels
+from vibe_sgl_lite.model_worker.matrix_formats import keep_as_codes
+from vibe_sgl_lite.model_worker.weights import load_weights
 from vibe_sgl_lite.qwen3.layers import weight
 from vibe_sgl_lite.qwen3.layers.moe import MoEBlock
+from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
 from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER
+from vibe_sgl_lite.qwen3.model import Qwen3
+from vibe_sgl_lite.runtime.errors import WeightsError
+from vibe_sgl_lite.runtime.settings.checkpoint import settle
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 
 class NoProcessGroup(Group):
@@ -107,3 +117,64 @@ def test_many_rows_of_few_experts(dtype: torch.dtype, device: torch.device) -> N
             gate, up = (gate_up[expert].float() @ x[token].float()).chunk(2)
             expected[token] += share * (down[expert].float() @ (torch.nn.functional.silu(gate) * up))
     torch.testing.assert_close(got.float(), expected, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize(("ranks", "split"), [(1, "ep"), (2, "ep"), (2, "expert_tp")])
+def test_published_fp8_experts_stay_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device, ranks: int, split: str
+) -> None:
+    """And do what the values do that they stand for; in slices of whole blocks."""
+    monkeypatch.setattr(weight, "can_pack", lambda *_: False)
+    make_checkpoint(tmp_path / "source", MOE | {"hidden_size": 128, "moe_intermediate_size": 256})
+    make_quantised("fp8", tmp_path / "source", tmp_path / "fp8", tmp_path / "plain")
+    config = settle(ModelConfig.from_folder(tmp_path / "fp8"), tmp_path / "fp8")
+    for rank in range(ranks):
+        group = NoProcessGroup(rank, ranks)
+        parallel = ParallelState(rank, tp=group, **{split: group})
+        expected_block = load_model(tmp_path / "plain", parallel=parallel).layers[1].feed_forward
+        model = Qwen3(config, parallel, torch.float32, device, TorchOperations())
+        keep_as_codes(model, everything=False)
+        load_weights(model, tmp_path / "fp8")
+        block = model.layers[1].feed_forward
+        assert isinstance(block, MoEBlock)
+        assert isinstance(expected_block, MoEBlock)
+        for matrix, plain in (
+            (block.experts.gate_up, expected_block.experts.gate_up),
+            (block.experts.down, expected_block.experts.down),
+        ):
+            assert isinstance(matrix.stack, BlockExperts)
+            assert torch.equal(matrix.stack.plain(torch.float32).cpu(), plain.tensor)
+            assert matrix.nbytes < plain.nbytes / 3.9
+        for tokens in (1, 9):
+            x = torch.randn((tokens, 128), generator=torch.Generator().manual_seed(tokens))
+            with torch.inference_mode():
+                expected = expected_block.dispatch.partial(  # type: ignore[attr-defined]
+                    x, expected_block.router, expected_block.experts, NO_TIMER
+                )
+                got = GroupedDispatch(parallel, pdl=False).partial(x.to(device), block.router, block.experts, NO_TIMER)
+            torch.testing.assert_close(got.cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_code_that_is_no_number_is_named(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "source", MOE | {"hidden_size": 128, "moe_intermediate_size": 128})
+    make_quantised("fp8", tmp_path / "source", tmp_path / "fp8", tmp_path / "plain")
+    tensors, name = load_file(tmp_path / "fp8" / "model.safetensors"), "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors[name].view(torch.uint8)[5, 7] = 0xFF
+    save_file(tensors, tmp_path / "fp8" / "model.safetensors", metadata={"format": "pt"})
+    config = settle(ModelConfig.from_folder(tmp_path / "fp8"), tmp_path / "fp8")
+    model = Qwen3(config, ParallelState(), torch.float32, torch.device("cpu"), TorchOperations())
+    keep_as_codes(model, everything=False)
+    with pytest.raises(WeightsError, match="no numbers") as error:
+        load_weights(model, tmp_path / "fp8")
+    assert name in str(error.value)
+
+
+def test_experts_made_fp8_are_near_and_take_new_values(device: torch.device) -> None:
+    first, second = torch.randn((2, 3, 256, 128), device=device)
+    stack = BlockExperts.of(first)
+    codes, scales = stack.codes, stack.scales
+    assert (stack.plain(torch.float32) - first).abs().max() < 0.04 * first.abs().max()
+    stack.refill(second)
+    assert stack.codes is codes
+    assert stack.scales is scales
+    assert (stack.plain(torch.float32) - second).abs().max() < 0.04 * second.abs().max()

@@ -17,7 +17,7 @@ from vibe_sgl_lite.model_worker.weights import load_dummy_weights
 from vibe_sgl_lite.qwen3.checkpoint import load_items, weight_bytes
 from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
-from vibe_sgl_lite.qwen3.layers.weight import PlainMatrix
+from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, PlainMatrix
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.commands.main import main
 from vibe_sgl_lite.runtime.errors import ModelConfigError
@@ -107,6 +107,26 @@ def test_codes_on_a_gpu(tmp_path: Path, form: dict[str, Any] | None, tied: bool)
     quantization = "int4" if form is None else "none"
     memory = rank_memory(config, tp=1, ep=1, dtype="bfloat16", quantization=quantization, gpu=True)
     assert memory.weight_bytes == weight_bytes(model)
+
+
+@pytest.mark.parametrize(("tp", "ep", "stay"), [(1, 1, True), (2, 1, True), (4, 1, False), (4, 4, True)])
+def test_experts_in_fp8_on_a_gpu(tmp_path: Path, tp: int, ep: int, *, stay: bool) -> None:
+    """Stay codes in parts of whole blocks; here a part of 4 has half of one."""
+    shape = MOE | {"hidden_size": 256, "moe_intermediate_size": 256, "vocab_size": 384, "quantization_config": FP8}
+    shape |= {"head_dim": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 4}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"architectures": ["Qwen3MoeForCausalLM"]}))
+    config = ModelConfig.from_folder(tmp_path)
+    nobody: Any = object()  # nothing here communicates
+    groups = [Group(size - 1, size, nobody if size > 1 else None) for size in (tp, ep, tp // ep)]
+    parallel = ParallelState(tp - 1, *groups)
+    model = Qwen3(config, parallel, torch.bfloat16, torch.device("cpu"), TorchOperations())
+    model.head.weight.keep_as(PlainMatrix)  # as a GPU would
+    keep_as_codes(model, everything=False)
+    load_dummy_weights(model, 0, lambda done, total: None)
+    weights = [weight for item in load_items(model) for weight in item.weights if isinstance(weight, ExpertWeight)]
+    assert [weight.stack is not None for weight in weights] == [stay] * len(weights)
+    memory = rank_memory(config, tp=tp, ep=ep, dtype="bfloat16", gpu=True)
+    assert memory.weights["experts"] == sum(weight.nbytes for weight in weights)
 
 
 def test_the_command_knows_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
