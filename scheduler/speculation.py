@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Collection, Sequence
+from enum import IntEnum
 from typing import NamedTuple
 
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
@@ -36,7 +37,7 @@ TRY = 3  # room of a try, and the first one
 SHARE, CREDIT, MOST_CREDIT = 0.003, 0.5, 4.0  # of the accounts: paid in a step, at first, at most
 FADE = 0.9  # weight of a row's past drafts with each step that has some
 FOUND_FADE = 0.7  # of whether any were proposed
-LEAST = 0.02  # of a step: what one with drafts costs beside what is measured, as that is not known better
+LEAST = 0.05  # of a step: what one with drafts costs beside what is measured, such as the scheduler's time
 IN_FLIGHT = 4  # steps, more than there ever are
 SURE = 2  # steps with drafts from which on it is known what they take
 KNOWN, KEPT = 6, 25  # steps from which on it is known well, those without drafts; and those that are remembered
@@ -44,6 +45,14 @@ BEHIND = 3  # steps behind one with drafts, which may take longer for it: ranks 
 REST = 12  # steps until it is looked again whether somebody may gain, where nobody may
 LOOK = BEHIND + 3  # steps without drafts to see anew what these take
 FIRST_RUN, LONGEST_RUN = 32, 1024  # steps with drafts between two such pauses: twice as many each time
+
+
+class Kind(IntEnum):
+    """Of steps with room: nothing was proposed; or something, by all that had to be made up for first; or once more."""
+
+    NOTHING = 0
+    FIRST = 1
+    MORE = 2
 
 
 class DraftPlan(NamedTuple):
@@ -59,7 +68,7 @@ class _Typical:
 
     def __init__(self) -> None:
         self._values: deque[float] = deque(maxlen=KEPT)
-        self.value = 0.0
+        self.value = self._excess = 0.0
 
     def __len__(self) -> int:
         return len(self._values)
@@ -69,15 +78,18 @@ class _Typical:
         self.value = sorted(self._values)[(len(self._values) - 1) // 2]
 
     @property
-    def excess(self) -> float:
-        """Of multiples, over 1; of few at most 1."""
-        return max(0.0, (self.value if len(self) >= KNOWN else min(self.value, 2.0)) - 1.0)
+    def noise(self) -> float:
+        """How many times as long as the one in their middle the longest one is."""
+        return max(self._values) / self.value
 
-    def price(self, multiple: float) -> float:
-        """Add one; what it costs, less what those before it were charged too much by what is known now."""
-        before, few = self.excess, len(self) if len(self) < KNOWN else 0
+    def price(self, multiple: float, noise: float) -> float:
+        """Add one; what it costs over 1, less what those before it were charged too much by what is known now. noise:
+        what steps without drafts may take by chance: of few steps no more is believed, but for a second 1."""
+        before, few = self._excess, len(self) if len(self) < KNOWN else 0
         self.add(multiple)
-        return self.excess - few * max(before - self.excess, 0.0)
+        believed = self.value if len(self) >= KNOWN or self.value > noise else min(self.value, 2.0)
+        self._excess = max(0.0, believed - 1.0)
+        return self._excess - few * max(before - self._excess, 0.0)
 
 
 class Speculation:
@@ -91,8 +103,7 @@ class Speculation:
         self._ends_early = False
         self._found, self._probability = 0.5, 0.5  # a new request's
         self._plain: dict[int, _Typical] = {}  # seconds of steps without drafts, by their rows
-        # and multiples of them with, by rows, size, and whether anything was proposed
-        self._slower: dict[tuple[int, int, bool], _Typical] = {}
+        self._slower: dict[tuple[int, int, Kind], _Typical] = {}  # and multiples of them with, by rows and size
         self._after: tuple[_Typical, ...] = tuple(_Typical() for _ in range(BEHIND))  # multiples of the steps behind
         self._accounts = {False: CREDIT, True: CREDIT}  # by whether it tries
         self._since, self._tried = BEHIND, False  # steps since the last one with drafts, and whether that tried
@@ -143,8 +154,8 @@ class Speculation:
                 room = min(size, most_room)
                 gain += found * _yield(p, room) / rows
                 drafts += room
-            cost = (1.0 - nothing) * (self._multiple(rows, size, True, 1.0 + drafts * token) - 1.0)
-            cost += nothing * (self._multiple(rows, size, False, 1.0) - 1.0)
+            cost = (1.0 - nothing) * (self._multiple(rows, size, Kind.MORE, 1.0 + drafts * token) - 1.0)
+            cost += nothing * (self._multiple(rows, size, Kind.NOTHING, 1.0) - 1.0)
             value = (1.0 + gain) / (1.0 + MARGIN * max(cost, 0.0))
             if value > best_value:
                 best, best_value = size, value
@@ -186,18 +197,18 @@ class Speculation:
 
     @property
     def _known_size(self) -> int:
-        return max((size for _, size, proposed in self._slower if proposed), default=0)
+        return max((size for _, size, kind in self._slower if kind is not Kind.NOTHING), default=0)
 
-    def _multiple(self, rows: int, size: int, proposed: bool, guess: float) -> float:
+    def _multiple(self, rows: int, size: int, kind: Kind, guess: float) -> float:
         """Of what a step without drafts takes; of the nearest number of rows of which it is known."""
         group = _group(rows)
-        exact = self._slower.get((group, size, proposed))
+        exact = self._slower.get((group, size, kind))
         if exact is not None and len(exact) >= SURE:
             return exact.value
         known = [
             (abs(near - group), other, typical.value)
             for (near, other, of), typical in self._slower.items()
-            if of == proposed and len(typical) >= SURE
+            if of is kind and len(typical) >= SURE
         ]
         of_size = [(near, value) for near, other, value in known if other == size]
         if of_size:
@@ -217,22 +228,23 @@ class Speculation:
             plain.add(seconds)
         if len(plain) < KNOWN:
             return
-        multiple = seconds / plain.value
+        multiple, noise = seconds / plain.value, plain.noise
         if plan is not None:
             self._tried = plan.tries
-            slower = self._slower.setdefault((group, plan.size, drafted > 0), _Typical())
-            self._book(accepted / rows - slower.price(multiple) - LEAST, tries=plan.tries)
+            kind = Kind.NOTHING if drafted == 0 else Kind.FIRST if behind >= BEHIND else Kind.MORE
+            slower = self._slower.setdefault((group, plan.size, kind), _Typical())
+            self._book(accepted / rows - slower.price(multiple, noise) - LEAST, tries=plan.tries)
             if self._ends_early:
                 self._wait_until = 0
         elif behind < BEHIND:
-            self._book(-self._after[behind].price(multiple), tries=self._tried)
+            self._book(-self._after[behind].price(multiple, noise), tries=self._tried)
 
     @property
     def multiples(self) -> dict[str, float]:
         """What steps with drafts take, of those without: by rows and size of room."""
         return {
-            f"{rows} x {size}{'' if proposed else ', none'}": round(typical.value, 2)
-            for (rows, size, proposed), typical in sorted(self._slower.items())
+            f"{rows} x {size} {kind.name.lower()}": round(typical.value, 2)
+            for (rows, size, kind), typical in sorted(self._slower.items())
         }
 
     def _book(self, gain: float, *, tries: bool) -> None:
