@@ -10,10 +10,8 @@ this one did not run for a while), open requests are sent again in a new one, wi
 from __future__ import annotations
 
 import atexit
-import contextlib
 import copy
 import os
-import socket
 import threading
 import time
 from collections import deque
@@ -23,6 +21,7 @@ from functools import partial
 import msgspec
 import zmq
 
+from vibe_sgl_lite.runtime.client.commands import Commands
 from vibe_sgl_lite.runtime.client.in_flight import Event, Window
 from vibe_sgl_lite.runtime.client.requests import ClientRequest
 from vibe_sgl_lite.runtime.client.socket_thread import ClientSocket, may_listen
@@ -108,16 +107,10 @@ class Connection:
         self._openers: list[Callable[[Welcome | VibeError], None]] = []
         self._next_qid = 0
 
-        self._lock = threading.RLock()  # reentrant: garbage collection may run `drop` and `stop` inside `_post`
-        self._commands: deque[Callable[[], None]] = deque()
-        self._closing = False
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
-
+        self._commands = Commands(lambda: self._thread.is_alive())
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
-        self._poller.register(self._wake_reader, zmq.POLLIN)
+        self._poller.register(self._commands.wakes, zmq.POLLIN)
         self._line: ClientSocket | None = None
         self._in_session = False  # `Welcome` has come on this line
         self._outbox: deque[bytes] = deque()
@@ -160,11 +153,11 @@ class Connection:
 
     def drop(self, rid: str) -> None:
         """Forget a request, and have the engine end it if it still runs. No event is delivered any more."""
-        self._post(lambda: self._drop(rid))
+        self._commands.post(lambda: self._drop(rid))
 
     def stop(self) -> None:
         """Begin to close, without waiting; safe inside garbage collection."""
-        self._post(self._stop)
+        self._commands.post(self._stop)
 
     def close(self) -> None:
         """End the session and all its requests, and wait until the thread is gone. Safe to call again."""
@@ -172,35 +165,21 @@ class Connection:
         if threading.current_thread() is not self._thread:
             self._thread.join(CLOSE_S + 1.0)
 
-    def _post(self, command: Callable[[], None]) -> bool:
-        with self._lock:
-            if self._closing or not self._thread.is_alive():  # not alive also in the child of a fork
-                return False
-            self._commands.append(command)
-        try:
-            self._wake_writer.send(b"\0")
-        except BlockingIOError:
-            pass  # full of wake-ups already
-        except OSError:
-            pass  # closed in between: `_end` has run the command
-        return True
-
     def _post_or_raise(self, command: Callable[[], None]) -> None:
-        if not self._post(command):
+        if not self._commands.post(command):
             raise ClosedError("this client is closed")
 
     # -------------------------------------------------------------------------------------- in the thread: the loop
 
     def _run(self) -> None:
         try:
-            while not self._closing:
+            while not self._commands.closed:
                 asked_ms = self._timeout_ms()
                 began = time.monotonic()
                 self._poller.poll(asked_ms)
                 if asked_ms is not None and time.monotonic() - began > asked_ms / 1000 + OWN_PAUSE_S:
                     self._unanswered_since = None  # nobody could have answered; the next ping will tell
-                self._sleep_again()
-                self._run_commands()
+                self._commands.run()
                 if self._line is not None:
                     self._serve(self._line)
                 elif self._lost is not None and time.monotonic() >= self._retry_at:
@@ -218,14 +197,6 @@ class Connection:
 
     def _handshake_due(self, line: ClientSocket) -> float:
         return self._connect_due + (WELCOME_S if line.connected else 0.0)
-
-    def _sleep_again(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # something else woke the thread
-            self._wake_reader.recv(4096)
-
-    def _run_commands(self) -> None:
-        while self._commands:
-            self._commands.popleft()()
 
     def _serve(self, line: ClientSocket) -> None:
         for message in line.receive():
@@ -256,9 +227,7 @@ class Connection:
                 self._unanswered_since = now
 
     def _end(self) -> None:
-        with self._lock:
-            self._closing = True  # from here on `_post` refuses
-        self._run_commands()
+        self._commands.close()
         atexit.unregister(self.close)
         self._fail_all(ClosedError("this client was closed during the call"))
         if self._line is not None:
@@ -266,8 +235,7 @@ class Connection:
                 self._send(Goodbye())
                 self._flush()
             self._line.close(linger_ms=int(CLOSE_S * 1000))
-        self._wake_reader.close()
-        self._wake_writer.close()
+        self._commands.dispose()
         # Returns when the last frames have left, or their linger is over; closes also a socket that came about by half.
         self._context.destroy(linger=int(CLOSE_S * 1000))
 
@@ -304,13 +272,13 @@ class Connection:
             self._send(Abort(rid=rid))
 
     def _stop(self) -> None:
-        self._closing = True
+        self._commands.closed = True
 
     # ----------------------------------------------------------------------------------- in the thread: session
 
     def _connect(self) -> None:
         """Start a session unless there is one, or one is coming."""
-        if self._line is not None or self._closing:
+        if self._line is not None or self._commands.closed:
             return
         if not may_listen(self.address):
             self._lose(self._nobody())

@@ -149,7 +149,7 @@ def test_a_crash_of_the_thread_leaves_nobody_waiting(engine: FakeEngine) -> None
     hook, crashes = threading.excepthook, []
     threading.excepthook = lambda args: crashes.append(args.exc_type)
     try:
-        client._connection._post(lambda: [][0])
+        client._connection._commands.post(lambda: [][0])
         with pytest.raises(ClosedError):
             next(stream)
         client._connection._thread.join(5)
