@@ -9,6 +9,7 @@ from torch import Tensor
 from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention, GpuMetadata
 from vibe_sgl_lite.model_worker.gpu.grouped_matrix import GroupedMatrix
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import FEW_CHAIN_ROWS
+from vibe_sgl_lite.model_worker.gpu.kernels.grouped_gemv import GEMV_OUTPUTS, grouped_gemv, takes_rows
 from vibe_sgl_lite.model_worker.gpu.kernels.grouped_product import grouped_product
 from vibe_sgl_lite.model_worker.gpu.kernels.product import begin_stream
 from vibe_sgl_lite.qwen3.attention_backend import ForwardContext
@@ -75,13 +76,19 @@ class GroupedLayers:
         gained = torch.empty_like(stream)
         squares = stream.new_empty((rows, 1), dtype=torch.float32)
         begin_stream(stream, self.grouped[0].attention_norm.weight.tensor, gained, squares, pdl=pdl)
+        mark = context.timer.mark
         for number, layer in enumerate(self.grouped):
+            mark("qkv")
             _normed(gained, squares, layer.attention_norm, layer.qkv, qkv, pdl=pdl)
+            mark("attention")
             attended = self.attention.forward(
                 number, qkv, layer.query_norm, layer.key_norm, context.angles, context.metadata
             )
+            mark("o")
             squares = _added(attended, layer.output, stream, layer.feed_forward_norm, gained, pdl=pdl)
+            mark("gate_up")
             _normed(gained, squares, layer.feed_forward_norm, layer.gate_up, inner, pdl=pdl, silu=True)
+            mark("down")
             following = self.grouped[min(number + 1, len(self.grouped) - 1)].attention_norm  # of the last not used
             squares = _added(inner, layer.down, stream, following, gained, pdl=pdl)
         return stream
@@ -99,18 +106,29 @@ def _normed(
     gained: Tensor, squares: Tensor, norm: RMSNorm, matrix: GroupedMatrix, output: Tensor, *, pdl: bool,
     silu: bool = False,
 ) -> None:  # fmt: skip
-    tiles = matrix.tiles(len(gained))
-    grouped_product(
-        gained, matrix.codes, output, tiles, matrix.scratch, pdl=pdl, squares=squares, eps=norm.eps, silu=silu
-    )  # fmt: skip
+    if takes_rows(gained):
+        grouped_gemv(
+            gained, matrix.codes, output, matrix.gemv, pdl=pdl, squares=squares, eps=norm.eps, silu=silu
+        )  # fmt: skip
+    else:
+        tiles = matrix.tiles(len(gained))
+        grouped_product(
+            gained, matrix.codes, output, tiles, matrix.scratch, pdl=pdl, squares=squares, eps=norm.eps, silu=silu
+        )  # fmt: skip
 
 
 def _added(x: Tensor, matrix: GroupedMatrix, stream: Tensor, norm: RMSNorm, gained: Tensor, *, pdl: bool) -> Tensor:
     """The stream's new sums of squares."""
-    tiles = matrix.tiles(len(x))
-    squares = x.new_empty((len(x), -(-matrix.codes.outputs // tiles.outputs)), dtype=torch.float32)
-    grouped_product(
-        x, matrix.codes, stream, tiles, matrix.scratch, pdl=pdl, gain=norm.weight.tensor, gained=gained,
-        new_squares=squares,
-    )  # fmt: skip
+    one, tiles = takes_rows(x), matrix.tiles(len(x))
+    width = GEMV_OUTPUTS if one else tiles.outputs
+    squares = x.new_empty((len(x), -(-matrix.codes.outputs // width)), dtype=torch.float32)
+    if one:
+        grouped_gemv(
+            x, matrix.codes, stream, matrix.gemv, pdl=pdl, gain=norm.weight.tensor, gained=gained, new_squares=squares
+        )  # fmt: skip
+    else:
+        grouped_product(
+            x, matrix.codes, stream, tiles, matrix.scratch, pdl=pdl, gain=norm.weight.tensor, gained=gained,
+            new_squares=squares,
+        )  # fmt: skip
     return squares

@@ -26,10 +26,11 @@ PREFETCH_UNITS = tl.constexpr(8)
 class GroupedCodes:
     """An [outputs, inputs] matrix, filled up to whole tiles: [O, I].
 
-    words: [O, I x bits / 16] int16; word i of a unit of plane x 16 / bits inputs has in its lowest bits the code of the
-    unit's input i, above it that of input i + plane, and so on. scales: [I / group, O]; of e4m3, with 8 bits, fp32;
-    with 4 bits int32, an fp16 and above it the zero. order: [inputs] int32, the place in x of each input, where it is
-    another one.
+    words: int16; word i of a unit of plane x 16 / bits inputs has in its lowest bits the code of the unit's input i,
+    above it that of input i + plane, and so on. With 8 bits [O, I x bits / 16]; with 4 the same number in another
+    order, that of [O / 8, units, 8, plane]: so 8 outputs have a unit behind each other. scales: [O / 8, I / group, 8];
+    of e4m3, with 8 bits, fp32; with 4 bits int32, an fp16 and above it the zero. order: [inputs] int32, the place in x
+    of each input, where it is another one.
     """
 
     words: Tensor
@@ -40,6 +41,10 @@ class GroupedCodes:
     bits: int
     plane: int
     group: int
+
+    @property
+    def units(self) -> int:
+        return self.words.shape[1] // self.plane
 
     @property
     def nbytes(self) -> int:
@@ -173,12 +178,12 @@ def _scale_and_zero(places, BITS: tl.constexpr):
 @triton.jit
 def _grouped_product(
     x, words, scales, order, squares, addend, gain, output, gained, new_squares, sums, arrived, rows, eps,
-    N: tl.constexpr, K: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr,
     BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
     PARTS: tl.constexpr, PARTS_P: tl.constexpr, ORDERED: tl.constexpr, ADD: tl.constexpr, SILU: tl.constexpr,
     MANTISSA_BITS: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of rows, blocks of N, SPLITS). NP, KP: matrix's sides, filled up. With SILU a tile has BLOCK_N / 2
+    """Grid (blocks of rows, blocks of N, SPLITS). KP: K, filled up. With SILU a tile has BLOCK_N / 2
     outputs, and the matrix's rows of both halves for them. PARTS: of each row's sum of squares in `squares`, 0: without
     them; PARTS_P: that, a power of two or more."""
     PLACES: tl.constexpr = 16 // BITS
@@ -197,19 +202,23 @@ def _grouped_product(
     real = line < rows
     first = split * EACH
     end = tl.minimum(first + EACH, UNITS)
-    begin = words + row.to(tl.int64)[:, None] * (KP // PLACES)
+    LINE: tl.constexpr = KP // PLACES
+    ROW: tl.constexpr = P if BITS == 4 else LINE  # from one output's words to the next one's
+    STEP: tl.constexpr = 8 * P if BITS == 4 else P  # from one unit's to the next one's
+    begin = words + ((row // 8).to(tl.int64) * (8 * LINE) + row % 8 * ROW)[:, None]
+    scale_begin = scales + (row // 8).to(tl.int64) * (8 * KP // GROUP) + row % 8
     place = tl.arange(0, P)
     if PDL:
         gdc_launch_dependents()
         if tl.program_id(0) == 0:  # while the kernel before this one still runs
             ahead = tl.minimum(first + tl.arange(0, PREFETCH_UNITS), end - 1)
-            prefetch(begin + ahead[None, :] * P)
+            prefetch(begin + ahead[None, :] * STEP)
         gdc_wait()
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for unit in tl.range(first, end, num_stages=STAGES):
-        codes = tl.load(begin + unit * P + place[None, :])
+        codes = tl.load(begin + unit * STEP + place[None, :])
         for part in tl.static_range(GROUPS):
-            scale, zero = _scale_and_zero(scales + (unit * GROUPS + part) * NP + row, BITS)
+            scale, zero = _scale_and_zero(scale_begin + (unit * GROUPS + part) * 8, BITS)
             some = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for inner in tl.static_range(GROUP // P):
                 column = unit * UNIT + (part * (GROUP // P) + inner) * P + place
@@ -305,7 +314,7 @@ def grouped_product(
         scratch.sums if squares is None else squares, output,
         x if gain is None else gain, output, output if gained is None else gained,
         scratch.sums if new_squares is None else new_squares, scratch.sums, scratch.arrived, rows, eps,
-        N=outputs, K=inputs, NP=len(matrix.words), KP=matrix.words.shape[1] * 16 // matrix.bits, P=matrix.plane,
+        N=outputs, K=inputs, KP=matrix.words.shape[1] * 16 // matrix.bits, P=matrix.plane,
         GROUP=matrix.group, BITS=matrix.bits, BLOCK_M=tiles.rows, BLOCK_N=tiles.outputs, SPLITS=tiles.splits,
         STAGES=tiles.stages, PARTS=parts, PARTS_P=triton.next_power_of_2(max(1, parts)),
         ORDERED=matrix.order is not None, ADD=gain is not None, SILU=silu,
@@ -317,7 +326,7 @@ def grouped_product(
 
 @triton.jit
 def _plain(
-    words, scales, order, output, K: tl.constexpr, KP: tl.constexpr, NP: tl.constexpr, N, P: tl.constexpr,
+    words, scales, order, output, K: tl.constexpr, KP: tl.constexpr, N, P: tl.constexpr,
     GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, ORDERED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of N, units)."""
@@ -328,9 +337,14 @@ def _plain(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    codes = tl.load(words + out.to(tl.int64)[:, None] * (KP // PLACES) + unit * P + place[None, :])
+    WIDTH: tl.constexpr = KP // PLACES
+    ROW: tl.constexpr = P if BITS == 4 else WIDTH
+    STEP: tl.constexpr = 8 * P if BITS == 4 else P
+    block = (out // 8).to(tl.int64)
+    codes = tl.load(words + (block * (8 * WIDTH) + out % 8 * ROW)[:, None] + unit * STEP + place[None, :])
     for number in tl.static_range(PLACES):
-        scale, zero = _scale_and_zero(scales + (unit * P * PLACES + number * P) // GROUP * NP + out, BITS)
+        group = (unit * PLACES + number) * P // GROUP
+        scale, zero = _scale_and_zero(scales + (block * (KP // GROUP) + group) * 8 + out % 8, BITS)
         value = _numbers(codes, zero, number, BITS, 0, tl.float32) * scale
         column = (unit * PLACES + number) * P + place
         here = (out < N)[:, None] & (column < K)[None, :]
@@ -342,12 +356,12 @@ def _plain(
 def plain_matrix(matrix: GroupedCodes, dtype: torch.dtype, *, pdl: bool) -> Tensor:
     """[outputs, inputs] in `dtype`."""
     output = torch.empty((matrix.outputs, matrix.inputs), dtype=dtype, device=matrix.words.device)
-    filled, width = matrix.words.shape
+    width = matrix.words.shape[1]
     options = {"launch_pdl": True} if pdl else {}
     _plain[(triton.cdiv(matrix.outputs, 64), width // matrix.plane)](
         matrix.words, matrix.scales, matrix.words if matrix.order is None else matrix.order, output, K=matrix.inputs,
         KP=width * 16 // matrix.bits,
-        NP=filled, N=matrix.outputs, P=matrix.plane, GROUP=matrix.group, BITS=matrix.bits, BLOCK=64,
+        N=matrix.outputs, P=matrix.plane, GROUP=matrix.group, BITS=matrix.bits, BLOCK=64,
         ORDERED=matrix.order is not None, PDL=pdl, num_warps=4, **options,
     )  # fmt: skip
     return output

@@ -29,7 +29,13 @@ from vibe_sgl_lite.model_worker.gpu.kernels.expand_rows import expand_rows
 from vibe_sgl_lite.model_worker.gpu.kernels.experts import choose_expert_tiles, route, run_experts
 from vibe_sgl_lite.model_worker.gpu.kernels.fp8_product import encode_groups
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
-from vibe_sgl_lite.model_worker.gpu.kernels.grouped_product import GroupedCodes, grouped_product, plain_matrix
+from vibe_sgl_lite.model_worker.gpu.kernels.grouped_gemv import GEMV_OUTPUTS, GemvTiles, grouped_gemv
+from vibe_sgl_lite.model_worker.gpu.kernels.grouped_product import (
+    MANTISSA,
+    GroupedCodes,
+    grouped_product,
+    plain_matrix,
+)
 from vibe_sgl_lite.model_worker.gpu.kernels.prefill_attention import (
     FEW_TOKENS,
     SOME_TOKENS,
@@ -56,6 +62,8 @@ def compile_only(kernel: JITFunction[Any], grid: tuple[int, ...]) -> Callable[..
     def call(*args: Any, **options: Any) -> None:
         if "ASM" in options:
             options["ASM"] = True  # as for tensors on a card
+        elif "MANTISSA_BITS" in options:
+            options["MANTISSA_BITS"] = MANTISSA[args[0].dtype]
         compiled = kernel.run(*args, grid=grid, warmup=True, **options)
         sys.stdout.write(f"{kernel.fn.__name__} {compiled.metadata.shared} bytes of shared memory\n")
 
@@ -143,18 +151,23 @@ def main() -> None:
         normed_product(gained, squares, 1e-6, matrix, inner, cuts.gate_up, sums, pdl=True, silu=True)
         down = zeros(HIDDEN, INNER)
         added_product(inner, down, stream, gain, gained, squares, cuts.down, sums, pdl=True)
-    for bits, units in ((4, 8), (8, 16)):
+    for bits, plane in ((4, 32), (8, 64)):
         words = zeros(2 * HIDDEN, 2048 * bits // 16, dtype=torch.int16)
-        scales = zeros(16, 2 * HIDDEN, dtype=torch.int32 if bits == 4 else torch.float32)
-        codes = GroupedCodes(words, scales, None, 2 * HIDDEN, 2048, bits, 64, 128)
-        for most in (1, 32):
+        scales = zeros(2 * HIDDEN // 8, 16, 8, dtype=torch.int32 if bits == 4 else torch.float32)
+        codes = GroupedCodes(words, scales, None, 2 * HIDDEN, 2048, bits, plane, 128)
+        x, silu, stream, norms = (zeros(1, width) for width in (2048, HIDDEN, 2 * HIDDEN, 2 * HIDDEN))
+        for few_cut in (GemvTiles(16, 4), GemvTiles(16, 8, 8, 64, 2), GemvTiles(8, 8)):
+            parts = zeros(1, 40, dtype=torch.float32)
+            grouped_gemv(x, codes, silu, few_cut, pdl=True, squares=parts, eps=1e-6, silu=True)
+            parts = zeros(1, 2 * HIDDEN // GEMV_OUTPUTS, dtype=torch.float32)
+            grouped_gemv(x, codes, stream, few_cut, pdl=True, gain=norms, gained=norms, new_squares=parts)
+        for most in (8, 32):
             x, silu = zeros(most, 2048), zeros(most, HIDDEN)
-            grouped_cut, parts = choose_grouped_tiles(most, 2 * HIDDEN, units), zeros(most, 40, dtype=torch.float32)
+            grouped_cut, parts = choose_grouped_tiles(most, 2 * HIDDEN, 16), zeros(most, 40, dtype=torch.float32)
             grouped_product(x, codes, silu, grouped_cut, sums, pdl=True, squares=parts, eps=1e-6, silu=True)
             parts = zeros(most, 2 * HIDDEN // grouped_cut.outputs, dtype=torch.float32)
-            grouped_product(
-                x, codes, zeros(most, 2 * HIDDEN), grouped_cut, sums, pdl=True, gain=x, gained=x, new_squares=parts
-            )  # fmt: skip
+            stream = zeros(most, 2 * HIDDEN)
+            grouped_product(x, codes, stream, grouped_cut, sums, pdl=True, gain=x, gained=x, new_squares=parts)
         plain_matrix(codes, torch.bfloat16, pdl=True)
     encode_groups(x, zeros(32, 2048, dtype=torch.float8_e4m3fn), zeros(16, 32, dtype=torch.float32), pdl=True)
     outbox = Outbox(longs[:2], longs[:2], Layout(1 << 16, 1 << 20, 2), 1)
