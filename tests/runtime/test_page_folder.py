@@ -14,6 +14,7 @@ import pytest
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.page_folder import (
     BLOCK,
+    READ_BYTES,
     FolderClaim,
     PageFile,
     file_bytes,
@@ -59,6 +60,16 @@ def test_what_is_written_is_read(folder: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.stat().st_size <= file_bytes(len(PAGE)) < path.stat().st_size + BLOCK
     assert [*folder.glob("new.*/*")] == []
+
+
+def test_a_page_of_several_reads_is_checked_whole(folder: Path) -> None:
+    page = os.urandom(2 * READ_BYTES + 5)
+    path = write(folder, KEY, page=page)
+    assert read(path, size=len(page)) == page
+    whole = path.read_bytes()
+    for back in (1, 6, READ_BYTES + 6, len(page)):
+        path.write_bytes(whole[:-back] + bytes([whole[-back] ^ 1]) + whole[len(whole) - back + 1 :])
+        assert read(path, size=len(page)) is None, f"{back} bytes before the end"
 
 
 def test_a_file_with_any_byte_changed_is_none(folder: Path) -> None:
