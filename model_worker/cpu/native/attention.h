@@ -156,7 +156,7 @@ class PagedAttention {
             }
         }
 #elif defined(VSL_AVX2)
-        if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Stored, bf16>) {
+        if constexpr (std::is_same_v<T, bf16>) {
             if (fits_streams(args_.heads, args_.kv_heads, args_.head_dim)) {
                 int64_t follow[kBlockTokens];
                 locate(cache(next.row).pages, args_.layout, next.begin, next_tokens, follow);
