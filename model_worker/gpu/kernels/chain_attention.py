@@ -123,10 +123,10 @@ def _chain_attention(
     pair_gain = tl.load(query_norm + pair).to(tl.float32)
     key_gain = tl.load(key_norm + dim).to(tl.float32)
     key_pair_gain = tl.load(key_norm + pair).to(tl.float32)
-    cos, sin = _angles(cosines, sines, row * angle_stride, D)
     slot = tl.load(slots + row).to(tl.int64)
     if PDL:
         gdc_wait()
+    cos, sin = _angles(cosines, sines, row * angle_stride, D)  # in the first layer just made
     if split < splits:
         line = qkv + row.to(tl.int64) * ((G + 2) * KV_HEADS * D)
         is_last = split == splits - 1
@@ -241,10 +241,10 @@ def _group_attention(
     place = _places(table, token, here, head, page_stride, token_stride, head_stride, PAGE)
     key = _lines(keys, place, here, D)
     value = _lines(values, place, here, D)
-    cos, sin = _angles(cosines, sines, row * angle_stride, D)
     slot = tl.load(slots + row).to(tl.int64)
     if PDL:
         gdc_wait()
+    cos, sin = _angles(cosines, sines, row * angle_stride, D)  # in the first layer just made
     if split < splits:
         dtype: tl.constexpr = qkv.dtype.element_ty
         group = tl.arange(0, GP)
