@@ -2,8 +2,8 @@ r"""How fast the ranks of one machine load a large sharded checkpoint, each its 
 
     python benchmarks/internal/load_rate.py --folder /tmp/checkpoint --gb 20
 
-Writes layers of the 32B shape with random values into files of 4 GB, leaves nothing of them in memory (needs root),
-reads the files plainly with 4 processes, forgets them again, and loads them with all ranks at once. Seconds and GB a
+Writes layers of a shape with some values into files of 2 GB, leaves nothing of them in memory, reads the files plainly
+with 4 processes, forgets them again, and loads them with all ranks at once. Seconds and GB a
 second of the files' bytes, of which every rank needs its part; then once more with the files in memory.
 """
 
@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/load_rate.py` finds the packages
@@ -31,7 +32,7 @@ from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState  # no
 from vibe_sgl_lite.qwen3.model import Qwen3  # noqa: E402
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig  # noqa: E402
 
-SHAPE, SHARD_BYTES = "32B", 4 << 30
+SHARD_BYTES = 2 << 30
 
 
 def model_of(folder: Path, rank: int, ranks: int, device: torch.device) -> Qwen3:
@@ -41,43 +42,49 @@ def model_of(folder: Path, rank: int, ranks: int, device: torch.device) -> Qwen3
     return Qwen3(ModelConfig.from_folder(folder), state, torch.bfloat16, device, TorchOperations())
 
 
-def write(folder: Path, size: float) -> int:
-    """Bytes of the checkpoint."""
-    shape = SHAPES[SHAPE]
+def write(folder: Path, shape: dict[str, Any], size: float) -> int:
+    """Bytes of the checkpoint, of values that follow each other in files of some GB."""
     hidden, inner, dim = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
     heads = 2 * shape["num_attention_heads"] + 2 * shape["num_key_value_heads"]
     ends = 2 * shape["vocab_size"] * hidden
     layers = max(1, round((size * 5e8 - ends) / (hidden * (heads * dim + 3 * inner))))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": layers}))
-    block = torch.randn(1 << 28).bfloat16()
-    shard: dict[str, torch.Tensor] = {}
-    files, total = dict[str, str](), 0
-
-    def flush() -> None:
-        name = f"model-{len(set(files.values())) + 1:05}.safetensors"
-        save_file(shard, folder / name)
-        files.update(dict.fromkeys(shard, name))
-        shard.clear()
-
+    shards = [dict[str, Any]()]
+    end = total = 0
     for item in load_items(model_of(folder, 0, 1, torch.device("meta"))):
         for part in item.parts:
-            count = torch.Size(part.shape).numel()
-            shard[part.name] = block.repeat(-(-count // len(block)))[:count].view(part.shape)
-            total += 2 * count
-            if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
-                flush()
-    flush()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+            count = 2 * torch.Size(part.shape).numel()
+            if end and end + count > SHARD_BYTES:
+                shards.append({})
+                end = 0
+            place = [end, end := end + count]
+            shards[-1][part.name] = {"dtype": "BF16", "shape": list(part.shape), "data_offsets": place}
+            total += count
+    block = torch.randn(1 << 25).bfloat16().view(torch.uint8).numpy().data
+
+    def fill(name: str, shard: dict[str, Any]) -> None:
+        header = json.dumps(shard).encode()
+        left = max(entry["data_offsets"][1] for entry in shard.values())
+        with (folder / name).open("wb", buffering=0) as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            while left:
+                left -= file.write(block[:left])
+            os.fsync(file.fileno())
+
+    names = [f"model-{number:05}.safetensors" for number in range(1, len(shards) + 1)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(fill, names, shards))
+    where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     return total
 
 
-def forget() -> None:
-    subprocess.run(["sync"], check=True)
-    try:
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-    except OSError as error:
-        print(f"files may be in memory: {error}", flush=True)
+def forget(folder: Path) -> None:
+    """Leave nothing of the files in memory."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def load(folder: Path, ranks: int, device: str) -> list[float]:
@@ -90,7 +97,7 @@ def load(folder: Path, ranks: int, device: str) -> list[float]:
     for process in started:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-    forget()
+    forget(folder)
     for process in started:
         assert process.stdin is not None
         process.stdin.write("go\n")
@@ -117,6 +124,7 @@ def work(folder: Path, rank: int, ranks: int, device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--shape", default="32B")
     parser.add_argument("--gb", type=float, default=20.0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--device", default="cuda")
@@ -126,9 +134,9 @@ def main() -> None:
         work(options.folder, options.rank, options.ranks, options.device)
         return
     began = time.perf_counter()
-    size = write(options.folder, options.gb)
+    size = write(options.folder, SHAPES[options.shape], options.gb)
     print(f"{size / 1e9:.1f} GB written in {time.perf_counter() - began:.1f} s", flush=True)
-    forget()
+    forget(options.folder)
     began = time.perf_counter()
     files = [str(path) for path in sorted(options.folder.glob("*.safetensors"))]
     subprocess.run(

@@ -4,18 +4,18 @@ r"""How long steps take on one GPU and on several, and which kernels take it; th
     python benchmarks/internal/parallel_steps.py --shapes 32B --rows 64 --kernels 12 --variants ours,cublas,unsent
     python benchmarks/internal/parallel_steps.py --shapes 30B-A3B --groups tp1,tp,ep,all-to-all
 
-Dummy weights in bf16 of published shapes. Decode: rows of 24 to some 100 tokens, captured, three steps in flight as in
-the engine; prefill: a step of 4 prompts of 1,024, not captured. groups: tp1 one GPU alone, tp all, ep the same with
-experts split, all-to-all the same with tokens sent to experts. variants, of several GPUs: cublas without the products
-of kernels/rank_product.py, unsent with sums that send by themselves, alone with sums over nobody (wrong, to see what
-the other ranks cost), earlyN with N lines asked for before the wait, chain and nochain for one row, and cuts for 33
-to 64 rows by their part and name in CUTS: g gate and up, l inputs that are long, s others; g1+l2 is two of them.
---kernels: also what takes the first rank's time, microseconds a step. The floor is reading a rank's weights, of experts
-those that tokens at random touch. Prints a line for each.
+Dummy weights in bf16 of published shapes, or in blocks of fp8 as 30B-A3B-FP8. Decode: rows of 24 to some 100 tokens,
+captured, three steps in flight as in the engine; prefill: a step of 4 prompts of 1,024, not captured. groups: tp1 one
+GPU alone, tp all, ep the same with experts split, all-to-all the same with tokens sent to experts. variants, of
+several GPUs: cublas without the products of kernels/rank_product.py, unsent with sums that send by themselves, alone
+with sums over nobody (wrong, to see what the other ranks cost), earlyN with N lines asked for before the wait, nochain
+for few rows, and cuts for 33 to 64 rows by their part and name in CUTS: g gate and up, l inputs that are long, s
+others; g1+l2 is two of them. --kernels: also what takes the first rank's time, microseconds a step. The floor is
+reading a rank's weights, of experts those that tokens at random touch. Prints a line for each.
 
-Shapes tiny and tiny-moe, the checkpoints, and such as 32B-fp32, two layers of dummy weights: no times, but whether what
-they draw in float32 is the same in all groups.
-What they launch can be compiled beforehand by many processes at once: internal/dry_steps.py.
+Shapes tiny and tiny-moe, the checkpoints, and such as 32B-fp32, two layers of dummy weights: no times, but whether
+what they draw in float32 is the same in all groups. What they launch can be compiled beforehand by many processes at
+once: internal/dry_steps.py.
 """
 
 from __future__ import annotations
@@ -43,14 +43,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/parallel_steps.py` finds the packages
 
 from benchmarks.gpu_offline import measure_card  # noqa: E402
-from benchmarks.parallel_gpu import DENSE, MOE, SHAPES, floor_ms  # noqa: E402
+from benchmarks.parallel_gpu import DENSE, MOE, floor_ms  # noqa: E402
+from benchmarks.parallel_gpu import SHAPES as PLAIN_SHAPES  # noqa: E402
 from vibe_sgl_lite.model_worker.compute import GpuSetup, choose_compute  # noqa: E402
-from vibe_sgl_lite.model_worker.gpu import collectives, layers, rank_products  # noqa: E402
+from vibe_sgl_lite.model_worker.gpu import attention_backend, collectives, rank_products  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.graphs import CudaGraphs  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.rank_product import ProductCut  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.rank_products import MOST_ROWS  # noqa: E402
 from vibe_sgl_lite.model_worker.kv_pool import KVPool  # noqa: E402
+from vibe_sgl_lite.model_worker.matrix_formats import keep_as_codes  # noqa: E402
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner  # noqa: E402
 from vibe_sgl_lite.model_worker.parallel import build_state, init_parallel, join_peers  # noqa: E402
 from vibe_sgl_lite.model_worker.pending_step import PendingStep  # noqa: E402
@@ -65,7 +67,11 @@ from vibe_sgl_lite.runtime.settings.sampling_params import SamplingParams, resol
 PAGE, CONTEXT, IN_FLIGHT, LENGTH, STEPS, PROMPTS, PROMPT = 64, 2048, 3, 24, 20, 4, 1024
 TOKENS, TOKEN_ROWS = 24, (1, 2, 4, 8)
 TINY = {"tiny": DENSE, "tiny-moe": MOE}
-FLOAT32 = "-fp32"
+FLOAT32, FP8 = "-fp32", "-FP8"
+BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+SHAPES = PLAIN_SHAPES | {
+    shape + FP8: config | {"quantization_config": BLOCKS} for shape, config in PLAIN_SHAPES.items()
+}
 CUTS = {  # and how many programs may run at once; None: cuBLAS
     "g1": (ProductCut(64, 128, 64, 1, 8, 4, early=4), 132),
     "g2": (ProductCut(64, 64, 64, 1, 8, 4, early=4), 132),
@@ -193,8 +199,8 @@ def vary(variant: str) -> Any:
         return patch.object(rank_products, "choose_cut", earlier)
     if variant == "unsent":
         return patch("vibe_sgl_lite.model_worker.gpu.kernels.all_reduce.Outbox.takes", lambda *_: False)
-    if variant.endswith("chain"):
-        return patch.object(layers, "WIDE", 0 if variant == "nochain" else 1 << 30)
+    if variant == "nochain":
+        return patch.object(attention_backend.GpuAttention, "_runs_as_chain", lambda *_: False)
     if variant == "alone":
         return patch.object(collectives.PeerMemory, "all_reduce_add_norm", add_norm_alone)
     if variant[0] in "gls":
@@ -248,6 +254,7 @@ def model_of(
         return replace(made, graphs=CudaGraphs(rows, ()))
 
     model = Qwen3(config, parallel, dtype, device, compute((1,)).operations, dispatch)
+    keep_as_codes(model, everything=False)
     if shape in TINY:
         load_weights(model, TINY[shape])
     else:
@@ -275,7 +282,7 @@ def steps_of(model: Qwen3, compute: Any, rows: tuple[int, ...]) -> Steps:
 def measure(model: Qwen3, compute: Any, rows: tuple[int, ...], variant: str, kernels: int) -> dict[str, Any]:
     """With the rows of those that the variant is for."""
     ours = variant == "ours"
-    least, most = (33, MOST_ROWS) if variant[0] in "gls" else (0, 2) if variant.endswith("chain") else (0, rows[-1])
+    least, most = (33, MOST_ROWS) if variant[0] in "gls" else (0, 4) if variant == "nochain" else (0, rows[-1])
     rows = tuple(count for count in rows if least <= count <= most)
     if not rows:
         return {}
