@@ -28,7 +28,7 @@ from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight, PlainMatrix
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import DecoderLayer, Qwen3
 
-WIDE = 5120  # hidden size from which a rank's products send their part, and win over a chain that does not
+WIDE = 5120  # hidden size from which the products of a rank take the rows that are more than a few
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,9 @@ def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
         fused = FusedLayers(layers, tiles, attention) if tiles else None
         chain = [ChainLayer.of(layer) for layer in layers]
         model.all_layers = GpuLayers(model.layers, chain, fused, attention, parallel)
-        if fused is not None:
+        if fused is not None or (parallel is not None and model.config.hidden_size >= WIDE):
             attention.chain_rows = FEW_CHAIN_ROWS
-        few = parallel is None or model.config.hidden_size < WIDE
-        attention.has_chain = few and not attention.fixed_order
+        attention.has_chain = not attention.fixed_order
     has_kernels = isinstance(model.all_layers, GpuLayers | GroupedLayers)
     if has_kernels and (matrix := _plain(head)) is not None and not attention.fixed_order:
         head.replace(FewRowsMatrix(matrix, pdl=attention.pdl))

@@ -16,6 +16,7 @@ from tests.distributed.cases import steps_logits
 from tests.model_worker.sampling.reference import on_ranks
 from tests.qwen3.harness import DENSE, MOE, PagedRun, load_model, make_checkpoint
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox
+from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import CHAIN_ROWS, FEW_CHAIN_ROWS
 from vibe_sgl_lite.model_worker.gpu.layers import WIDE, plan_layers
 from vibe_sgl_lite.model_worker.gpu.parallel_layers import ParallelLayers
 from vibe_sgl_lite.model_worker.gpu.rank_products import RankProducts
@@ -79,9 +80,11 @@ def test_logits_are_those_of_layers_one_by_one(tmp_path: Path, shape: dict[str, 
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("hidden", "ranks", "has_chain"), [(WIDE, 2, False), (WIDE, 1, True), (64, 2, True)])
-def test_several_ranks_of_a_wide_model_have_no_chain(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: int, ranks: int, has_chain: bool
+@pytest.mark.parametrize(
+    ("hidden", "ranks", "most"), [(WIDE, 2, FEW_CHAIN_ROWS), (WIDE, 1, CHAIN_ROWS), (64, 2, CHAIN_ROWS)]
+)
+def test_several_ranks_of_a_wide_model_have_a_chain_for_fewer_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: int, ranks: int, most: int
 ) -> None:
     monkeypatch.setattr(ThreadPeers, "takes", lambda *_: True)
     monkeypatch.setattr(weight, "can_pack", lambda *_: False)  # matrices as a card has them
@@ -90,6 +93,7 @@ def test_several_ranks_of_a_wide_model_have_no_chain(
     group = Group(0, ranks, nobody if ranks > 1 else None)
     group = replace(group, peers=ThreadPeers(group) if ranks > 1 else None)
     model = load_model(tmp_path, parallel=ParallelState(tp=group, expert_tp=group))
-    attention: Any = SimpleNamespace(pdl=False, fixed_order=False, chain_rows=0, has_chain=None)
+    attention: Any = SimpleNamespace(pdl=False, fixed_order=False, chain_rows=CHAIN_ROWS, has_chain=None)
     plan_layers(model, attention)
-    assert attention.has_chain == has_chain
+    assert attention.has_chain
+    assert attention.chain_rows == most
