@@ -94,7 +94,7 @@ TILES = (
         ),
     ),
 )
-FUSED_ROWS = TILES[-1][0]
+WIDE = 4096  # hidden size from which cuBLAS's products win with more rows than those of the first tiles
 ANY_ROWS = 1 << 30
 # For any number of rows, so that no row's sums depend on how many there are: one split, in each.
 FIXED_TILES = LayerTiles(
@@ -121,7 +121,8 @@ def plan_tiles(layer: LayerWeights, *, fixed_order: bool = False) -> list[tuple[
     """`TILES`, or `FIXED_TILES`, for this layer's matrices; empty where there are none."""
     dtype, hidden = layer.qkv.dtype, layer.down.shape[0]
     planned = []
-    for most, tiles in ((ANY_ROWS, FIXED_TILES),) if fixed_order else TILES:
+    some = TILES if hidden < WIDE else TILES[:1]
+    for most, tiles in ((ANY_ROWS, FIXED_TILES),) if fixed_order else some:
         cuts = {}
         for field in fields(LayerTiles):
             outputs, inputs = getattr(layer, field.name).shape
@@ -143,6 +144,7 @@ class FusedLayers:
         """tiles: of `plan_tiles`."""
         self.layers = layers
         self.tiles = tiles
+        self.most_rows = tiles[-1][0]
         self.attention = attention
         sums, count, first = 1, 1, layers[0]
         for most, cuts in tiles:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention, GpuMetadata
 from vibe_sgl_lite.model_worker.gpu.experts import plan_experts
-from vibe_sgl_lite.model_worker.gpu.fused_layers import FUSED_ROWS, FusedLayers, LayerWeights, plan_tiles
+from vibe_sgl_lite.model_worker.gpu.fused_layers import FusedLayers, LayerWeights, plan_tiles
 from vibe_sgl_lite.model_worker.gpu.grouped_layers import GroupedLayers, plan_grouped
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import FEW_CHAIN_ROWS
 from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import begin
@@ -92,7 +92,7 @@ class GpuLayers:
         if self.parallel is not None:
             return self.parallel(update, residual, context)
         if self.fused is not None and (
-            self.attention.fixed_order or (metadata.chunks is None and len(update) <= FUSED_ROWS)
+            self.attention.fixed_order or (metadata.chunks is None and len(update) <= self.fused.most_rows)
         ):
             return self.fused(update, context)
         for layer in self.layers:
