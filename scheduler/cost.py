@@ -20,6 +20,7 @@ Depends on nothing but its inputs, so that a replayed trace makes the same decis
 from __future__ import annotations
 
 import math
+from operator import add
 from typing import NamedTuple
 
 FADE = 0.99  # weight of the past at each new step
@@ -105,12 +106,11 @@ class CostModel:
     def _solution(self) -> list[float]:
         if self._stale:
             theta = self._theta
-            equations = [
-                [one + other for one, other in zip(*pair, strict=True)] for pair in zip(*self._seen, strict=True)
-            ]
+            equations = [list(map(add, *pair)) for pair in zip(*self._seen, strict=True)]
             for _ in range(SWEEPS):
                 for i, row in enumerate(equations):
-                    rest = row[0] * theta[0] + row[1] * theta[1] + row[2] * theta[2] + row[3] * theta[3]
-                    theta[i] = max(0.0, theta[i] + (row[4] - rest) / row[i])
+                    a, b, c, d, right = row
+                    rest = a * theta[0] + b * theta[1] + c * theta[2] + d * theta[3]
+                    theta[i] = max(0.0, theta[i] + (right - rest) / row[i])
             self._stale = False
         return self._theta

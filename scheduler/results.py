@@ -110,7 +110,9 @@ class ResultApplier:
         state, requests, ids = self._state, decode.requests, array("i", packed)
         rows = {row for row in told if row < len(decode)}
         for place in (state.ending, state.leaving, self._unopened):
-            rows.update(requests.index(request) for request in place.values() if request in requests)
+            for request in place.values():
+                if request in requests:
+                    rows.add(requests.index(request))
         if not state.ends.keys().isdisjoint(ids):
             by_row = enumerate(zip(decode, ids, strict=False))
             rows.update(row for row, (request, token) in by_row if token in request.ends)
