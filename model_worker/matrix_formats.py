@@ -89,9 +89,14 @@ def keep_as_codes(model: Qwen3, *, everything: bool) -> None:
         if isinstance(weight, MatrixWeight) and (quantized or (everything and _is_linear(item.parts[0].name))):
             weight.keep_as(grouped)
         if isinstance(weight, ExpertWeight) and quantized and form is not None and form.method == FP8:
-            parts = [part.source for part in item.parts]
-            if all(end % BLOCK == 0 for part in parts for side in part for end in (side.start, side.stop)):
+            sides = [side for part in item.parts for side in part.source]
+            if _has_e4m3(model.device) and all(end % BLOCK == 0 for side in sides for end in (side.start, side.stop)):
                 weight.stack_format = BlockExperts
+
+
+def _has_e4m3(device: torch.device) -> bool:
+    """Whether Triton's kernels may have numbers of it there; before Ada they may not."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _is_linear(name: str) -> bool:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.qwen3.harness import MOE, load_model, make_checkpoint
 from tests.qwen3.quantised import make_quantised
+from vibe_sgl_lite.model_worker.gpu import grouped_matrix
 from vibe_sgl_lite.model_worker.gpu.block_experts import BlockExperts
 from vibe_sgl_lite.model_worker.gpu.experts import FixedDispatch, GroupedDispatch
 from vibe_sgl_lite.model_worker.gpu.kernels import experts as kernels
@@ -167,6 +168,23 @@ def test_a_code_that_is_no_number_is_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no numbers") as error:
         load_weights(model, tmp_path / "fp8")
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize(("capability", "stay"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_cards_without_e4m3_widen_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *, stay: bool
+) -> None:
+    make_checkpoint(tmp_path / "source", MOE | {"hidden_size": 128, "moe_intermediate_size": 128})
+    make_quantised("fp8", tmp_path / "source", tmp_path / "fp8", tmp_path / "plain")
+    config = settle(ModelConfig.from_folder(tmp_path / "fp8"), tmp_path / "fp8")
+    model = Qwen3(config, ParallelState(), torch.float32, torch.device("cpu"), TorchOperations())
+    monkeypatch.setattr(model, "device", torch.device("cuda"))  # of which only the name is asked
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(grouped_matrix, "ProductScratch", lambda *_: None)
+    keep_as_codes(model, everything=False)
+    block = model.layers[0].feed_forward
+    assert isinstance(block, MoEBlock)
+    assert (block.experts.down.stack_format is BlockExperts) == stay
 
 
 def test_experts_made_fp8_are_near_and_take_new_values(device: torch.device) -> None:
