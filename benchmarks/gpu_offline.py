@@ -6,7 +6,7 @@ r"""What one GPU delivers through the whole pipeline, beside what its memory and
 Workload: 256 requests of 100 to 1,024 random ids in and as many out (seed 0, ignore_eos, temperature 0.6), sent at
 once; then one request of 128 in and 256 out, and prompts alone, 28 of 640 tokens and one of 16,384. The floor is the
 workload's own: the weights read once a decode step, every token's keys and values once a step that attends to them, the
-prompts' products, at the rates that the same run measures on the same card. Prints a table and, last, one JSON line.
+prompts' products, at the rates that the same run measures on the same card; all of it once more with Qwen3's own top-k and top-p. Prints a table and, last, one JSON line.
 Every other --flag VALUE goes to the engine.
 """
 
@@ -29,6 +29,8 @@ from vibe_sgl_lite import LLM, SamplingParams  # noqa: E402
 
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 HIGHEST_ID = 10_000  # of the prompts
+PLAIN: dict[str, Any] = {"temperature": 0.6, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
+FILTERED = PLAIN | {"top_p": 0.95, "top_k": 20}  # Qwen3's own
 MEASURE = """
 import json, torch
 def timed(work, times):
@@ -69,12 +71,9 @@ def floor_seconds(
     return {"decode": decode, "prefill": products / (card["gemm_tflop_s"] * 1e12)}
 
 
-def run(llm: LLM, inputs: list[list[int]], outputs: list[int]) -> float:
+def run(llm: LLM, inputs: list[list[int]], outputs: list[int], **sampling: Any) -> float:
     """Seconds from sending the requests to the last of the answers."""
-    params = [
-        SamplingParams(max_new_tokens=n, temperature=0.6, top_p=1.0, top_k=-1, min_p=0.0, ignore_eos=True, seed=i)
-        for i, n in enumerate(outputs)
-    ]
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True, seed=i, **sampling) for i, n in enumerate(outputs)]
     begin = time.perf_counter()
     answers = llm.generate(inputs, params)
     seconds = time.perf_counter() - begin
@@ -105,14 +104,18 @@ def main() -> None:
     with LLM(**settings, device="cuda", disable_radix_cache=True) as llm:
         result["startup_s"] = time.perf_counter() - begin
         run(llm, [[1] * 100] * 4, [8] * 4)
-        result["seconds"] = min(run(llm, prompts, outputs) for _ in range(options.rounds))
-        single = min(run(llm, [[choose.randint(0, HIGHEST_ID) for _ in range(128)]], [256]) for _ in range(3))
+        result["seconds"] = min(run(llm, prompts, outputs, **PLAIN) for _ in range(options.rounds))
+        one = [[choose.randint(0, HIGHEST_ID) for _ in range(128)]]
+        single = min(run(llm, one, [256], **PLAIN) for _ in range(3))
+        result["seconds_filtered"] = min(run(llm, prompts, outputs, **FILTERED) for _ in range(options.rounds))
+        result["one_request_filtered_tok_s"] = 256 / min(run(llm, one, [256], **FILTERED) for _ in range(3))
         for count, length in ((28, 640), (1, 16_384)):
             alone = [[choose.randint(0, HIGHEST_ID) for _ in range(length)] for _ in range(count)]
-            seconds = min(run(llm, alone, [1] * count) for _ in range(3))
+            seconds = min(run(llm, alone, [1] * count, **PLAIN) for _ in range(3))
             result[f"prefill_{count}x{length}_tok_s"] = count * length / seconds
     result |= {
         "out_tok_s": sum(outputs) / result["seconds"],
+        "out_filtered_tok_s": sum(outputs) / result["seconds_filtered"],
         "of_floor": sum(floor.values()) / result["seconds"],
         "one_request_tok_s": 256 / single,
         "one_request_floor_tok_s": 256 / sum(floor_seconds(config, [128], [256], element, kv_element, card).values()),

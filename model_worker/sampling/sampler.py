@@ -40,7 +40,7 @@ from vibe_sgl_lite.model_worker.sampling.nucleus import (
     prefix_lengths,
     total_masses,
 )
-from vibe_sgl_lite.model_worker.sampling.slots import FilterPlan, SamplingPlan, SlotSampling
+from vibe_sgl_lite.model_worker.sampling.slots import FilterPlan, Filters, SamplingPlan, SlotSampling
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, spread
 from vibe_sgl_lite.runtime.settings.sampling_params import ResolvedSampling
 
@@ -50,10 +50,11 @@ ArgmaxFunction = Callable[[Tensor], Tensor]
 
 
 class FusedDraw(Protocol):
-    """Draws, where no row asks for more than a temperature and a seed, without planning anything for the step."""
+    """Draws, where no row asks for more than a temperature, a seed and filters that it knows, without planning anything
+    for the step."""
 
-    def admit(self, slot: int, sampling: ResolvedSampling, *, plain: bool) -> None:
-        """A row comes to `slot`; plain: it asks for no more."""
+    def admit(self, slot: int, sampling: ResolvedSampling, filters: Filters | None, *, plain: bool) -> None:
+        """A row comes to `slot`; plain: it asks for no more than its filters, if any."""
         ...
 
     def takes(self, slots: npt.NDArray[np.int32]) -> bool:
@@ -121,7 +122,7 @@ class Sampler:
         if self.fused is not None:
             reads_hidden = sampling.prompt_logprobs or sampling.pooling is not None  # which the draw's graph spoils
             plain = self.slots.is_plain(slot) and not reads_hidden
-            self.fused.admit(slot, sampling, plain=plain)
+            self.fused.admit(slot, sampling, self.slots.filters(slot), plain=plain)
 
     def release(self, slot: int) -> None:
         """The slot is free again."""

@@ -25,6 +25,15 @@ KEPT_PLANS = 16  # with drafts, a slot comes more than once, now so often and no
 
 
 @dataclass(frozen=True)
+class Filters:
+    """Of one row; as `FilterPlan` has them."""
+
+    top_k: int
+    top_p: float
+    max_distance: float
+
+
+@dataclass(frozen=True)
 class FilterPlan:
     """Rows that draw from a filtered distribution. All tensors [n].
 
@@ -184,9 +193,15 @@ class SlotSampling:
         self._single.pop(slot, None)
 
     def is_plain(self, slot: int) -> bool:
-        """Whether its row draws from all of its logits, as they are, and asks for nothing more."""
+        """Whether its row draws from its logits as they are, filtered or not, and asks for nothing more."""
         record = self._records[slot]
-        return not any(record[name] for name in ("filtered", "penalised", "biased", "held_back", "logprobs"))
+        return not any(record[name] for name in ("penalised", "biased", "held_back", "logprobs"))
+
+    def filters(self, slot: int) -> Filters | None:
+        record = self._records[slot]
+        if not record["filtered"]:
+            return None
+        return Filters(int(record["top_k"]), float(record["top_p"]), float(record["max_distance"]))
 
     def plan(self, slots: npt.NDArray[np.int64]) -> SamplingPlan:
         """The plan for these rows' slots, in order. Every slot must be occupied. The last few plans are kept."""

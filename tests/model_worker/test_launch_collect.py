@@ -22,6 +22,7 @@ from vibe_sgl_lite.model_worker.model_runner import ModelRunner
 from vibe_sgl_lite.model_worker.pending_step import PendingStep
 from vibe_sgl_lite.model_worker.sampling import constraints as constraints_module
 from vibe_sgl_lite.model_worker.sampling.slot_constraint import SlotConstraint
+from vibe_sgl_lite.model_worker.sampling.slots import Filters
 from vibe_sgl_lite.model_worker.step_pipeline import StepPipeline
 from vibe_sgl_lite.qwen3.layers.linear import ColumnParallelLinear, QKVLinear, RowParallelLinear
 from vibe_sgl_lite.qwen3.model import Qwen3
@@ -335,8 +336,9 @@ def test_attributes_reach_the_linears(dense: tuple[Any, Qwen3], monkeypatch: pyt
 class GreedyDraw:
     """A `FusedDraw` of rows without a temperature."""
 
-    def admit(self, slot: int, sampling: ResolvedSampling, *, plain: bool) -> None:
+    def admit(self, slot: int, sampling: ResolvedSampling, filters: Filters | None, *, plain: bool) -> None:
         assert plain
+        assert filters is None
 
     def takes(self, slots: Any) -> bool:
         return True

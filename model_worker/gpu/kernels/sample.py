@@ -1,9 +1,12 @@
-"""Draws a token a row from its logits: the maximum, or Gumbel-max with the noise of `sampling/noise.py`.
+"""Draws a token a row from its logits: the maximum, or Gumbel-max with the noise of `sampling/noise.py`, of all of
+them or of a few that top-k, top-p and min-p leave.
 
 The noise is exact and dear: two logarithms in fp64. So a first pass makes of every score what it is at most, which
 takes one logarithm in fp32, as -log(-log(u)) < -log(1 - u), and nearly equal where it is large; it keeps each chunk's
 highest. A second one makes exact scores, chunk after chunk from the highest of these on, until no other can hold a
 better one: one chunk as a rule. The token is the one that exact scores everywhere would give, the lowest id of equals.
+Where top-k leaves at most KEPT, the first pass keeps each chunk's highest logit, and the second takes the best ones
+out, one after another, and cuts them as `sampling/nucleus.py` does: only these need noise.
 """
 
 import torch
@@ -16,10 +19,13 @@ from vibe_sgl_lite.qwen3.layers.parallel_state import Group
 
 ONE_RANK = Group()
 CHUNK = 2048  # logits a program
+KEPT = 64  # of a row with filters, at most
 # Above what fp32 may be off: at noise of up to 37, and in proportion to the score.
 BOUND = tl.constexpr(1e-3)
 RELATIVE_BOUND = tl.constexpr(2e-6)
 NONE = tl.constexpr(-1)
+NO_ID = tl.constexpr(2147483647)
+MASS_LOG = tl.constexpr(44 * 0.6931471805599453)  # a mass is a multiple of 2**-44
 LN_2 = tl.constexpr(0.6931471805599453)
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
@@ -88,7 +94,7 @@ def _most_gumbel(high, ASM: tl.constexpr):
 
 @triton.jit
 def _chunk_maxima(
-    logits, maxima, slots, positions, inverse_temperatures, seeds, columns, first,
+    logits, maxima, slots, positions, inverse_temperatures, seeds, top_ks, columns, first,
     CHUNK: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, chunks): what no score of each chunk is above. first: the token of the first column."""
@@ -97,11 +103,12 @@ def _chunk_maxima(
     inside = token < columns
     slot = tl.load(slots + row)
     inverse = tl.load(inverse_temperatures + slot)
+    top_k = tl.load(top_ks + slot)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     score = tl.load(logits + row.to(tl.int64) * columns + token, mask=inside, other=-float("inf")).to(tl.float32)
-    if inverse != 0.0:
+    if (inverse != 0.0) & (top_k == 0):
         key = _row_key(tl.load(seeds + slot), tl.load(positions + row))
         score = score * inverse.to(tl.float32) + _most_gumbel(_high_bits(key, first + token), ASM)
         score = tl.where(inside, score, -float("inf"))
@@ -109,10 +116,46 @@ def _chunk_maxima(
 
 
 @triton.jit
+def _draw_filtered(
+    line, most, key, inverse, top_k, top_p, max_distance, columns, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    KEPT: tl.constexpr,
+):  # fmt: skip
+    """The token of a row whose logits are at `line`, of which `most` [CHUNKS] are the chunks' highest."""
+    chunk, place = tl.arange(0, CHUNKS), tl.arange(0, KEPT)
+    values = tl.full([KEPT], -float("inf"), tl.float32)
+    ids = tl.full([KEPT], NO_ID, tl.int32)
+    last, last_id, taken = float("inf"), -1, 0
+    while (taken < top_k) & (tl.max(most, 0) > -float("inf")):
+        # The next one in falling order of logits, and of equals in rising order of ids.
+        at = tl.argmax(most, 0)
+        token = at * CHUNK + tl.arange(0, CHUNK)
+        logit = tl.load(line + token, mask=token < columns, other=-float("inf")).to(tl.float32)
+        logit = tl.where((logit < last) | ((logit == last) & (token > last_id)), logit, -float("inf"))
+        last = tl.max(logit, 0)
+        last_id = tl.min(tl.where(logit == last, token, NO_ID), 0)
+        after = (logit < last) | ((logit == last) & (token > last_id))
+        most = tl.where(chunk == at, tl.max(tl.where(after, logit, -float("inf")), 0), most)
+        values = tl.where(place == taken, last, values)
+        ids = tl.where(place == taken, last_id, ids)
+        taken += 1
+    here = place < taken
+    best = tl.max(values, 0).to(tl.float64)
+    value = tl.where(here, values.to(tl.float64), best)
+    mass = tl.where(here, tl.exp(MASS_LOG - (value - best) * -inverse).to(tl.int64), 0)
+    reached, limit = tl.cumsum(mass, 0), tl.sum(mass, 0)
+    target = tl.maximum(tl.minimum(tl.ceil(top_p * limit.to(tl.float64)).to(tl.int64), limit), 1)
+    nucleus = tl.sum((here & (reached < target)).to(tl.int32), 0) + 1
+    near = tl.sum((here & (value >= best - max_distance / inverse)).to(tl.int32), 0)
+    length = tl.minimum(tl.where(top_p < 1.0, nucleus, taken), near)
+    score = tl.where(place < length, value * inverse + _gumbel(_uniform_bits(key, ids)), -float("inf"))
+    return tl.min(tl.where((score == tl.max(score, 0)) & (place < length), ids, NO_ID), 0)
+
+
+@triton.jit
 def _draw(
-    logits, maxima, slots, positions, inverse_temperatures, seeds, winners, token_ids, tokens, places, lengths, columns,
-    chunks, first, PART: tl.constexpr, ADVANCE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    PDL: tl.constexpr,
+    logits, maxima, slots, positions, inverse_temperatures, seeds, top_ks, top_ps, max_distances, winners, token_ids,
+    tokens, places, lengths, columns, chunks, first, PART: tl.constexpr, ADVANCE: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr, KEPT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program a row: exact scores of the chunks that may hold the highest. PART: that goes to `winners`, no token.
     A row with a score that is infinite has no token."""
@@ -120,6 +163,7 @@ def _draw(
     chunk = tl.arange(0, CHUNKS)
     slot = tl.load(slots + row)
     inverse = tl.load(inverse_temperatures + slot)
+    top_k, top_p, max_distance = tl.load(top_ks + slot), tl.load(top_ps + slot), tl.load(max_distances + slot)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -131,6 +175,12 @@ def _draw(
     best = tl.full([], -float("inf"), tl.float64)
     best_token = tl.full([], NONE, tl.int32)
     error = tl.where(inverse != 0.0, BOUND + RELATIVE_BOUND * tl.abs(highest), 0.0)
+    if (top_k != 0) & (highest > -float("inf")):
+        line = logits + row.to(tl.int64) * columns
+        best_token = _draw_filtered(
+            line, most, key, inverse, top_k, top_p, max_distance, columns, CHUNK, CHUNKS, KEPT
+        )  # fmt: skip
+        highest = -float("inf")
     while highest > -float("inf"):
         at = tl.argmax(most, 0)
         token = at * CHUNK + tl.arange(0, CHUNK)
@@ -140,7 +190,7 @@ def _draw(
             score = score * inverse + _gumbel(_uniform_bits(key, first + token))
             score = tl.where(inside, score, -float("inf"))
         higher = tl.max(score, 0)
-        its_token = tl.min(tl.where(score == higher, token, 2147483647), 0)
+        its_token = tl.min(tl.where(score == higher, token, NO_ID), 0)
         if (higher > best) | ((higher == best) & (its_token < best_token)):
             best = higher
             best_token = its_token
@@ -176,7 +226,7 @@ def _choose(
         gdc_wait()
     score = tl.load(winners + (rank * rows + row) * 2)
     token = tl.load(winners + (rank * rows + row) * 2 + 1).to(tl.int32)
-    best = tl.min(tl.where(score == tl.max(score, 0), token, 2147483647), 0)
+    best = tl.min(tl.where(score == tl.max(score, 0), token, NO_ID), 0)
     _put(tl.where(tl.min(token, 0) == NONE, NONE, best), row, token_ids, tokens, places, lengths, ADVANCE)
 
 
@@ -191,6 +241,7 @@ def sample(
     positions: Tensor,
     inverse_temperatures: Tensor,
     seeds: Tensor,
+    filters: tuple[Tensor, Tensor, Tensor],
     scratch: Tensor,
     token_ids: Tensor,
     tokens: Tensor,
@@ -204,7 +255,9 @@ def sample(
     """Fill token_ids, [R] int32, from logits, [R, vocabulary] in fp32 or bf16; -1 where these are NaN or infinite.
 
     slots: [R] int32; positions: [R] ints, of the token to draw. Of each slot: inverse_temperatures [slots] fp64, 0 for
-    the greedy; seeds [slots] int64, 64 bits in two's complement. scratch: R x `num_chunks` fp32 or more.
+    the greedy; seeds [slots] int64, 64 bits in two's complement; filters: top_k [slots] int32, at most KEPT, 0 where
+    there are no filters, which takes one rank; top_p [slots] fp64, 1 if off; max_distance [slots] fp64, how far below
+    the best scaled logit min-p reaches, inf if off. scratch: R x `num_chunks` fp32 or more.
     The token also goes to tokens, of any shape, at its place: places [R] int64; as 0 where it is none. lengths: [R]
     int32, to be one longer where they are not 0. group: ranks that have parts of the vocabulary, in order, this one
     from the token `first` on; one collective of their best ones.
@@ -217,15 +270,16 @@ def sample(
     options = {"launch_pdl": True} if pdl else {}
     parameters = (slots, positions, inverse_temperatures, seeds)
     _chunk_maxima[(rows, chunks)](
-        logits, scratch, *parameters, columns, first, CHUNK=CHUNK, ASM=logits.is_cuda, PDL=pdl, num_warps=8,
+        logits, scratch, *parameters, filters[0], columns, first, CHUNK=CHUNK, ASM=logits.is_cuda, PDL=pdl, num_warps=8,
         **options,
     )  # fmt: skip
     part = group.size > 1
     winners = torch.empty((rows, 2), dtype=torch.float64, device=logits.device) if part else scratch
     put = token_ids, tokens, places, positions if lengths is None else lengths
     _draw[(rows,)](
-        logits, scratch, *parameters, winners, *put, columns, chunks, first, PART=part, ADVANCE=lengths is not None,
-        CHUNK=CHUNK, CHUNKS=triton.next_power_of_2(chunks), PDL=pdl, num_warps=8, **options,
+        logits, scratch, *parameters, *filters, winners, *put, columns, chunks, first, PART=part,
+        ADVANCE=lengths is not None, CHUNK=CHUNK, CHUNKS=triton.next_power_of_2(chunks), KEPT=KEPT, PDL=pdl,
+        num_warps=8, **options,
     )  # fmt: skip
     if part:
         _choose[(rows,)](

@@ -186,7 +186,8 @@ def main() -> None:
     accept(ints[:8], ints[:8], longs[:2], slots, slots, ints, zeros(12, dtype=torch.int32))
     logits, temperatures = zeros(2, VOCAB), zeros(ROWS, dtype=torch.float64)
     chunks = zeros(2 * num_chunks(VOCAB), dtype=torch.float32)
-    sample(logits, slots, longs[:2], temperatures, longs, chunks, slots, tokens_of, longs[:2], slots, pdl=True)
+    filters = ints, temperatures, temperatures
+    sample(logits, slots, longs[:2], temperatures, longs, filters, chunks, slots, tokens_of, longs[:2], slots, pdl=True)
 
 
 if __name__ == "__main__":

@@ -134,10 +134,10 @@ def test_int8_gives_the_tokens_of_plain_torch(tmp_path: Path, device: torch.devi
 
 
 def test_seeds_give_the_tokens_of_plain_torch(tmp_path: Path, device: torch.device) -> None:
-    """Rows of the fused draw, and steps in which one row wants a filter or logprobs and takes all to the other one."""
+    """Rows of the fused draw, with filters and without, and steps in which one wants logprobs and takes all to the other."""
     make_checkpoint(tmp_path, DENSE)
     prompts = [random_tokens(n, seed=n) for n in (3, 5)]
-    for extra in ({}, {"top_k": 5, "logprobs": True}):
+    for extra in ({}, {"top_k": 5, "top_p": 0.8}, {"top_k": 5, "logprobs": True}):
         params = [sampling(temperature=0.9, top_p=1.0, seed=2**63 + 5), sampling(temperature=1.3, seed=9, **extra)]
         got = run(Driver(runner_of(tmp_path, device, gpu(device))), prompts, 3, params)
         assert got == run(Driver(runner_of(tmp_path, torch.device("cpu"), torch_compute())), prompts, 3, params)

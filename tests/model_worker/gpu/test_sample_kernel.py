@@ -1,12 +1,21 @@
-"""The fused draw against scores made in full with `sampling/noise.py`."""
+"""The fused draw against scores made in full with `sampling/noise.py`, and against the sampler of plain torch."""
 
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from vibe_sgl_lite.model_worker.device import CpuDevice
+from vibe_sgl_lite.model_worker.gpu.draw import GpuDraw
 from vibe_sgl_lite.model_worker.gpu.kernels import sample as kernels
 from vibe_sgl_lite.model_worker.sampling.noise import counters, gumbel, row_keys
+from vibe_sgl_lite.model_worker.sampling.sampler import Sampler
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group
+from vibe_sgl_lite.runtime.settings.sampling_params import DEFAULTS, ResolvedSampling
 
 
 class InTurn(Group):
@@ -39,9 +48,14 @@ def draw(
     tokens = torch.full((2, rows), -7, dtype=torch.int32, device=logits.device)
     places = torch.arange(2 * rows - 1, -1, -2, device=logits.device)
     flipped = inverse_temperatures.flip(0), seeds.flip(0)
+    off = (
+        torch.zeros(rows, dtype=torch.int32, device=logits.device),
+        torch.ones_like(flipped[0]),
+        torch.ones_like(flipped[0]),
+    )
     lengths = torch.arange(rows, dtype=torch.int32, device=logits.device)
     kernels.sample(
-        logits, slots, positions, *flipped, scratch, token_ids, tokens, places, lengths, pdl=False, group=group,
+        logits, slots, positions, *flipped, off, scratch, token_ids, tokens, places, lengths, pdl=False, group=group,
         first=first,
     )  # fmt: skip
     assert lengths.tolist() == [0, *range(2, rows + 1)]
@@ -104,3 +118,79 @@ def test_ranks_draw_the_token_of_one(device: torch.device) -> None:
             for rank, part in enumerate(parts)
         ]
     assert drawn == [expected] * ranks
+
+
+def drawn_by_both(
+    logits: Tensor, sampling: Sequence[ResolvedSampling], device: torch.device
+) -> tuple[list[int] | None, list[int]]:
+    """By the fused draw, None if it does not take them, and by the sampler of plain torch on the CPU."""
+    rows, vocab = logits.shape
+    tokens = torch.zeros((rows + 1, 8), dtype=torch.int32, device=device)
+    on_device = CpuDevice() if device.type == "cpu" else cuda()
+    fused = GpuDraw(on_device, rows + 1, rows, vocab, Group())
+    asked = Sampler(vocab, Group(), tokens, device=on_device, fused=fused)
+    plain = Sampler(vocab, Group(), tokens.cpu())
+    for slot, params in enumerate(sampling):
+        for sampler in (asked, plain):
+            sampler.admit(slot, params, 1)
+    slots, positions = np.arange(rows), np.arange(5, rows + 5)
+    expected = plain.sample(logits.clone(), slots.astype(np.int64), positions.astype(np.int64)).token_ids.tolist()
+    if not fused.takes(slots.astype(np.int32)):
+        return None, expected
+    where = torch.arange(rows, dtype=torch.int32, device=device), torch.arange(5, rows + 5, device=device)
+    places = torch.arange(rows, device=device) * 8
+    return fused(logits.to(device), *where, tokens, places).tolist(), expected
+
+
+def cuda() -> Any:
+    from vibe_sgl_lite.model_worker.gpu.device import CudaDevice
+
+    return CudaDevice(torch.device("cuda", 0))
+
+
+def params(**values: Any) -> ResolvedSampling:
+    return ResolvedSampling(**{**DEFAULTS, "end_token_ids": (), "max_new_tokens": 9} | values)
+
+
+@pytest.mark.parametrize("steps", [0, 2, 40])  # of logits: few make many equals
+def test_filters_leave_what_the_sampler_leaves(steps: int, device: torch.device) -> None:
+    choose, rows, vocab = random.Random(steps), 24, 2 * kernels.CHUNK + 77
+    generator = torch.Generator().manual_seed(steps)
+    logits = torch.randn((rows, vocab), generator=generator) * torch.linspace(0.3, 6.0, rows)[:, None]
+    if steps:
+        logits = (logits * steps / 8).round() * 8 / steps
+    sampling = [
+        params(
+            temperature=choose.choice([0.3, 0.6, 1.0, 2.5]),
+            top_k=choose.choice([1, 2, 5, 20, 50, kernels.KEPT]),
+            top_p=choose.choice([1.0, 0.999, 0.95, 0.5, 0.05]),
+            min_p=choose.choice([0.0, 0.0, 0.02, 0.3]),
+            seed=choose.getrandbits(64),
+        )
+        for _ in range(rows)
+    ]
+    sampling[3], sampling[4] = (
+        params(temperature=0.0, seed=0),
+        params(temperature=0.8, seed=5),
+    )  # among others without filters
+    drawn, expected = drawn_by_both(logits, sampling, device)
+    assert drawn == expected
+    assert len(set(expected)) > rows // 4
+
+
+def test_fewer_logits_than_top_k(device: torch.device) -> None:
+    logits = torch.full((2, 100), -float("inf"))
+    logits[:, [7, 3, 99]] = torch.tensor([1.0, 2.0, 1.0])
+    sampling = [params(temperature=5.0, top_k=20, top_p=0.9, seed=seed) for seed in (1, 2)]
+    drawn, expected = drawn_by_both(logits, sampling, device)
+    assert drawn == expected
+    assert set(expected) <= {7, 3, 99}
+
+
+@pytest.mark.parametrize("other", [{"top_k": kernels.KEPT + 1}, {"top_p": 0.9}, {"min_p": 0.1}, {"logprobs": True}])
+def test_what_the_fused_draw_does_not_take(other: dict[str, Any], device: torch.device) -> None:
+    logits = torch.randn((2, 300), generator=torch.Generator().manual_seed(1))
+    assert (
+        drawn_by_both(logits, [params(temperature=1.0, seed=3), params(temperature=1.0, seed=4, **other)], device)[0]
+        is None
+    )

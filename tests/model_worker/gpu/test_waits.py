@@ -15,7 +15,7 @@ import vibe_sgl_lite.model_worker.gpu.kernels as kernels
 FOLDER = Path(kernels.__path__[0])
 WEIGHTS = {"matrix", "weight", "gain", "words", "scales", "query_norm", "key_norm"}
 OF_THE_STEP = {"order", "context_lengths", "slots", "positions", "page_table", "tiles", "query_start"}
-OF_SLOTS = {"inverse_temperatures", "seeds"}
+OF_SLOTS = {"inverse_temperatures", "seeds", "top_ks", "top_ps", "max_distances"}
 OF_EARLIER_STEPS = {"keys", "values"}  # the new token's places are not among what is read of these
 # Kernels that make what is OF_THE_STEP.
 MAKERS = {"expand_rows.py", "speculate.py"}
