@@ -4,10 +4,10 @@ r"""What one GPU delivers through the whole pipeline, beside what its memory and
     python benchmarks/gpu_offline.py --model-path qwen3-0.6b --load-format dummy --disable-cuda-graph
 
 Workload: 256 requests of 100 to 1,024 random ids in and as many out (seed 0, ignore_eos, temperature 0.6), sent at
-once; then one request of 128 in and 256 out, and prompts alone, 28 of 640 tokens and one of 16,384. The floor is the
-workload's own: the weights read once a decode step, every token's keys and values once a step that attends to them, the
-prompts' products, at the rates that the same run measures on the same card; all of it once more with Qwen3's own top-k and top-p. Prints a table and, last, one JSON line.
-Every other --flag VALUE goes to the engine.
+once; then one request of 128 in and 256 out; both again with Qwen3's own top-k and top-p; and prompts alone, 28 of 640
+tokens and one of 16,384. The floor is the workload's own: the weights read once a decode step, every token's keys and
+values once a step that attends to them, the prompts' products, at the rates that the same run measures on the same
+card. Prints a table and, last, one JSON line. Every other --flag VALUE goes to the engine.
 """
 
 from __future__ import annotations

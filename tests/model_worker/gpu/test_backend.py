@@ -134,7 +134,8 @@ def test_int8_gives_the_tokens_of_plain_torch(tmp_path: Path, device: torch.devi
 
 
 def test_seeds_give_the_tokens_of_plain_torch(tmp_path: Path, device: torch.device) -> None:
-    """Rows of the fused draw, with filters and without, and steps in which one wants logprobs and takes all to the other."""
+    """Rows of the fused draw, with filters and without, and steps of which one row wants logprobs, which takes all to
+    the other one."""
     make_checkpoint(tmp_path, DENSE)
     prompts = [random_tokens(n, seed=n) for n in (3, 5)]
     for extra in ({}, {"top_k": 5, "top_p": 0.8}, {"top_k": 5, "logprobs": True}):
