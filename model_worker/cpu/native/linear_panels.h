@@ -3,7 +3,7 @@
 // inputs, so a row's result does not depend on how many others there are.
 #pragma once
 
-#include "linear.h"
+#include "linear_signs.h"
 
 namespace vsl {
 
@@ -378,11 +378,7 @@ inline void pack_codes(const int8_t* codes, int64_t count, int32_t* units, [[may
 // In int8, exactly: sums are whole numbers.
 template <class T>
 inline void run_bytes(Context& context, const Linear<T>& linear, const QuantizedRows& rows) {
-    const PackedRows<Int8Panels> x(context, linear, context.packed, [&](int64_t row, int64_t i, int64_t end, int32_t* units) {
-        if (ByteUnits::kPlanes == 2 && i == 0) rows.sums[row] = 0;
-        pack_codes(rows.codes + row * linear.inputs + i, end - i, units, rows.sums + row);
-    });
-    run_panels(context, linear, x, [&](const Linear<T>& into, int64_t slab, int64_t row, const int32_t* sums) {
+    const auto store = [&](const Linear<T>& into, int64_t slab, int64_t row, const int32_t* sums) {
         float values[kSlab];
         for (int j = 0; j < kSlab; j += kLanes) {
             vi whole;
@@ -392,7 +388,15 @@ inline void run_bytes(Context& context, const Linear<T>& linear, const Quantized
             vsl::store(values + j, __builtin_convertvector(whole - splat(shift), vf) * scale);
         }
         store_slab(values, into.out + row * into.out_stride + slab * kSlab, into.outputs - slab * kSlab);
+    };
+#if defined(VSL_BYTES)
+    std::memset(rows.sums, 0, linear.rows * sizeof(int32_t));
+    if (linear.rows >= kSignRows) return run_signs(context, linear, rows.codes, store);
+#endif
+    const PackedRows<Int8Panels> x(context, linear, context.packed, [&](int64_t row, int64_t i, int64_t end, int32_t* units) {
+        pack_codes(rows.codes + row * linear.inputs + i, end - i, units, rows.sums + row);
     });
+    run_panels(context, linear, x, store);
 }
 
 // ------------------------------------------------------------------------------------- int4 by rows in 8 bits
@@ -441,8 +445,9 @@ inline void multiply_group(const uint8_t* group, int j, const int8_t* codes, int
             high[v] = units >> 4 & 0x0f0f0f0fu;
         }
         for (int r = 0; r < kRows; r++) {
-            int32_t x[2];
-            std::memcpy(x, codes + r * stride + u * 8, sizeof x);
+            int32_t x[2];  // each from memory into all lanes; as one number gcc would take them apart
+            std::memcpy(x, codes + r * stride + u * 8, 4);
+            std::memcpy(x + 1, codes + r * stride + u * 8 + 4, 4);
             for (int v = 0; v < kVectors; v++) {
 #if defined(VSL_QUADS)
                 into[r][v] = multiply_quads(into[r][v], (vi)low[v], x[0]);

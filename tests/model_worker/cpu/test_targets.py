@@ -103,9 +103,9 @@ def test_rows_and_packing(kernels: CpuKernels) -> None:
 def test_the_largest_int8_sums_are_exact(kernels: CpuKernels) -> None:
     """What saturates in 16 bits where pairs of products are added there, in every order of signs."""
     signs = torch.tensor([-1.0, 1.0])
-    fours = torch.cartesian_prod(signs, signs, signs, signs).repeat(4, 1024)
+    fours = torch.cartesian_prod(signs, signs, signs, signs).repeat(7, 1024)
     weights = SlabFormat(kernels, WeightFormat.INT8)(fours)
-    for rows in (1, 3, 20):
+    for rows in (1, 3, 20, 100):
         x = fours[:rows].clone()
         x[-1] = torch.where(torch.arange(4096) < 2048, x[-1], -x[-1] / 127)  # the smallest codes as well
         torch.testing.assert_close(weights.multiply(x), x @ fours.T, rtol=1e-6, atol=1e-3)
