@@ -32,8 +32,8 @@ GROUPS = (256, 128, 64, 32, 16)  # inputs that may share a scale; the most plane
 LEAST_PLANE, MOST_PLANE = 16, 64
 MOST_UNITS = 32  # that a program has at once
 CHUNKS, MOST_FILLED = (32, 16, 8), 4 / 3  # units of one that has more; what they may be with what fills them up
-FEW_OUTPUTS, MANY_OUTPUTS, MOST_OUTPUTS = 4224, 8192, 20_000  # two tiles a multiprocessor; as gate and up have
-SHARERS = 264  # programs that share many
+SOME_OUTPUTS, FEW_OUTPUTS = 3072, 4224  # of two tiles for most, and for all, multiprocessors
+MANY_OUTPUTS, SHARERS = 8192, 528  # as gate and up have; programs that share so many
 GROUP = 128  # of what is quantised here
 SUMS, ARRIVED = 1 << 23, 1 << 12  # what splits may need
 PROGRAMS, LEAST_UNITS = 800, 2  # of a product that is split: about so many, each with so much to do
@@ -57,16 +57,16 @@ def choose_tiles(rows: int, outputs: int, units: int) -> GroupedTiles:
 
 
 def choose_gemv(outputs: int, units: int, bits: int) -> GemvTiles:
-    """The same for one row; measured on an H200 at the 8B and 4B shapes."""
+    """The same for one row; measured on an H100 at the 8B shape, and on an H200 at that of 4B."""
     if units > MOST_UNITS:
         sizes = CHUNKS if bits == 4 else CHUNKS[1:]
         size = next((size for size in sizes if -(-units // size) * size <= MOST_FILLED * units), sizes[-1])
-        return GemvTiles(size, 8, registers=128, stages=2 if bits == 4 else 3)
+        if bits == 8:
+            return GemvTiles(size, 8)
+        return GemvTiles(size, 4) if outputs > SOME_OUTPUTS else GemvTiles(size, 8, registers=128, stages=2)
     whole = max(8, triton.next_power_of_2(units))
-    if bits == 8 and outputs > MANY_OUTPUTS:
-        return GemvTiles(whole, 8, SHARERS, 64, 2)
-    if outputs > MOST_OUTPUTS:
-        return GemvTiles(whole, 4)
+    if outputs > MANY_OUTPUTS:
+        return GemvTiles(whole, 4) if bits == 4 else GemvTiles(whole, 8, SHARERS, 64, 2)
     return GemvTiles(whole, 8, registers=0 if outputs <= FEW_OUTPUTS else 80 if bits == 4 else 128)
 
 
