@@ -70,14 +70,15 @@ def test_one_for_each_rank_until_it_is_taken(spares: Standby) -> None:
     assert spares.take("model_worker.0") is None
     spares.keep()
     spares.keep()
-    assert len(running()) == before + 2
+    wait_for(lambda: len(running()) == before + 2)
     taken = spares.take("model_worker.0")
     assert taken is not None
     assert taken.spec == SPECS[0]
     assert spares.take("model_worker.0") is None
     kept = running()
     spares.keep()  # at once: this one was wanted
-    assert len({*running()} - {*kept}) == 1, "the taken one may have ended by now"
+    # A process that has just begun may not show its command line yet; the taken one may have ended by now.
+    wait_for(lambda: len({*running()} - {*kept}) == 1)
     taken.kill()
     taken.reap()
     spares.close()
