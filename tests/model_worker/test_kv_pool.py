@@ -1,6 +1,7 @@
 """The pool's layout, and memory that is committed as it is used."""
 
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -108,7 +109,10 @@ def test_pool_memory_is_given_back(config: ModelConfig) -> None:
     del pool
     assert keys[-1].eq(1).all()  # a view keeps it
     del keys
-    assert process.memory_info().rss < full - size * 0.9
+    deadline = time.monotonic() + 30.0  # the thread that commits ahead may hold it a little longer
+    while process.memory_info().rss >= full - size * 0.9:
+        assert time.monotonic() < deadline, "the pool's memory is still there"
+        time.sleep(0.01)
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="Linux with huge pages")
