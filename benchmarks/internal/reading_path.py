@@ -31,7 +31,8 @@ def note(frame, event, argument):
     if event != "call" or code in seen:
         return
     seen.add(code)
-    if code.co_flags & 1 and code.co_filename.startswith(root):  # CO_OPTIMIZED: a function, no module or class body
+    # CO_OPTIMIZED: a function, no module or class body. Installed packages may lie in the checkout, in .venv.
+    if code.co_flags & 1 and code.co_filename.startswith(root) and "site-packages" not in code.co_filename:
         with open(os.path.join(folder, str(os.getpid())), "a") as notes:
             notes.write(os.path.realpath(code.co_filename) + "\\n")
 with open(os.path.join(folder, str(os.getpid())), "a") as notes:
