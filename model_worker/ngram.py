@@ -42,11 +42,13 @@ class _Chains:
         self._before: list[int] = []  # by the end of a pair: where the same one ended before, or -1
 
     def add(self, tokens: list[int]) -> None:
-        for token in tokens:
-            key = (self.tokens[-1] << KEY_BITS | token) if self.tokens else -1
-            self._before.append(self._last.get(key, -1))
-            self._last[key] = len(self.tokens)
-            self.tokens.append(token)
+        last, before, previous = self._last, self._before, self.tokens[-1] if self.tokens else -1
+        for place, token in enumerate(tokens, len(self.tokens)):
+            pair = previous << KEY_BITS | token  # negative of the first token, which ends none
+            before.append(last.get(pair, -1))
+            last[pair] = place
+            previous = token
+        self.tokens += tokens
 
     def follow(self, most: int) -> list[int]:
         tokens, longest, best = self.tokens, 0, -1

@@ -43,6 +43,7 @@ SURE = 2  # steps with drafts from which on it is known what they take
 KNOWN, KEPT = 6, 25  # steps from which on it is known well, those without drafts; and those that are remembered
 BEHIND = 3  # steps behind one with drafts, which may take longer for it: ranks wait, and send what has changed
 REST = 12  # steps until it is looked again whether somebody may gain, where nobody may
+SAMPLED = 4  # of so many steps behind a long time without drafts, one is looked at: looking costs time too
 LOOK = BEHIND + 3  # steps without drafts to see anew what these take
 FIRST_RUN, LONGEST_RUN = 32, 1024  # steps with drafts between two such pauses: twice as many each time
 
@@ -99,7 +100,7 @@ class Speculation:
         self._most = config.draft_tokens
         self._budget = config.draft_budget
         self._cost = cost
-        self._step = self._wait_until = 0
+        self._step = self._wait_until = self._unpaid = 0
         self._ends_early = False
         self._found, self._probability = 0.5, 0.5  # a new request's
         self._plain: dict[int, _Typical] = {}  # seconds of steps without drafts, by their rows
@@ -113,9 +114,15 @@ class Speculation:
     def plan(self, requests: Collection[Request]) -> DraftPlan | None:
         """Rooms in the next step, of these rows alone; None: nobody drafts."""
         self._step += 1
-        rows = len(requests)
+        if self._step < self._wait_until:
+            return None
+        self._pay()
+        richer, rows = max(self._accounts.values()), len(requests)
         most = min(self._most, self._budget // rows) if rows else 0
-        if most == 0 or self._step < self._wait_until or max(self._accounts.values()) <= 0.0:
+        if richer <= 0.0:
+            self._pause(1 + int(-richer / SHARE), until_known=True)  # or until a step that is on its way has gained
+            return None
+        if most == 0:
             return None
         plain = self._plain.get(_group(rows))
         if self._cost.measured and (plain is None or len(plain) < KNOWN):
@@ -219,13 +226,16 @@ class Speculation:
         """A step of so many decode rows alone took so long; so many drafts were in it, of which so many held."""
         if seconds <= 0.0 or self._most == 0:
             return
-        for tries in self._accounts:
-            self._accounts[tries] = min(self._accounts[tries] + SHARE, MOST_CREDIT)
+        self._unpaid += 1
         group, behind = _group(rows), self._since
-        self._since = 0 if plan is not None else min(behind + 1, BEHIND)
-        plain = self._plain.setdefault(group, _Typical())
+        self._since = 0 if plan is not None else behind + 1
+        plain = self._plain.get(group)
+        if plain is None:
+            plain = self._plain[group] = _Typical()
         if plan is None and behind >= BEHIND:
-            plain.add(seconds)
+            if behind <= KEPT or behind % SAMPLED == 0 or len(plain) < KNOWN:
+                plain.add(seconds)
+            return
         if len(plain) < KNOWN:
             return
         multiple, noise = seconds / plain.value, plain.noise
@@ -236,7 +246,7 @@ class Speculation:
             self._book(accepted / rows - slower.price(multiple, noise) - LEAST, tries=plan.tries)
             if self._ends_early:
                 self._wait_until = 0
-        elif behind < BEHIND:
+        else:
             self._book(-self._after[behind].price(multiple, noise), tries=self._tried)
 
     @property
@@ -247,7 +257,14 @@ class Speculation:
             for (rows, size, kind), typical in sorted(self._slower.items())
         }
 
+    def _pay(self) -> None:
+        """The share of each step that there was since."""
+        for tries in self._accounts:
+            self._accounts[tries] = min(self._accounts[tries] + SHARE * self._unpaid, MOST_CREDIT)
+        self._unpaid = 0
+
     def _book(self, gain: float, *, tries: bool) -> None:
+        self._pay()
         self._accounts[tries] = min(self._accounts[tries] + gain, MOST_CREDIT)
         if not tries and self._accounts[tries] <= 0.0:
             self._longest_run = FIRST_RUN

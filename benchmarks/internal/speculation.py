@@ -166,14 +166,19 @@ def embedded_workloads(most: int) -> list[Workload]:
     again = [tokenizer.encode_chat(f"{text}\n\n{text[: len(text) // 4]}") for text in told]
     new = [tokenizer.encode_chat(text[:40]) for text in told]
     end = {"end_token_ids": (2041,)}
+    # Of several lengths: where all end at once, prompts share a step, until a draft that holds parts their requests.
+    several = [
+        msgspec.structs.replace(one, max_new_tokens=64 + 37 * number % 65)
+        for number, one in enumerate(sampling(64, 96, temperature=1.0))
+    ]
     return [
         Workload("JSON and tool calls", chats("json", "tool_call"), sampling(24, 64, **end), lookup, 1),
         Workload("copying", chats("copy"), sampling(24, 64, **end), lookup, 1),
         Workload("a story told again", again[:16], sampling(16, 96), lookup, 1),
         Workload("a new story, greedy", new[:16], sampling(16, 96), lookup, 1),
         Workload("a new story, t = 1", new[:16], sampling(16, 96, temperature=1.0), lookup, 1),
-        Workload("8 new stories, t = 1", new, sampling(64, 96, temperature=1.0), lookup, 8),
-        Workload("16 new stories, t = 1", new, sampling(64, 96, temperature=1.0), lookup, 16),
+        Workload("8 new stories, t = 1", new, several, lookup, 8),
+        Workload("16 new stories, t = 1", new, several, lookup, 16),
     ]
 
 

@@ -10,7 +10,16 @@ from vibe_sgl_lite.runtime.messages import StepResult, pack_ids, unpack_ids
 from vibe_sgl_lite.scheduler.core import Scheduler
 from vibe_sgl_lite.scheduler.cost import CostModel, Work, decode_work
 from vibe_sgl_lite.scheduler.request import Request, samples_of
-from vibe_sgl_lite.scheduler.speculation import KNOWN, MARGIN, DraftPlan, Speculation
+from vibe_sgl_lite.scheduler.speculation import (
+    CREDIT,
+    KEPT,
+    KNOWN,
+    MARGIN,
+    SAMPLED,
+    SHARE,
+    DraftPlan,
+    Speculation,
+)
 
 
 def rows(count: int) -> list[Request]:
@@ -183,6 +192,30 @@ def test_a_step_has_no_more_drafts_than_its_budget(count: int) -> None:
     for _ in range(KNOWN):
         speculation.observe_step(count, 1.0, None, 0, 0)
     assert rooms(speculation, rows(count)) == [min(3, 64 // count)] * count
+
+
+def test_steps_that_become_slower_are_seen_though_few_are_looked_at() -> None:
+    """Else a step with drafts would be charged with what all take now: these bring a token more, and gain."""
+    speculation = Speculation(config(draft_tokens=1), cost_of(0.01, 1e-5))
+    for seconds, steps in ((0.01, 1000), (0.03, SAMPLED * KEPT)):
+        for _ in range(steps):
+            speculation.observe_step(1, seconds, None, 0, 0)
+    for _ in range(KNOWN):
+        speculation.observe_step(1, 0.033, DraftPlan([1], 1), 1, 1)
+    assert speculation.multiples["1 x 1 more"] == 1.1
+
+
+def test_a_plan_that_may_cost_nothing_more_rests_until_it_may() -> None:
+    """Steps that cost five times as much and bring nothing: some, then none for as long as the shares take."""
+    speculation = Speculation(config(draft_tokens=3), cost_of(0.01, 1e-5))
+    (one,), plans = rows(1), 0
+    for _ in range(3000):
+        plan = speculation.plan([one])
+        plans += plan is not None
+        speculation.observe_step(1, 0.01 if plan is None else 0.05, plan, 3 if plan else 0, 0)
+        if plan is not None:
+            speculation.observe(one, 3, 0)
+    assert 2 <= plans <= (2 * CREDIT + 2 * SHARE * 3000) / 4 + 4
 
 
 def test_a_new_request_begins_with_what_others_have_seen() -> None:
