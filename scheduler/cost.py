@@ -55,6 +55,7 @@ class CostModel:
 
     def __init__(self, base_tokens: float) -> None:
         self.measured = False
+        self.largest = 0  # tokens of the steps so far, at most
         self._theta = [base_tokens, 1.0, CONTEXT_SHARE, READ_SHARE]
         # normal equations, a row a number and the right side in its last column: of steps without chunks, and with
         self._seen = tuple([[0.0] * 5 for _ in range(4)] for _ in range(2))
@@ -68,6 +69,7 @@ class CostModel:
             scale = seconds / self.seconds(work)
             self._theta = [value * scale for value in self._theta]
             self.measured = True
+        self.largest = max(self.largest, work.tokens)
         row = (1.0 / seconds, work.tokens / seconds, work.context / seconds, work.reads / seconds)
         for x, equation in zip(row, self._seen[work.context > work.reads], strict=True):
             equation[0] = FADE * equation[0] + x * row[0]

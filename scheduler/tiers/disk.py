@@ -43,6 +43,7 @@ LOADING_BYTES = 512 << 20  # of all loads at a time
 GUESSED_RATE = 500e6  # bytes a second that a rank loads, before any was seen
 LOAD_S = 0.002  # a load's way to the ranks and back
 PATIENCE_S = 5.0  # for a load, as long as nobody knows what computing the same would take
+SEEN_TOKENS = 128  # of a step that tells what long prompts take; what short ones take says little of it
 TOUCH_S = 5.0  # between two messages about what was used
 REMOVE_AT_ONCE = 256
 
@@ -200,7 +201,7 @@ class DiskTier:
         keys = self._keys.of_request(request, first, end, self._index)
         if not keys:
             return False
-        compute_s = self._cost.added(chunk_work(depth, len(keys) * page_size)) if self._cost.measured else math.inf
+        compute_s = self._compute_s(depth, len(keys) * page_size)
         if keys[0] not in self._loading:
             page_bytes = self._contents.rank_bytes
             backlog = len(self._loading) * page_bytes
@@ -216,6 +217,12 @@ class DiskTier:
             request.load_depth = depth
             request.load_until = now + min(compute_s, PATIENCE_S)
         return True
+
+    def _compute_s(self, depth: int, count: int) -> float:
+        """Of so many tokens; infinite while nobody knows."""
+        if self._cost.largest < min(count, SEEN_TOKENS):
+            return math.inf
+        return self._cost.added(chunk_work(depth, count))
 
     def _begin_load(self, request: Request, depth: int, keys: list[bytes]) -> None:
         memory, start, end = self._memory, depth * TOKEN_BYTES, depth + len(keys) * self._memory.page_size

@@ -299,6 +299,16 @@ def test_pages_are_loaded_where_that_is_faster(seconds_a_token: float, pays: boo
     assert harness.samples[0].cached_tokens == (36 if pays else 0)
 
 
+def test_a_few_tokens_that_took_little_do_not_say_what_long_prompts_take() -> None:
+    """As after a restart, when all that was computed is the ends of prompts whose rest was loaded."""
+    harness = Harness(config(), folder=warm_folder())
+    for _ in range(30):
+        harness.scheduler.cost.observe(chunk_work(0, 4), 1e-5)
+    harness.add(request(0, STORY))
+    harness.run()
+    assert harness.samples[0].cached_tokens == 36
+
+
 def test_a_load_that_takes_longer_than_computing_is_not_waited_for() -> None:
     """Its pages are free when it is done after all."""
     harness = Harness(config(), folder=warm_folder())
