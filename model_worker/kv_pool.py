@@ -7,7 +7,8 @@ whatever is written there is never read as anyone's context. Elements are of the
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum, auto
 
 import torch
@@ -108,9 +109,20 @@ class KVPool:
             self._commit.reached(page)
 
     def will_load(self, pages: int) -> None:
-        """So many pages may be filled at once, behind those in use: they are made ready meanwhile."""
+        """So many pages may be filled at once: memory for them is made ready meanwhile."""
         if self._commit is not None:
-            self._commit.go_ahead(pages)
+            self._commit.at_least(pages + -(-TOKENS_AHEAD // self.page_size))
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Meanwhile no memory is made ready: who waits for pages wants all cores."""
+        if self._commit is not None:
+            self._commit.rest(True)
+        try:
+            yield
+        finally:
+            if self._commit is not None:
+                self._commit.rest(False)
 
     @property
     def page_bytes(self) -> int:

@@ -134,8 +134,10 @@ class PageFiles:
         def read(key: bytes, page: Tensor) -> bool:
             return read_page(self._path(key), key, self._rank, self._ranks, page.numpy().data)
 
-        failed = [place for place, good in enumerate(self._readers.map(read, _split(moves.load), memory)) if not good]
-        self._pool.filled(pages, memory, mark)
+        with self._pool.filling():
+            read_well = [*self._readers.map(read, _split(moves.load), memory)]
+            self._pool.filled(pages, memory, mark)
+        failed = [place for place, good in enumerate(read_well) if not good]
         send(self._answer(moves, failed, began, ""))
         return True
 

@@ -31,18 +31,24 @@ class CommitAhead:
         self._nbytes = data.nbytes
         self._row_bytes = data.stride(0) * data.element_size()
         self._rows_ahead = rows_ahead
+        self._at_least = 0  # rows
         self._highest = -1
+        self._rests = False
         self._committed = 0  # bytes from the start of `data`
         self._more = threading.Event()
         self._more.set()
         self.thread = threading.Thread(target=self._run, name="commit-ahead", daemon=True)
         self.thread.start()
 
-    def go_ahead(self, rows: int) -> None:
-        """From now on by so many rows, if these are more than before."""
-        if rows > self._rows_ahead:
-            self._rows_ahead = rows
-            self._more.set()
+    def at_least(self, rows: int) -> None:
+        """So many rows from the start in any case."""
+        self._at_least = rows
+        self._more.set()
+
+    def rest(self, rests: bool) -> None:
+        """Whether to leave the cores to others meanwhile."""
+        self._rests = rests
+        self._more.set()
 
     def reached(self, row: int) -> None:
         """`row` is in use, or soon will be."""
@@ -57,7 +63,8 @@ class CommitAhead:
         return self._committed
 
     def _wanted(self) -> int:
-        return min((self._highest + 1 + self._rows_ahead) * self._row_bytes, self._nbytes)
+        rows = max(self._highest + 1 + self._rows_ahead, self._at_least)
+        return min(rows * self._row_bytes, self._nbytes)
 
     def _run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
@@ -66,7 +73,7 @@ class CommitAhead:
         while self._committed < self._nbytes:
             self._more.wait()
             self._more.clear()
-            while self._committed < self._wanted():
+            while self._committed < self._wanted() and not self._rests:
                 data = self._data()
                 if data is None:
                     return

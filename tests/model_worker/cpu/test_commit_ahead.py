@@ -44,11 +44,25 @@ def test_stays_a_little_ahead_of_what_is_used() -> None:
     assert resident_bytes() - before < 40 * MIB
     commit.reached(50)  # lower than before: nothing to do
 
-    commit.go_ahead(300)
+    commit.at_least(400)
     wait_for(commit, 400 * ROW_BYTES)
-    commit.go_ahead(8)  # less than before
-    commit.reached(100)
-    wait_for(commit, 401 * ROW_BYTES)
+    commit.reached(100)  # and 256 more: fewer than these
+    time.sleep(0.2)
+    assert commit.committed_bytes <= 400 * ROW_BYTES + 2 * MIB
+    commit.reached(200)
+    wait_for(commit, 457 * ROW_BYTES)
+
+
+def test_rests_while_others_want_the_cores() -> None:
+    data = HugeMemory().empty((ROWS, ROW_BYTES), torch.uint8)
+    commit = CommitAhead(data, rows_ahead=8)
+    wait_for(commit, 8 * ROW_BYTES)
+    commit.rest(True)
+    commit.reached(500)
+    time.sleep(0.2)
+    assert commit.committed_bytes <= 8 * ROW_BYTES + 2 * MIB
+    commit.rest(False)
+    wait_for(commit, 509 * ROW_BYTES)
 
 
 def test_leaves_what_is_there_and_stops_at_the_end() -> None:
