@@ -38,8 +38,7 @@ class GpuDraw:
         host = self._slots.host
         host["inverse_temperatures"][slot] = 0.0 if sampling.greedy else 1.0 / sampling.temperature
         host["seeds"][slot] = sampling.seed - (1 << 64) if sampling.seed >= 1 << 63 else sampling.seed
-        # Ranks that share a vocabulary would have to exchange candidates.
-        few = filters is not None and filters.top_k <= KEPT and self._group.size == 1
+        few = filters is not None and filters.top_k <= KEPT
         host["top_ks"][slot] = filters.top_k if filters is not None and few else 0
         host["top_ps"][slot] = 1.0 if filters is None else filters.top_p
         host["max_distances"][slot] = np.inf if filters is None else filters.max_distance

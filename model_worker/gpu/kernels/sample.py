@@ -6,7 +6,8 @@ takes one logarithm in fp32, as -log(-log(u)) < -log(1 - u), and nearly equal wh
 highest. A second one makes exact scores, chunk after chunk from the highest of these on, until no other can hold a
 better one: one chunk as a rule. The token is the one that exact scores everywhere would give, the lowest id of equals.
 Where top-k leaves at most KEPT, the first pass keeps each chunk's highest logit, and the second takes the best ones
-out, one after another, and cuts them as `sampling/nucleus.py` does: only these need noise.
+out, one after another, and cuts them as `sampling/nucleus.py` does: only these need noise. Ranks that share a
+vocabulary exchange their best ones, or their highest score, and each of them decides.
 """
 
 import torch
@@ -116,17 +117,16 @@ def _chunk_maxima(
 
 
 @triton.jit
-def _draw_filtered(
-    line, most, key, inverse, top_k, top_p, max_distance, columns, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    KEPT: tl.constexpr,
+def _best_of_line(
+    line, most, top_k, columns, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, KEPT: tl.constexpr
 ):  # fmt: skip
-    """The token of a row whose logits are at `line`, of which `most` [CHUNKS] are the chunks' highest."""
+    """The best logits of a row at `line`, of which `most` [CHUNKS] are the chunks' highest: values [KEPT] in falling
+    order, of equals in rising order of ids, their ids [KEPT], and how many there are, `top_k` or fewer."""
     chunk, place = tl.arange(0, CHUNKS), tl.arange(0, KEPT)
     values = tl.full([KEPT], -float("inf"), tl.float32)
     ids = tl.full([KEPT], NO_ID, tl.int32)
     last, last_id, taken = float("inf"), -1, 0
     while (taken < top_k) & (tl.max(most, 0) > -float("inf")):
-        # The next one in falling order of logits, and of equals in rising order of ids.
         at = tl.argmax(most, 0)
         token = at * CHUNK + tl.arange(0, CHUNK)
         logit = tl.load(line + token, mask=token < columns, other=-float("inf")).to(tl.float32)
@@ -138,6 +138,30 @@ def _draw_filtered(
         values = tl.where(place == taken, last, values)
         ids = tl.where(place == taken, last_id, ids)
         taken += 1
+    return values, ids, taken
+
+
+@triton.jit
+def _best_of_ranks(value, token, top_k, KEPT: tl.constexpr):
+    """As `_best_of_line`, of candidates [any number] in any order; one that is there twice counts once."""
+    place = tl.arange(0, KEPT)
+    values = tl.full([KEPT], -float("inf"), tl.float32)
+    ids = tl.full([KEPT], NO_ID, tl.int32)
+    taken = 0
+    while (taken < top_k) & (tl.max(value, 0) > -float("inf")):
+        best = tl.max(value, 0)
+        best_id = tl.min(tl.where(value == best, token, NO_ID), 0)
+        value = tl.where(token == best_id, -float("inf"), value)
+        values = tl.where(place == taken, best, values)
+        ids = tl.where(place == taken, best_id, ids)
+        taken += 1
+    return values, ids, taken
+
+
+@triton.jit
+def _draw_of_best(values, ids, taken, key, inverse, top_p, max_distance, KEPT: tl.constexpr):
+    """The token that is drawn of the best ones, after top-p and min-p."""
+    place = tl.arange(0, KEPT)
     here = place < taken
     best = tl.max(values, 0).to(tl.float64)
     value = tl.where(here, values.to(tl.float64), best)
@@ -155,10 +179,10 @@ def _draw_filtered(
 def _draw(
     logits, maxima, slots, positions, inverse_temperatures, seeds, top_ks, top_ps, max_distances, winners, token_ids,
     tokens, places, lengths, columns, chunks, first, PART: tl.constexpr, ADVANCE: tl.constexpr, CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr, KEPT: tl.constexpr, PDL: tl.constexpr,
+    CHUNKS: tl.constexpr, KEPT: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program a row: exact scores of the chunks that may hold the highest. PART: that goes to `winners`, no token.
-    A row with a score that is infinite has no token."""
+    """A program a row: exact scores of the chunks that may hold the highest. PART: that goes to `winners`, no token; of
+    a row with filters its best logits. A row with a score that is infinite has no token."""
     row = tl.program_id(0)
     chunk = tl.arange(0, CHUNKS)
     slot = tl.load(slots + row)
@@ -177,9 +201,15 @@ def _draw(
     error = tl.where(inverse != 0.0, BOUND + RELATIVE_BOUND * tl.abs(highest), 0.0)
     if (top_k != 0) & (highest > -float("inf")):
         line = logits + row.to(tl.int64) * columns
-        best_token = _draw_filtered(
-            line, most, key, inverse, top_k, top_p, max_distance, columns, CHUNK, CHUNKS, KEPT
-        )  # fmt: skip
+        values, ids, taken = _best_of_line(line, most, top_k, columns, CHUNK, CHUNKS, KEPT)
+        if PART:
+            place = tl.arange(0, KEPT)
+            record = winners + row.to(tl.int64) * WIDTH + 2
+            tl.store(record + place, values.to(tl.float64))
+            tl.store(record + KEPT + place, tl.where(place < taken, first + ids, NO_ID).to(tl.float64))
+            best_token = tl.min(ids, 0)  # any: the row has a token
+        else:
+            best_token = _draw_of_best(values, ids, taken, key, inverse, top_p, max_distance, KEPT)
         highest = -float("inf")
     while highest > -float("inf"):
         at = tl.argmax(most, 0)
@@ -198,8 +228,9 @@ def _draw(
         highest = tl.max(most, 0)
         highest = tl.where((highest + error).to(tl.float64) < best, -float("inf"), highest)
     if PART:
-        tl.store(winners + row * 2, best)
-        tl.store(winners + row * 2 + 1, tl.where(best_token == NONE, NONE, first + best_token).to(tl.float64))
+        tl.store(winners + row.to(tl.int64) * WIDTH, best)
+        of_all = tl.where(best_token == NONE, NONE, first + best_token)
+        tl.store(winners + row.to(tl.int64) * WIDTH + 1, of_all.to(tl.float64))
     else:
         _put(best_token, row, token_ids, tokens, places, lengths, ADVANCE)
 
@@ -215,18 +246,32 @@ def _put(token, row, token_ids, tokens, places, lengths, ADVANCE: tl.constexpr):
 
 @triton.jit
 def _choose(
-    winners, token_ids, tokens, places, lengths, rows, ADVANCE: tl.constexpr, RANKS: tl.constexpr,
-    RANKS_P: tl.constexpr, PDL: tl.constexpr,
+    winners, slots, positions, inverse_temperatures, seeds, top_ks, top_ps, max_distances, token_ids, tokens, places,
+    lengths, rows, ADVANCE: tl.constexpr, RANKS: tl.constexpr, RANKS_P: tl.constexpr, KEPT: tl.constexpr,
+    WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program a row: the token with the highest score of all ranks, none if one of them has none."""
+    """A program a row: the token with the highest score of all ranks, or that drawn of their best logits; none if one
+    of them has none."""
     row = tl.program_id(0)
     rank = tl.minimum(tl.arange(0, RANKS_P), RANKS - 1)
+    slot = tl.load(slots + row)
+    inverse = tl.load(inverse_temperatures + slot)
+    top_k, top_p, max_distance = tl.load(top_ks + slot), tl.load(top_ps + slot), tl.load(max_distances + slot)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    score = tl.load(winners + (rank * rows + row) * 2)
-    token = tl.load(winners + (rank * rows + row) * 2 + 1).to(tl.int32)
+    record = winners + (rank.to(tl.int64) * rows + row) * WIDTH
+    score = tl.load(record)
+    token = tl.load(record + 1).to(tl.int32)
     best = tl.min(tl.where(score == tl.max(score, 0), token, NO_ID), 0)
+    if top_k != 0:
+        place = tl.arange(0, RANKS_P * KEPT)
+        owner = tl.minimum(place // KEPT, RANKS - 1)
+        candidate = winners + (owner.to(tl.int64) * rows + row) * WIDTH + 2 + place % KEPT
+        value = tl.load(candidate).to(tl.float32)
+        values, ids, taken = _best_of_ranks(value, tl.load(candidate + KEPT).to(tl.int32), top_k, KEPT)
+        key = _row_key(tl.load(seeds + slot), tl.load(positions + row))
+        best = _draw_of_best(values, ids, taken, key, inverse, top_p, max_distance, KEPT)
     _put(tl.where(tl.min(token, 0) == NONE, NONE, best), row, token_ids, tokens, places, lengths, ADVANCE)
 
 
@@ -256,11 +301,11 @@ def sample(
 
     slots: [R] int32; positions: [R] ints, of the token to draw. Of each slot: inverse_temperatures [slots] fp64, 0 for
     the greedy; seeds [slots] int64, 64 bits in two's complement; filters: top_k [slots] int32, at most KEPT, 0 where
-    there are no filters, which takes one rank; top_p [slots] fp64, 1 if off; max_distance [slots] fp64, how far below
+    there are no filters; top_p [slots] fp64, 1 if off; max_distance [slots] fp64, how far below
     the best scaled logit min-p reaches, inf if off. scratch: R x `num_chunks` fp32 or more.
     The token also goes to tokens, of any shape, at its place: places [R] int64; as 0 where it is none. lengths: [R]
     int32, to be one longer where they are not 0. group: ranks that have parts of the vocabulary, in order, this one
-    from the token `first` on; one collective of their best ones.
+    from the token `first` on; one collective of their highest scores and best logits, 1 KiB a row.
     """
     rows, columns = logits.shape
     chunks = num_chunks(columns)
@@ -274,15 +319,17 @@ def sample(
         **options,
     )  # fmt: skip
     part = group.size > 1
-    winners = torch.empty((rows, 2), dtype=torch.float64, device=logits.device) if part else scratch
+    width = 2 + 2 * KEPT  # the highest score, its token; the best logits, their tokens
+    winners = torch.empty((rows, width), dtype=torch.float64, device=logits.device) if part else scratch
     put = token_ids, tokens, places, positions if lengths is None else lengths
     _draw[(rows,)](
         logits, scratch, *parameters, *filters, winners, *put, columns, chunks, first, PART=part,
-        ADVANCE=lengths is not None, CHUNK=CHUNK, CHUNKS=triton.next_power_of_2(chunks), KEPT=KEPT, PDL=pdl,
-        num_warps=8, **options,
+        ADVANCE=lengths is not None, CHUNK=CHUNK, CHUNKS=triton.next_power_of_2(chunks), KEPT=KEPT, WIDTH=width,
+        PDL=pdl, num_warps=8, **options,
     )  # fmt: skip
     if part:
         _choose[(rows,)](
-            group.all_gather(winners), *put, rows, ADVANCE=lengths is not None, RANKS=group.size,
-            RANKS_P=triton.next_power_of_2(group.size), PDL=pdl, num_warps=1, **options,
+            group.all_gather(winners), *parameters, *filters, *put, rows, ADVANCE=lengths is not None,
+            RANKS=group.size, RANKS_P=triton.next_power_of_2(group.size), KEPT=KEPT, WIDTH=width, PDL=pdl, num_warps=4,
+            **options,
         )  # fmt: skip

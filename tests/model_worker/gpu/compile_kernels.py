@@ -53,6 +53,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.rope_store import rope_store
 from vibe_sgl_lite.model_worker.gpu.kernels.sample import num_chunks, sample
 from vibe_sgl_lite.model_worker.gpu.kernels.speculate import accept, expand_drafts, look_up
 from vibe_sgl_lite.model_worker.gpu.rank_products import choose_cut
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group
 
 KV_HEADS, GROUP, DIM, HIDDEN, INNER, VOCAB = 8, 2, 128, 1024, 3072, 151_936
 PAGE, PAGES, ROWS = 64, 4, 8
@@ -68,6 +69,17 @@ def compile_only(kernel: JITFunction[Any], grid: tuple[int, ...]) -> Callable[..
         sys.stdout.write(f"{kernel.fn.__name__} {compiled.metadata.shared} bytes of shared memory\n")
 
     return call
+
+
+class OneOf(Group):
+    """The first of some ranks, none of which runs."""
+
+    def __init__(self, size: int) -> None:
+        object.__setattr__(self, "rank", 0)
+        object.__setattr__(self, "size", size)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x.repeat(self.size, 1)
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -187,7 +199,11 @@ def main() -> None:
     logits, temperatures = zeros(2, VOCAB), zeros(ROWS, dtype=torch.float64)
     chunks = zeros(2 * num_chunks(VOCAB), dtype=torch.float32)
     filters = ints, temperatures, temperatures
-    sample(logits, slots, longs[:2], temperatures, longs, filters, chunks, slots, tokens_of, longs[:2], slots, pdl=True)
+    for ranks in (Group(), *map(OneOf, (2, 8))):
+        sample(
+            logits, slots, longs[:2], temperatures, longs, filters, chunks, slots, tokens_of, longs[:2], slots,
+            pdl=True, group=ranks,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

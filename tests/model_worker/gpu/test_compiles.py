@@ -11,7 +11,7 @@ KERNELS = (
     "_decode_attention", "_prefill_attention", "_rope_store", "_chain_attention", "_group_attention", "_gemv",
     "_add_rms_norm", "_silu_multiply", "_begin", "_expand_rows", "_chunk_maxima", "_draw", "_product", "_begin_stream",
     "_rank_product", "_all_reduce", "_all_reduce_small", "_all_gather", "_route", "_sort_pairs", "_grouped", "_combine",
-    "_look_up", "_expand_drafts", "_accept",
+    "_choose", "_look_up", "_expand_drafts", "_accept",
     "_grouped_product", "_grouped_gemv", "_plain", "_encode_groups",
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ from vibe_sgl_lite.model_worker.gpu.draw import GpuDraw
 from vibe_sgl_lite.model_worker.gpu.kernels import sample as kernels
 from vibe_sgl_lite.model_worker.sampling.noise import counters, gumbel, row_keys
 from vibe_sgl_lite.model_worker.sampling.sampler import Sampler
-from vibe_sgl_lite.qwen3.layers.parallel_state import Group
+from vibe_sgl_lite.qwen3.layers.parallel_state import Group, spread
 from vibe_sgl_lite.runtime.settings.sampling_params import DEFAULTS, ResolvedSampling
 
 
@@ -121,13 +121,18 @@ def test_ranks_draw_the_token_of_one(device: torch.device) -> None:
 
 
 def drawn_by_both(
-    logits: Tensor, sampling: Sequence[ResolvedSampling], device: torch.device
+    logits: Tensor,
+    sampling: Sequence[ResolvedSampling],
+    device: torch.device,
+    group: Group | None = None,
+    part: slice = slice(None),
 ) -> tuple[list[int] | None, list[int]]:
-    """By the fused draw, None if it does not take them, and by the sampler of plain torch on the CPU."""
+    """By the fused draw, None if it does not take them, and by the sampler of plain torch on the CPU. part: of the
+    vocabulary, if this rank of the group has but a part."""
     rows, vocab = logits.shape
     tokens = torch.zeros((rows + 1, 8), dtype=torch.int32, device=device)
     on_device = CpuDevice() if device.type == "cpu" else cuda()
-    fused = GpuDraw(on_device, rows + 1, rows, vocab, Group())
+    fused = GpuDraw(on_device, rows + 1, rows, vocab, group or Group())
     asked = Sampler(vocab, Group(), tokens, device=on_device, fused=fused)
     plain = Sampler(vocab, Group(), tokens.cpu())
     for slot, params in enumerate(sampling):
@@ -139,7 +144,7 @@ def drawn_by_both(
         return None, expected
     where = torch.arange(rows, dtype=torch.int32, device=device), torch.arange(5, rows + 5, device=device)
     places = torch.arange(rows, device=device) * 8
-    return fused(logits.to(device), *where, tokens, places).tolist(), expected
+    return fused(logits[:, part].contiguous().to(device), *where, tokens, places).tolist(), expected
 
 
 def cuda() -> Any:
@@ -152,9 +157,9 @@ def params(**values: Any) -> ResolvedSampling:
     return ResolvedSampling(**{**DEFAULTS, "end_token_ids": (), "max_new_tokens": 9} | values)
 
 
-@pytest.mark.parametrize("steps", [0, 2, 40])  # of logits: few make many equals
-def test_filters_leave_what_the_sampler_leaves(steps: int, device: torch.device) -> None:
-    choose, rows, vocab = random.Random(steps), 24, 2 * kernels.CHUNK + 77
+def filtered_rows(rows: int, vocab: int, steps: int) -> tuple[Tensor, list[ResolvedSampling]]:
+    """Logits, and parameters with all kinds of filters; two rows in between without. steps: of logits, 0 if any."""
+    choose = random.Random(steps)
     generator = torch.Generator().manual_seed(steps)
     logits = torch.randn((rows, vocab), generator=generator) * torch.linspace(0.3, 6.0, rows)[:, None]
     if steps:
@@ -173,9 +178,32 @@ def test_filters_leave_what_the_sampler_leaves(steps: int, device: torch.device)
         params(temperature=0.0, seed=0),
         params(temperature=0.8, seed=5),
     )  # among others without filters
+    return logits, sampling
+
+
+@pytest.mark.parametrize("steps", [0, 2, 40])  # few make many equals
+def test_filters_leave_what_the_sampler_leaves(steps: int, device: torch.device) -> None:
+    logits, sampling = filtered_rows(24, 2 * kernels.CHUNK + 77, steps)
     drawn, expected = drawn_by_both(logits, sampling, device)
     assert drawn == expected
-    assert len(set(expected)) > rows // 4
+    assert len(set(expected)) > len(sampling) // 4
+
+
+@pytest.mark.parametrize(("ranks", "steps"), [(2, 40), (3, 2)])
+def test_ranks_with_filters_draw_the_token_of_one(ranks: int, steps: int, device: torch.device) -> None:
+    """Of equals on different ranks, of which few are left, too; a rank may have fewer logits than top-k."""
+    rows, vocab = 8, 127 if ranks == 3 else kernels.CHUNK + 1201
+    logits, sampling = filtered_rows(rows, vocab, steps)
+    logits[5] = float("nan")
+    gathered: list[Tensor] = []
+    for _ in range(2):
+        for rank in range(ranks):
+            group = InTurn(rank, gathered, ranks)
+            drawn, expected = drawn_by_both(logits, sampling, device, group, spread(vocab, group))
+            if len(gathered) > ranks:
+                expected[5] = -1
+                assert drawn == expected
+    assert len({token * ranks // vocab for token in expected if token >= 0}) == ranks
 
 
 def test_fewer_logits_than_top_k(device: torch.device) -> None:
