@@ -68,7 +68,7 @@ class RankWork:
 
     def __init__(self, client: AsyncClient) -> None:
         children = psutil.Process().children(recursive=True)
-        self._rank = next(child for child in children if "vibe_sgl_lite.model_worker.worker" in child.cmdline())
+        self._rank = next(child for child in children if "vibe_sgl_lite.model_worker.process" in child.cmdline())
         self._client = client
         self.cpu_s = 0.0
         self.steps = 0

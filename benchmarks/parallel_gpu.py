@@ -184,7 +184,7 @@ def recovery(shape: str, settings: dict[str, Any], waits: tuple[float, ...]) -> 
         ranks = []
         for process in psutil.Process().children(recursive=True):
             command = process.cmdline()
-            if module_name(command) == "vibe_sgl_lite.model_worker.worker" and command[-1] == str(settings["tp"] - 1):
+            if module_name(command) == "vibe_sgl_lite.model_worker.process" and command[-1] == str(settings["tp"] - 1):
                 ranks.append((process.cpu_times().user, process.pid))
         os.kill(max(ranks)[1], signal.SIGKILL)  # a spare has done less
 

@@ -52,7 +52,7 @@ def rank_peaks(model_path: Path, tp: int, prompt_tokens: int) -> list[float]:
     ) as llm:  # fmt: skip
         prompt = [token % 1000 for token in range(prompt_tokens)]
         llm.generate(input_ids=prompt, sampling_params=SamplingParams(max_new_tokens=4, ignore_eos=True))
-        ranks = [p for p in psutil.Process().children() if "vibe_sgl_lite.model_worker.worker" in p.cmdline()]
+        ranks = [p for p in psutil.Process().children() if "vibe_sgl_lite.model_worker.process" in p.cmdline()]
         return sorted(_peak_mb(rank.pid) for rank in ranks)
 
 

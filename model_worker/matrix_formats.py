@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 
 from vibe_sgl_lite.model_worker.cpu import CpuKernels
+from vibe_sgl_lite.model_worker.cpu.huge_memory import HugeMemory
 from vibe_sgl_lite.model_worker.cpu.linear import WeightFormat
 from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabFormat
 from vibe_sgl_lite.qwen3.checkpoint import load_items
@@ -24,9 +25,17 @@ from vibe_sgl_lite.runtime.settings.quantized_form import FP8, GPTQ
 Quantization = Literal["none", "int8", "int4", "fp8"]
 
 
-def choose_formats(model: Qwen3, quantization: str, kernels: CpuKernels | None, *, fixed_order: bool = False) -> None:
+def choose_formats(
+    model: Qwen3,
+    quantization: str,
+    kernels: CpuKernels | None,
+    *,
+    fixed_order: bool = False,
+    memory: memoryview | None = None,
+) -> None:
     """Let `model` keep its matrices as `quantization` says; call it before the weights are loaded. fixed_order: no
-    row's product may depend on the others; kernels for a CPU know that themselves.
+    row's product may depend on the others; kernels for a CPU know that themselves. memory: what their matrices are to
+    be kept in, if it is there already.
 
     kernels: this machine's, if any; without them matrices stay in torch's own formats.
 
@@ -56,7 +65,8 @@ def choose_formats(model: Qwen3, quantization: str, kernels: CpuKernels | None, 
             )
         return
     plain = WeightFormat.BF16 if model.dtype == torch.bfloat16 else WeightFormat.FP32
-    matrix_format = SlabFormat(kernels, {"int8": WeightFormat.INT8, "int4": WeightFormat.INT4}.get(quantization, plain))
+    kept = {"int8": WeightFormat.INT8, "int4": WeightFormat.INT4}.get(quantization, plain)
+    matrix_format = SlabFormat(kernels, kept, HugeMemory(memory))
     for weight in _matrices(model):
         weight.keep_as(matrix_format)
 

@@ -13,6 +13,7 @@ from vibe_sgl_lite.model_worker.batch import Drafter
 from vibe_sgl_lite.model_worker.compute import Compute, GpuSetup, choose_compute
 from vibe_sgl_lite.model_worker.cpu.shared_memory import share_memory
 from vibe_sgl_lite.model_worker.draft_model import DraftModel
+from vibe_sgl_lite.model_worker.early_memory import EarlyMemory
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.memory_plan import plan_memory
@@ -45,9 +46,10 @@ def build_runner(
     heartbeat: Callable[[], None],
     timer: PartTimer = NO_TIMER,
     model: Qwen3 | None = None,
+    memory: EarlyMemory | None = None,
 ) -> ModelRunner:
     """Load this rank's weights and take its KV pool; all ranks together. `heartbeat` is called while it goes on.
-    model: one with weights, which is then the runner's.
+    model: one with weights, which is then the runner's. memory: for the CPU kernels' matrices.
 
     Raises UserError for what is wrong with the model folder or with the settings.
     """
@@ -62,7 +64,8 @@ def build_runner(
         if compute.kernels is not None and args.dist_init_addr is None:
             parallel = share_memory(parallel, compute.kernels)
         model = Qwen3(spec.model, parallel, dtype, device, compute.operations, DISPATCH[args.moe_dispatch])
-        choose_formats(model, args.quantization, compute.kernels, fixed_order=args.deterministic)
+        first = None if memory is None else memory.take()
+        choose_formats(model, args.quantization, compute.kernels, fixed_order=args.deterministic, memory=first)
         progress = LoadProgress(heartbeat, visible=parallel.rank == 0 and sys.stderr.isatty())
         fill(model, spec.weights, args.seed, progress)
     draft = None if args.draft_model_path is None else _load_draft(spec, model.parallel, device, compute, heartbeat)

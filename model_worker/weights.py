@@ -1,14 +1,16 @@
 """Fills a model's weights, from safetensors files or, for `--load-format dummy`, from seeded random numbers. A model
 that has weights takes the new ones in place.
 
-Each rank reads only its own slices, one weight at a time into one buffer in its final layout, so the peak is what the
-rank keeps plus one weight. Files are mapped for one weight and unmapped again, which gives their pages back.
+Each rank reads only its own slices, a piece of a weight at a time, so the peak is what the rank keeps plus one weight,
+or one piece where the weight's format takes such. Files are mapped for MAPPED_BYTES and unmapped again, which gives
+their pages back.
 """
 
 import logging
+import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from vibe_sgl_lite.runtime.settings.safetensors_files import StoredTensor
 
 # Dummy weights repeat a block of this many random numbers. A prime, so that no two rows of a matrix are the same.
 DUMMY_BLOCK = 1_048_573
+MAPPED_BYTES = 64 << 20
 CPU = torch.device("cpu")
 log = logging.getLogger(__name__)
 
@@ -57,13 +60,14 @@ def load_dummy_weights(model: Qwen3, seed: int, progress: Progress | None = None
 
 def _fill(
     model: Qwen3,
-    read: Callable[[LoadItem, Tensor], None],
+    read: Callable[[Sequence[Part], Tensor], None],
     where: torch.device,
     progress: Progress | None,
     made: Callable[[LoadItem], CodedMatrix | StackedMatrices | None] = lambda item: None,
 ) -> None:
     """where: the device of the buffers that `read` fills. made: what an item is where it isn't made of one of these."""
     items = list(load_items(model))
+    scratch = torch.empty(0, dtype=model.dtype, device=where)  # of pieces, whose values are taken and not it
     for done, item in enumerate(items):
         if progress is not None:
             progress(done, len(items))
@@ -76,11 +80,18 @@ def _fill(
                 assert isinstance(weight, ExpertWeight)
                 weight.install_stack(matrix)
             continue
-        buffer = torch.empty(weight.shape, dtype=weight.dtype, device=where)
-        read(item, buffer)
-        buffer = buffer.to(weight.device)
-        for sharer in item.weights:
-            sharer.install(buffer)
+        for taker in item.weights:
+            for piece, parts in item.pieces(taker):
+                shape = taker.shape_of(piece)
+                if piece is None:
+                    buffer = torch.empty(shape, dtype=taker.dtype, device=where)
+                else:
+                    size = math.prod(shape)
+                    if scratch.numel() < size:
+                        scratch = torch.empty(size, dtype=taker.dtype, device=where)
+                    buffer = scratch[:size].view(shape)
+                read(parts, buffer)
+                taker.install(buffer.to(taker.device), piece)
     if progress is not None:
         progress(len(items), len(items))
 
@@ -92,19 +103,19 @@ class _Checkpoint:
         self._tensors = tensors
         self._quantized = quantized
         self._finite = finite
+        self._opened: dict[Path, Any] = {}
+        self._mapped_bytes = 0  # of which memory may be in use
 
-    def read(self, item: LoadItem, buffer: Tensor) -> None:
-        """Copy every part of `item` into its place in `buffer`, converting to its dtype."""
-        with ExitStack() as stack:
-            opened: dict[Path, Any] = {}
-            for part in item.parts:
-                target = buffer[part.target]
-                if self._is_quantized(part):
-                    target.copy_(self._codes(part, CPU, stack, opened).plain())
-                else:
-                    assert self._tensors[part.name].shape == part.shape, part.name
-                    target.copy_(self._slice(part.name, part.source, stack, opened))
-                self._check(part, target)
+    def read(self, parts: Sequence[Part], buffer: Tensor) -> None:
+        """Copy every part into its place in `buffer`, converting to its dtype."""
+        for part in parts:
+            target = buffer[part.target]
+            if self._is_quantized(part):
+                target.copy_(self._codes(part, CPU).plain())
+            else:
+                assert self._tensors[part.name].shape == part.shape, part.name
+                target.copy_(self._slice(part.name, part.source))
+            self._check(part, target)
 
     def made(self, item: LoadItem) -> CodedMatrix | StackedMatrices | None:
         """What codes make; None where `item` is to be made of plain values."""
@@ -119,23 +130,21 @@ class _Checkpoint:
         block = self._quantized.group
         codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
         scales = torch.empty((weight.shape[0], *(side // block for side in weight.shape[1:])))
-        with ExitStack() as stack:
-            opened: dict[Path, Any] = {}
-            for part in item.parts:
-                values = self._slice(part.name, part.source, stack, opened)
-                if bool(((values.view(torch.uint8) & 0x7F) == 0x7F).any()):
-                    raise WeightsError(
-                        f"{part.name} has values that are no numbers; download the weights again", field=part.name
-                    )
-                codes[part.target] = values
-                factors = scales[part.target[0]]
-                if len(part.target) > 1:
-                    rows = part.target[1]
-                    assert isinstance(rows, slice)
-                    factors = factors[_blocks(rows, block)]
-                source = tuple(_blocks(side, block) for side in part.source)
-                factors.copy_(self._slice(f"{part.name}_scale_inv", source, stack, opened))
-                self._check(part, factors)
+        for part in item.parts:
+            values = self._slice(part.name, part.source)
+            if bool(((values.view(torch.uint8) & 0x7F) == 0x7F).any()):
+                raise WeightsError(
+                    f"{part.name} has values that are no numbers; download the weights again", field=part.name
+                )
+            codes[part.target] = values
+            factors = scales[part.target[0]]
+            if len(part.target) > 1:
+                rows = part.target[1]
+                assert isinstance(rows, slice)
+                factors = factors[_blocks(rows, block)]
+            source = tuple(_blocks(side, block) for side in part.source)
+            factors.copy_(self._slice(f"{part.name}_scale_inv", source))
+            self._check(part, factors)
         return made(codes.to(weight.device), scales.to(weight.device))
 
     def _matrix(self, item: LoadItem) -> CodedMatrix | None:
@@ -146,9 +155,7 @@ class _Checkpoint:
             return None
         if not all(self._is_quantized(part) for part in item.parts):
             return None
-        with ExitStack() as stack:
-            opened: dict[Path, Any] = {}
-            parts = [self._codes(part, weight.device, stack, opened) for part in item.parts]
+        parts = [self._codes(part, weight.device) for part in item.parts]
         if any(part.bits != weight.format.bits for part in parts):
             return None
         for read, part in zip(parts, item.parts, strict=True):
@@ -176,12 +183,12 @@ class _Checkpoint:
     def _is_quantized(self, part: Part) -> bool:
         return self._quantized is not None and self._quantized.applies(part.name)
 
-    def _codes(self, part: Part, where: torch.device, stack: ExitStack, opened: dict[Path, Any]) -> Codes:
+    def _codes(self, part: Part, where: torch.device) -> Codes:
         assert self._quantized is not None
         base = part.name.removesuffix(".weight")
 
         def read(suffix: str, *source: slice) -> Tensor:
-            return self._slice(base + suffix, source, stack, opened).to(where)
+            return self._slice(base + suffix, source).to(where)
 
         with self._blame(part):
             return coded_slice(self._quantized, read, *part.source)
@@ -197,14 +204,19 @@ class _Checkpoint:
             base = part.name.removesuffix(".weight")
             raise WeightsError(f"{base}: {error}; download the weights again", field=part.name) from error
 
-    def _slice(self, name: str, source: tuple[slice, ...], stack: ExitStack, opened: dict[Path, Any]) -> Tensor:
+    def _slice(self, name: str, source: tuple[slice, ...]) -> Tensor:
+        """A view of the mapped file."""
         stored = self._tensors[name]
         try:
-            if stored.path not in opened:
-                opened[stored.path] = stack.enter_context(safe_open(stored.path, framework="pt"))
-            tensor: Tensor = opened[stored.path].get_slice(stored.name)[source]
+            if stored.path not in self._opened:
+                self._opened[stored.path] = safe_open(stored.path, framework="pt")
+            tensor: Tensor = self._opened[stored.path].get_slice(stored.name)[source]
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{stored.path} is not a whole safetensors file: {error}; download it again") from error
+        self._mapped_bytes += tensor.nbytes
+        if self._mapped_bytes > MAPPED_BYTES:
+            self._opened.clear()
+            self._mapped_bytes = 0
         return tensor
 
 
@@ -218,8 +230,8 @@ class _DummySource:
     def __init__(self, block: Tensor) -> None:
         self.block = block
 
-    def read(self, item: LoadItem, buffer: Tensor) -> None:
-        for part in item.parts:
+    def read(self, parts: Sequence[Part], buffer: Tensor) -> None:
+        for part in parts:
             target = buffer[part.target]
             if len(part.shape) == 1:
                 target.fill_(1.0)

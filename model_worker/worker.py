@@ -1,4 +1,4 @@
-"""The rank process, started by the launcher with a spec file and its rank (runtime/launcher/boot.py).
+"""One rank, in a process of its own (process.py).
 
 It joins its groups, loads its share of the weights, takes its KV pool, says that it is ready, and then runs every
 `ForwardBatch` that the scheduler sends until it is told to stop. Rank 0 answers.
@@ -6,7 +6,6 @@ It joins its groups, loads its share of the weights, takes its KV pool, says tha
 
 import logging
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import msgspec
 import torch
 import zmq
 
+from vibe_sgl_lite.model_worker.early_memory import EarlyMemory
 from vibe_sgl_lite.model_worker.host_pages import HostPages, host_slots
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
 from vibe_sgl_lite.model_worker.nodes import init_parallel_nodes
@@ -30,8 +30,7 @@ from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
 from vibe_sgl_lite.qwen3.layers.part_timer import NO_TIMER, OTHER
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import ConfigError
-from vibe_sgl_lite.runtime.launcher.child import HEARTBEAT_S, Child, PipelineSpec, run_child
-from vibe_sgl_lite.runtime.launcher.spawn import RANK_PREFIX
+from vibe_sgl_lite.runtime.launcher.child import HEARTBEAT_S, Child, PipelineSpec
 from vibe_sgl_lite.runtime.messages import (
     ForwardBatch,
     LoadWeights,
@@ -61,10 +60,9 @@ NODES_OWN = {
 log = logging.getLogger(__name__)
 
 
-def main(child: Child) -> None:
-    """One rank's life, from its groups to the end of its loop."""
-    spec, rank = child.spec, _rank()
-    args = spec.args
+def main(child: Child, rank: int, memory: EarlyMemory | None) -> None:
+    """One rank's life, from its groups to the end of its loop. memory: for its matrices."""
+    spec, args = child.spec, child.spec.args
     # Bound before the slow part, so that the scheduler can connect and send at any time.
     inbox: Receiver[RankInput] | None = None
     if args.node_rank == 0:
@@ -83,7 +81,7 @@ def main(child: Child) -> None:
         parallel = time_collectives(parallel, timer)
 
     def build(spec: PipelineSpec, model: Qwen3 | None) -> ModelRunner:
-        runner = build_runner(spec, parallel, device, child.heartbeat, timer or NO_TIMER, model)
+        runner = build_runner(spec, parallel, device, child.heartbeat, timer or NO_TIMER, model, memory)
         try:
             runner.warm_up()
         except torch.OutOfMemoryError as error:
@@ -252,11 +250,3 @@ def _follow(child: Child, steps: StepPipeline, relay: BatchRelay) -> None:
             return
         assert isinstance(message, ForwardBatch)
         steps.launch(message)
-
-
-def _rank() -> int:
-    return int(sys.argv[2])
-
-
-if __name__ == "__main__":
-    run_child(f"{RANK_PREFIX}{_rank()}", main)

@@ -1,6 +1,6 @@
 """The name map: which tensors of a Hugging Face checkpoint, and which part of each, make up every weight of one rank.
 
-Knows nothing of files: a loader reads the parts, from wherever, into one buffer a weight and installs it.
+Knows nothing of files: a loader reads the parts, from wherever, into a buffer a piece of a weight and installs it.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from vibe_sgl_lite.qwen3.attention import Attention
 from vibe_sgl_lite.qwen3.layers.moe import MoEBlock
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.parallel_state import shard
-from vibe_sgl_lite.qwen3.layers.weight import Weight
+from vibe_sgl_lite.qwen3.layers.weight import Piece, Weight
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import Qwen3
 
@@ -28,13 +28,36 @@ class Part:
     source: tuple[slice, ...]
     target: tuple[slice | int, ...]
 
+    def within(self, rows: slice) -> "Part | None":
+        """What of it belongs to these rows of its matrix, and where it goes in a buffer of them alone."""
+        start = next((place.start for place in self.target if isinstance(place, slice)), 0)
+        first, *others = self.source
+        lower, upper = max(rows.start, start), min(rows.stop, start + first.stop - first.start)
+        if lower >= upper:
+            return None
+        source = slice(first.start + lower - start, first.start + upper - start)
+        return Part(self.name, self.shape, (source, *others), (slice(lower - rows.start, upper - rows.start),))
+
 
 @dataclass(frozen=True)
 class LoadItem:
-    """One buffer to read and the weights that take it, in this order (a tied head, then the embedding, share one)."""
+    """What weights are made of, in this order (a tied head and the embedding have the same)."""
 
     weights: tuple[Weight, ...]
     parts: tuple[Part, ...]
+
+    def pieces(self, weight: Weight) -> Iterator[tuple[Piece | None, tuple[Part, ...]]]:
+        """The pieces in which one of the weights is to be installed, and the parts of each."""
+        by_expert: dict[int | slice | None, list[Part]] = {}
+        for part in self.parts:
+            expert = next(iter(part.target), None)
+            by_expert.setdefault(expert if isinstance(expert, int) else None, []).append(part)
+        for piece in weight.pieces():
+            if piece is None:
+                yield None, self.parts
+            else:
+                parts = (part.within(piece.rows) for part in by_expert[piece.expert])
+                yield piece, tuple(part for part in parts if part is not None)
 
 
 def load_items(model: Qwen3) -> Iterator[LoadItem]:

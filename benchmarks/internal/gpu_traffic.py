@@ -162,7 +162,7 @@ class Traffic:
 
 
 def ranks() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "vibe_sgl_lite.model_worker.worker" in p.cmdline()]
+    return [p for p in psutil.Process().children() if "vibe_sgl_lite.model_worker.process" in p.cmdline()]
 
 
 def card_memory() -> int:

@@ -66,7 +66,7 @@ def record(root: Path) -> dict[str, set[str]]:
         for file in notes.iterdir():
             lines = file.read_text().splitlines()
             command = lines[0]
-            kind = "rank" if "model_worker.worker" in command else "client" if "request.py" in command else "others"
+            kind = "rank" if "model_worker.process" in command else "client" if "request.py" in command else "others"
             found[kind].update(lines[1:])
         return found
 

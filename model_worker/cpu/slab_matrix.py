@@ -12,6 +12,8 @@ from vibe_sgl_lite.model_worker.cpu.api import CpuKernels
 from vibe_sgl_lite.model_worker.cpu.huge_memory import HugeMemory
 from vibe_sgl_lite.model_worker.cpu.linear import GROUP, INPUT_MULTIPLE, SLAB, SlabWeights, WeightFormat
 
+BAND_ELEMENTS = 1 << 20  # put at once: they stay in the caches of most CPUs until they are in their place
+
 
 class SlabMatrix:
     """[O, I] in one of the kernels' formats. In int8, a row that is not finite gives one that is not."""
@@ -30,52 +32,55 @@ class SlabMatrix:
         return self._kernels.gather_rows(self.weights, ids)[:, : self._inputs]
 
     def refill(self, matrix: Tensor) -> None:
-        SlabFormat(self._kernels, self.weights.format).pack(matrix, into=self.weights)
+        self.put(slice(0, self.weights.outputs), matrix)
 
-
-class SlabFormat:
-    """A `MatrixFormat` (qwen3/layers/weight.py): makes matrices of one format for `kernels`, all in the same memory."""
-
-    def __init__(self, kernels: CpuKernels, weight_format: WeightFormat) -> None:
-        self._kernels, self._format = kernels, weight_format
-        self._memory = HugeMemory()
-
-    def __call__(self, matrix: Tensor) -> SlabMatrix:
-        return SlabMatrix(self._kernels, self.pack(matrix), matrix.shape[1])
-
-    def pack(self, matrix: Tensor, into: SlabWeights | None = None) -> SlabWeights:
-        """matrix: [O, I] bf16 or fp32, as the format has it; int8 and int4 take both. into: a packed one of its shape,
-        whose place it takes.
+    def put(self, rows: slice, values: Tensor) -> None:
+        """Take whole slabs of rows, but for the matrix's last ones. values: [rows, I] bf16 or fp32, as the format has
+        it; int8 and int4 take both.
 
         int4 rounds to bf16 first, which loses far less than its codes do.
         """
-        missing = -matrix.shape[1] % INPUT_MULTIPLE
-        matrix = F.pad(matrix, (0, missing)) if missing else matrix.contiguous()  # to pad by nothing is to copy
-        if self._format in (WeightFormat.BF16, WeightFormat.FP32):
-            return self._interleave(matrix, into)
-        if into is not None:
-            self._kernels.pack(matrix, into)
-            return into
-        outputs, inputs = matrix.shape
-        slabs = -(-outputs // SLAB)
-        scales = None
-        if self._format is WeightFormat.INT8:
-            data = self._memory.empty((slabs, inputs // 4, SLAB), torch.int32)
-            scales = torch.zeros(slabs * SLAB)
-        else:
-            data = self._memory.empty((slabs, inputs // GROUP, GROUP // 8 + 1, SLAB), torch.int32)
-        weights = SlabWeights(self._format, outputs, inputs, data, scales)
-        self._kernels.pack(matrix, weights)
-        return weights
+        weights = self.weights
+        assert rows.start % SLAB == 0
+        assert rows.stop % SLAB == 0 or rows.stop == weights.outputs
+        values = F.pad(values, (0, self.padding)) if self.padding else values.contiguous()  # to pad by 0 is to copy
+        data = weights.data[rows.start // SLAB : -(-rows.stop // SLAB)]
+        if weights.format in (WeightFormat.BF16, WeightFormat.FP32):
+            missing = -len(values) % SLAB
+            units = (F.pad(values, (0, 0, 0, missing)) if missing else values).view(torch.int32)
+            data.copy_(units.view(-1, SLAB, units.shape[1]).transpose(1, 2))
+            return
+        scales = None if weights.scales is None else weights.scales[rows]
+        self._kernels.pack(values, SlabWeights(weights.format, len(values), weights.inputs, data, scales))
 
-    def _interleave(self, matrix: Tensor, into: SlabWeights | None) -> SlabWeights:
-        outputs, inputs = matrix.shape
-        missing = -outputs % SLAB
-        units = (F.pad(matrix, (0, 0, 0, missing)) if missing else matrix).view(torch.int32)
-        slabs = units.view(-1, SLAB, units.shape[1])
-        if into is not None:
-            into.data.copy_(slabs.transpose(1, 2))
-            return into
-        data = self._memory.empty((slabs.shape[0], slabs.shape[2], SLAB), torch.int32)
-        data.copy_(slabs.transpose(1, 2))
-        return SlabWeights(self._format, outputs, inputs, data)
+
+class SlabFormat:
+    """A `GradualFormat` (qwen3/layers/weight.py): makes matrices of one format for `kernels`, all in the same memory.
+
+    memory: None for new memory.
+    """
+
+    def __init__(self, kernels: CpuKernels, weight_format: WeightFormat, memory: HugeMemory | None = None) -> None:
+        self._kernels, self._format = kernels, weight_format
+        self._memory = memory or HugeMemory()
+
+    def __call__(self, matrix: Tensor) -> SlabMatrix:
+        made = self.empty(*matrix.shape)
+        made.refill(matrix)
+        return made
+
+    def bands(self, outputs: int, inputs: int) -> list[slice]:
+        step = max(1, BAND_ELEMENTS // inputs // SLAB) * SLAB
+        return [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
+
+    def empty(self, outputs: int, inputs: int) -> SlabMatrix:
+        slabs, padded = -(-outputs // SLAB), -(-inputs // INPUT_MULTIPLE) * INPUT_MULTIPLE
+        units = {
+            WeightFormat.BF16: (padded // 2,),
+            WeightFormat.INT8: (padded // 4,),
+            WeightFormat.INT4: (padded // GROUP, GROUP // 8 + 1),
+            WeightFormat.FP32: (padded,),
+        }[self._format]
+        scales = torch.zeros(slabs * SLAB) if self._format is WeightFormat.INT8 else None
+        data = self._memory.empty((slabs, *units, SLAB), torch.int32)
+        return SlabMatrix(self._kernels, SlabWeights(self._format, outputs, padded, data, scales), inputs)

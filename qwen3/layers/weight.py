@@ -6,6 +6,7 @@ matrices are kept only in oneDNN's packed layout; the plain copy is dropped. In 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -63,6 +64,41 @@ class CodedMatrix(Matrix, Protocol):
 MatrixFormat = Callable[[Tensor], Matrix]  # makes one of a plain matrix, which the caller then drops
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a matrix; expert: of whom, where there are several."""
+
+    rows: slice
+    expert: int | None = None
+
+
+class GradualMatrix(Matrix, Protocol):
+    def put(self, rows: slice, values: Tensor) -> None:
+        """Take these rows, which the caller then uses for something else."""
+        ...
+
+
+@runtime_checkable
+class GradualFormat(Protocol):
+    """A `MatrixFormat` whose matrices can be filled a few rows at a time, so that the plain one is never there."""
+
+    def bands(self, outputs: int, inputs: int) -> Sequence[slice]:
+        """The rows to `put`, in this order."""
+        ...
+
+    def empty(self, outputs: int, inputs: int) -> GradualMatrix:
+        """A matrix without values."""
+        ...
+
+
+def _put(known: Matrix | None, form: MatrixFormat, rows: slice, values: Tensor, *size: int) -> Matrix:
+    """The matrix [out, in] with these rows, which is made with the first of them."""
+    assert isinstance(form, GradualFormat)
+    matrix: Any = form.empty(*size) if known is None else known
+    matrix.put(rows, values)
+    return matrix
+
+
 class PlainMatrix:
     """As it comes."""
 
@@ -115,7 +151,7 @@ def fastest_format(dtype: torch.dtype, device: torch.device) -> MatrixFormat:
 
 
 class Weight:
-    """A tensor of `shape`, empty until `install`."""
+    """A tensor of `shape`, empty until all its `pieces` are installed."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
@@ -129,9 +165,14 @@ class Weight:
         assert self._tensor is not None, "weight used before it was loaded"
         return self._tensor
 
-    def install(self, tensor: Tensor) -> None:
-        """Take ownership of `tensor`, of exactly this weight's shape, dtype and device. Where there is one already,
-        take its values alone: programs and graphs hold the address."""
+    def pieces(self) -> Sequence[Piece | None]:
+        """What to install, in this order; None: all at once."""
+        return (None,)
+
+    def install(self, tensor: Tensor, piece: Piece | None = None) -> None:
+        """Take ownership of `tensor`, of exactly this weight's shape, dtype and device. Where there is one already, and
+        of pieces, take the values alone: programs and graphs hold the address."""
+        assert piece is None
         self._check(tensor)
         if self._tensor is None:
             self._tensor = tensor
@@ -143,8 +184,11 @@ class Weight:
         """Bytes of memory that it takes once it is installed."""
         return self.tensor.nbytes
 
-    def _check(self, tensor: Tensor) -> None:
-        assert tuple(tensor.shape) == self.shape, f"{tuple(tensor.shape)} installed into {self.shape}"
+    def shape_of(self, piece: Piece | None) -> tuple[int, ...]:
+        return self.shape if piece is None else (piece.rows.stop - piece.rows.start, self.shape[-1])
+
+    def _check(self, tensor: Tensor, piece: Piece | None = None) -> None:
+        assert tuple(tensor.shape) == self.shape_of(piece), f"{tuple(tensor.shape)} as {piece} of {self.shape}"
         assert tensor.dtype == self.dtype
         assert tensor.device == self.device
 
@@ -182,9 +226,16 @@ class MatrixWeight(Weight):
         assert self._matrix is None
         self.format = matrix_format
 
-    def install(self, tensor: Tensor) -> None:
-        self._check(tensor)
-        if self._matrix is None:
+    def pieces(self) -> Sequence[Piece | None]:
+        if not isinstance(self.format, GradualFormat):
+            return super().pieces()
+        return [Piece(rows) for rows in self.format.bands(*self.shape)]
+
+    def install(self, tensor: Tensor, piece: Piece | None = None) -> None:
+        self._check(tensor, piece)
+        if piece is not None:
+            self._matrix = _put(self._matrix, self.format, piece.rows, tensor, *self.shape)
+        elif self._matrix is None:
             self._matrix = self.format(tensor)
         else:
             self._matrix.refill(tensor)
@@ -228,9 +279,12 @@ class EmbeddingWeight(Weight):
     def nbytes(self) -> int:
         return 0 if self._lender is not None else super().nbytes
 
-    def install(self, tensor: Tensor) -> None:
+    def pieces(self) -> Sequence[Piece | None]:
+        return super().pieces() if self._lender is None else ()
+
+    def install(self, tensor: Tensor, piece: Piece | None = None) -> None:
         if self._lender is None:
-            super().install(tensor)
+            super().install(tensor, piece)
 
     def rows(self, ids: Tensor) -> Tensor:
         """[n] int32 or int64, each below the number of rows -> [n, hidden]."""
@@ -290,8 +344,20 @@ class ExpertWeight(Weight):
         else:
             self.stack.take(stack)
 
-    def install(self, tensor: Tensor) -> None:
-        self._check(tensor)
+    def pieces(self) -> Sequence[Piece | None]:
+        if self.stack_format is not None or not isinstance(self._format, GradualFormat):
+            return super().pieces()
+        experts, outputs, inputs = self.shape
+        return [Piece(rows, expert) for expert in range(experts) for rows in self._format.bands(outputs, inputs)]
+
+    def install(self, tensor: Tensor, piece: Piece | None = None) -> None:
+        self._check(tensor, piece)
+        if piece is not None:
+            assert piece.expert is not None
+            place = slice(piece.expert, piece.expert + 1)
+            known = next(iter(self._matrices[place]), None)
+            self._matrices[place] = [_put(known, self._format, piece.rows, tensor, *self.shape[1:])]
+            return
         if self.stack is not None:
             self.stack.refill(tensor)
             return

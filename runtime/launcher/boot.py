@@ -62,7 +62,8 @@ def _show(name: str) -> None:
 
 
 def _stand_by(module: str) -> str:
-    """Import what `module` imports, and wait for the spec file's name. Exits when nobody wants this process."""
+    """Import what `module` imports, and what it says in `prepare`, and wait for the spec file's name. Exits when nobody
+    wants this process."""
     imports = threading.Thread(target=_import_at_leisure, args=(module,), name="imports", daemon=True)
     imports.start()
     spec_file = os.fsdecode(sys.stdin.buffer.read())
@@ -77,7 +78,9 @@ def _import_at_leisure(module: str) -> None:
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), STANDBY_NICE)
     with contextlib.suppress(ImportError, MemoryError, OSError):  # they will be met again, and told
-        importlib.import_module(module)
+        imported = importlib.import_module(module)
+        if hasattr(imported, "prepare"):
+            imported.prepare()
     sys.modules.pop(module, None)  # it is to run as __main__
 
 

@@ -39,7 +39,7 @@ class ChildSpec(msgspec.Struct, frozen=True):
 def pipeline_children(args: ServerArgs) -> tuple[ChildSpec, ...]:
     """The engine's processes on this node. Ranks come first: they take longest to start; other nodes have only them."""
     ranks = tuple(
-        ChildSpec(f"{RANK_PREFIX}{rank}", "vibe_sgl_lite.model_worker.worker", (str(rank),))
+        ChildSpec(f"{RANK_PREFIX}{rank}", "vibe_sgl_lite.model_worker.process", (str(rank),))
         for rank in args.local_ranks
     )
     if args.node_rank > 0:

@@ -26,7 +26,7 @@ PROCESS_NAMES = {
     "vibe_sgl_lite.tokenizer_manager.process": "tokenizer_manager",
     "vibe_sgl_lite.scheduler.process": "scheduler",
     "vibe_sgl_lite.detokenizer.process": "detokenizer",
-    "vibe_sgl_lite.model_worker.worker": "model_worker",
+    "vibe_sgl_lite.model_worker.process": "model_worker",
     "vibe_sgl_lite.http_server.process": "http_server",
 }
 

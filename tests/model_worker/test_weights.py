@@ -9,11 +9,16 @@ import pytest
 import torch
 
 from tests.qwen3.harness import DENSE, MOE, load_model, make_checkpoint
+from vibe_sgl_lite.model_worker import matrix_formats, weights
+from vibe_sgl_lite.model_worker.cpu import load, slab_matrix
+from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabMatrix
+from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.weights import load_dummy_weights, load_weights
 from vibe_sgl_lite.qwen3.checkpoint import load_items
 from vibe_sgl_lite.qwen3.layers.moe import MoEBlock
 from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
+from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, PlainMatrix
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
@@ -121,6 +126,75 @@ def test_slices_of_all_ranks_make_up_the_whole(tmp_path: Path, tp: int, ep: int,
     down = [moe(model).experts.down.tensor for model in ranks]
     experts = [torch.cat(down[i * split : (i + 1) * split], dim=2) for i in range(ep)]
     assert torch.equal(torch.cat(experts), moe(whole).experts.down.tensor)
+
+
+@pytest.mark.parametrize("dummy", [False, True], ids=["files", "dummy"])
+@pytest.mark.parametrize("rank", [None, 1], ids=["whole", "half"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_matrices_are_loaded_a_piece_at_a_time(
+    tmp_path: Path, quantization: str, rank: int | None, dummy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into the same bits as the whole ones; nothing but embedding and router is ever whole."""
+    shape = MOE | {"mlp_only_layers": [1], "intermediate_size": 192, "moe_intermediate_size": 160}
+    make_checkpoint(tmp_path, shape | {"tie_word_embeddings": quantization == "int4"})
+    config = ModelConfig.from_folder(tmp_path)
+    parallel = ParallelState()
+    if rank is not None:
+        group: Any = object()  # never used: nothing here communicates
+        parallel = ParallelState(rank=rank, tp=Group(rank, 2, group), expert_tp=Group(rank, 2, group))
+    kernels = load(threads=2)
+    sizes: list[int] = []
+
+    def loaded(install: Callable[[Qwen3], None]) -> Qwen3:
+        model = Qwen3(config, parallel, torch.float32, CPU, TorchOperations())
+        install(model)
+        progress = sizes.append if install is in_pieces else None
+        with monkeypatch.context() as patch:
+            for source in (weights._DummySource, weights._Checkpoint):
+                read = source.read
+
+                def noted(self: Any, parts: Any, buffer: torch.Tensor, read: Any = read) -> None:
+                    if progress is not None and len(buffer.shape) == 2:
+                        progress(buffer.numel())
+                    read(self, parts, buffer)
+
+                patch.setattr(source, "read", noted)
+            load_dummy_weights(model, 0) if dummy else load_weights(model, tmp_path)
+        return model
+
+    def in_pieces(model: Qwen3) -> None:
+        choose_formats(model, quantization, kernels)
+
+    def plain(model: Qwen3) -> None:
+        for weight in matrix_formats._matrices(model):
+            weight.keep_as(PlainMatrix)
+
+    monkeypatch.setattr(slab_matrix, "BAND_ELEMENTS", 64 * 64)
+    model, reference = loaded(in_pieces), loaded(plain)
+    compared = 0
+    for weight, other in zip(matrix_formats._matrices(model), matrix_formats._matrices(reference), strict=True):
+        if isinstance(weight, ExpertWeight):
+            pairs = [*zip(weight.matrices, other.tensor, strict=True)]
+            form = weight._format
+        else:
+            pairs, form = [(weight.matrix, other.tensor)], weight.format
+        for matrix, whole in pairs:
+            assert isinstance(matrix, SlabMatrix)
+            wanted = form(whole)
+            assert isinstance(wanted, SlabMatrix)
+            assert torch.equal(matrix.weights.data, wanted.weights.data)
+            scales, wanted_scales = matrix.weights.scales, wanted.weights.scales
+            assert (scales is None) == (wanted_scales is None)
+            if scales is not None and wanted_scales is not None:
+                assert torch.equal(scales, wanted_scales)
+            compared += 1
+    assert compared == 1 + 2 * 2 + 2 + 2 * 8
+    assert torch.equal(
+        model.embedding.weight.rows(torch.arange(128)), reference.embedding.weight.rows(torch.arange(128))
+    )
+    embedding = model.embedding.weight.shape[0] * 64
+    assert max(size for size in sizes if size != embedding) <= 64 * 192  # 64 rows
+    assert (quantization == "none") or embedding in sizes
 
 
 def test_a_hub_cache_folder_loads(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class Launcher:
                     sys.executable,
                     "-m",
                     "vibe_sgl_lite.runtime.launcher.boot",
-                    "vibe_sgl_lite.model_worker.worker",
+                    "vibe_sgl_lite.model_worker.process",
                     str(spec_file),
                     str(rank),
                 ],

@@ -41,7 +41,7 @@ def pack(kernels: CpuKernels, kind: WeightFormat, matrix: Tensor) -> tuple[SlabW
     """The packed matrix, and what it stores in fp64."""
     if kind in (WeightFormat.BF16, WeightFormat.FP32):
         matrix = matrix.to(FP32 if kind is WeightFormat.FP32 else BF16)
-        return SlabFormat(kernels, kind).pack(matrix), matrix.double()
+        return SlabFormat(kernels, kind)(matrix).weights, matrix.double()
     if kind is WeightFormat.INT8:
         codes, scales = quantize_rows(matrix)
         return pack_int8(matrix), codes.double() * scales.double().unsqueeze(1)
@@ -186,7 +186,7 @@ def test_int4_codes_lose_little_of_their_group() -> None:
 def test_int8_is_packed_as_torch_does_it(kernels: CpuKernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
     matrix = values(*shape, seed=13, dtype=dtype)
     matrix[shape[0] // 2] = 0
-    packed, wanted = SlabFormat(kernels, WeightFormat.INT8).pack(matrix), pack_int8(matrix)
+    packed, wanted = SlabFormat(kernels, WeightFormat.INT8)(matrix).weights, pack_int8(matrix)
     rows = len(wanted.data) * 64
     assert wanted.scales is not None
     assert packed.scales is not None
@@ -202,7 +202,7 @@ def test_int4_is_packed_as_torch_does_it(kernels: CpuKernels, shape: tuple[int, 
     matrix = values(*shape, seed=14, dtype=dtype)
     matrix[shape[0] // 2] = 0
     matrix[0, :GROUP] = 3
-    packed, wanted = SlabFormat(kernels, WeightFormat.INT4).pack(matrix), pack_int4(matrix.to(BF16))
+    packed, wanted = SlabFormat(kernels, WeightFormat.INT4)(matrix).weights, pack_int4(matrix.to(BF16))
     ends = [weights.data[:, :, GROUP // 8].contiguous().view(BF16) for weights in (packed, wanted)]
     torch.testing.assert_close(*ends, rtol=2**-6, atol=1e-6)
     nibbles = [

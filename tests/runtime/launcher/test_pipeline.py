@@ -65,7 +65,7 @@ def test_children_get_the_spec_and_their_threads(model: Path, run_base: Path) ->
 
 def test_every_rank_is_started() -> None:
     names = [(child.name, child.module, child.extra) for child in pipeline_children(ServerArgs(tp=3))]
-    assert names[:3] == [(f"model_worker.{i}", "vibe_sgl_lite.model_worker.worker", (str(i),)) for i in range(3)]
+    assert names[:3] == [(f"model_worker.{i}", "vibe_sgl_lite.model_worker.process", (str(i),)) for i in range(3)]
     assert [name for name, _, _ in names[3:]] == ["tokenizer_manager", "scheduler", "detokenizer", "http_server"]
     assert not [child for child in pipeline_children(ServerArgs(no_http=True)) if "http" in child.name]
     assert [child.extra for child in pipeline_children(ServerArgs(http_workers=3))[-3:]] == [("0",), ("1",), ("2",)]
