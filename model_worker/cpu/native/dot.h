@@ -11,7 +11,7 @@
 // multiply and add at once. AMX multiplies tiles of 16 x 16 units.
 #pragma once
 
-#include "simd.h"
+#include "two.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(VSL_AVX512_BF16) && defined(__linux__)
 #define VSL_AMX 1
@@ -42,13 +42,6 @@ inline vf exp2_for_bf16(vf x) {
     const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     const vf p = ((0.07802436f * f + 0.22606774f) * f + 0.69583313f) * f + 0.99992528f;
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
-}
-
-// For permutexvar: element i of the lower half, then element i of the upper one, for each i.
-inline __m512i interleaved_halves() {
-    alignas(64) uint16_t from[32];
-    for (int i = 0; i < 16; i++) from[2 * i] = (uint16_t)i, from[2 * i + 1] = (uint16_t)(16 + i);
-    return _mm512_load_si512(from);
 }
 
 struct PairDot {

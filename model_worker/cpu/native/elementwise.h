@@ -5,44 +5,41 @@
 #include "abi.h"
 #include "kv_int8.h"
 #include "parallel.h"
-#include "simd.h"
+#include "two.h"
 
 namespace vsl {
 
 constexpr int64_t kElementsPerItem = 16384;  // less work than this is not worth waking another thread
 
-// x / sqrt(mean(x^2) + eps), rounded, x weight, rounded. x may be out.
+// 1 / sqrt(mean(x^2) + eps)
 template <class T>
-inline void rms_norm_row(const T* x, const T* weight, T* out, int64_t size, float eps) {
-    vf squares[4] = {};
+inline vf norm_factor(const T* x, int64_t size, float eps) {
+    Two squares[2] = {};
     int64_t i = 0;
     for (; i + 4 * kLanes <= size; i += 4 * kLanes)
-        for (int j = 0; j < 4; j++) {
-            const vf v = load(x + i + j * kLanes);
-            squares[j] += v * v;
+        for (int j = 0; j < 2; j++) {
+            const Two v = load_two(x + i + 2 * j * kLanes);
+            squares[j] = v * v + squares[j];
         }
-    for (; i < size; i += kLanes) {
-        const vf v = i + kLanes <= size ? load(x + i) : load_part(x + i, (int)(size - i));
-        squares[0] += v * v;
+    for (; i < size; i += 2 * kLanes) {
+        const Two v = load_two(x + i, size - i);
+        squares[0] = v * v + squares[0];
     }
-    const float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)size;
-    const vf factor = splat(1.0f / std::sqrt(mean + eps));
-    for (i = 0; i + kLanes <= size; i += kLanes)
-        store(out + i, load(weight + i) * rounded_to(load(x + i) * factor, out));
-    if (i < size) {
-        const int n = (int)(size - i);
-        store_part(out + i, load_part(weight + i, n) * rounded_to(load_part(x + i, n) * factor, out), n);
-    }
+    const Two total = squares[0] + squares[1];
+    return splat(1.0f / std::sqrt(sum(total.a + total.b) / (float)size + eps));
 }
 
+// residual += x, and out = the norm of that: x its factor, rounded, x weight, rounded. out may be x.
 template <class T>
-inline void add_row(const T* x, T* residual, int64_t size) {
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) store(residual + i, load(residual + i) + load(x + i));
-    if (i < size) {
-        const int n = (int)(size - i);
-        store_part(residual + i, load_part(residual + i, n) + load_part(x + i, n), n);
-    }
+inline void add_rms_norm_row(const T* x, T* residual, const T* weight, T* out, int64_t size, float eps) {
+    for_twos(size, [&](int64_t i, int64_t left) VSL_INLINE {
+        store_two(residual + i, load_two(residual + i, left) + load_two(x + i, left), left);
+    });
+    const vf factor = norm_factor(residual, size, eps);
+    for_twos(size, [&](int64_t i, int64_t left) VSL_INLINE {
+        const Two v = rounded_to(load_two(residual + i, left) * factor, out);
+        store_two(out + i, load_two(weight + i, left) * v, left);
+    });
 }
 
 // residual += x; out = norm(residual). Rows of x lie x_stride apart.
@@ -50,32 +47,26 @@ template <class T>
 void add_rms_norm(Context& context, const T* x, int64_t x_stride, T* residual, const T* weight, T* out, int64_t rows,
                   int64_t size, float eps) {
     run_ranges(context, rows, kElementsPerItem / size, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row++) {
-            add_row(x + row * x_stride, residual + row * size, size);
-            rms_norm_row(residual + row * size, weight, out + row * size, size, eps);
-        }
+        for (int64_t row = begin; row < end; row++)
+            add_rms_norm_row(x + row * x_stride, residual + row * size, weight, out + row * size, size, eps);
     });
 }
 
-// Turns one head in place: out_i = x_i cos_i - x_(i + half) sin_i, out_(i + half) = x_(i + half) cos_i + x_i sin_i.
+// One head's norm (see add_rms_norm_row), y, turned: out_i = y_i cos_i - y_(i + half) sin_i, out_(i + half) = y_(i + half)
+// cos_i + y_i sin_i.
 template <class T>
-inline void rotate_row(T* x, const T* cos, const T* sin, int half) {
-    for (int i = 0; i < half; i += kLanes) {
-        const int n = half - i < kLanes ? half - i : kLanes;
-        const bool full = n == kLanes;
-        const vf c = full ? load(cos + i) : load_part(cos + i, n), s = full ? load(sin + i) : load_part(sin + i, n);
-        const vf a = full ? load(x + i) : load_part(x + i, n);
-        const vf b = full ? load(x + half + i) : load_part(x + half + i, n);
-        const vf first = rounded_to(a * c, x) - rounded_to(b * s, x);
-        const vf second = rounded_to(b * c, x) + rounded_to(a * s, x);
-        if (full) {
-            store(x + i, first);
-            store(x + half + i, second);
-        } else {
-            store_part(x + i, first, n);
-            store_part(x + half + i, second, n);
-        }
-    }
+inline void norm_rotate_row(const T* x, const T* weight, const T* cos, const T* sin, T* out, int head_dim, float eps) {
+    const vf factor = norm_factor(x, head_dim, eps);
+    const int half = head_dim / 2;
+    for_twos(half, [&](int64_t i, int64_t left) VSL_INLINE {
+        const auto norm = [&](int64_t at) VSL_INLINE {
+            const Two v = rounded_to(load_two(x + at, left) * factor, out);
+            return rounded_to(load_two(weight + at, left) * v, out);
+        };
+        const Two a = norm(i), b = norm(half + i), c = load_two(cos + i, left), s = load_two(sin + i, left);
+        store_two(out + i, rounded_to(a * c, out) - rounded_to(b * s, out), left);
+        store_two(out + half + i, rounded_to(b * c, out) + rounded_to(a * s, out), left);
+    });
 }
 
 // The layout of keys and of values alike, in elements: [page, token, kv head, head dim], head dim contiguous. In int8
@@ -134,13 +125,11 @@ void qkv_rope_store(Context& context, const QkvRope<T, Stored>& a) {
             const T *cos = a.cos + t * a.angle_stride, *sin = a.sin + t * a.angle_stride;
             for (int h = 0; h < a.heads; h++, input += a.head_dim) {
                 T* out = a.query + (t * a.heads + h) * a.head_dim;
-                rms_norm_row(input, a.query_weight, out, a.head_dim, a.eps);
-                rotate_row(out, cos, sin, a.head_dim / 2);
+                norm_rotate_row(input, a.query_weight, cos, sin, out, a.head_dim, a.eps);
             }
             const PoolLayout::Place place = a.layout.place(a.slots[t]);
             for (int h = 0; h < a.kv_heads; h++, input += a.head_dim) {
-                rms_norm_row(input, a.key_weight, key.data(), a.head_dim, a.eps);
-                rotate_row(key.data(), cos, sin, a.head_dim / 2);
+                norm_rotate_row(input, a.key_weight, cos, sin, key.data(), a.head_dim, a.eps);
                 put_row(key.data(), a.keys, a.layout, place, h, a.head_dim);
             }
             for (int h = 0; h < a.kv_heads; h++, input += a.head_dim)
@@ -154,12 +143,10 @@ inline vf silu(vf x) { return divide(x, splat(1.0f) + exp2(vmin(splat(126.0f), x
 // silu(gate), rounded, x up.
 template <class T>
 inline void silu_mul_row(const T* gate, const T* up, T* out, int64_t size) {
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) store(out + i, rounded_to(silu(load(gate + i)), out) * load(up + i));
-    if (i < size) {
-        const int n = (int)(size - i);
-        store_part(out + i, rounded_to(silu(load_part(gate + i, n)), out) * load_part(up + i, n), n);
-    }
+    for_twos(size, [&](int64_t i, int64_t left) VSL_INLINE {
+        const Two g = load_two(gate + i, left);
+        store_two(out + i, rounded_to(Two{silu(g.a), silu(g.b)}, out) * load_two(up + i, left), left);
+    });
 }
 
 // gate, up: rows x size, rows `stride` apart; out contiguous: silu(gate), rounded, x up.

@@ -142,6 +142,10 @@ inline vf load(const int8_t* p) {
 #endif
 }
 
+// The upper 16 bits of each lane are what it is in bfloat16, rounded to nearest even. Of a NaN some lower bit of the 16, or
+// the next one, must be zero, or it becomes a number: none is otherwise that comes of bfloat16 or of arithmetic.
+inline vu round_to_bf16(vf x) { return (vu)x + 0x7fff + (((vu)x >> 16) & 1); }
+
 // Round to nearest even, NaN stays NaN.
 inline vh narrow(vf x) {
 #if defined(VSL_AVX512_BF16)
@@ -149,11 +153,7 @@ inline vh narrow(vf x) {
 #elif defined(VSL_NEON_BF16)
     return (vh)vreinterpret_u16_bf16(vcvt_bf16_f32((float32x4_t)x));
 #else
-    vu u = (vu)x;
-    vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    vu nan = (u >> 16) | 64;
-    vu is_nan = (vu)(x != x);
-    const vu bits = (rounded & ~is_nan) | (nan & is_nan);
+    const vu bits = (round_to_bf16(x) | (vu)(x != x)) >> 16;
 #if defined(VSL_AVX2)
     const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
     return (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
@@ -206,6 +206,12 @@ inline vf load_part(const T* p, int n) {
     T lanes[kLanes] = {};
     std::memcpy(lanes, p, n * sizeof(T));
     return load(lanes);
+}
+
+// As many elements as there are, kLanes at most; the other lanes are zero.
+template <class T>
+inline vf load_up_to(const T* p, int left) {
+    return left >= kLanes ? load(p) : left > 0 ? load_part(p, left) : vf{};
 }
 
 template <class T>
@@ -263,12 +269,12 @@ inline vf exp2(vf x) {
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p x 2^floor(x)
 #else
     const vi tiny = (vi)(x < splat(-126.0f));
-    x = select(tiny, splat(-126.0f), x);
+    x = vmax(splat(-126.0f), x);
     const vf shifted = x + splat(12582912.0f);  // 1.5 x 2^23: rounds x to a whole number in the low mantissa bits
     const vf f = x - (shifted - splat(12582912.0f));
     const vf p = ((((0.0013276470f * f + 0.0096755410f) * f + 0.0555071346f) * f + 0.2402212024f) * f + 0.6931469440f) *
                      f + 1.0000001192f;
-    return select(tiny, vf{}, (vf)((vi)p + ((vi)shifted << 23)));
+    return (vf)(((vi)p + ((vi)shifted << 23)) & ~tiny);
 #endif
 }
 
@@ -394,8 +400,8 @@ inline vf sum_each(vf* v) {
 #endif
 }
 
+// rows[i][j] <-> rows[j][i], of kLanes x kLanes 32-bit numbers.
 #if defined(VSL_AVX512)
-// rows[i][j] <-> rows[j][i], of 16 x 16 32-bit numbers.
 inline void transpose(__m512i* rows) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -419,6 +425,32 @@ inline void transpose(__m512i* rows) {
         t[12 + b] = _mm512_shuffle_i32x4(y, w, 0xdd);
     }
     for (int i = 0; i < 16; i++) rows[i] = t[i];
+}
+inline void transpose(vf* rows) { transpose((__m512i*)rows); }
+#elif defined(VSL_AVX2)
+inline void transpose(vf* rows) {
+    __m256 t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps((__m256)rows[i], (__m256)rows[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps((__m256)rows[i], (__m256)rows[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            u[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+            u[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+        }
+    // u[4 a + b] now holds, in each half c, column 4 c + b of rows 4 a .. 4 a + 3.
+    for (int b = 0; b < 4; b++) {
+        rows[b] = (vf)_mm256_permute2f128_ps(u[b], u[4 + b], 0x20);
+        rows[4 + b] = (vf)_mm256_permute2f128_ps(u[b], u[4 + b], 0x31);
+    }
+}
+#else
+inline void transpose(vf* rows) {
+    const vf a = VSL_SHUFFLE(rows[0], rows[1], 0, 4, 1, 5), b = VSL_SHUFFLE(rows[0], rows[1], 2, 6, 3, 7);
+    const vf c = VSL_SHUFFLE(rows[2], rows[3], 0, 4, 1, 5), d = VSL_SHUFFLE(rows[2], rows[3], 2, 6, 3, 7);
+    rows[0] = VSL_SHUFFLE(a, c, 0, 1, 4, 5), rows[1] = VSL_SHUFFLE(a, c, 2, 3, 6, 7);
+    rows[2] = VSL_SHUFFLE(b, d, 0, 1, 4, 5), rows[3] = VSL_SHUFFLE(b, d, 2, 3, 6, 7);
 }
 #endif
 

@@ -55,8 +55,23 @@ def test_add_rms_norm(kernels: CpuKernels, dtype: torch.dtype, rows: int, size: 
 
 
 @DTYPES
+def test_norms_of_what_is_not_finite(kernels: CpuKernels, dtype: torch.dtype) -> None:
+    """A NaN, of either sign and with any bits, stays one and makes its whole row one; so does an infinity."""
+    x, residual = torch.ones(6, 100).to(dtype), torch.zeros(6, 100).to(dtype)
+    for row, bits in enumerate((0x7F81, 0x7FFF, 0xFF81, 0xFFFF, 0x7F80)):
+        x[row, 17 * row] = torch.tensor([bits]).to(torch.int16).view(torch.bfloat16)[0]
+    wanted = x.clone()
+    out = kernels.add_rms_norm(x, residual, torch.ones(100, dtype=dtype), EPS)
+    torch.testing.assert_close(residual, wanted, rtol=0, atol=0, equal_nan=True)
+    assert out[:4].isnan().all()
+    assert not out[4].isfinite().all()
+    assert out[5].isfinite().all()
+
+
+@DTYPES
 @pytest.mark.parametrize(
-    ("tokens", "heads", "kv_heads", "head_dim"), [(1, 16, 8, 128), (5, 4, 2, 64), (60, 16, 8, 128), (3, 3, 1, 40)]
+    ("tokens", "heads", "kv_heads", "head_dim"),
+    [(1, 16, 8, 128), (5, 4, 2, 64), (60, 16, 8, 128), (3, 3, 1, 40), (4, 2, 2, 8)],
 )
 def test_qkv_rope_store(
     kernels: CpuKernels, dtype: torch.dtype, tokens: int, heads: int, kv_heads: int, head_dim: int
