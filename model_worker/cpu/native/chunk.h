@@ -3,19 +3,16 @@
 // token r / group, query head r % group of the block's KV head.
 #pragma once
 
+#include "chunk_pack.h"
 #include "decode.h"
-#include "dot.h"
 
 namespace vsl {
 
-// Multiples of 32. What they are with AMX is worth 40 % there: packing and the sums' way through the cache cost as much
-// as the products. Without it the products take all the time, and smaller blocks suit smaller caches.
 #if defined(VSL_AMX)
-constexpr int kBlockKeys = 256, kMostBlockQueries = 512;
+constexpr int kMostBlockQueries = 512;  // see kBlockKeys
 #else
-constexpr int kBlockKeys = 128, kMostBlockQueries = 256;
+constexpr int kMostBlockQueries = 256;
 #endif
-constexpr int kDepthMultiple = 32;      // what head_dim is padded to: AMX tiles take 32 values of k and 32 rows
 
 template <class T, class Stored>
 struct Chunk {
@@ -36,7 +33,8 @@ class ChunkAttention {
    public:
     static constexpr bool kScaled = CacheView<Stored>::kScaled;
     using Unit = typename Dot::Unit;
-    using Element = std::conditional_t<Dot::kDepth == 2, bf16, float>;  // of a unit
+    static constexpr int kMultiple = Dot::kMultiple;
+    static constexpr bool kPairs = Dot::kDepth == 2;
 
     ChunkAttention(const Chunk<T, Stored>& chunk, Scratch& scratch, bool tiles)
         : chunk_(chunk),
@@ -45,12 +43,12 @@ class ChunkAttention {
           lanes_(chunk.tokens * chunk.group),
           end_(chunk.first_context + chunk.tokens - 1),
           panels_((lanes_ + kLanes - 1) / kLanes),
-          padded_dim_((chunk.head_dim + kDepthMultiple - 1) / kDepthMultiple * kDepthMultiple),
+          padded_dim_(padded(chunk.head_dim)),
           depth_(padded_dim_ / Dot::kDepth) {
         const size_t panels = panels_;
         const size_t block = (size_t)kBlockKeys * padded_dim_, square = (size_t)kPanelGroup * kBlockKeys * kLanes;
         float* memory = static_cast<float*>(scratch.reserve(
-            (panels * kLanes * (3 + 2 * padded_dim_) + (kScaled ? 3 : 2) * block + 2 * square +
+            (panels * kLanes * (3 + 2 * padded_dim_) + (kScaled && kPairs ? 3 : 2) * block + 2 * square +
              padded_dim_) *
             sizeof(float)));
         const auto take = [&](size_t count) {
@@ -62,26 +60,29 @@ class ChunkAttention {
         queries_ = (Unit*)take(panels * padded_dim_ * kLanes);
         keys_ = (Unit*)take(block);
         values_ = (Unit*)take(block);
-        decoded_ = (Element*)take(kScaled ? block : 0);
+        decoded_ = (bf16*)take(kScaled && kPairs ? block : 0);
         scores_ = take(square);
         weights_ = (Unit*)take(square);
         maximum_ = take(panels * kLanes);
         total_ = take(panels * kLanes);
         limit_ = (int32_t*)take(panels * kLanes);
-        zeros_ = (T*)take(padded_dim_);
+        zeros_ = (Stored*)take(padded_dim_);
     }
 
     void run() {
-        start();
-        const int step = tiles_ ? 2 : kPanelGroup;
         Rows rows[2];
         locate_block(0, rows[0]);
+        next_ = &rows[0], fetched_ = 0;
+        start();
+        const int step = tiles_ ? 2 : kPanelGroup;
         for (int64_t first = 0, block = 0; first < end_; first += kBlockKeys, block++) {
             const Rows& now = rows[block % 2];
             locate_block(first + kBlockKeys, rows[(block + 1) % 2]);
             next_ = &rows[(block + 1) % 2];
             fetched_ = 0;
-            if constexpr (kScaled)
+            if constexpr (!kPairs)
+                pack_floats(now);
+            else if constexpr (kScaled)
                 decode_block(now);
             else
                 pack_block(now);
@@ -90,7 +91,8 @@ class ChunkAttention {
                 // The last lane sees most. What no lane of the group sees is left out.
                 const int64_t seen = limit_[(panel + panels) * kLanes - 1] - first;
                 if (seen <= 0) continue;
-                const int used = (int)std::min<int64_t>((now.count + 31) / 32 * 32, (seen + 31) / 32 * 32);
+                const int used = kPairs ? (int)std::min<int64_t>(padded(now.count), (seen + 31) / 32 * 32)
+                                        : (int)(std::min<int64_t>(now.count, seen) + 3) / 4 * 4;
                 attend(panel, panels, first, used);
             }
         }
@@ -98,6 +100,8 @@ class ChunkAttention {
     }
 
    private:
+    static int padded(int n) { return (n + kMultiple - 1) / kMultiple * kMultiple; }
+
     // Where a block's keys and values lie, of KV head 0.
     struct Rows {
         int count;
@@ -134,21 +138,46 @@ class ChunkAttention {
             limit_[lane] = (int32_t)(chunk_.first_context + std::min(lane, lanes_ - 1) / chunk_.group);
             maximum_[lane] = kNoScore, total_[lane] = 0;
         }
-        std::memset(sums_, 0, (size_t)panels_ * padded_dim_ * kLanes * sizeof(float));
-        std::memset((void*)zeros_, 0, padded_dim_ * sizeof(T));
-        std::memset((void*)values_, 0, (size_t)kBlockKeys * padded_dim_ * sizeof(float));
+        if (kPairs) std::memset(sums_, 0, (size_t)panels_ * padded_dim_ * kLanes * sizeof(float));
+        std::memset((void*)zeros_, 0, padded_dim_ * sizeof(Stored));
+        if (kPairs) std::memset((void*)values_, 0, (size_t)kBlockKeys * padded_dim_ * sizeof(float));
         for (int panel = 0; panel < panels_; panel++) {
             const T* rows[kLanes];
-            for (int i = 0; i < kLanes; i++) rows[i] = query_row(std::min(panel * kLanes + i, lanes_ - 1));
-            pack_columns(rows, queries_ + (size_t)panel * depth_ * kLanes);
+            for (int i = 0; i < kLanes; i++) {
+                rows[i] = query_row(std::min(panel * kLanes + i, lanes_ - 1));
+                prefetch(query_row(std::min((panel + 2) * kLanes + i, lanes_ - 1)), 0, chunk_.head_dim);
+            }
+            fetch_ahead((kBlockKeys + panels_ - 1) / panels_);
+            pack_columns(rows, chunk_.head_dim, padded_dim_, queries_ + (size_t)panel * depth_ * kLanes);
         }
         fetch_quota_ = (8 + panels_ - 1) / panels_;  // weigh asks panels x kBlockKeys / 8 times
     }
 
-    // kLanes rows of head_dim values -> [depth_][kLanes] units, zero beyond head_dim.
-    void pack_columns(const T* const* rows, float* out) {
-        for (int d = 0; d < padded_dim_; d++)
-            for (int i = 0; i < kLanes; i++) out[d * kLanes + i] = d < chunk_.head_dim ? to_float(rows[i][d]) : 0;
+    // Keys to [panel of keys][depth_][kLanes], values to [panel of head_dim][kBlockKeys][kLanes].
+    void pack_floats(const Rows& block) {
+        const PoolLayout& layout = chunk_.cache.layout;
+        const int64_t kv_head = chunk_.kv_head;
+        for (int first = 0; first < block.count; first += kLanes) {
+            const Stored *keys[kLanes], *values[kLanes];
+            float key_scales[kLanes] = {}, value_scales[kLanes] = {};
+            for (int i = 0; i < kLanes; i++) {
+                const bool used = first + i < block.count;
+                const int64_t offset = used ? block.offsets[first + i] + kv_head * layout.head_stride : 0;
+                keys[i] = used ? chunk_.cache.keys + offset : zeros_;
+                values[i] = used ? chunk_.cache.values + offset : zeros_;
+                if (kScaled && used) {
+                    const int64_t scale = block.scale_offsets[first + i] + kv_head * layout.scale_stride();
+                    std::memcpy(key_scales + i, (const char*)chunk_.cache.keys + scale, sizeof(float));
+                    std::memcpy(value_scales + i, (const char*)chunk_.cache.values + scale, sizeof(float));
+                }
+            }
+            pack_columns(keys, chunk_.head_dim, padded_dim_, keys_ + first * padded_dim_, key_scales);
+            for (int d = 0; d < padded_dim_; d += kLanes)
+                for (int i = 0; i < kLanes; i++) {
+                    const vf v = load_up_to(values[i] + d, chunk_.head_dim - d);
+                    store(values_ + d * kBlockKeys + (first + i) * kLanes, kScaled ? v * splat(value_scales[i]) : v);
+                }
+        }
     }
 
     void pack_block(const Rows& block) {
@@ -163,26 +192,22 @@ class ChunkAttention {
             for (int i = 0; i < padded; i += 16)  // 16 keys that begin past the last one: those before, unseen, do as well
                 key_tiles_[i / 16] = (const Unit*)keys[i < block.count ? i : i - 16];
         else
-            pack_keys(keys, padded, keys_);
-        pack_values(values, padded, values_);
+            pack_keys(keys, padded, chunk_.head_dim, padded_dim_, keys_);
+        pack_values(values, padded, chunk_.head_dim, values_);
     }
 
     // As pack_block, of int8.
     void decode_block(const Rows& block) {
         const int padded = (block.count + 31) / 32 * 32;
-        decode_rows(chunk_.cache.keys, block, padded, (Element*)keys_);
-        if constexpr (Dot::kDepth == 1) {
-            decode_rows(chunk_.cache.values, block, padded, (Element*)values_);
-        } else {
-            decode_rows(chunk_.cache.values, block, padded, decoded_);
-            const Element* rows[kBlockKeys];
-            for (int i = 0; i < padded; i++) rows[i] = decoded_ + (size_t)i * padded_dim_;
-            pack_values(rows, padded, values_);
-        }
+        decode_rows(chunk_.cache.keys, block, padded, (bf16*)keys_);
+        decode_rows(chunk_.cache.values, block, padded, decoded_);
+        const bf16* rows[kBlockKeys];
+        for (int i = 0; i < padded; i++) rows[i] = decoded_ + (size_t)i * padded_dim_;
+        pack_values(rows, padded, chunk_.head_dim, values_);
     }
 
     // Codes times their scales: [padded][padded_dim_], zero beyond the block and head_dim.
-    void decode_rows(const Stored* pool, const Rows& block, int padded, Element* out) const {
+    void decode_rows(const Stored* pool, const Rows& block, int padded, bf16* out) const {
         const PoolLayout& layout = chunk_.cache.layout;
         const int64_t kv_head = chunk_.kv_head;
         for (int i = 0; i < padded; i++, out += padded_dim_) {
@@ -201,85 +226,11 @@ class ChunkAttention {
         }
     }
 
-    // [padded][depth_] units, zero beyond head_dim.
-    void pack_keys(const T* const* rows, int padded, float* out) {
-        for (int i = 0; i < padded; i++, out += padded_dim_) {
-            int d = 0;
-            for (; d < chunk_.head_dim; d++) out[d] = to_float(rows[i][d]);
-            for (; d < padded_dim_; d++) out[d] = 0;
-        }
-    }
-
-    // As keys: [padded][padded_dim_].
-    void pack_values(const T* const* rows, int padded, float* out) { pack_keys(rows, padded, out); }
-
     Product<FloatDot> value_product(const float* values) const {
         Product<FloatDot> p{};
-        p.a = values, p.a_row = 1, p.a_depth = padded_dim_;
+        p.a = values, p.a_panel = kBlockKeys * kLanes;
         return p;
     }
-
-#if defined(VSL_AVX512_BF16)
-    void pack_columns(const bf16* const* rows, uint32_t* out) {
-        for (int d = 0; d < padded_dim_; d += 32, out += 16 * kLanes) {
-            __m512i block[16];
-            for (int i = 0; i < 16; i++) block[i] = _mm512_maskz_loadu_epi16(mask32(d), rows[i] + d);
-            transpose(block);
-            for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * kLanes, block[i]);
-        }
-    }
-
-    void pack_keys(const bf16* const* rows, int padded, uint32_t* out) {
-        for (int i = 0; i < padded; i++, out += depth_)
-            for (int d = 0; d < padded_dim_; d += 32)
-                _mm512_storeu_si512(out + d / 2, _mm512_maskz_loadu_epi16(mask32(d), rows[i] + d));
-    }
-
-    // [padded_dim_][kBlockKeys / 2] units: pairs of adjacent keys' values. Leaves what is beyond head_dim, zero.
-    // A quarter of a vector takes 8 values of one key out of 8; each quarter is transposed in itself.
-    void pack_values(const bf16* const* rows, int padded, uint32_t* out) {
-        for (int key = 0; key < padded; key += 32)
-            for (int d = 0; d < chunk_.head_dim; d += 8) {
-                __m512i block[8];
-                for (int i = 0; i < 8; i++) {
-                    const auto quarter = [&](int j) { return _mm_loadu_si128((__m128i*)(rows[key + 8 * j + i] + d)); };
-                    block[i] = _mm512_castsi128_si512(quarter(0));
-                    block[i] = _mm512_inserti32x4(block[i], quarter(1), 1);
-                    block[i] = _mm512_inserti32x4(block[i], quarter(2), 2);
-                    block[i] = _mm512_inserti32x4(block[i], quarter(3), 3);
-                }
-                transpose_quarters(block);
-                for (int i = 0; i < 8; i++)
-                    _mm512_storeu_si512(out + (d + i) * (kBlockKeys / 2) + key / 2, block[i]);
-            }
-    }
-
-    __mmask32 mask32(int d) const {
-        const int left = chunk_.head_dim - d;
-        return left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
-    }
-#elif defined(VSL_PAIRS)
-    void pack_columns(const bf16* const* rows, uint32_t* out) {
-        for (int d = 0; d < padded_dim_; d += 2)
-            for (int i = 0; i < kLanes; i++) *out++ = d < chunk_.head_dim ? pair(rows[i][d], rows[i][d + 1]) : 0;
-    }
-
-    void pack_keys(const bf16* const* rows, int padded, uint32_t* out) {
-        for (int i = 0; i < padded; i++, out += depth_) {
-            std::memcpy(out, rows[i], chunk_.head_dim * sizeof(bf16));
-            std::memset(out + chunk_.head_dim / 2, 0, (padded_dim_ - chunk_.head_dim) * sizeof(bf16));
-        }
-    }
-
-    // [padded_dim_][kBlockKeys / 2] units: pairs of adjacent keys' values. Leaves what is beyond head_dim, zero.
-    void pack_values(const bf16* const* rows, int padded, uint32_t* out) {
-        for (int key = 0; key < padded; key += 2)
-            for (int d = 0; d < chunk_.head_dim; d++)
-                out[d * (kBlockKeys / 2) + key / 2] = pair(rows[key][d], rows[key + 1][d]);
-    }
-
-    static uint32_t pair(bf16 low, bf16 high) { return low.bits | (uint32_t)high.bits << 16; }
-#endif
 
 #if defined(VSL_PAIRS)
     Product<PairDot> value_product(const uint32_t* values) const {
@@ -300,7 +251,7 @@ class ChunkAttention {
     // One block of keys for up to a group of panels.
     void attend(int panel, int panels, int64_t first, int keys) {
         Product<Dot> p{};
-        p.a = keys_, p.a_row = depth_, p.a_depth = 1;
+        p.a = keys_, p.a_row = depth_, p.a_depth = 1, p.a_panel = depth_ * kLanes;
         if (keys_in_place_)
             p.a_tiles = key_tiles_, p.a_row = chunk_.cache.layout.token_stride / Dot::kDepth;
         p.b = queries_ + (size_t)panel * depth_ * kLanes, p.b_panel = (int64_t)depth_ * kLanes;
@@ -311,7 +262,7 @@ class ChunkAttention {
         p = value_product(values_);
         p.b = weights_, p.b_panel = kBlockKeys * kLanes;
         p.c = sums_ + (size_t)panel * padded_dim_ * kLanes, p.c_panel = (int64_t)padded_dim_ * kLanes;
-        p.rows = padded_dim_, p.depth = keys / Dot::kDepth, p.accumulate = true;
+        p.rows = padded_dim_, p.depth = keys / Dot::kDepth, p.accumulate = kPairs || first > 0;
         product(p, panels);
     }
 
@@ -322,7 +273,7 @@ class ChunkAttention {
         if (limit_[panel * kLanes] < first + keys) {
             vi limit;
             std::memcpy(&limit, limit_ + panel * kLanes, sizeof limit);
-            for (int key = 0; key < keys; key++) {
+            for (int key = std::max(0, (int)(limit_[panel * kLanes] - first)); key < keys; key++) {
                 const vi seen = (vi)(limit > splat((int32_t)(first + key)));
                 store(scores + key * kLanes, select(seen, load(scores + key * kLanes), splat(-INFINITY)));
             }
@@ -336,7 +287,7 @@ class ChunkAttention {
         const vf sum = weigh(scores, scale, largest, keys, weights_ + (size_t)j * kBlockKeys * kLanes);
         store(maximum, largest);
         store(total, load(total) * decay + sum);
-        if (std::memcmp(&before, &largest, sizeof before) == 0) return;
+        if ((!kPairs && first == 0) || std::memcmp(&before, &largest, sizeof before) == 0) return;
         float* const sums = sums_ + (size_t)panel * padded_dim_ * kLanes;
         for (int d = 0; d < padded_dim_; d++) store(sums + d * kLanes, load(sums + d * kLanes) * decay);
     }
@@ -374,8 +325,7 @@ class ChunkAttention {
             const vf even = exp2(load(scores + key * kLanes) * scale - largest);
             const vf odd = exp2(load(scores + (key + 1) * kLanes) * scale - largest);
             sum += even + odd;
-            const vf pairs = (vf)((vu)widen(narrow(even)) >> 16 | (vu)widen(narrow(odd)));
-            store((float*)weights + key / 2 * kLanes, pairs);
+            store((float*)weights + key / 2 * kLanes, (vf)pair_to_bf16(even, odd));
         }
         return sum;
     }
@@ -391,20 +341,7 @@ class ChunkAttention {
             const int lane = panel * kLanes + i;
             rows[i] = chunk_.out + lane / chunk_.group * chunk_.out_stride + lane % chunk_.group * chunk_.head_dim;
         }
-        int d = 0;
-#if defined(VSL_AVX512)
-        for (; d + 16 <= chunk_.head_dim; d += 16) {
-            __m512i block[16];
-            for (int i = 0; i < 16; i++) block[i] = (__m512i)(load(sums + (d + i) * kLanes) * factor);
-            transpose(block);
-            for (int i = 0; i < used; i++) store(rows[i] + d, (vf)block[i]);
-        }
-#endif
-        for (; d < chunk_.head_dim; d++) {
-            T values[kLanes];
-            store(values, load(sums + d * kLanes) * factor);
-            for (int i = 0; i < used; i++) rows[i][d] = values[i];
-        }
+        unpack_columns(sums, factor, used, rows, chunk_.head_dim);
     }
 
     const Chunk<T, Stored>& chunk_;
@@ -417,11 +354,11 @@ class ChunkAttention {
     Unit* queries_;            // [panels][depth_][kLanes]
     int32_t* limit_;           // [panels][kLanes]; how many tokens each lane sees
     Unit *keys_, *values_;     // of one block
-    Element* decoded_;         // [kBlockKeys][padded_dim_], values of int8 before they are packed
+    bf16* decoded_;         // [kBlockKeys][padded_dim_], values of int8 before they are packed
     const Unit* key_tiles_[kBlockKeys / 16];  // or where each 16 keys lie
     float* scores_;            // [group of panels][kBlockKeys][kLanes]
     Unit* weights_;            // [group of panels][kBlockKeys / kDepth][kLanes], panels kBlockKeys x kLanes apart
-    T* zeros_;                 // [padded_dim_]
+    Stored* zeros_;            // [padded_dim_]
     const Rows* next_;         // the next block,
     int fetched_, fetch_quota_;  // how many of its tokens have been asked for, and how many are at a time
 };

@@ -32,6 +32,7 @@ constexpr int kPanelGroup = 2;
 struct FloatDot {
     using Unit = float;
     static constexpr int kDepth = 1;  // values of k in a unit
+    static constexpr int kMultiple = kLanes;  // what head_dim and a block's keys are padded to
     static vf multiply_add(float a, vf b, vf c) { return splat(a) * b + c; }
 };
 
@@ -47,6 +48,7 @@ inline vf exp2_for_bf16(vf x) {
 struct PairDot {
     using Unit = uint32_t;
     static constexpr int kDepth = 2;
+    static constexpr int kMultiple = 32;  // AMX tiles take 32 values of k and 32 rows
     static vf multiply_add(uint32_t a, vf b, vf c) {
         return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
     }
@@ -55,6 +57,7 @@ struct PairDot {
 struct PairDot {
     using Unit = uint32_t;
     static constexpr int kDepth = 2;
+    static constexpr int kMultiple = 32;  // AMX tiles take 32 values of k and 32 rows
     static vf multiply_add(uint32_t a, vf b, vf c) { return multiply_bf16(c, b, (vf)(a - vu{})); }
 };
 #endif
@@ -81,8 +84,8 @@ inline void transpose_quarters(__m512i* rows) {
 
 template <class Dot>
 struct Product {
-    const typename Dot::Unit* a;  // a(i, k) = a[i * a_row + k * a_depth]
-    int64_t a_row, a_depth;
+    const typename Dot::Unit* a;  // PairDot: a(i, k) = a[i * a_row + k * a_depth]. FloatDot: panels of rows, as b
+    int64_t a_row, a_depth, a_panel;
     const typename Dot::Unit* const* a_tiles;  // AMX: where each 16 rows of a begin; null: all follow the first
     const typename Dot::Unit* b;  // [panel][k][kLanes], panels b_panel apart
     int64_t b_panel;
@@ -94,18 +97,19 @@ struct Product {
 
 template <class Dot, int kPanels>
 inline void multiply_panels(const Product<Dot>& p, int panel) {
+    constexpr bool kPairs = Dot::kDepth == 2;
     for (int i = 0; i < p.rows; i += 4) {
         vf sums[4][kPanels];
         for (int r = 0; r < 4; r++)
             for (int j = 0; j < kPanels; j++)
                 sums[r][j] = p.accumulate ? load(p.c + (panel + j) * p.c_panel + (i + r) * kLanes) : vf{};
-        const typename Dot::Unit* a = p.a + i * p.a_row;
+        const typename Dot::Unit* a = p.a + (kPairs ? i * p.a_row : i / kLanes * p.a_panel + i % kLanes);
         const typename Dot::Unit* b = p.b + panel * p.b_panel;
         for (int k = 0; k < p.depth; k++) {
             vf lanes[kPanels];
             for (int j = 0; j < kPanels; j++) lanes[j] = load((const float*)(b + j * p.b_panel + k * kLanes));
             for (int r = 0; r < 4; r++) {
-                const typename Dot::Unit x = a[r * p.a_row + k * p.a_depth];
+                const typename Dot::Unit x = kPairs ? a[r * p.a_row + k * p.a_depth] : a[k * kLanes + r];
                 for (int j = 0; j < kPanels; j++) sums[r][j] = Dot::multiply_add(x, lanes[j], sums[r][j]);
             }
         }

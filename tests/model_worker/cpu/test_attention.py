@@ -186,6 +186,42 @@ def test_chunks_of_long_contexts(kernels: CpuKernels, dtype: torch.dtype, page_s
 
 
 @INT8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page_size"),
+    [(1, 1, 8, 1), (6, 2, 24, 256), (10, 2, 40, 4), (7, 1, 64, 16), (8, 1, 128, 256)],
+)
+def test_chunks_at_the_edges_of_blocks(
+    kernels: CpuKernels, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, page_size: int, int8: bool
+) -> None:
+    """Of keys, of queries, of the registers that they fill; a whole prompt, and a chunk behind what is cached."""
+    case = make_case(
+        [4, 5, 127, 128, 129, 130, 257, 300],
+        [4, 5, 127, 5, 129, 4, 67, 13],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        dtype=dtype,
+        int8=int8,
+    )
+    check(kernels, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_of_a_chunk_sees_nothing_behind_it(kernels: CpuKernels, dtype: torch.dtype) -> None:
+    """Whatever score those behind it would have: the keys of every second token are its query, 300 times."""
+    case = make_case([150], [150], heads=2, kv_heads=1, head_dim=64, page_size=16, dtype=dtype)
+    before = case.run(kernels)
+    for position in range(75, 150):
+        page = int(case.page_table[0, position // 16])
+        case.cache.keys[page, position % 16, 0] = case.query[position // 2, 0] * 300
+    after = case.run(kernels)
+    assert torch.equal(before[:75], after[:75])
+    assert not torch.equal(before[75:], after[75:])
+
+
+@INT8
 def test_fp32_chunks_do_not_depend_on_the_batch(kernels: CpuKernels, int8: bool) -> None:
     new = [3, 20, 1, 150]
     case = make_case(

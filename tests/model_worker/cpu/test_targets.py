@@ -69,14 +69,25 @@ def test_chunks_of_long_contexts(kernels: CpuKernels, dtype: torch.dtype, page_s
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_chunks_at_the_edges_of_blocks(kernels: CpuKernels, dtype: torch.dtype) -> None:
+    for int8 in (False, True):
+        attention.test_chunks_at_the_edges_of_blocks(kernels, dtype, 6, 2, 24, 256, int8)
+    attention.test_chunks_at_the_edges_of_blocks(kernels, dtype, 7, 1, 64, 16, False)
+    attention.test_a_token_of_a_chunk_sees_nothing_behind_it(kernels, dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_elementwise(kernels: CpuKernels, dtype: torch.dtype) -> None:
     elementwise.test_add_rms_norm(kernels, dtype, 7, 1024)
+    elementwise.test_add_rms_norm(kernels, dtype, 3, 100)
+    elementwise.test_norms_of_what_is_not_finite(kernels, dtype)
     elementwise.test_qkv_rope_store(kernels, dtype, 5, 4, 2, 64)
     elementwise.test_qkv_rope_store(kernels, dtype, 3, 3, 1, 40)
     elementwise.test_int8_stores_are_exactly_what_torch_quantises(kernels, dtype, 9, 4, 2, 64)
     elementwise.test_int8_stores_are_exactly_what_torch_quantises(kernels, dtype, 3, 1, 1, 40)
     elementwise.test_int8_scales_of_what_is_not_finite_are_not_finite(kernels, dtype, torch.nan)
     elementwise.test_silu_mul(kernels, dtype, 9, 3072)
+    elementwise.test_silu_mul(kernels, dtype, 3, 100)
     elementwise.test_argmax(kernels, dtype, 5, 1000)
     elementwise.test_argmax_of_special_values(kernels, dtype)
 
