@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 from vibe_sgl_lite.model_worker.early_memory import EarlyMemory
+from vibe_sgl_lite.runtime.launcher.boot import loading
 from vibe_sgl_lite.runtime.launcher.child import Child, PipelineSpec, run_child
 from vibe_sgl_lite.runtime.launcher.spawn import RANK_PREFIX
 from vibe_sgl_lite.runtime.settings.memory_parts import rank_memory
@@ -23,7 +24,8 @@ def prepare() -> None:
 
 def main(child: Child) -> None:
     memory = _memory_of_matrices(child.spec)
-    from vibe_sgl_lite.model_worker import worker
+    with loading("vibe_sgl_lite.model_worker.worker"):
+        from vibe_sgl_lite.model_worker import worker
 
     worker.main(child, int(sys.argv[2]), memory)
 

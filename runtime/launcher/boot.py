@@ -20,6 +20,7 @@ import runpy
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 
 LIFE_PIPE_ENV = "VIBE_SGL_LITE_LIFE_FD"  # read end of a pipe that only the launcher holds open for writing
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
@@ -84,6 +85,16 @@ def _import_at_leisure(module: str) -> None:
     sys.modules.pop(module, None)  # it is to run as __main__
 
 
+@contextlib.contextmanager
+def loading(module: str) -> Iterator[None]:
+    """End in one line where something is missing, or a limit too low: the user's to fix."""
+    try:
+        yield
+    except (ImportError, MemoryError, OSError) as error:
+        sys.stderr.write(f"{module} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}\n")
+        sys.exit(LOAD_FAILED)
+
+
 def main() -> None:
     prepare_child()
     try:
@@ -95,11 +106,8 @@ def main() -> None:
     if sys.argv[1] == STANDBY:
         sys.argv[1] = _stand_by(module)
     _show(module.split(".")[-2])
-    try:
+    with loading(module):
         runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except (ImportError, MemoryError, OSError) as error:  # something is missing, or a limit too low: the user's to fix
-        sys.stderr.write(f"{module} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}\n")
-        sys.exit(LOAD_FAILED)
 
 
 if __name__ == "__main__":
