@@ -1,7 +1,8 @@
 """Chooses how a rank keeps its matrices, also by `--quantization`; each is made as a checkpoint's own is installed.
 
 What is quantised: every linear layer, the head and the experts. What is not: the embedding (rows are looked up, not
-multiplied), norms, and the router of MoE layers (tiny, and a wrong choice of expert is the costliest error there is).
+multiplied), norms, and the router of MoE layers (tiny, and a wrong choice of expert is the costliest error there is),
+which the CPU kernels multiply by all the same.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from vibe_sgl_lite.model_worker.cpu.huge_memory import HugeMemory
 from vibe_sgl_lite.model_worker.cpu.linear import WeightFormat
 from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabFormat
 from vibe_sgl_lite.qwen3.checkpoint import load_items
+from vibe_sgl_lite.qwen3.layers.moe import MoEBlock
 from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, MatrixWeight
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import Qwen3
@@ -66,9 +68,14 @@ def choose_formats(
         return
     plain = WeightFormat.BF16 if model.dtype == torch.bfloat16 else WeightFormat.FP32
     kept = {"int8": WeightFormat.INT8, "int4": WeightFormat.INT4}.get(quantization, plain)
-    matrix_format = SlabFormat(kernels, kept, HugeMemory(memory))
+    store = HugeMemory(memory)
+    matrix_format = SlabFormat(kernels, kept, store)
     for weight in _matrices(model):
         weight.keep_as(matrix_format)
+    plain_format = SlabFormat(kernels, plain, store)
+    for layer in model.layers:
+        if isinstance(layer.feed_forward, MoEBlock):
+            layer.feed_forward.router.weight.keep_as(plain_format)
 
 
 def _keep_fixed(model: Qwen3) -> None:

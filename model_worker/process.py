@@ -14,8 +14,6 @@ from vibe_sgl_lite.runtime.launcher.child import Child, PipelineSpec, run_child
 from vibe_sgl_lite.runtime.launcher.spawn import RANK_PREFIX
 from vibe_sgl_lite.runtime.settings.memory_parts import rank_memory
 
-MATRICES = ("head", "attention", "MLPs", "experts")
-
 
 def prepare() -> None:
     """A spare process does this before it is needed."""
@@ -36,7 +34,7 @@ def _memory_of_matrices(spec: PipelineSpec) -> EarlyMemory | None:
         return None
     args = spec.args
     memory = rank_memory(spec.model, tp=args.tp, ep=args.ep, dtype=spec.dtype, quantization=args.quantization)
-    return EarlyMemory(sum(memory.weights[part] for part in MATRICES))
+    return EarlyMemory(memory.weight_bytes - memory.weights["embedding"])
 
 
 if __name__ == "__main__":

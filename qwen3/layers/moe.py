@@ -20,7 +20,9 @@ DispatchKind = Literal["all_reduce", "all_to_all"]
 
 
 class Router:
-    """Chooses experts: softmax over all of them in fp32, the K largest, renormalised if the config says so."""
+    """Chooses experts: softmax in fp32 over all of them, the K largest, or over these alone if the config renormalises,
+    which is the same.
+    """
 
     def __init__(self, setup: Setup) -> None:
         config = setup.config
@@ -33,10 +35,12 @@ class Router:
         timer.mark("router")
         scores = self.weight.multiply(x)
         timer.mark(OTHER)
-        probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
-        weights, experts = torch.topk(probabilities, self.top_k, dim=-1)
         if self.normalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+            chosen, experts = torch.topk(scores, self.top_k, dim=-1)
+            weights = torch.softmax(chosen, dim=-1, dtype=torch.float32)
+        else:
+            probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
+            weights, experts = torch.topk(probabilities, self.top_k, dim=-1)
         return weights.to(x.dtype), experts
 
 

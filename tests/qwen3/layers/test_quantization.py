@@ -22,7 +22,7 @@ from vibe_sgl_lite.model_worker.weights import load_dummy_weights, load_weights
 from vibe_sgl_lite.qwen3.layers.moe import MoEBlock
 from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
-from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, MatrixWeight, PackedMatrix
+from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, MatrixWeight
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import ConfigError
@@ -92,7 +92,8 @@ def test_routers_and_embeddings_keep_their_format(tmp_path: Path, kind: str, kep
     model = model_of(tmp_path, kind, torch.float32)
     block = model.layers[0].feed_forward
     assert isinstance(block, MoEBlock)
-    assert isinstance(block.router.weight._matrix, PackedMatrix)
+    assert isinstance(block.router.weight.matrix, SlabMatrix)
+    assert block.router.weight.matrix.weights.format is WeightFormat.FP32
     assert is_kept(model.head.weight.matrix)
     assert is_kept(model.layers[1].attention.qkv.weight.matrix)
     assert all(is_kept(matrix) for matrix in block.experts.down._matrices)

@@ -83,7 +83,10 @@ def test_every_size_at_every_degree(tmp_path: Path, size: str, most: int) -> Non
 @pytest.mark.parametrize("shape", [DENSE, DENSE | {"tie_word_embeddings": True}, MOE], ids=["dense", "tied", "moe"])
 def test_quantised_matrices(tmp_path: Path, shape: dict[str, Any], quantization: str) -> None:
     """Slabs are whole: sizes here are multiples of theirs."""
-    make_checkpoint(tmp_path, shape | {"intermediate_size": 256, "moe_intermediate_size": 64, "hidden_size": 128})
+    sizes = {"intermediate_size": 256, "moe_intermediate_size": 64, "hidden_size": 128}
+    if "num_experts" in shape:
+        sizes["num_experts"] = 64
+    make_checkpoint(tmp_path, shape | sizes)
     model = load_model(
         tmp_path, dtype=torch.bfloat16, compute=compute_of("kernels", torch.bfloat16), quantization=quantization
     )
