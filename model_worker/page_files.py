@@ -32,7 +32,7 @@ from vibe_sgl_lite.runtime.page_folder import (
     write_page,
 )
 
-READERS = 2  # threads: reading and checking a page takes about a millisecond of one
+READERS = 4  # threads: out of memory two cores are busy with two, a device has more to give
 CLOSE_S = 1.0  # for what is still to be written when the rank ends
 
 Send = Callable[[PagesMoved], None]
