@@ -134,7 +134,7 @@ inline void gather_rows(Context& context, const uint32_t* weights, int64_t units
 struct QuantizedRows {
     int8_t* codes;  // [rows][inputs]
     float* scales;  // [rows]; NaN for a row that is not finite
-    int32_t* sums;  // [rows], of 128 x the codes; ByteUnits may have others
+    int32_t* sums;  // [rows], of 128 x the codes; run_bytes may have others
 
     static size_t bytes(int64_t rows, int64_t inputs) { return (rows * inputs + 63) / 64 * 64 + rows * 8; }
 

@@ -3,7 +3,7 @@
 // inputs, so a row's result does not depend on how many others there are.
 #pragma once
 
-#include "linear_signs.h"
+#include "linear.h"
 
 namespace vsl {
 
@@ -14,16 +14,16 @@ constexpr int kBlockInputs = 256;
 #else
 constexpr int kBlockInputs = 128;
 #endif
-constexpr int kMostInt4Together = 4;  // rows
 // From here on, weights are brought into the form that is multiplied once a block, and not by each few rows again. With AVX-512
 // storing that form costs as much as making it eight times.
 #if defined(VSL_AVX512)
-constexpr int kPreparedRows = 96, kPreparedInt8Rows = 4;
+constexpr int kPreparedRows = 96;
 #elif defined(VSL_AVX2)
-constexpr int kPreparedRows = 14, kPreparedInt8Rows = 4;
+constexpr int kPreparedRows = 14;
 #else
-constexpr int kPreparedRows = 12, kPreparedInt8Rows = 4;
+constexpr int kPreparedRows = 12;
 #endif
+constexpr int kPreparedInt8Rows = 4;
 constexpr int kManyRows = 64;     // more than these lie in no near cache
 constexpr int kNearAhead = 2048;  // as kAhead, where one row is all that a slab is multiplied by
 constexpr int64_t kAloneSteps = 64;  // of fewer rows, after which come the next weights: 16 KiB
@@ -45,7 +45,6 @@ struct FloatUnits {
     using Sum = vf;
     using Unit = float;  // of x, and of sums in memory
     static constexpr int kParts = 1, kTogether = 6;
-    static constexpr int kPlanes = 1;  // forms of a block of x that follow each other
     static vf part(int, const uint32_t* weights) { return load((const float*)weights); }
     static vf multiply_add(vf sum, vf weights, const float* x) { return sum + weights * splat(*x); }
 };
@@ -62,7 +61,7 @@ struct Bf16Units : FloatUnits {
 struct ShortUnits {
     using Sum = vi;
     using Unit = int32_t;
-    static constexpr int kParts = 1, kTogether = 6, kPlanes = 1;
+    static constexpr int kParts = 1, kTogether = 6;
     static vi part(int, const uint32_t* weights) { return (vi)load_units(weights); }
     static vi multiply_add(vi sum, vi weights, const int32_t* x) { return multiply_pairs(sum, weights, *x); }
 };
@@ -74,17 +73,7 @@ struct PairsOfBf16 : FloatUnits {
 };
 #endif
 
-#if defined(VSL_BYTES)
-// Four bytes, times four magnitudes of x. Weights, which are codes plus 128, are flipped into codes where x is positive; where
-// it is not, into less than their negatives by one, so that the magnitudes have to be added. Two products fit 16 bits:
-// 2 x 127 x 128 = 32512. A block of x is its magnitudes and then what flips weights.
-struct ByteUnits : ShortUnits {
-    static constexpr int32_t kMiddle = 1, kTogether = 4, kPlanes = 2;
-    static vi multiply_add(vi sum, vi weights, const int32_t* x) {
-        return sum + add_pairs(multiply_bytes((vu)splat(x[0]), weights ^ splat(x[kBlockInputs / 4])));
-    }
-};
-#elif defined(VSL_QUADS)
+#if defined(VSL_QUADS)
 // Four bytes, times four with a sign.
 struct ByteUnits : ShortUnits {
     static constexpr int32_t kMiddle = kUnsignedQuads ? 1 : 0;
@@ -161,18 +150,20 @@ inline void with_count(int count, const F& f) {
     f(std::integral_constant<int, kMost>());
 }
 
-// Rows in groups of kMost at most, as even as they can be.
+// Rows in groups of kMost at most, as even as they can be; `least` groups at least.
 template <int kMost>
 struct RowGroups {
     int64_t rows, count;
 
-    explicit RowGroups(int64_t rows) : rows(rows), count((rows + kMost - 1) / kMost) {}
+    explicit RowGroups(int64_t rows, int64_t least = 1) : rows(rows), count(std::max((rows + kMost - 1) / kMost, least)) {}
+
+    int64_t begin(int64_t group) const { return group * rows / count; }
 
     // Calls f(first row, integral constant of rows) for each.
     template <class F>
     void each(const F& f) const {
         for (int64_t group = 0, row = 0, end; group < count; group++, row = end) {
-            end = (group + 1) * rows / count;
+            end = begin(group + 1);
             with_count<kMost>((int)(end - row), [&](auto constant) { f(row, constant); });
         }
     }
@@ -238,7 +229,7 @@ template <class Panels>
 struct PackedRows {
     using Unit = typename Panels::Direct::Unit;
     static constexpr int kInputs = Panels::kDepth / Panels::Direct::kParts;  // of a unit
-    static constexpr int kUnits = kBlockInputs / kInputs * Panels::Direct::kPlanes;
+    static constexpr int kUnits = kBlockInputs / kInputs;
 
     Unit* units;
     int64_t rows;
@@ -353,159 +344,6 @@ inline void run_bf16_pairs(Context& context, const Linear<bf16>& linear) {
     });
     run_panels(context, linear, x, store_sums<bf16>);
 }
-#endif
-
-// Codes as ByteUnits multiplies them. middle: takes what the sums of products are too large by, if it is not 128 x the codes.
-inline void pack_codes(const int8_t* codes, int64_t count, int32_t* units, [[maybe_unused]] int32_t* middle) {
-#if defined(VSL_BYTES)
-    for (int64_t i = 0; i < count; i += 32, units += 8) {
-        const __m256i whole = _mm256_loadu_si256((const __m256i*)(codes + i)), magnitudes = _mm256_abs_epi8(whole);
-        const __m256i negative = _mm256_cmpgt_epi8(__m256i{}, whole);
-        _mm256_storeu_si256((__m256i*)units, magnitudes);
-        _mm256_storeu_si256((__m256i*)(units + kBlockInputs / 4), _mm256_xor_si256(negative, _mm256_set1_epi8(-128)));
-        const __m256i sums = _mm256_sad_epu8(_mm256_and_si256(magnitudes, negative), __m256i{});
-        *middle -= (int32_t)(sums[0] + sums[1] + sums[2] + sums[3]);
-    }
-#elif defined(VSL_QUADS)
-    std::memcpy(units, codes, count);
-#else
-    for (int64_t i = 0; i < count; i += 4)
-        for (int j = 0; j < 2; j++)
-            *units++ = (int32_t)(uint16_t)codes[i + j] | (int32_t)((uint32_t)codes[i + j + 2] << 16);
-#endif
-}
-
-// In int8, exactly: sums are whole numbers.
-template <class T>
-inline void run_bytes(Context& context, const Linear<T>& linear, const QuantizedRows& rows) {
-    const auto store = [&](const Linear<T>& into, int64_t slab, int64_t row, const int32_t* sums) {
-        float values[kSlab];
-        for (int j = 0; j < kSlab; j += kLanes) {
-            vi whole;
-            std::memcpy(&whole, sums + j, sizeof whole);
-            const vf scale = load(linear.scales + slab * kSlab + j) * splat(rows.scales[row]);
-            const int32_t shift = rows.sums[row] * ByteUnits::kMiddle;
-            vsl::store(values + j, __builtin_convertvector(whole - splat(shift), vf) * scale);
-        }
-        store_slab(values, into.out + row * into.out_stride + slab * kSlab, into.outputs - slab * kSlab);
-    };
-#if defined(VSL_BYTES)
-    std::memset(rows.sums, 0, linear.rows * sizeof(int32_t));
-    if (linear.rows >= kSignRows) return run_signs(context, linear, rows.codes, store);
-#endif
-    const PackedRows<Int8Panels> x(context, linear, context.packed, [&](int64_t row, int64_t i, int64_t end, int32_t* units) {
-        pack_codes(rows.codes + row * linear.inputs + i, end - i, units, rows.sums + row);
-    });
-    run_panels(context, linear, x, store);
-}
-
-// ------------------------------------------------------------------------------------- int4 by rows in 8 bits
-
-#if defined(VSL_AVX2) || defined(VSL_AVX512) || defined(VSL_NEON)
-
-// Rows in 8 bits with a scale for each group of inputs, in the order of the bytes that an int4 unit is split into.
-struct QuantizedGroups {
-    int8_t* codes;        // [rows][inputs]
-    float *scales, *sums;  // [rows][groups]; the sums are of what the codes stand for
-
-    static size_t bytes(int64_t rows, int64_t inputs) { return rows * (inputs + inputs / kGroup * 8); }
-
-    QuantizedGroups(void* memory, int64_t rows, int64_t inputs)
-        : codes((int8_t*)memory), scales((float*)(codes + rows * inputs)), sums(scales + rows * (inputs / kGroup)) {}
-};
-
-template <class T>
-inline void quantize_groups(const T* x, int64_t inputs, int8_t* codes, float* scales, float* sums) {
-    constexpr int kOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
-    for (int64_t i = 0; i < inputs; i += kGroup) {
-        int8_t plain[kGroup];
-        int32_t sum;
-        quantize_row(x + i, kGroup, plain, scales, &sum);
-        for (int k = 0; k < kGroup; k++) codes[i + k] = plain[k / 8 * 8 + kOrder[k % 8]];
-        *sums++ = (float)(sum / 128) * *scales++;
-    }
-}
-
-// Adds to totals[kRows][kSlab] the products of one group of inputs and, from output j on, kVectors vectors. A group's sums of
-// products of 4-bit and 8-bit codes fit 16 bits: 16 x 15 x 127 = 30480.
-template <int kRows, int kVectors>
-inline void multiply_group(const uint8_t* group, int j, const int8_t* codes, int64_t stride, const float* scales,
-                           const float* sums, int64_t groups, float* totals) {
-#if defined(VSL_QUADS)
-    vi into[kRows][kVectors] = {};
-#else
-    vs into[kRows][kVectors] = {};
-#endif
-#pragma GCC unroll 1  // else registers run out
-    for (int u = 0; u < kGroup / 8; u++) {
-        vu low[kVectors], high[kVectors];
-        for (int v = 0; v < kVectors; v++) {
-            const vu units = load_units(group + (u * kSlab + j + v * kLanes) * 4);
-            low[v] = units & 0x0f0f0f0fu;
-            high[v] = units >> 4 & 0x0f0f0f0fu;
-        }
-        for (int r = 0; r < kRows; r++) {
-            int32_t x[2];  // each from memory into all lanes; as one number gcc would take them apart
-            std::memcpy(x, codes + r * stride + u * 8, 4);
-            std::memcpy(x + 1, codes + r * stride + u * 8 + 4, 4);
-            for (int v = 0; v < kVectors; v++) {
-#if defined(VSL_QUADS)
-                into[r][v] = multiply_quads(into[r][v], (vi)low[v], x[0]);
-                into[r][v] = multiply_quads(into[r][v], (vi)high[v], x[1]);
-#else
-                into[r][v] += multiply_bytes(low[v], splat(x[0])) + multiply_bytes(high[v], splat(x[1]));
-#endif
-            }
-        }
-    }
-    const bf16* const ends = (const bf16*)(group + kSlab * kGroup / 2) + j;
-    for (int v = 0; v < kVectors; v++) {
-        const vf scale = load(ends + v * kLanes), offset = load(ends + kSlab + v * kLanes) - scale * splat(8.0f);
-        for (int r = 0; r < kRows; r++) {
-#if defined(VSL_QUADS)
-            const vf product = __builtin_convertvector(into[r][v], vf);
-#else
-            const vf product = __builtin_convertvector(add_pairs(into[r][v]), vf);
-#endif
-            float* const total = totals + r * kSlab + j + v * kLanes;
-            store(total, load(total) + product * (scale * splat(scales[r * groups])) + offset * splat(sums[r * groups]));
-        }
-    }
-}
-
-template <int kRows>
-inline void multiply_groups(const uint8_t* slab, int64_t row, const QuantizedGroups& x, int64_t inputs, float* totals) {
-    constexpr int kVectors = kLanes == 16 || kMoreRegisters == 2 || kRows == 1 ? 4 : 2;
-    const int64_t groups = inputs / kGroup;
-    std::memset(totals, 0, kRows * kSlab * sizeof(float));
-    for (int64_t g = 0; g < groups; g++, slab += kGroupBytes) {
-        for (int line = 0; line < kGroupBytes; line += 64) __builtin_prefetch(slab + kNearAhead + line);
-        for (int j = 0; j < kSlab; j += kVectors * kLanes)
-            multiply_group<kRows, kVectors>(slab, j, x.codes + row * inputs + g * kGroup, inputs, x.scales + row * groups + g,
-                                            x.sums + row * groups + g, groups, totals);
-    }
-}
-
-template <class T>
-inline void run_int4_bytes(Context& context, const Linear<T>& linear) {
-    const int64_t inputs = linear.inputs, groups = inputs / kGroup;
-    const QuantizedGroups x(context.shared.reserve(QuantizedGroups::bytes(linear.rows, inputs)), linear.rows, inputs);
-    run_ranges(context, linear.rows, std::max<int64_t>(1, 16384 / inputs), [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; r++)
-            quantize_groups(linear.x + r * linear.x_stride, inputs, x.codes + r * inputs, x.scales + r * groups,
-                            x.sums + r * groups);
-    });
-    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int) {
-        RowGroups<kMostInt4Together>(end - begin).each([&](int64_t first, auto count) {
-            float totals[count * kSlab];
-            multiply_groups<count>(linear.weights + slab * slab_bytes(kInt4, inputs), begin + first, x, inputs, totals);
-            for (int r = 0; r < count; r++)
-                store_slab(totals + r * kSlab, into.out + (begin + first + r) * into.out_stride + slab * kSlab,
-                           into.outputs - slab * kSlab);
-        });
-    });
-}
-
 #endif
 
 }  // namespace vsl

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "linear_amx.h"
-#include "linear_panels.h"
+#include "linear_int4.h"
+#include "linear_int8.h"
 
 namespace vsl {
 

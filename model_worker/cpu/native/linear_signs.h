@@ -1,6 +1,6 @@
-// int8 for many rows without VNNI. As in linear_panels.h, magnitudes of x are multiplied by weights that take its signs; but
-// here a few weights are kept with each of the 16 ways to sign four inputs, and each row takes those that it needs. That is
-// three operations for a vector of products in place of four, and wants no sums of other rows in registers.
+// int8 for many rows without VNNI: magnitudes of x are multiplied by weights that take its signs. A few weights are kept with
+// each of the 16 ways to sign four inputs, and each row takes those that it needs: no operation flips them, and no sums of
+// other rows are wanted in registers.
 #pragma once
 
 #include "linear.h"
@@ -12,51 +12,91 @@ namespace vsl {
 constexpr int64_t kSignRows = 96;  // from here on preparing the weights costs less than it saves
 constexpr int kSigns = 16, kSignQuads = 4, kSignOutputs = 32;  // 8 KiB of weights; 16 KiB are a sixth slower
 constexpr int64_t kSignInputs = 256;  // of many rows, which stay in the second-level cache for the other outputs of a slab
+constexpr int kRowsAhead = 4;         // of outputs, which lie in as many pages, asked for before they are written
 static_assert(kGroup % (4 * kSignQuads) == 0);
 
-// What a row is multiplied by at once: magnitudes, and where the weights of each four inputs are among those signed.
-struct SignedCodes {
-    int32_t magnitudes[kSignQuads], places[kSignQuads];
+// Whether the products of eight inputs, whose magnitudes are `eight`, can be too large for 16 bits where those of 0, 1, 4 and 5,
+// or of 2, 3, 6 and 7, are added: if the magnitudes of four add up to more than `most`. The same of the next eight inputs.
+inline bool too_large_together(__m128i sixteen, int16_t most) {
+    const __m128i twos = _mm_maddubs_epi16(sixteen, _mm_set1_epi8(1)), fours = _mm_add_epi16(twos, _mm_srli_epi64(twos, 32));
+    return _mm_movemask_epi8(_mm_cmpgt_epi16(fours, _mm_set1_epi16(most))) & 0x0f0f;
+}
+
+// What a row is multiplied by at once: magnitudes, and where the weights of each four inputs are among those signed, in bytes.
+struct alignas(32) SignedCodes {
+    static constexpr uint32_t kWide = 1u << 31;  // in places[0]: products are added in 32 bits
+    static constexpr int kMost = 258;            // x 127 = 32766
+
+    int32_t magnitudes[kSignQuads];
+    uint32_t places[kSignQuads];
 
     void set(const int8_t* codes) {
-        const __m128i whole = _mm_loadu_si128((const __m128i*)codes);
-        _mm_storeu_si128((__m128i*)magnitudes, _mm_abs_epi8(whole));
-        const int negative = _mm_movemask_epi8(whole);
-        for (int q = 0; q < kSignQuads; q++) places[q] = (q * kSigns + (negative >> 4 * q & 15)) * kSignOutputs;
+        constexpr int kBytes = kSignOutputs * 4, kStep = kSigns * kBytes;
+        const __m128i whole = _mm_loadu_si128((const __m128i*)codes), most = _mm_abs_epi8(whole);
+        const __m128i bits = _mm_and_si128(_mm_cmpgt_epi8(__m128i{}, whole), _mm_set1_epi32(0x08040201));
+        const __m128i signs = _mm_madd_epi16(_mm_maddubs_epi16(bits, _mm_set1_epi8(1)), _mm_set1_epi16(1));
+        _mm_store_si128((__m128i*)magnitudes, most);
+        _mm_store_si128((__m128i*)places, _mm_add_epi32(_mm_mullo_epi32(signs, _mm_set1_epi32(kBytes)),
+                                                        _mm_setr_epi32(0, kStep, 2 * kStep, 3 * kStep)));
+        if (too_large_together(most, kMost)) places[0] |= kWide;
     }
 };
 
 // signed_[quad][signs][output], of codes plus 128. A code is at least -127, so that its negative is one too.
 inline void sign_weights(const uint32_t* weights, uint32_t* signed_) {
     typedef int8_t Bytes __attribute__((vector_size(4 * kLanes)));
+    constexpr int kVectors = kSignOutputs / kLanes;
+    Bytes codes[kSignQuads][kVectors];
     for (int q = 0; q < kSignQuads; q++)
-        for (int j = 0; j < kSignOutputs; j += kLanes) {
+        for (int v = 0; v < kVectors; v++) {
             vu units;
-            std::memcpy(&units, weights + q * kSlab + j, sizeof units);
-            __builtin_prefetch(weights + (kSignQuads + q) * kSlab + j, 0, 2);
-#pragma GCC unroll 16
-            for (int signs = 0; signs < kSigns; signs++) {
-                uint32_t flips = 0;
-                for (int byte = 0; byte < 4; byte++) flips |= (signs >> byte & 1) * 0xffu << 8 * byte;
-                const Bytes flipped = (Bytes)(units ^ (flips ^ 0x80808080u)), negative = flipped - (Bytes)(vu{} + flips);
-                std::memcpy(signed_ + (q * kSigns + signs) * kSignOutputs + j, &negative, sizeof negative);
-            }
+            std::memcpy(&units, weights + q * kSlab + v * kLanes, sizeof units);
+            __builtin_prefetch(weights + (kSignQuads + q) * kSlab + v * kLanes, 0, 2);
+            codes[q][v] = (Bytes)(units ^ 0x80808080u);
         }
+#pragma GCC unroll 1  // else the flips are constants, which gcc makes of general registers each time
+    for (uint32_t signs = 0; signs < kSigns; signs++, signed_ += kSignOutputs) {
+        const Bytes flips = (Bytes)(vu{} + (signs * 0x00204081u & 0x01010101u) * 0xffu);  // a bit to each byte
+        for (int q = 0; q < kSignQuads; q++)
+            for (int v = 0; v < kVectors; v++) {
+                const Bytes negative = (codes[q][v] ^ flips) - flips;
+                std::memcpy(signed_ + q * kSigns * kSignOutputs + v * kLanes, &negative, sizeof negative);
+            }
+    }
 }
 
-// Adds the products of 16 inputs and 32 outputs to sums[rows][kSlab].
+// The vectors of weights that `place` stands for.
+struct SignedWeights {
+    const uint32_t* outputs;
+
+    SignedWeights(const uint32_t* signed_, uint32_t place) : outputs((const uint32_t*)((const uint8_t*)signed_ + place)) {
+        asm("" : "+r"(outputs));  // else gcc adds the place to each address anew, of which each costs an operation
+    }
+    vs times(int v, int32_t magnitudes) const {
+        vi weights;
+        std::memcpy(&weights, outputs + v * kLanes, sizeof weights);
+        return multiply_bytes((vu)splat(magnitudes), weights);
+    }
+};
+
+// Adds the products of 16 inputs and 32 outputs to sums[rows][kSignOutputs].
 inline void multiply_signed(const uint32_t* signed_, const SignedCodes* x, int64_t rows, int32_t* sums) {
     constexpr int kVectors = kSignOutputs / kLanes;
-    for (int64_t r = 0; r < rows; r++, x++, sums += kSlab) {
+    for (const SignedCodes* const end = x + rows; x != end; x++, sums += kSignOutputs) {
         vi into[kVectors];
         for (int v = 0; v < kVectors; v++) std::memcpy(into + v, sums + v * kLanes, sizeof into[v]);
-#pragma GCC unroll 4
-        for (int q = 0; q < kSignQuads; q++) {
-            const vu magnitudes = (vu)splat(x->magnitudes[q]);
-            for (int v = 0; v < kVectors; v++) {
-                vi weights;
-                std::memcpy(&weights, signed_ + x->places[q] + v * kLanes, sizeof weights);
-                into[v] += add_pairs(multiply_bytes(magnitudes, weights));
+        if (__builtin_expect(x->places[0] & SignedCodes::kWide, 0)) {
+#pragma GCC unroll 1
+            for (int q = 0; q < kSignQuads; q++) {
+                const SignedWeights weights(signed_, x->places[q] & ~SignedCodes::kWide);
+                for (int v = 0; v < kVectors; v++) into[v] += add_pairs(weights.times(v, x->magnitudes[q]));
+            }
+        } else {
+#pragma GCC unroll 2
+            for (int q = 0; q < kSignQuads; q += 2) {
+                const SignedWeights a(signed_, x->places[q]), b(signed_, x->places[q + 1]);
+                for (int v = 0; v < kVectors; v++)
+                    into[v] += add_pairs(a.times(v, x->magnitudes[q]) + b.times(v, x->magnitudes[q + 1]));
             }
         }
         for (int v = 0; v < kVectors; v++) std::memcpy(sums + v * kLanes, into + v, sizeof into[v]);
@@ -66,7 +106,7 @@ inline void multiply_signed(const uint32_t* signed_, const SignedCodes* x, int64
 // Calls store(into, slab, row, 64 sums) for all outputs; sums are those of the codes, with nothing to be taken from them.
 template <class T, class Store>
 inline void run_signs(Context& context, const Linear<T>& linear, const int8_t* codes, const Store& store) {
-    constexpr int kInputs = 4 * kSignQuads;
+    constexpr int kInputs = 4 * kSignQuads, kHalves = kSlab / kSignOutputs;
     const int64_t rows = linear.rows, inputs = linear.inputs;
     SignedCodes* const x = (SignedCodes*)context.packed.reserve(rows * (inputs / kInputs) * sizeof(SignedCodes));
     run_ranges(context, inputs / kGroup, 1, [&](int64_t begin, int64_t end) {
@@ -75,18 +115,26 @@ inline void run_signs(Context& context, const Linear<T>& linear, const int8_t* c
                 for (int64_t j = i; j < i + kGroup; j += kInputs) x[j / kInputs * rows + row].set(codes + row * inputs + j);
     });
     run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int worker) {
+        const int64_t count = end - begin;
         const uint32_t* const weights = (const uint32_t*)(linear.weights + slab * slab_bytes(kInt8, inputs));
         uint32_t* const signed_ = (uint32_t*)context.scratch[worker].reserve(
-            (kSignQuads * kSigns * kSignOutputs + (end - begin) * kSlab) * sizeof(uint32_t));
-        int32_t* const sums = (int32_t*)(signed_ + kSignQuads * kSigns * kSignOutputs);
-        std::memset(sums, 0, (end - begin) * kSlab * sizeof(int32_t));
+            (kSignQuads * kSigns * kSignOutputs + count * kSlab) * sizeof(uint32_t));
+        int32_t* const sums = (int32_t*)(signed_ + kSignQuads * kSigns * kSignOutputs);  // [kHalves][count][kSignOutputs]
+        std::memset(sums, 0, count * kSlab * sizeof(int32_t));
         for (int64_t block = 0; block < inputs; block += kSignInputs)
-            for (int j = 0; j < kSlab; j += kSignOutputs)
+            for (int half = 0; half < kHalves; half++)
                 for (int64_t i = block; i < std::min(inputs, block + kSignInputs); i += kInputs) {
-                    sign_weights(weights + i / 4 * kSlab + j, signed_);
-                    multiply_signed(signed_, x + i / kInputs * rows + begin, end - begin, sums + j);
+                    sign_weights(weights + i / 4 * kSlab + half * kSignOutputs, signed_);
+                    multiply_signed(signed_, x + i / kInputs * rows + begin, count, sums + half * count * kSignOutputs);
                 }
-        for (int64_t row = begin; row < end; row++) store(into, slab, row, sums + (row - begin) * kSlab);
+        for (int64_t row = 0; row < count; row++) {
+            int32_t all[kSlab];
+            for (int half = 0; half < kHalves; half++)
+                std::memcpy(all + half * kSignOutputs, sums + (half * count + row) * kSignOutputs, kSignOutputs * sizeof(int32_t));
+            for (int j = 0; j < kSlab; j += 64 / (int)sizeof(T))
+                __builtin_prefetch(into.out + (begin + row + kRowsAhead) * into.out_stride + slab * kSlab + j, 1);
+            store(into, slab, begin + row, all);
+        }
     });
 }
 

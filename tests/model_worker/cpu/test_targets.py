@@ -120,3 +120,19 @@ def test_the_largest_int8_sums_are_exact(kernels: CpuKernels) -> None:
         x = fours[:rows].clone()
         x[-1] = torch.where(torch.arange(4096) < 2048, x[-1], -x[-1] / 127)  # the smallest codes as well
         torch.testing.assert_close(weights.multiply(x), x @ fours.T, rtol=1e-6, atol=1e-3)
+
+
+def test_int8_sums_on_the_edge_of_16_bits(kernels: CpuKernels) -> None:
+    """Products of four inputs are added in 16 bits where magnitudes say that they fit: a row for each sum of four."""
+    inputs, ends = 1056, torch.tensor([-127.0, 127.0])
+    matrix = torch.cartesian_prod(ends, ends, ends, ends, ends, ends, ends, ends).repeat(1, inputs // 8)
+    weights = SlabFormat(kernels, WeightFormat.INT8)(matrix)
+    for count in (5, 8, 100):
+        x = torch.zeros(count, inputs)
+        x[:, 0] = 127  # so that a row's codes are its values
+        for row in range(count):
+            four = torch.tensor([64, 64, 64, 60 + row % 8])[torch.randperm(4)] * ends[row % 2].sign()
+            for place in range(1 + row % 5, inputs // 8, 1 + row % 3):
+                half = 8 * place + 2 * (row % 2)
+                x[row, [half, half + 1, half + 4, half + 5]] = four.float()
+        assert torch.equal(weights.multiply(x), x @ matrix.T)

@@ -1,0 +1,152 @@
+// int8 for some rows without VNNI, eight inputs at a time. Magnitudes of x are multiplied by weights whose bytes, codes plus
+// 128, are flipped into codes where x is positive; where it is not, into less than their negatives by one, so that the
+// magnitudes have to be added. Two products fit 16 bits, and nearly always four do: these are added there.
+#pragma once
+
+#include "linear_panels.h"
+#include "linear_signs.h"
+
+namespace vsl {
+
+#if defined(VSL_BYTES)
+
+constexpr int kOctetRows = 4;  // together; their sums are 8 of 16 registers
+constexpr int kAloneOctetRows = 2;  // rows that go through a slab once, as fast as it is read
+constexpr int64_t kOctetInputs = 512;  // of a block
+constexpr int kMostOctets = kOctetInputs / 4;
+
+// Of one row and eight inputs: two units, each multiplied by magnitudes after its bits were flipped.
+struct Octet {
+    int32_t magnitudes[2], flips[2];
+};
+
+// A block of inputs of some rows: octets[count][rows], and which eight inputs each belongs to. Where the products of a row are
+// too large to be added in 16 bits, the eight inputs are there twice, half of the magnitudes zero each time.
+struct alignas(64) OctetBlock {
+    static constexpr int kMost = 256;  // x -128 = -32768
+
+    int32_t count;
+    uint8_t places[kMostOctets];
+    Octet octets[kMostOctets * kOctetRows];
+
+    // middle: takes what the sums of each row's products are too large by.
+    void set(const int8_t* codes, int64_t stride, int64_t inputs, int rows, int32_t* middle) {
+        count = 0;
+        Octet* to = octets;
+        for (int64_t i = 0; i < inputs; i += 8, to += rows) {
+            bool wide = false;
+            for (int r = 0; r < rows; r++) {
+                const __m128i whole = _mm_loadl_epi64((const __m128i*)(codes + r * stride + i)), most = _mm_abs_epi8(whole);
+                const __m128i negative = _mm_cmpgt_epi8(__m128i{}, whole), flips = _mm_xor_si128(negative, _mm_set1_epi8(-128));
+                _mm_storeu_si128((__m128i*)(to + r), _mm_unpacklo_epi64(most, flips));
+                middle[r] -= _mm_cvtsi128_si32(_mm_sad_epu8(_mm_and_si128(most, negative), __m128i{}));
+                wide |= too_large_together(most, kMost);
+            }
+            places[count++] = (uint8_t)(i / 8);
+            if (!wide) continue;
+            std::memcpy(to + rows, to, rows * sizeof(Octet));
+            for (int r = 0; r < rows; r++) to[r].magnitudes[1] = to[rows + r].magnitudes[0] = 0;
+            to += rows;
+            places[count++] = (uint8_t)(i / 8);
+        }
+    }
+};
+
+// Adds the products of a block and, from `weights` on, kVectors vectors of outputs to sums[kRows][kSlab], or begins them. Once in
+// mask + 1 octets, kAsk lines from `next` on are asked for. A function of its own: else registers are taken by what is around it.
+template <int kRows, int kVectors, int kAsk>
+__attribute__((noinline)) void multiply_octets(const uint32_t* weights, const OctetBlock& x, int32_t* sums, bool begin,
+                                               const char*& next, int64_t mask) {
+    vi into[kRows][kVectors] = {};
+    if (!begin)
+        for (int r = 0; r < kRows; r++)
+            for (int v = 0; v < kVectors; v++) std::memcpy(&into[r][v], sums + r * kSlab + v * kLanes, sizeof into[r][v]);
+    const Octet* octets = x.octets;
+    const char* line = next;
+    const int64_t count = x.count;
+    for (int64_t k = 0; k < count; k++, octets += kRows) {
+        if ((k & mask) == 0)
+            for (int i = 0; i < kAsk; i++, line += 64) __builtin_prefetch(line, 0, kRows == 1 ? 3 : 2);
+        const uint32_t* units = weights + x.places[k] * (2 * kSlab);
+        asm("" : "+r"(units));  // else gcc adds the place to each address anew
+        const auto products = [&](int i, int r, vu weights) {
+            return multiply_bytes((vu)splat(octets[r].magnitudes[i]), (vi)(weights ^ (vu)splat(octets[r].flips[i])));
+        };
+        // What is fewer, vectors or rows, stays in registers beside the sums.
+        if constexpr (kRows >= kVectors) {
+            vu first[kVectors], second[kVectors];
+            for (int v = 0; v < kVectors; v++)
+                first[v] = load_units(units + v * kLanes), second[v] = load_units(units + kSlab + v * kLanes);
+            for (int r = 0; r < kRows; r++) {
+                vs sum[kVectors];
+                for (int v = 0; v < kVectors; v++) sum[v] = products(0, r, first[v]);
+                for (int v = 0; v < kVectors; v++) sum[v] += products(1, r, second[v]);
+                for (int v = 0; v < kVectors; v++) into[r][v] += add_pairs(sum[v]);
+            }
+        } else {
+            for (int v = 0; v < kVectors; v++) {
+                const vu first = load_units(units + v * kLanes), second = load_units(units + kSlab + v * kLanes);
+                for (int r = 0; r < kRows; r++) into[r][v] += add_pairs(products(0, r, first) + products(1, r, second));
+            }
+        }
+    }
+    next = line;
+    for (int r = 0; r < kRows; r++)
+        for (int v = 0; v < kVectors; v++) std::memcpy(sums + r * kSlab + v * kLanes, &into[r][v], sizeof into[r][v]);
+}
+
+// A block of a slab, by as many rows as `groups` has; x: one of each group. next: the slab's next block.
+inline void multiply_block(const uint32_t* weights, const RowGroups<kOctetRows>& groups, const OctetBlock* x, int32_t* sums,
+                           bool begin, const char* next) {
+    constexpr int kAll = kSlab / kLanes;
+    if (groups.count == 1)
+        return with_count<kAloneOctetRows>((int)groups.rows, [&](auto count) {
+            constexpr int kMost = count == 1 ? 8 : 4, kVectors = kAll < kMost ? kAll : kMost, kPasses = kAll / kVectors;
+            const char* line = count == 1 ? (const char*)weights + kNearAhead : next;
+            for (int j = 0; j < kSlab; j += kVectors * kLanes)
+                multiply_octets<count, kVectors, 8 / kPasses>(weights + j, *x, sums + j, begin, line, 0);
+        });
+    // A few outputs' weights stay in the first-level cache while all rows pass.
+    constexpr int kVectors = kAll < 8 ? kAll : 2, kPasses = kAll / kVectors, kAsk = kPasses == 1 ? 4 : 1;
+    const int64_t apart = groups.count * x->count * kPasses * kAsk * 64 / (next - (const char*)weights);  // octets
+    int64_t mask = 0;
+    while (2 * mask + 2 <= apart) mask = 2 * mask + 1;
+    for (int j = 0; j < kSlab; j += kVectors * kLanes) {
+        const OctetBlock* of = x;
+        groups.each([&](int64_t row, auto count) {
+            multiply_octets<count, kVectors, kAsk>(weights + j, *of++, sums + row * kSlab + j, begin, next, mask);
+        });
+    }
+}
+
+// Calls store(into, slab, row, 64 sums) for all outputs. middle: takes what the sums of each row are too large by.
+template <class T, class Store>
+inline void run_octets(Context& context, const Linear<T>& linear, const int8_t* codes, int32_t* middle, const Store& store) {
+    const int64_t rows = linear.rows, inputs = linear.inputs, blocks = (inputs + kOctetInputs - 1) / kOctetInputs;
+    const RowGroups<kOctetRows> groups(rows, rows > kAloneOctetRows ? 2 : 1);
+    OctetBlock* const x = (OctetBlock*)context.packed.reserve(blocks * groups.count * sizeof(OctetBlock));
+    const auto size = [&](int64_t block) { return std::min(kOctetInputs, inputs - block * kOctetInputs); };
+    run_ranges(context, groups.count, 16384 / (kOctetRows * inputs), [&](int64_t begin, int64_t end) {
+        for (int64_t group = begin; group < end; group++) {
+            const int64_t row = groups.begin(group), count = groups.begin(group + 1) - row;
+            for (int64_t r = row; r < row + count; r++) middle[r] = 0;
+            for (int64_t block = 0; block < blocks; block++)
+                x[block * groups.count + group].set(codes + row * inputs + block * kOctetInputs, inputs, size(block), (int)count,
+                                                    middle + row);
+        }
+    });
+    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t, int64_t, int worker) {
+        int32_t* const sums = (int32_t*)context.scratch[worker].reserve(rows * kSlab * sizeof(int32_t));
+        const uint8_t* weights = linear.weights + slab * slab_bytes(kInt8, inputs);
+        for (int64_t block = 0; block < blocks; block++) {
+            const uint8_t* const next = weights + slab_bytes(kInt8, size(block));
+            multiply_block((const uint32_t*)weights, groups, x + block * groups.count, sums, block == 0, (const char*)next);
+            weights = next;
+        }
+        for (int64_t row = 0; row < rows; row++) store(into, slab, row, sums + row * kSlab);
+    });
+}
+
+#endif
+
+}  // namespace vsl
