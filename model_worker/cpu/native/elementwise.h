@@ -13,7 +13,7 @@ constexpr int64_t kElementsPerItem = 16384;  // less work than this is not worth
 
 // 1 / sqrt(mean(x^2) + eps)
 template <class T>
-inline vf norm_factor(const T* x, int64_t size, float eps) {
+inline float norm_factor(const T* x, int64_t size, float eps) {
     Two squares[2] = {};
     int64_t i = 0;
     for (; i + 4 * kLanes <= size; i += 4 * kLanes)
@@ -26,7 +26,7 @@ inline vf norm_factor(const T* x, int64_t size, float eps) {
         squares[0] = v * v + squares[0];
     }
     const Two total = squares[0] + squares[1];
-    return splat(1.0f / std::sqrt(sum(total.a + total.b) / (float)size + eps));
+    return 1.0f / std::sqrt(sum(total.a + total.b) / (float)size + eps);
 }
 
 // residual += x, and out = the norm of that: x its factor, rounded, x weight, rounded. out may be x.
@@ -35,7 +35,7 @@ inline void add_rms_norm_row(const T* x, T* residual, const T* weight, T* out, i
     for_twos(size, [&](int64_t i, int64_t left) VSL_INLINE {
         store_two(residual + i, load_two(residual + i, left) + load_two(x + i, left), left);
     });
-    const vf factor = norm_factor(residual, size, eps);
+    const vf factor = splat(norm_factor(residual, size, eps));
     for_twos(size, [&](int64_t i, int64_t left) VSL_INLINE {
         const Two v = rounded_to(load_two(residual + i, left) * factor, out);
         store_two(out + i, load_two(weight + i, left) * v, left);
@@ -55,8 +55,7 @@ void add_rms_norm(Context& context, const T* x, int64_t x_stride, T* residual, c
 // One head's norm (see add_rms_norm_row), y, turned: out_i = y_i cos_i - y_(i + half) sin_i, out_(i + half) = y_(i + half)
 // cos_i + y_i sin_i.
 template <class T>
-inline void norm_rotate_row(const T* x, const T* weight, const T* cos, const T* sin, T* out, int head_dim, float eps) {
-    const vf factor = norm_factor(x, head_dim, eps);
+inline void norm_rotate_row(const T* x, vf factor, const T* weight, const T* cos, const T* sin, T* out, int head_dim) {
     const int half = head_dim / 2;
     for_twos(half, [&](int64_t i, int64_t left) VSL_INLINE {
         const auto norm = [&](int64_t at) VSL_INLINE {
@@ -120,16 +119,19 @@ void qkv_rope_store(Context& context, const QkvRope<T, Stored>& a) {
     const int64_t row_size = (int64_t)(a.heads + 2 * a.kv_heads) * a.head_dim;
     run_ranges(context, a.tokens, kElementsPerItem / row_size, [&](int64_t begin, int64_t end) {
         std::vector<T> key(a.head_dim);
+        std::vector<float> factors(a.heads + a.kv_heads);  // all first: one after another they would wait for each other
         for (int64_t t = begin; t < end; t++) {
             const T* input = a.qkv + t * a.qkv_stride;
             const T *cos = a.cos + t * a.angle_stride, *sin = a.sin + t * a.angle_stride;
+            for (size_t h = 0; h < factors.size(); h++)
+                factors[h] = norm_factor(input + h * a.head_dim, a.head_dim, a.eps);
             for (int h = 0; h < a.heads; h++, input += a.head_dim) {
                 T* out = a.query + (t * a.heads + h) * a.head_dim;
-                norm_rotate_row(input, a.query_weight, cos, sin, out, a.head_dim, a.eps);
+                norm_rotate_row(input, splat(factors[h]), a.query_weight, cos, sin, out, a.head_dim);
             }
             const PoolLayout::Place place = a.layout.place(a.slots[t]);
             for (int h = 0; h < a.kv_heads; h++, input += a.head_dim) {
-                norm_rotate_row(input, a.key_weight, cos, sin, key.data(), a.head_dim, a.eps);
+                norm_rotate_row(input, splat(factors[a.heads + h]), a.key_weight, cos, sin, key.data(), a.head_dim);
                 put_row(key.data(), a.keys, a.layout, place, h, a.head_dim);
             }
             for (int h = 0; h < a.kv_heads; h++, input += a.head_dim)
