@@ -13,11 +13,9 @@ inline float largest_magnitude(const T* x, int n) {
     vi most = {};
     for (int i = 0; i < n; i += kLanes) {
         const vi bits = (vi)(n - i < kLanes ? load_part(x + i, n - i) : load(x + i)) & splat(0x7fffffff);
-        const vi larger = (vi)(bits > most);
-        most = (bits & larger) | (most & ~larger);
+        most = vmax(most, bits);
     }
-    int32_t largest = 0;
-    for (int lane = 0; lane < kLanes; lane++) largest = most[lane] > largest ? most[lane] : largest;
+    const int32_t largest = maximum(most);
     float result;
     std::memcpy(&result, &largest, sizeof result);
     return result;
@@ -30,6 +28,11 @@ inline float quantize_row(const T* x, int8_t* codes, int n) {
     const vf divisor = splat(scale > 0 ? scale : 1.0f), most = splat(kInt8Levels);
     const auto code = [&](vf v) { return vmax(splat(-kInt8Levels), vmin(most, v / divisor)); };
     int i = 0;
+#if defined(VSL_AVX2)
+    const auto whole = [&](int at) { return (vi)_mm256_cvtps_epi32((__m256)code(load(x + at))); };
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+        store_bytes(codes + i, whole(i), whole(i + kLanes), whole(i + 2 * kLanes), whole(i + 3 * kLanes));
+#endif
     for (; i + kLanes <= n; i += kLanes) store(codes + i, code(load(x + i)));
     if (i < n) store_part(codes + i, code(load_part(x + i, n - i)), n - i);
     return scale;

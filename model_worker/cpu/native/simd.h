@@ -81,6 +81,17 @@ inline vf vmax(vf a, vf b) {
 #endif
 }
 
+inline vi vmax(vi a, vi b) {
+#if defined(VSL_AVX512)
+    return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(VSL_AVX2)
+    return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+    const vi larger = (vi)(a > b);
+    return (a & larger) | (b & ~larger);
+#endif
+}
+
 // Keeps a NaN in `b`.
 inline vf vmin(vf a, vf b) {
 #if defined(VSL_AVX512)
@@ -253,6 +264,20 @@ inline float maximum(vf v) {
     return vmaxvq_f32((float32x4_t)v);
 #else
     float best = v[0];
+    for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
+    return best;
+#endif
+}
+
+inline int32_t maximum(vi v) {
+#if defined(VSL_AVX512)
+    return _mm512_reduce_max_epi32((__m512i)v);
+#elif defined(VSL_AVX2)
+    __m128i half = _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    half = _mm_max_epi32(half, _mm_unpackhi_epi64(half, half));
+    return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_srli_epi64(half, 32)));
+#else
+    int32_t best = v[0];
     for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
     return best;
 #endif
