@@ -117,6 +117,15 @@ inline void store_slab(const float* sums, T* out, int64_t left) {
     }
 }
 
+constexpr int kRowsAhead = 4;  // of outputs that are asked for before they are written: each lies in another page
+
+// Asks for a slab's outputs of the row that is written kRowsAhead after `row`.
+template <class T>
+inline void prefetch_outputs(const Linear<T>& linear, int64_t slab, int64_t row) {
+    for (int j = 0; j < kSlab; j += 64 / (int)sizeof(T))
+        __builtin_prefetch(linear.out + (row + kRowsAhead) * linear.out_stride + slab * kSlab + j, 1);
+}
+
 // Rows `ids` of bf16 or fp32 weights as they were before they were packed: [count][units].
 inline void gather_rows(Context& context, const uint32_t* weights, int64_t units, const int64_t* ids, int64_t count,
                         uint32_t* out) {

@@ -33,6 +33,7 @@ constexpr int kMoreRegisters = 2;  // 32, of which sums take 24 at most
 #else
 constexpr int kMoreRegisters = 1;
 #endif
+constexpr int kPassVectors = kSlab / kLanes < 8 ? kSlab / kLanes : 2 * kMoreRegisters;  // of outputs, while all rows pass
 
 inline vu load_units(const void* weights) {
     vu units;
@@ -56,6 +57,16 @@ struct Bf16Units : FloatUnits {
         return (vf)(p == 0 ? units << 16 : units & 0xffff0000u);
     }
 };
+
+#if defined(VSL_AVX2)
+// Bf16Units' parts as they were prepared. Two at a step: half of the other work of a step.
+struct PreparedUnits : FloatUnits {
+    static constexpr int kParts = 2;
+    static vf part(int p, const uint32_t* weights) { return load((const float*)weights + p * kPassVectors * kLanes); }
+};
+#else
+using PreparedUnits = FloatUnits;
+#endif
 
 // Pairs of 16-bit integers.
 struct ShortUnits {
@@ -92,12 +103,15 @@ struct ByteUnits : ShortUnits {
 };
 #endif
 
-// What is asked for before it is multiplied. The weights that follow, all along: a core can wait for some 16 lines at once, and
-// in bursts it would wait for them in place of multiplying. And the rows of x that come next.
+// What is asked for before it is multiplied. The weights that follow, as evenly as time passes: a core can wait for some 16 lines
+// at once, and in bursts it would wait for them in place of multiplying. And the rows of x that come next.
 struct Following {
     const char* next;
-    int64_t mask;  // of steps: those with none of its bits ask
+    int64_t apart;  // units of x of a row from one ask to the next, a multiple of what a step takes
     bool rows;
+    int64_t due;  // units until the next
+
+    Following(const char* next, int64_t apart, bool rows) : next(next), apart(apart), rows(rows), due(apart) {}
 };
 
 // Adds the products of `steps` units of weights and of x, rows of kApart units, to sums[kRows][kSlab], or begins them. With kKeep,
@@ -112,11 +126,14 @@ inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typen
         for (int r = 0; r < kRows; r++)
             for (int v = 0; v < kVectors; v++) std::memcpy(&into[r][v], sums + r * kSlab + v * kLanes, sizeof into[r][v]);
     const char* next = following.next;
-    const int64_t mask = following.mask;
+    const int64_t apart = following.apart;
+    int64_t due = following.due;
     const bool rows = following.rows;
     for (int64_t k = 0; k < steps; k++, weights += kStride) {
-        if ((k & mask) == 0)
+        if ((due -= Units::kParts) == 0) {
+            due = apart;
             for (int line = 0; line < kAsk; line++, next += 64) __builtin_prefetch(next, 0, kRows == 1 ? 3 : 2);
+        }
         if (rows && k * Units::kParts % 16 == 0)
             for (int r = 0; r < kRows; r++) __builtin_prefetch(x + (kRows + r) * kApart);
         // What is fewer, vectors or rows, stays in registers beside the sums.
@@ -138,6 +155,7 @@ inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typen
         }
     }
     following.next = next;
+    following.due = due;
     for (int r = 0; r < kRows; r++)
         for (int v = 0; v < kVectors; v++) std::memcpy(sums + r * kSlab + v * kLanes, &into[r][v], sizeof into[r][v]);
 }
@@ -180,7 +198,7 @@ struct FloatPanels {
 
 struct Bf16Panels {
     using Direct = Bf16Units;
-    using Prepared = FloatUnits;
+    using Prepared = PreparedUnits;
     static constexpr int kFormat = kBf16, kDepth = 2;
     static constexpr int64_t kLeastRows = kPreparedRows;
 };
@@ -256,10 +274,10 @@ inline void multiply_block(const uint8_t* block, int64_t i, int64_t inputs, cons
     using Direct = typename Panels::Direct;
     using Prepared = typename Panels::Prepared;
     constexpr bool kUnpacked = Panels::kFormat == kInt4;
-    constexpr int kAll = kSlab / kLanes, kApart = PackedRows<Panels>::kUnits, kInputs = PackedRows<Panels>::kInputs;
+    constexpr int kAll = kSlab / kLanes, kApart = PackedRows<Panels>::kUnits;
     const uint32_t* const weights = (const uint32_t*)block;
     const char* const next = (const char*)block + slab_bytes(Panels::kFormat, inputs);
-    const int64_t steps = inputs / Panels::kDepth, prepared_steps = inputs / kInputs;
+    const int64_t steps = inputs / Panels::kDepth;
     const RowGroups<Direct::kTogether> groups(rows);
     if (groups.count == 1 && !kUnpacked)
         return with_count<Direct::kTogether>((int)rows, [&](auto count) {
@@ -267,7 +285,7 @@ inline void multiply_block(const uint8_t* block, int64_t i, int64_t inputs, cons
             constexpr int kVectors = kAll < 8 || kAll < kRegisters ? kAll : kRegisters, kPasses = kAll / kVectors;
             for (int64_t step = 0; step < steps; step += kAloneSteps) {
                 const uint32_t* const from = weights + step * kSlab;
-                Following following{(const char*)(from + (count == 1 ? kNearAhead / 4 : kAloneSteps * kSlab)), 0, false};
+                Following following{(const char*)(from + (count == 1 ? kNearAhead / 4 : kAloneSteps * kSlab)), Direct::kParts, false};
                 for (int j = 0; j < kAll; j += kVectors)
                     multiply_vectors<Direct, kApart, count, kVectors, (4 + kPasses - 1) / kPasses, false>(
                         from + j * kLanes, std::min(kAloneSteps, steps - step), x.at(begin, i) + step * Direct::kParts,
@@ -275,19 +293,17 @@ inline void multiply_block(const uint8_t* block, int64_t i, int64_t inputs, cons
             }
         });
     // A few outputs' weights stay in the first-level cache while all rows pass.
-    constexpr int kVectors = kAll < 8 ? kAll : 2 * kMoreRegisters, kPasses = kAll / kVectors, kAsk = kPasses == 1 ? 4 : 1;
-    const int64_t all_steps = prepares ? steps + (groups.count - 1) * prepared_steps : groups.count * steps;
-    const int64_t apart = all_steps * kPasses * kAsk * 64 / slab_bytes(Panels::kFormat, inputs);  // steps
-    Following following{next, 0, rows > kManyRows};
-    while (2 * following.mask + 2 <= apart) following.mask = 2 * following.mask + 1;
+    constexpr int kVectors = kPassVectors, kPasses = kAll / kVectors, kAsk = kPasses == 1 ? 4 : 1;
+    const int64_t asks = slab_bytes(Panels::kFormat, inputs) / (64 * kAsk), turns = groups.count * steps * kPasses;
+    Following following{next, std::max<int64_t>(1, turns / asks) * Direct::kParts, rows > kManyRows};
     for (int j = 0; j < kAll; j += kVectors) {
         if constexpr (kUnpacked) Panels::prepare(block, inputs, j * kLanes, kVectors, prepared);
         groups.each([&](int64_t row, auto count) {
             const Unit* const units = x.at(begin + row, i);
             Unit* const into = sums + row * kSlab + j * kLanes;
             if (kUnpacked || (prepares && row > 0))
-                multiply_vectors<Prepared, kApart, count, kVectors, kAsk, false, kVectors * kLanes>(
-                    (const uint32_t*)prepared, prepared_steps, units, into, i == 0, following, nullptr);
+                multiply_vectors<Prepared, kApart, count, kVectors, kAsk, false, kVectors * kLanes * Prepared::kParts>(
+                    (const uint32_t*)prepared, steps * Direct::kParts / Prepared::kParts, units, into, i == 0, following, nullptr);
             else if (prepares)
                 multiply_vectors<Direct, kApart, count, kVectors, kAsk, true>(weights + j * kLanes, steps, units, into, i == 0,
                                                                               following, prepared);
@@ -311,7 +327,10 @@ inline void run_panels(Context& context, const Linear<T>& linear, const PackedRo
             multiply_block<Panels>(weights + slab_bytes(Panels::kFormat, i), i,
                                    std::min<int64_t>(kBlockInputs, linear.inputs - i), x, begin, rows, prepares, sums,
                                    sums + rows * kSlab);
-        for (int64_t row = begin; row < end; row++) store(into, slab, row, sums + (row - begin) * kSlab);
+        for (int64_t row = begin; row < end; row++) {
+            prefetch_outputs(into, slab, row);
+            store(into, slab, row, sums + (row - begin) * kSlab);
+        }
     });
 }
 

@@ -12,7 +12,6 @@ namespace vsl {
 constexpr int64_t kSignRows = 96;  // from here on preparing the weights costs less than it saves
 constexpr int kSigns = 16, kSignQuads = 4, kSignOutputs = 32;  // 8 KiB of weights; 16 KiB are a sixth slower
 constexpr int64_t kSignInputs = 256;  // of many rows, which stay in the second-level cache for the other outputs of a slab
-constexpr int kRowsAhead = 4;         // of outputs, which lie in as many pages, asked for before they are written
 static_assert(kGroup % (4 * kSignQuads) == 0);
 
 // Whether the products of eight inputs, whose magnitudes are `eight`, can be too large for 16 bits where those of 0, 1, 4 and 5,
@@ -131,8 +130,7 @@ inline void run_signs(Context& context, const Linear<T>& linear, const int8_t* c
             int32_t all[kSlab];
             for (int half = 0; half < kHalves; half++)
                 std::memcpy(all + half * kSignOutputs, sums + (half * count + row) * kSignOutputs, kSignOutputs * sizeof(int32_t));
-            for (int j = 0; j < kSlab; j += 64 / (int)sizeof(T))
-                __builtin_prefetch(into.out + (begin + row + kRowsAhead) * into.out_stride + slab * kSlab + j, 1);
+            prefetch_outputs(into, slab, begin + row);
             store(into, slab, begin + row, all);
         }
     });
