@@ -12,6 +12,7 @@ namespace vsl {
 
 constexpr int kOctetRows = 4;  // together; their sums are 8 of 16 registers
 constexpr int kAloneOctetRows = 2;  // rows that go through a slab once, as fast as it is read
+constexpr int64_t kThreesFrom = 24;  // rows with AVX2: beside the sums of four, gcc finds no registers for all else
 constexpr int64_t kOctetInputs = 512;  // of a block
 constexpr int kMostOctets = kOctetInputs / 4;
 
@@ -119,11 +120,16 @@ inline void multiply_block(const uint32_t* weights, const RowGroups<kOctetRows>&
     }
 }
 
+inline int64_t least_groups(int64_t rows) {
+    if (rows <= kAloneOctetRows) return 1;
+    return kLanes == 8 && rows >= kThreesFrom ? (rows + 2) / 3 : 2;
+}
+
 // Calls store(into, slab, row, 64 sums) for all outputs. middle: takes what the sums of each row are too large by.
 template <class T, class Store>
 inline void run_octets(Context& context, const Linear<T>& linear, const int8_t* codes, int32_t* middle, const Store& store) {
     const int64_t rows = linear.rows, inputs = linear.inputs, blocks = (inputs + kOctetInputs - 1) / kOctetInputs;
-    const RowGroups<kOctetRows> groups(rows, rows > kAloneOctetRows ? 2 : 1);
+    const RowGroups<kOctetRows> groups(rows, least_groups(rows));
     OctetBlock* const x = (OctetBlock*)context.packed.reserve(blocks * groups.count * sizeof(OctetBlock));
     const auto size = [&](int64_t block) { return std::min(kOctetInputs, inputs - block * kOctetInputs); };
     run_ranges(context, groups.count, 16384 / (kOctetRows * inputs), [&](int64_t begin, int64_t end) {
