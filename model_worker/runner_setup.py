@@ -64,8 +64,9 @@ def build_runner(
         if compute.kernels is not None and args.dist_init_addr is None:
             parallel = share_memory(parallel, compute.kernels)
         model = Qwen3(spec.model, parallel, dtype, device, compute.operations, DISPATCH[args.moe_dispatch])
-        first = None if memory is None else memory.take()
-        choose_formats(model, args.quantization, compute.kernels, fixed_order=args.deterministic, memory=first)
+        early = None if memory is None else memory.take()
+        choose_formats(model, args.quantization, compute.kernels, fixed_order=args.deterministic, memory=early)
+        del early  # it goes now, where there are no kernels that keep it
         progress = LoadProgress(heartbeat, visible=parallel.rank == 0 and sys.stderr.isatty())
         fill(model, spec.weights, args.seed, progress)
     draft = None if args.draft_model_path is None else _load_draft(spec, model.parallel, device, compute, heartbeat)
