@@ -98,6 +98,13 @@ def test_products_are_those_of_what_is_stored(kernels: CpuKernels, kind: WeightF
 
 
 @pytest.mark.parametrize("kind", WeightFormat)
+def test_no_rows(kernels: CpuKernels, kind: WeightFormat) -> None:
+    weights, _ = pack(kernels, kind, values(200, 96, seed=1))
+    for dtype in dtypes_of(kind):
+        assert kernels.linear(torch.empty((0, 96), dtype=dtype), weights).shape == (0, 200)
+
+
+@pytest.mark.parametrize("kind", WeightFormat)
 def test_several_blocks_of_rows(kernels: CpuKernels, kind: WeightFormat) -> None:
     """1,300 rows come in three blocks."""
     weights, stored = pack(kernels, kind, values(1000, 1024, seed=2))
