@@ -49,6 +49,7 @@ from vibe_sgl_lite.runtime.settings.address import split_host_port
 from vibe_sgl_lite.runtime.settings.server_args import flag_name
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 
+CONNECT_S = 10.0  # for the scheduler's connection, which takes a fraction of a second
 SHUTDOWN_GRACE_S = 1.0  # for the scheduler's StopRank, which ends all ranks at the same step
 # Settings that nodes may have of their own.
 NODES_OWN = {
@@ -66,7 +67,7 @@ def main(child: Child, rank: int, memory: EarlyMemory | None) -> None:
     # Bound before the slow part, so that the scheduler can connect and send at any time.
     inbox: Receiver[RankInput] | None = None
     if args.node_rank == 0:
-        inbox = Receiver(child.context, spec.endpoints.rank(rank), RankInput)
+        inbox = Receiver(child.context, spec.endpoints.rank(rank), RankInput, awaits_sender=True)
     outbox = Sender(child.context, spec.endpoints.results) if rank == 0 else None
 
     index = rank - args.local_ranks.start
@@ -116,6 +117,8 @@ def main(child: Child, rank: int, memory: EarlyMemory | None) -> None:
             Path(args.cache_dir), resident.runner.pool, resident.runner.device, rank, args.tp,
             lambda: Sender(child.context, spec.endpoints.results).send,
         )  # fmt: skip
+    if inbox is not None:
+        _await_scheduler(child, inbox)
     steps: StepPipeline | None = ready(resident.runner, spec.weights)
     child.ready()
     if inbox is None:
@@ -138,6 +141,14 @@ def main(child: Child, rank: int, memory: EarlyMemory | None) -> None:
         files.close()
     if outbox is not None:
         outbox.close()
+
+
+def _await_scheduler(child: Child, inbox: Receiver[RankInput]) -> None:
+    """Until the scheduler is connected: a rank that is ready gets what is sent to it, even if its run directory is
+    removed that moment."""
+    deadline = time.monotonic() + CONNECT_S
+    while not inbox.connected(HEARTBEAT_S) and time.monotonic() < deadline:
+        child.heartbeat()
 
 
 def _timer(device: torch.device) -> StepTimer:

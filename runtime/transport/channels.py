@@ -58,13 +58,24 @@ class Sender:
 
 
 class Receiver(Generic[T]):
-    """The PULL end, for one union of message types."""
+    """The PULL end, for one union of message types. awaits_sender: whether `connected` is going to be asked."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, union: Any) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], address: str, union: Any, *, awaits_sender: bool = False
+    ) -> None:
         self.socket = new_socket(context, zmq.PULL)
+        self._monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED) if awaits_sender else None
         bind_ipc(self.socket, address)
         self.bad_frames = 0
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
+
+    def connected(self, timeout_s: float) -> bool:
+        """Whether a sender is there. Senders try again every 100 to 200 ms until the receiver has bound, so one that
+        was there before may be late; once connected, it needs the socket's file no longer."""
+        if self._monitor is not None and self._monitor.poll(int(timeout_s * 1000)):
+            self.socket.disable_monitor()
+            self._monitor = None
+        return self._monitor is None
 
     def receive(self, timeout_s: float | None) -> T | None:
         """One message; None after `timeout_s` seconds (None waits for ever, 0 does not wait) or for a bad frame."""
@@ -94,4 +105,6 @@ class Receiver(Generic[T]):
             return None
 
     def close(self) -> None:
+        if self._monitor is not None:
+            self.socket.disable_monitor()
         self.socket.close()

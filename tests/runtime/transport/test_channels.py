@@ -30,6 +30,21 @@ def test_messages_arrive_in_order_and_typed(context: zmq.Context[zmq.Socket[byte
     assert receiver.receive(0) is None
 
 
+def test_what_a_connected_sender_sends_arrives_without_the_sockets_file(
+    context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path
+) -> None:
+    address = f"ipc://{tmp_path}/s"
+    receiver: Receiver[SchedulerInput] = Receiver(context, address, SchedulerInput, awaits_sender=True)
+    assert not receiver.connected(0.05)
+    sender = Sender(context, address)
+    assert receiver.connected(30.0)
+    assert receiver.connected(0.0)
+    (tmp_path / "s").unlink()
+    sender.send(AbortRequest(uid=3))
+    assert receiver.receive(30.0) == AbortRequest(uid=3)
+    receiver.close()
+
+
 def test_bad_frames_are_counted_and_dropped(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
     address = f"ipc://{tmp_path}/s"
     receiver: Receiver[SchedulerInput] = Receiver(context, address, SchedulerInput)
