@@ -144,7 +144,11 @@ def test_torch_is_imported_by_ranks_alone(part: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "late"),
-    [("scheduler.process", {"numpy"}), ("model_worker.worker", {"jinja2", "tokenizers", "transformers"})],
+    [
+        ("scheduler.process", {"numpy"}),
+        ("model_worker.worker", {"jinja2", "tokenizers", "transformers"}),
+        ("model_worker.process", {"torch", "numpy"}),
+    ],
 )
 def test_processes_start_without_what_few_requests_need(module: str, late: set[str]) -> None:
     code = f"import sys, {PACKAGE}.{module}; print(*sys.modules)"
