@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from vibe_sgl_lite.qwen3.layers.weight import CodedMatrix
+from vibe_sgl_lite.qwen3.layers.matrix import CodedMatrix
 from vibe_sgl_lite.runtime.settings.quantized_form import AWQ, FP8, QuantizedForm
 
 # AWQ's order of outputs within 32 bits: its kernels take even ones first.
@@ -41,7 +41,7 @@ class Codes:
 
 @runtime_checkable
 class CodedFormat(Protocol):
-    """A `MatrixFormat` (qwen3/layers/weight.py) that can also keep codes of so many bits as they are."""
+    """A `MatrixFormat` (qwen3/layers/matrix.py) that can also keep codes of so many bits as they are."""
 
     bits: int
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from vibe_sgl_lite.model_worker.quantized_files import CodedFormat, Codes, coded_slice
 from vibe_sgl_lite.qwen3.checkpoint import LoadItem, Part, load_items
-from vibe_sgl_lite.qwen3.layers.weight import CodedMatrix, ExpertWeight, MatrixWeight, PlainMatrix, StackedMatrices
+from vibe_sgl_lite.qwen3.layers.matrix import CodedMatrix, PlainMatrix, StackedMatrices
+from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, MatrixWeight
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import WeightsError
 from vibe_sgl_lite.runtime.settings.checkpoint import find_tensors

@@ -44,10 +44,8 @@ from vibe_sgl_lite.model_worker.gpu.graphs import CudaGraphs  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout  # noqa: E402
 from vibe_sgl_lite.model_worker.kv_pool import KVPool  # noqa: E402
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner  # noqa: E402
-from vibe_sgl_lite.model_worker.quantized_files import CodedFormat  # noqa: E402
 from vibe_sgl_lite.model_worker.weights import _DummySource  # noqa: E402
-from vibe_sgl_lite.qwen3.checkpoint import LoadItem  # noqa: E402
-from vibe_sgl_lite.qwen3.layers import parallel_state, weight  # noqa: E402
+from vibe_sgl_lite.qwen3.layers import matrix, parallel_state  # noqa: E402
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState  # noqa: E402
 from vibe_sgl_lite.qwen3.layers.rotary import RotaryEmbedding  # noqa: E402
 from vibe_sgl_lite.qwen3.model import Qwen3  # noqa: E402
@@ -58,12 +56,6 @@ CPU = torch.device("cpu")
 class DryGraphs(CudaGraphs):
     def run(self, key: Any, work: Callable[[], Any]) -> Any:
         return work()
-
-
-def zeros_for_codes(source: _DummySource, item: LoadItem, buffer: Tensor) -> None:
-    """Which look at what they are made of; other matrices stay as they come."""
-    if isinstance(getattr(item.weights[0], "format", None), CodedFormat):
-        buffer.zero_()
 
 
 def be_dry(takes: Callable[[str], bool]) -> None:
@@ -95,8 +87,8 @@ def be_dry(takes: Callable[[str], bool]) -> None:
         (parallel_steps, "STEPS", 1), (parallel_steps, "TOKENS", 2), (torch.cuda, "synchronize", nothing),
         (F, "linear", lambda x, matrix, bias=None: x.new_empty((*x.shape[:-1], len(matrix)))),
         (dist, "all_reduce", nothing), (dist, "all_to_all_single", nothing),
-        (parallel_state, "_all_gather_into", nothing), (weight, "can_pack", lambda *_: False),
-        (Tensor, "normal_", lambda x: x), (_DummySource, "read", zeros_for_codes),
+        (parallel_state, "_all_gather_into", nothing), (matrix, "can_pack", lambda *_: False),
+        (Tensor, "normal_", lambda x: x), (_DummySource, "read", lambda source, parts, buffer: buffer.zero_()),
     ]  # fmt: skip
     patches += [(m, "has_dependent_launch", lambda _: True) for m in (operations, attention_backend, collectives, draw)]
     for holder, name, value in patches:

@@ -55,7 +55,7 @@ class SlabMatrix:
 
 
 class SlabFormat:
-    """A `GradualFormat` (qwen3/layers/weight.py): makes matrices of one format for `kernels`, all in the same memory.
+    """A `GradualFormat` (qwen3/layers/matrix.py): makes matrices of one format for `kernels`, all in the same memory.
 
     memory: None for new memory.
     """

@@ -12,7 +12,7 @@ FP8, LARGEST = torch.float8_e4m3fn, 448.0
 
 
 class BlockExperts:
-    """A `StackedMatrices` (qwen3/layers/weight.py). codes: [E, O, I] e4m3; scales: [E, O / BLOCK, I / BLOCK] fp32."""
+    """A `StackedMatrices` (qwen3/layers/matrix.py). codes: [E, O, I] e4m3; scales: [E, O / BLOCK, I / BLOCK] fp32."""
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         assert codes.dtype == FP8

@@ -5,7 +5,7 @@ from torch import Tensor
 from vibe_sgl_lite.model_worker.gpu.fused_layers import FIXED_TILES, adapt
 from vibe_sgl_lite.model_worker.gpu.kernels.product import plain_product
 from vibe_sgl_lite.model_worker.gpu.operations import has_dependent_launch
-from vibe_sgl_lite.qwen3.layers.weight import PlainMatrix
+from vibe_sgl_lite.qwen3.layers.matrix import PlainMatrix
 
 MULTIPLE = 16  # of inputs and outputs: the smallest tile
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vibe_sgl_lite.model_worker.gpu.kernels.fp8_product import encode_rows, fp8_gemv
 from vibe_sgl_lite.model_worker.gpu.operations import has_dependent_launch
-from vibe_sgl_lite.qwen3.layers.weight import ProductOnly
+from vibe_sgl_lite.qwen3.layers.matrix import ProductOnly
 
 FP8, LARGEST = torch.float8_e4m3fn, 448.0
 MULTIPLE = 16  # of inputs and outputs: what the card's fp8 units want

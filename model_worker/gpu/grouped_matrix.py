@@ -25,7 +25,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.grouped_product import (
 from vibe_sgl_lite.model_worker.gpu.kernels.product import ProductScratch
 from vibe_sgl_lite.model_worker.gpu.operations import has_dependent_launch
 from vibe_sgl_lite.model_worker.quantized_files import Codes
-from vibe_sgl_lite.qwen3.layers.weight import ProductOnly
+from vibe_sgl_lite.qwen3.layers.matrix import ProductOnly
 
 WHOLE_OUTPUTS = 128  # which outputs are filled up to: the largest tile's
 GROUPS = (256, 128, 64, 32, 16)  # inputs that may share a scale; the most planes are of half a line of the cache

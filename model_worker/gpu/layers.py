@@ -21,10 +21,11 @@ from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
 from vibe_sgl_lite.model_worker.gpu.parallel_layers import FusedSums, ParallelLayers
 from vibe_sgl_lite.model_worker.gpu.rank_products import RankProducts
 from vibe_sgl_lite.qwen3.attention_backend import ForwardContext
+from vibe_sgl_lite.qwen3.layers.matrix import PlainMatrix
 from vibe_sgl_lite.qwen3.layers.norm import RMSNorm
 from vibe_sgl_lite.qwen3.layers.part_timer import OTHER, PartTimer
 from vibe_sgl_lite.qwen3.layers.rotary import RopeAngles
-from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight, PlainMatrix
+from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import DecoderLayer, Qwen3
 

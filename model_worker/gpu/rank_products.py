@@ -8,8 +8,9 @@ from torch import Tensor
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox
 from vibe_sgl_lite.model_worker.gpu.kernels.product import ProductScratch
 from vibe_sgl_lite.model_worker.gpu.kernels.rank_product import ProductCut, rank_product
+from vibe_sgl_lite.qwen3.layers.matrix import PlainMatrix
 from vibe_sgl_lite.qwen3.layers.operations import LayerOperations
-from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight, PlainMatrix
+from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight
 
 PLACES = 132  # multiprocessors of an H100
 MOST_ROWS, MOST_SILU_ROWS = 64, 128

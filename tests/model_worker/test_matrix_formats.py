@@ -12,9 +12,9 @@ from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabMatrix
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.weights import load_dummy_weights
 from vibe_sgl_lite.qwen3.checkpoint import weight_bytes
+from vibe_sgl_lite.qwen3.layers.matrix import Matrix
 from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
-from vibe_sgl_lite.qwen3.layers.weight import Matrix
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 

@@ -15,10 +15,11 @@ from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabMatrix
 from vibe_sgl_lite.model_worker.matrix_formats import choose_formats
 from vibe_sgl_lite.model_worker.weights import load_dummy_weights, load_weights
 from vibe_sgl_lite.qwen3.checkpoint import load_items
+from vibe_sgl_lite.qwen3.layers.matrix import PlainMatrix
 from vibe_sgl_lite.qwen3.layers.moe import MoEBlock
 from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
-from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, PlainMatrix
+from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig

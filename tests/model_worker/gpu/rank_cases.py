@@ -16,7 +16,7 @@ from vibe_sgl_lite.model_worker.kv_pool import KVPool
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner
 from vibe_sgl_lite.model_worker.parallel import build_state
 from vibe_sgl_lite.model_worker.weights import load_weights
-from vibe_sgl_lite.qwen3.layers import weight
+from vibe_sgl_lite.qwen3.layers import matrix as formats
 from vibe_sgl_lite.qwen3.layers.moe import DispatchKind
 from vibe_sgl_lite.qwen3.layers.parallel_state import ParallelState
 from vibe_sgl_lite.qwen3.model import Qwen3
@@ -31,7 +31,7 @@ COUNT = 3
 def tokens(rank: int, world_size: int, folder: Path) -> list[list[int]]:
     """Of PROMPTS, the dense model of <folder>/dense on all ranks, with the chain of few rows and without, then the one
     of <folder>/moe, whose experts get all tokens, and are sent some."""
-    setattr(weight, "can_pack", lambda *_: False)  # noqa: B010 - experts as a card has them
+    setattr(formats, "can_pack", lambda *_: False)  # noqa: B010 - experts as a card has them
     parallel = build_state(rank, world_size, 1)
     over_experts = build_state(rank, world_size, world_size)
     regions = [torch.from_file(str(folder / f"region-{peer}"), shared=True, size=LAYOUT.nbytes, dtype=torch.uint8)

@@ -14,7 +14,7 @@ from vibe_sgl_lite.model_worker.gpu.experts import FixedDispatch, GroupedDispatc
 from vibe_sgl_lite.model_worker.gpu.kernels import experts as kernels
 from vibe_sgl_lite.model_worker.matrix_formats import keep_as_codes
 from vibe_sgl_lite.model_worker.weights import load_weights
-from vibe_sgl_lite.qwen3.layers import weight
+from vibe_sgl_lite.qwen3.layers import matrix as formats
 from vibe_sgl_lite.qwen3.layers.moe import MoEBlock
 from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_ranks_part_is_that_of_the_plain_dispatch(
     folder: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device, ranks: int, split: str, tokens: int
 ) -> None:
-    monkeypatch.setattr(weight, "can_pack", lambda *_: False)
+    monkeypatch.setattr(formats, "can_pack", lambda *_: False)
     x = torch.randn((tokens, MOE["hidden_size"]), generator=torch.Generator().manual_seed(tokens))
     for rank in range(ranks):
         group = NoProcessGroup(rank, ranks)
@@ -69,7 +69,7 @@ def test_tokens_sent_to_experts_come_back_as_from_the_plain_dispatch(
     folder: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device, tokens: int
 ) -> None:
     """To the one rank that there is; to others: test_ranks.py."""
-    monkeypatch.setattr(weight, "can_pack", lambda *_: False)
+    monkeypatch.setattr(formats, "can_pack", lambda *_: False)
     x = torch.randn((tokens, MOE["hidden_size"]), generator=torch.Generator().manual_seed(tokens))
     block = load_model(folder).layers[0].feed_forward
     assert isinstance(block, MoEBlock)
@@ -125,7 +125,7 @@ def test_published_fp8_experts_stay_codes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device, ranks: int, split: str
 ) -> None:
     """And do what the values do that they stand for; in slices of whole blocks."""
-    monkeypatch.setattr(weight, "can_pack", lambda *_: False)
+    monkeypatch.setattr(formats, "can_pack", lambda *_: False)
     make_checkpoint(tmp_path / "source", MOE | {"hidden_size": 128, "moe_intermediate_size": 256})
     make_quantised("fp8", tmp_path / "source", tmp_path / "fp8", tmp_path / "plain")
     config = settle(ModelConfig.from_folder(tmp_path / "fp8"), tmp_path / "fp8")

@@ -20,7 +20,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import CHAIN_ROWS, F
 from vibe_sgl_lite.model_worker.gpu.layers import WIDE, plan_layers
 from vibe_sgl_lite.model_worker.gpu.parallel_layers import ParallelLayers
 from vibe_sgl_lite.model_worker.gpu.rank_products import RankProducts
-from vibe_sgl_lite.qwen3.layers import weight
+from vibe_sgl_lite.qwen3.layers import matrix as formats
 from vibe_sgl_lite.qwen3.layers.moe import DispatchKind
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
 
@@ -87,7 +87,7 @@ def test_several_ranks_of_a_wide_model_have_a_chain_for_fewer_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: int, ranks: int, most: int
 ) -> None:
     monkeypatch.setattr(ThreadPeers, "takes", lambda *_: True)
-    monkeypatch.setattr(weight, "can_pack", lambda *_: False)  # matrices as a card has them
+    monkeypatch.setattr(formats, "can_pack", lambda *_: False)  # matrices as a card has them
     make_checkpoint(tmp_path, DENSE | {"hidden_size": hidden, "intermediate_size": 64, "num_hidden_layers": 1})
     nobody: Any = object()  # planning meets nobody
     group = Group(0, ranks, nobody if ranks > 1 else None)

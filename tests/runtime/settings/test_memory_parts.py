@@ -15,9 +15,10 @@ from vibe_sgl_lite.model_worker.kv_pool import bytes_per_token
 from vibe_sgl_lite.model_worker.matrix_formats import keep_as_codes
 from vibe_sgl_lite.model_worker.weights import load_dummy_weights
 from vibe_sgl_lite.qwen3.checkpoint import load_items, weight_bytes
+from vibe_sgl_lite.qwen3.layers.matrix import PlainMatrix
 from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
-from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, PlainMatrix
+from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.commands.main import main
 from vibe_sgl_lite.runtime.errors import ModelConfigError
