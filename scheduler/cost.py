@@ -54,12 +54,16 @@ class CostModel:
     """base_tokens: the guess at how many tokens' work an empty step costs."""
 
     def __init__(self, base_tokens: float) -> None:
-        self.measured = False
         self.largest = 0  # tokens of the steps so far, at most
         self._theta = [base_tokens, 1.0, CONTEXT_SHARE, READ_SHARE]
         # normal equations, a row a number and the right side in its last column: of steps without chunks, and with
         self._seen = tuple([[0.0] * 5 for _ in range(4)] for _ in range(2))
         self._stale = False
+
+    @property
+    def measured(self) -> bool:
+        """Whether any step was."""
+        return self.largest > 0
 
     def observe(self, work: Work, seconds: float) -> None:
         """A step of that size took so long. Steps that were not timed (0 seconds) are ignored."""
@@ -68,7 +72,6 @@ class CostModel:
         if not self.measured:
             scale = seconds / self.seconds(work)
             self._theta = [value * scale for value in self._theta]
-            self.measured = True
         self.largest = max(self.largest, work.tokens)
         row = (1.0 / seconds, work.tokens / seconds, work.context / seconds, work.reads / seconds)
         for x, equation in zip(row, self._seen[work.context > work.reads], strict=True):
