@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "dot.h"
+#include "simd_lanes.h"
 
 namespace vsl {
 

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "elementwise.h"
+#include "simd_products.h"
 
 namespace vsl {
 

@@ -11,6 +11,7 @@
 // multiply and add at once. AMX multiplies tiles of 16 x 16 units.
 #pragma once
 
+#include "simd_products.h"
 #include "two.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(VSL_AVX512_BF16) && defined(__linux__)

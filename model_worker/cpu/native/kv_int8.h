@@ -1,7 +1,7 @@
 // Keys and values in 8 bits; model_worker/kv_int8.py describes the format and is what this is tested against.
 #pragma once
 
-#include "simd.h"
+#include "simd_lanes.h"
 
 namespace vsl {
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "linear.h"
+#include "simd_products.h"
 
 namespace vsl {
 

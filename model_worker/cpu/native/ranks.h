@@ -14,7 +14,7 @@
 
 #include "abi.h"
 #include "parallel.h"
-#include "simd.h"
+#include "simd_memory.h"
 
 namespace vsl {
 

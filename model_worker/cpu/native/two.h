@@ -3,7 +3,7 @@
 // narrowing two.
 #pragma once
 
-#include "simd.h"
+#include "simd_memory.h"
 
 #define VSL_INLINE __attribute__((always_inline))
 
