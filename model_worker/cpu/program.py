@@ -1,8 +1,8 @@
 """Runs a model's layers as programs of the CPU kernels (native/program.h), each as many blocks as follow one another.
 
 A program is compiled of the model's own description (qwen3/steps.py). A block whose matrices are all the kernels' is in
-one, with the sum over the ranks where these share memory; a sum through torch.distributed ends it. Experts, and what is
-in other formats, run step by step between two programs.
+one, with the sum over the ranks where these share memory; a sum through torch.distributed ends it. What is in other
+formats runs step by step between two programs.
 T tokens, H hidden size.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vibe_sgl_lite.model_worker.attention.cpu_backend import KernelAttention
 from vibe_sgl_lite.model_worker.cpu.api import DTYPES
-from vibe_sgl_lite.model_worker.cpu.experts import plan_experts
+from vibe_sgl_lite.model_worker.cpu.experts import experts_of
 from vibe_sgl_lite.model_worker.cpu.library import structures
 from vibe_sgl_lite.model_worker.cpu.linear import SLAB
 from vibe_sgl_lite.model_worker.cpu.shared_memory import SharedMemory
@@ -27,9 +27,10 @@ from vibe_sgl_lite.model_worker.device_batch import DeviceBatch
 from vibe_sgl_lite.model_worker.step_timer import COLLECTIVES
 from vibe_sgl_lite.qwen3.attention_backend import AttentionBackend, ForwardContext
 from vibe_sgl_lite.qwen3.layers.linear import RowParallelLinear
+from vibe_sgl_lite.qwen3.layers.moe import AllReduceDispatch
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group
 from vibe_sgl_lite.qwen3.model import Qwen3
-from vibe_sgl_lite.qwen3.steps import AddNorm, Attend, Block, Product, SiluMultiply, run_block
+from vibe_sgl_lite.qwen3.steps import AddNorm, Attend, Block, Product, RunExperts, SiluMultiply, run_block
 
 
 class Kind(IntEnum):
@@ -41,6 +42,8 @@ class Kind(IntEnum):
     ROPE_STORE = 3
     ATTEND = 4
     SUM_RANKS = 5
+    ROUTE = 6
+    EXPERTS = 7
 
 
 class Target(IntEnum):
@@ -56,7 +59,7 @@ class Program:
     def __init__(self, blocks: Sequence[Block], backend: KernelAttention, model: Qwen3) -> None:
         self._blocks = blocks
         self._kernels = backend.kernels
-        compiled = [operation for block in blocks for operation in _compile(block, backend) or ()]
+        self._compiled = compiled = [operation for block in blocks for operation in _compile(block, backend) or ()]
         ranks = _group(blocks[0]).peers
         self.parts = [part for part, _ in compiled]
         self._operations = (structures()["Operation"] * len(compiled))(*[operation for _, operation in compiled])
@@ -128,7 +131,6 @@ def plan_programs(model: Qwen3, backend: AttentionBackend) -> None:
     """Give `model`, whose weights are loaded, programs, if there are any for it."""
     if not isinstance(backend, KernelAttention):
         return
-    plan_experts(model, backend.kernels)
     pieces: list[Program | Block | Group] = []
     together: list[Block] = []
 
@@ -156,6 +158,9 @@ def plan_programs(model: Qwen3, backend: AttentionBackend) -> None:
 def _group(block: Block) -> Group:
     """The ranks that sum a block's output."""
     last = block[-1]
+    if isinstance(last, RunExperts):
+        assert isinstance(last.block.dispatch, AllReduceDispatch)
+        return last.block.dispatch.group
     assert isinstance(last, Product)
     assert isinstance(last.linear, RowParallelLinear)
     return last.linear.group
@@ -189,8 +194,18 @@ def _compile(block: Block, backend: KernelAttention) -> list[tuple[str, Any]] | 
             places = {"keys": pool.keys, "values": pool.values}
             operations.append(("rope", made(kind=Kind.ROPE_STORE, **weights, **places)))
             operations.append((step.part, made(kind=Kind.ATTEND, **places)))
-        elif not isinstance(step, SiluMultiply):
-            return None
+        elif isinstance(step, RunExperts):
+            experts = experts_of(step.block)
+            if experts is None:
+                return None
+            matrix = step.block.router.weight.matrix
+            assert isinstance(matrix, SlabMatrix)
+            operations.append(("router", made(kind=Kind.ROUTE, matrix=matrix.weights.place)))
+            operations.append(("experts", made(kind=Kind.EXPERTS)))
+            for _, operation in operations[-2:]:
+                operation.experts, operation.kept = ctypes.addressof(experts), experts
+        else:
+            assert isinstance(step, SiluMultiply)
     if isinstance(_group(block).peers, SharedMemory):
         operations.append((COLLECTIVES, made(kind=Kind.SUM_RANKS)))
     return operations

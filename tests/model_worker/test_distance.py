@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.qwen3.harness import MOE, PagedRun, Row, compute_of, load_model, make_checkpoint, random_tokens
-from vibe_sgl_lite.model_worker.cpu.experts import plan_experts
+from vibe_sgl_lite.model_worker.cpu.program import plan_programs
 
 MODELS, TOKENS = 24, 100
 
@@ -29,9 +29,9 @@ def test_logprobs_with_experts_are_no_farther_than_those_of_transformers(tmp_pat
                 compute = compute_of(kind, torch.bfloat16)
                 formats = None if compute.kernels is None else "none"
                 model = load_model(tmp_path, dtype=torch.bfloat16, compute=compute, quantization=formats)
-                if compute.kernels is not None:
-                    plan_experts(model, compute.kernels)
-                logits[kind] = PagedRun(model, compute=compute).step([(Row(tokens), TOKENS)])
+                run = PagedRun(model, compute=compute)
+                plan_programs(model, run.backend)
+                logits[kind] = run.step([(Row(tokens), TOKENS)])
         for kind, values in logits.items():
             of_drawn = torch.log_softmax(values.float(), -1).gather(1, drawn)
             distances[kind].append((of_drawn - exact.gather(1, drawn)).abs())

@@ -103,19 +103,6 @@ struct GatherRowsCall {
     void* out;
 };
 
-// gate_up, down: of `experts` experts, of which the first has number `first`. ids, weights: [tokens, top_k], weights of
-// `dtype`; x, out: [tokens, hidden], contiguous. width: of an expert's inner vectors.
-struct ExpertsCall {
-    int64_t dtype;
-    const Matrix *gate_up, *down;
-    int64_t experts, first;
-    const void* x;
-    const int64_t* ids;
-    const void* weights;
-    int64_t tokens, top_k, hidden, width;
-    void* out;
-};
-
 // x becomes the sum over the ranks.
 struct SumRanksCall {
     int64_t dtype;
@@ -131,12 +118,20 @@ struct GatherRanksCall {
     void* out;
 };
 
+// A layer's experts that are here, `count` from number `first` on, each with a matrix of gate and up and one of down. width: of
+// an expert's inner vectors. normalize: whether a token's top_k weights add up to 1.
+struct Experts {
+    const Matrix *gate_up, *down;
+    int64_t count, first, top_k, width, normalize;
+};
+
 // One step of a program (program.h).
 struct Operation {
     int64_t kind, target;  // target: where a product goes
     Matrix matrix;
     const void *weight, *second_weight;  // of norms
     void *keys, *values;
+    const Experts* experts;
 };
 
 struct RunProgramCall {

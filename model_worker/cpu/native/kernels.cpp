@@ -1,6 +1,5 @@
 // The C interface of the CPU kernels (abi.h). model_worker/cpu/api.py is its caller and checks the arguments.
 #include "abi.h"
-#include "experts.h"
 #include "pack.h"
 #include "program.h"
 
@@ -137,10 +136,6 @@ void vsl_run_program(Context* context, const RunProgramCall* c) {
     with_dtypes(c->dtype, c->pool, [&](auto type, auto stored) {
         Program<decltype(type), decltype(stored)>(*context, *c).run();
     });
-}
-
-void vsl_experts(Context* context, const ExpertsCall* c) {
-    with_dtype(c->dtype, [&](auto type) { ExpertLayer<decltype(type)>(*context, *c).run(); });
 }
 
 void vsl_sum_ranks(Context* context, const SumRanksCall* c) {

@@ -31,6 +31,13 @@ constexpr int kAhead = 4096;  // bytes of weights that are asked for before they
 
 enum WeightFormat { kBf16 = 0, kInt8 = 1, kInt4 = 2, kFloat = 3 };
 
+// Rows that have a matrix of their own, and how many rows after them their outputs are.
+struct RowPart {
+    const uint8_t* weights;
+    const float* scales;
+    int64_t begin, end, shift;
+};
+
 template <class T>
 struct Linear {
     int format;
@@ -44,6 +51,9 @@ struct Linear {
     // Whether the first half of the outputs are gates of the second: out is silu(gate) x up, of half the outputs, each
     // of the three rounded. Outputs are then a multiple of 128.
     bool gated = false;
+    // Instead of `weights`: matrices of this format and size. Each takes few rows, which may be the same ones.
+    const RowPart* parts = nullptr;
+    int64_t part_count = 0;
 };
 
 inline int64_t slab_bytes(int format, int64_t inputs) {
@@ -95,14 +105,21 @@ struct RowBlocks {
     int64_t end(int item) const { return std::min(rows, begin(item) + height); }
 };
 
-// Calls compute(linear, slab, first row, end of rows, worker) for every slab and block of rows, as compute_slab does.
+// Calls compute(linear, slab, first row, end of rows, worker) for every slab and block or part of rows, as compute_slab does.
 template <class T, class Compute>
 inline void run_slabs(Context& context, const Linear<T>& linear, const Compute& compute) {
-    const RowBlocks blocks(linear.rows, slab_count(linear));
-    run_stretches(context, blocks.items(), [&](int item, int worker) {
-        const int64_t begin = blocks.begin(item), end = blocks.end(item);
-        compute_slab(linear, item % blocks.slabs, begin, end, context.gates[worker],
-                     [&](const Linear<T>& into, int64_t slab) { compute(into, slab, begin, end, worker); });
+    const int64_t slabs = slab_count(linear);
+    const RowBlocks blocks(linear.rows, slabs);
+    run_stretches(context, linear.parts == nullptr ? blocks.items() : (int)(linear.part_count * slabs), [&](int item, int worker) {
+        const auto run = [&](const Linear<T>& linear, int64_t begin, int64_t end) {
+            compute_slab(linear, item % slabs, begin, end, context.gates[worker],
+                         [&](const Linear<T>& into, int64_t slab) { compute(into, slab, begin, end, worker); });
+        };
+        if (linear.parts == nullptr) return run(linear, blocks.begin(item), blocks.end(item));
+        const RowPart& part = linear.parts[item / slabs];
+        Linear<T> own = linear;
+        own.weights = part.weights, own.scales = part.scales, own.out += part.shift * linear.out_stride;
+        run(own, part.begin, part.end);
     });
 }
 
@@ -194,13 +211,16 @@ inline void quantize_rows(Context& context, const Linear<T>& linear, const Quant
 
 // sums[row][group]: x summed over each group of inputs, which is what an int4 group's offset multiplies.
 template <class T>
-inline void sum_groups(const Linear<T>& linear, float* sums) {
-    for (int64_t r = 0; r < linear.rows; r++)
-        for (int64_t i = 0; i < linear.inputs; i += kGroup) {
-            vf total = {};
-            for (int j = 0; j < kGroup; j += kLanes) total += load(linear.x + r * linear.x_stride + i + j);
-            *sums++ = sum(total);
-        }
+inline void sum_groups(Context& context, const Linear<T>& linear, float* sums) {
+    run_ranges(context, linear.rows, 65536 / linear.inputs, [&](int64_t begin, int64_t end) {
+        float* to = sums + begin * (linear.inputs / kGroup);
+        for (int64_t r = begin; r < end; r++)
+            for (int64_t i = 0; i < linear.inputs; i += kGroup) {
+                vf total = {};
+                for (int j = 0; j < kGroup; j += kLanes) total += load(linear.x + r * linear.x_stride + i + j);
+                *to++ = sum(total);
+            }
+    });
 }
 
 }  // namespace vsl

@@ -167,16 +167,16 @@ inline void unpack_steps(const uint8_t* slab, int64_t begin, int64_t end, uint8_
     finish_stores(tiles);
 }
 
-// Rows begin..end, begin a multiple of 32, against one slab, whose weights are used where they lie, but
-// for int4. While rows are multiplied by some steps of the slab, the weights that follow are asked for.
+// Rows against one slab, whose weights are used where they lie, but for int4. While rows are multiplied by some steps of
+// the slab, the weights that follow are asked for.
 template <class Kind, class Store>
-inline void tile_many_rows(int format, const uint8_t* slab, int64_t steps, const TileLayout& x, int64_t begin,
-                           int64_t end, Scratch& scratch, const Store& store) {
+inline void tile_many_rows(int format, const uint8_t* slab, int64_t steps, const TileLayout& x, int64_t rows,
+                           Scratch& scratch, const Store& store) {
     const int64_t step_bytes = format == kInt4 ? kGroupBytes : kPanels * kTileBytes;
-    const int64_t passes = (end - begin + 31) / 32 * (kPanels / 2);
+    const int64_t passes = (rows + 31) / 32 * (kPanels / 2);
     const int lines = (int)((step_bytes / 64 + passes - 1) / passes);
-    const int block_steps = end - begin <= kFewerRows ? kBlockStepsOfFewer : kBlockSteps;
-    int32_t* const sums = (int32_t*)scratch.reserve((end - begin + 31) / 32 * 8 * kTileBytes);
+    const int block_steps = rows <= kFewerRows ? kBlockStepsOfFewer : kBlockSteps;
+    int32_t* const sums = (int32_t*)scratch.reserve((rows + 31) / 32 * 8 * kTileBytes);
     alignas(64) uint8_t unpacked[kBlockStepsOfFewer * kPanels * kTileBytes];
     for (int64_t k = 0; k < steps; k += block_steps) {
         const int64_t stop = std::min(steps, k + block_steps);
@@ -186,11 +186,11 @@ inline void tile_many_rows(int format, const uint8_t* slab, int64_t steps, const
             w = {unpacked, kPanels * kTileBytes, kTileBytes, 64};
         }
         const uint8_t* ahead = slab + stop * step_bytes;
-        for (int64_t row = begin; row < end; row += 32) {
-            const int count = (int)std::min<int64_t>(32, end - row), lower = std::max(0, count - 16);
-            if (row == begin || count < 32) configure_heights(std::min(16, count), lower);
+        for (int64_t row = 0; row < rows; row += 32) {
+            const int count = (int)std::min<int64_t>(32, rows - row), lower = std::max(0, count - 16);
+            if (row == 0 || count < 32) configure_heights(std::min(16, count), lower);
             for (int panel = 0; panel < kPanels; panel += 2) {
-                int32_t* const tiles = sums + ((row - begin) / 32 * 2 + panel / 2) * 4 * kTileSums;
+                int32_t* const tiles = sums + (row / 32 * 2 + panel / 2) * 4 * kTileSums;
                 // Where there are no lower rows, the register takes one of the upper ones.
                 tile_two_by_two<Kind>(w, panel, k, stop, x, row / 16, row / 16 + (lower > 0), (uint8_t*)tiles, ahead,
                                       lines);
@@ -214,35 +214,26 @@ inline void unpack_slab(const uint8_t* slab, int64_t groups, uint8_t* tiles) {
 
 #undef VSL_TILE_DOT
 
-// ------------------------------------------------------------------------------------------------- a whole layer
-
-// x: rows of bf16 or of codes, `stride` bytes apart. Calls store(linear, row, output, 16 sums, 16 more sums).
+// Rows begin..end of a slab's outputs. x: rows of bf16 or of codes, `stride` bytes apart. Calls store(row, output, 16 sums, 16
+// more sums).
 template <class Kind, class T, class Store>
-inline void run_tiles(Context& context, const Linear<T>& linear, const uint8_t* x, int64_t stride,
-                      const Store& store) {
-    const bool int4 = linear.format == kInt4;
-    const int64_t bytes = slab_bytes(linear.format, linear.inputs);
+inline void tile_slab(const Linear<T>& linear, const uint8_t* x, int64_t stride, int64_t slab, int64_t begin, int64_t end,
+                      Scratch& scratch, const Store& store) {
     const int64_t steps = linear.inputs * (Kind::kWhole ? 1 : 2) / 64;
-    const auto slab_tiles = [&](int64_t slab, int worker) {
-        const uint8_t* const weights = linear.weights + slab * bytes;
-        if (!int4) return TileLayout::slab(weights);
-        uint8_t* const tiles = (uint8_t*)context.scratch[worker].reserve(steps * kPanels * kTileBytes);
+    const uint8_t* const weights = linear.weights + slab * slab_bytes(linear.format, linear.inputs);
+    const TileLayout rows = TileLayout::rows(x + begin * stride, stride);
+    const auto put = [&](int64_t row, int output, const int32_t* a, const int32_t* b) {
+        store(begin + row, slab * kSlab + output, a, b);
+    };
+    if (end - begin > kFewRows)
+        return tile_many_rows<Kind>(linear.format, weights, steps, rows, end - begin, scratch, put);
+    TileLayout w = TileLayout::slab(weights);
+    if (linear.format == kInt4) {
+        uint8_t* const tiles = (uint8_t*)scratch.reserve(steps * kPanels * kTileBytes);
         unpack_slab(weights, steps, tiles);
-        return TileLayout{tiles, kPanels * kTileBytes, kTileBytes, 64};
-    };
-    const auto store_slab = [&](const Linear<T>& into, int64_t slab) {
-        return [&into, &store, slab](int64_t row, int output, const int32_t* a, const int32_t* b) {
-            store(into, row, slab * kSlab + output, a, b);
-        };
-    };
-    const TileLayout rows = TileLayout::rows(x, stride);
-    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int worker) {
-        if (linear.rows <= kFewRows)
-            tile_few_rows<Kind>(slab_tiles(slab, worker), steps, rows, (int)linear.rows, store_slab(into, slab));
-        else
-            tile_many_rows<Kind>(linear.format, linear.weights + slab * bytes, steps, rows, begin, end,
-                                 context.scratch[worker], store_slab(into, slab));
-    });
+        w = {tiles, kPanels * kTileBytes, kTileBytes, 64};
+    }
+    tile_few_rows<Kind>(w, steps, rows, (int)(end - begin), put);
 }
 
 }  // namespace vsl

@@ -104,7 +104,7 @@ inline void run_int4_bytes(Context& context, const Linear<T>& linear) {
     run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int) {
         RowGroups<kMostInt4Together>(end - begin).each([&](int64_t first, auto count) {
             float totals[count * kSlab];
-            multiply_groups<count>(linear.weights + slab * slab_bytes(kInt4, inputs), begin + first, x, inputs, totals);
+            multiply_groups<count>(into.weights + slab * slab_bytes(kInt4, inputs), begin + first, x, inputs, totals);
             for (int r = 0; r < count; r++)
                 store_slab(totals + r * kSlab, into.out + (begin + first + r) * into.out_stride + slab * kSlab,
                            into.outputs - slab * kSlab);

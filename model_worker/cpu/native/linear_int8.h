@@ -26,7 +26,7 @@ inline void run_bytes(Context& context, const Linear<T>& linear, const Quantized
         for (int j = 0; j < kSlab; j += kLanes) {
             vi whole;
             std::memcpy(&whole, sums + j, sizeof whole);
-            const vf scale = load(linear.scales + slab * kSlab + j) * splat(rows.scales[row]);
+            const vf scale = load(into.scales + slab * kSlab + j) * splat(rows.scales[row]);
             vsl::store(values + j, __builtin_convertvector(whole - splat(middle[row]), vf) * scale);
         }
         store_slab(values, into.out + row * into.out_stride + slab * kSlab, into.outputs - slab * kSlab);

@@ -320,7 +320,7 @@ template <class Panels, class T, class Store>
 inline void run_panels(Context& context, const Linear<T>& linear, const PackedRows<Panels>& x, const Store& store) {
     using Unit = typename Panels::Direct::Unit;
     run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int worker) {
-        const uint8_t* const weights = linear.weights + slab * slab_bytes(Panels::kFormat, linear.inputs);
+        const uint8_t* const weights = into.weights + slab * slab_bytes(Panels::kFormat, linear.inputs);
         const int64_t rows = end - begin;
         Unit* const sums = (Unit*)context.scratch[worker].reserve((rows + kBlockInputs) * kSlab * sizeof(Unit));
         const bool prepares = !context.fixed_order && rows >= Panels::kLeastRows;

@@ -1,4 +1,4 @@
-// Chooses how a linear layer is multiplied.
+// Chooses how a linear layer is multiplied, or each part of one.
 #pragma once
 
 #include "linear_amx.h"
@@ -9,19 +9,30 @@ namespace vsl {
 
 template <class T>
 inline void run_int8(Context& context, const Linear<T>& linear) {
+#if defined(VSL_BYTES)
+    if (linear.parts != nullptr) {  // one after another: rows are brought together by how many there are
+        for (int64_t i = 0; i < linear.part_count; i++) {
+            const RowPart& part = linear.parts[i];
+            Linear<T> own = linear;
+            own.weights = part.weights, own.scales = part.scales, own.parts = nullptr, own.rows = part.end - part.begin;
+            own.x += part.begin * linear.x_stride, own.out += (part.begin + part.shift) * linear.out_stride;
+            run_int8(context, own);
+        }
+        return;
+    }
+#endif
     const int64_t rows = linear.rows, inputs = linear.inputs;
     const QuantizedRows x(context.shared.reserve(QuantizedRows::bytes(rows, inputs)), rows, inputs);
     quantize_rows(context, linear, x);
-#if defined(VSL_AMX_LINEAR)
-    if (context.amx && rows > 1 && inputs % 64 == 0)
-        return run_tiles<Int8Tiles>(context, linear, (const uint8_t*)x.codes, inputs,
-                                    [&](const Linear<T>& into, int64_t row, int64_t output, const int32_t* a,
-                                        const int32_t* b) {
-                                        store_two(into, x, row, output, _mm512_loadu_si512(a), _mm512_loadu_si512(b));
-                                    });
-#endif
 #if defined(VSL_VNNI)
-    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int) {
+    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int worker) {
+#if defined(VSL_AMX_LINEAR)
+        if (context.amx && end - begin > 1 && inputs % 64 == 0)
+            return tile_slab<Int8Tiles>(into, (const uint8_t*)x.codes, inputs, slab, begin, end, context.scratch[worker],
+                                        [&](int64_t row, int64_t output, const int32_t* a, const int32_t* b) {
+                                            store_two(into, x, row, output, _mm512_loadu_si512(a), _mm512_loadu_si512(b));
+                                        });
+#endif
         dot_int8(into, x, slab, begin, end);
     });
 #else
@@ -32,20 +43,26 @@ inline void run_int8(Context& context, const Linear<T>& linear) {
 #if defined(VSL_AVX512_BF16)
 inline void run_pairs(Context& context, const Linear<bf16>& linear) {
     const bool int4 = linear.format == kInt4;
+    const auto has_tiles = [&](int64_t rows) {
 #if defined(VSL_AMX_LINEAR)
-    if (context.amx && linear.rows >= (int4 ? kAmxInt4Rows : context.fixed_order ? 1 : 2))
-        return run_tiles<Bf16Tiles>(context, linear, (const uint8_t*)linear.x, linear.x_stride * 2,
-                                    [](const Linear<bf16>& into, int64_t row, int64_t output, const int32_t* a,
-                                       const int32_t* b) {
-                                        store_two(into, row, output, _mm512_loadu_ps(a), _mm512_loadu_ps(b));
-                                    });
+        return context.amx && rows >= (int4 ? kAmxInt4Rows : context.fixed_order ? 1 : 2);
+#else
+        return false;
 #endif
+    };
     float* group_sums = nullptr;
-    if (int4) {
+    if (int4 && (linear.parts != nullptr || !has_tiles(linear.rows))) {
         group_sums = (float*)context.shared.reserve(linear.rows * (linear.inputs / kGroup) * 4);
-        sum_groups(linear, group_sums);
+        sum_groups(context, linear, group_sums);
     }
-    run_slabs(context, linear, [&](const Linear<bf16>& into, int64_t slab, int64_t begin, int64_t end, int) {
+    run_slabs(context, linear, [&](const Linear<bf16>& into, int64_t slab, int64_t begin, int64_t end, int worker) {
+#if defined(VSL_AMX_LINEAR)
+        if (has_tiles(end - begin))
+            return tile_slab<Bf16Tiles>(into, (const uint8_t*)into.x, into.x_stride * 2, slab, begin, end, context.scratch[worker],
+                                        [&](int64_t row, int64_t output, const int32_t* a, const int32_t* b) {
+                                            store_two(into, row, output, _mm512_loadu_ps(a), _mm512_loadu_ps(b));
+                                        });
+#endif
         if (int4)
             dot_int4(into, group_sums, slab, begin, end);
         else

@@ -111,7 +111,7 @@ struct Context {
     bool fixed_order = false;  // a token's sums are the same however many tokens it comes with
     Team* team = nullptr;  // while one is together
     std::vector<Scratch> scratch, gates;  // one a worker
-    Scratch shared, packed, activations;
+    Scratch shared, packed, activations, pairs;
 };
 
 // Calls body(data, worker) on all threads that there are; `worker` is below context.threads.

@@ -7,13 +7,16 @@
 
 #include "abi.h"
 #include "attention.h"
+#include "experts.h"
 #include "linear_run.h"
 #include "ranks.h"
 
 namespace vsl {
 
 // program.py numbers them alike.
-enum OperationKind { kAddNorm = 0, kProduct = 1, kGatedProduct = 2, kRopeStore = 3, kAttend = 4, kSumRanks = 5 };
+enum OperationKind {
+    kAddNorm = 0, kProduct = 1, kGatedProduct = 2, kRopeStore = 3, kAttend = 4, kSumRanks = 5, kRoute = 6, kExperts = 7
+};
 enum Target { kUpdate = 0, kQkv = 1 };  // of a product
 
 template <class T>
@@ -27,19 +30,27 @@ class Program {
    public:
     Program(Context& context, const RunProgramCall& call)
         : context_(context), c_(call), inner_(call.heads * call.head_dim), qkv_size_(inner_ + 2 * call.kv_heads * call.head_dim) {
-        int64_t gate_size = 0;
-        for (int64_t i = 0; i < c_.count; i++)
-            if (c_.operations[i].kind == kGatedProduct) gate_size = std::max(gate_size, c_.operations[i].matrix.outputs / 2);
+        int64_t gate_size = 0, scores = 0, choices = 0;
+        for (int64_t i = 0; i < c_.count; i++) {
+            const Operation& operation = c_.operations[i];
+            if (operation.kind == kGatedProduct) gate_size = std::max(gate_size, operation.matrix.outputs / 2);
+            if (operation.kind == kRoute)
+                scores = std::max(scores, operation.matrix.outputs), choices = std::max(choices, operation.experts->top_k);
+        }
         // Rows that lie a multiple of 4 KiB apart would share a few places of the first-level cache.
         attended_stride_ = inner_ + 64 / (int64_t)sizeof(T), gated_stride_ = gate_size + 64 / (int64_t)sizeof(T);
         // What one operation leaves for the next has a place of its own each: writing over what another core has just
         // read takes longer than writing elsewhere.
         const auto room = [&](int64_t size) { return (c_.tokens * size * (int64_t)sizeof(T) + 63) / 64 * 64 / (int64_t)sizeof(T); };
         qkv_ = (T*)context.activations.reserve(
-            sizeof(T) * (room(qkv_size_) + room(inner_) + room(attended_stride_) + room(gated_stride_)));
+            sizeof(T) * (room(qkv_size_) + room(inner_) + room(attended_stride_) + room(gated_stride_) + room(scores) + room(choices)) +
+            sizeof(int64_t) * c_.tokens * choices);
         query_ = qkv_ + room(qkv_size_);
         attended_ = query_ + room(inner_);
         gated_ = attended_ + room(attended_stride_);
+        scores_ = gated_ + room(gated_stride_);
+        weights_ = scores_ + room(scores);
+        ids_ = (int64_t*)(weights_ + room(choices));
     }
 
     void run() {
@@ -96,6 +107,18 @@ class Program {
             }
             case kSumRanks:
                 return sum_ranks(context_, c_.ranks, update, c_.tokens * c_.hidden);
+            case kRoute: {
+                const int64_t scores = operation.matrix.outputs, top_k = operation.experts->top_k;
+                run_linear(context_, linear_of(operation.matrix, x_, stride_, c_.tokens, scores_));
+                return run_ranges(context_, c_.tokens, kElementsPerItem / scores, [&](int64_t begin, int64_t end) {
+                    for (int64_t token = begin; token < end; token++)
+                        choose_experts(scores_ + token * scores, scores, top_k, operation.experts->normalize != 0,
+                                       ids_ + token * top_k, weights_ + token * top_k);
+                });
+            }
+            case kExperts:
+                ExpertLayer<T>(context_, *operation.experts, {ids_, weights_, x_, stride_, c_.tokens, c_.hidden, update}).run();
+                return hand_on(update, c_.hidden);
         }
     }
 
@@ -106,7 +129,8 @@ class Program {
     const RunProgramCall& c_;
     const int64_t inner_, qkv_size_;
     int64_t attended_stride_, gated_stride_;
-    T *qkv_, *query_, *attended_, *gated_;
+    T *qkv_, *query_, *attended_, *gated_, *scores_, *weights_;
+    int64_t* ids_;
     const T* x_ = nullptr;
     int64_t stride_ = 0;
 };

@@ -20,10 +20,11 @@ import torch
 from vibe_sgl_lite.model_worker.cpu.library import function_name, structures
 
 SOURCE = Path(__file__).with_name("emulated.cpp")
-# Pointers to structures, and which field has their number.
-ARRAYS = {
-    ("ExpertsCall", "gate_up"): ("Matrix", "experts"),
-    ("ExpertsCall", "down"): ("Matrix", "experts"),
+# Pointers to structures, and which field has their number; None: there is one.
+ARRAYS: dict[tuple[str, str], tuple[str, str | None]] = {
+    ("Experts", "gate_up"): ("Matrix", "count"),
+    ("Experts", "down"): ("Matrix", "count"),
+    ("Operation", "experts"): ("Experts", None),
     ("RunProgramCall", "operations"): ("Operation", "count"),
 }
 
@@ -106,7 +107,7 @@ class _Request:
                 if array is None:
                     self._to_memory.append((table, place, value))
                 else:
-                    elements = structures()[array[0]] * getattr(structure, array[1])
+                    elements = structures()[array[0]] * (1 if array[1] is None else getattr(structure, array[1]))
                     self._to_tables.append((table, place, self.add(elements.from_address(value))))
 
     def _storage(self, address: int) -> int:

@@ -124,9 +124,10 @@ def pieces_of(folder: Path, shape: dict[str, Any], **options: Any) -> list[type]
 
 
 def test_a_program_is_as_long_as_it_can_be(tmp_path: Path) -> None:
-    """Experts, a feed-forward of no whole slabs, matrices in torch's formats, plain torch, several ranks."""
+    """Experts, these and a feed-forward of no whole slabs, matrices in torch's formats, plain torch, several ranks."""
     assert pieces_of(tmp_path / "whole", SHAPE, quantization="none") == [Program]
-    assert pieces_of(tmp_path / "moe", MOE, quantization="none") == [Program, tuple] * 2
+    assert pieces_of(tmp_path / "moe", MOE | {"moe_intermediate_size": 64}, quantization="none") == [Program]
+    assert pieces_of(tmp_path / "thin", MOE, quantization="none") == [Program, tuple] * 2
     assert pieces_of(tmp_path / "odd", DENSE, quantization="none") == [Program, tuple] * 2
     assert pieces_of(tmp_path / "plain", SHAPE) == []
     model = load_model(tmp_path / "plain", dtype=torch.bfloat16, compute=compute_on(1), quantization="none")
