@@ -1,4 +1,4 @@
-"""The scheduler's core and one rank in one process, without sockets and text: every decision of an engine, and
+"""Schedulers' cores and one rank in one process, without sockets and text: every decision of an engine, and
 time to itself. For tests and measurements of what lies between the two."""
 
 from __future__ import annotations
@@ -44,8 +44,54 @@ class Sample:
     finish: Finish | None = None
 
 
+class Life:
+    """One scheduler and its rank, which serve lists of requests to their end. seconds, cpu_seconds: of the last."""
+
+    def __init__(self, config: SchedulerConfig, runner: ModelRunner, drafter: Drafter | None) -> None:
+        self.core = Scheduler(config)
+        self._config, self._runner, self._drafter = config, runner, drafter
+        self.seconds = self.cpu_seconds = 0.0
+
+    def plain_sibling(self) -> Life:
+        """A scheduler without drafts at the same rank. Only one of them may serve at a time."""
+        return Life(msgspec.structs.replace(self._config, draft_tokens=0), self._runner, None)
+
+    def serve(
+        self, prompts: Sequence[Sequence[int]], sampling: Sequence[ResolvedSampling], *, timed: bool = True
+    ) -> list[Sample]:
+        """Each prompt with its parameters, all there from the beginning.
+
+        timed: else the scheduler learns nothing of what steps cost, and decides the same every time.
+        """
+        core, runner = self.core, self._runner
+        runner.drafter = self._drafter
+        samples = [Sample() for _ in prompts]
+        began, cpu_began = time.perf_counter(), time.process_time()
+        for uid, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+            assert core.add(AddRequest(uid, str(uid), pack_ids(prompt), params), began) is None
+        pending: deque[PendingStep] = deque()
+        while not core.idle:
+            while (batch := core.schedule(time.perf_counter())) is not None:
+                pending.append(runner.launch(batch))
+            result = runner.collect(pending.popleft())
+            if not timed:
+                result = msgspec.structs.replace(result, total_s=0.0)
+            outputs = core.complete(result, time.perf_counter())
+            for uid, token in outputs.next_tokens:
+                samples[uid].tokens += unpack_ids(token)
+            for output in outputs.tokens:
+                sample = samples[output.uid]
+                sample.tokens += unpack_ids(output.token_ids)
+                sample.logprobs += output.logprobs or ()
+                sample.finish = output.finish
+        self.seconds, self.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+        every_slot = pack_ids(range(self._config.max_running_requests))
+        runner.run(ForwardBatch(0, released=every_slot, row_slots=b"", row_tokens=b""))
+        return samples
+
+
 class InProcess:
-    """Serves lists of requests to their end. seconds, cpu_seconds, steps: of the last list."""
+    """One rank, and schedulers to feed it."""
 
     def __init__(
         self,
@@ -92,8 +138,16 @@ class InProcess:
         self._runner: ModelRunner | None = None  # of a GPU, whose graphs are dear
         self._folder = folder
         self._context, self._tokenizer_file = context, folder / "tokenizer.json"
-        self.seconds, self.cpu_seconds, self.steps = 0.0, 0.0, 0
-        self.core: Scheduler
+        self.core: Scheduler  # of the last list
+
+    def begin(self, drafter: Drafter | None = None, *, drafts: int = 0, **settings: Any) -> Life:
+        """settings: of `SchedulerConfig`. drafts: of a row at most, for a GPU to make."""
+        config = SchedulerConfig(
+            num_pages=self._pool.num_pages, page_size=self._pool.page_size,
+            draft_tokens=drafts if drafter is None else drafter.most,
+            **{"max_running_requests": self._rows} | settings,
+        )  # fmt: skip
+        return Life(config, self._make_runner(config, drafter), drafter)
 
     def serve(
         self,
@@ -105,42 +159,10 @@ class InProcess:
         timed: bool = True,
         **settings: Any,
     ) -> list[Sample]:
-        """Each prompt with its parameters, all there from the beginning. settings: of `SchedulerConfig`. drafts: of a
-        row at most, for a GPU to make.
-
-        timed: else the scheduler learns nothing of what steps cost, and decides the same every time.
-        """
-        config = SchedulerConfig(
-            num_pages=self._pool.num_pages, page_size=self._pool.page_size,
-            draft_tokens=drafts if drafter is None else drafter.most,
-            **{"max_running_requests": self._rows} | settings,
-        )  # fmt: skip
-        self.core = core = Scheduler(config)
-        runner = self._make_runner(config, drafter)
-        samples = [Sample() for _ in prompts]
-        began, cpu_began = time.perf_counter(), time.process_time()
-        for uid, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
-            assert core.add(AddRequest(uid, str(uid), pack_ids(prompt), params), began) is None
-        pending: deque[PendingStep] = deque()
-        while not core.idle:
-            while (batch := core.schedule(time.perf_counter())) is not None:
-                pending.append(runner.launch(batch))
-            result = runner.collect(pending.popleft())
-            if not timed:
-                result = msgspec.structs.replace(result, total_s=0.0)
-            outputs = core.complete(result, time.perf_counter())
-            for uid, token in outputs.next_tokens:
-                samples[uid].tokens += unpack_ids(token)
-            for output in outputs.tokens:
-                sample = samples[output.uid]
-                sample.tokens += unpack_ids(output.token_ids)
-                sample.logprobs += output.logprobs or ()
-                sample.finish = output.finish
-        self.seconds, self.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-        self.steps = int(core.stats()["steps_total"])
-        if runner is self._runner:
-            runner.run(ForwardBatch(0, released=pack_ids(range(self._rows)), row_slots=b"", row_tokens=b""))
-        return samples
+        """A life of one list of requests."""
+        life = self.begin(drafter, drafts=drafts, **settings)
+        self.core = life.core
+        return life.serve(prompts, sampling, timed=timed)
 
     def draft_model(self, most: int, *, seed: int | None = None) -> DraftModel:
         """This model as its own; seed: with random weights of that seed, whose drafts hardly hold."""

@@ -5,20 +5,19 @@
     python benchmarks/internal/speculation.py --device cuda --dtype float32 --identity 300    tokens alone
     python benchmarks/internal/speculation.py --model-path DIR --load-format dummy   forced acceptance, any shape
 
-Each workload is served without and with speculation in turns, greedy or sampled. A ratio is that of the two runs
-without beside one with it to that one; told are the median of all, the lowest and the highest, and the same of the runs
-without to each other, which says what the machine is good for. With --load-format dummy the drafts come from what the
+Each workload is served without speculation, with it, and without once more, by three schedulers at one rank that take
+turns with a few requests at a time (`benchmarks/paired.py`). With --load-format dummy the drafts come from what the
 plain run gave, wrong at random, so that each holds with the probability that is asked for; `none` are random prompts
-and prompt lookup. Tokens of all runs are compared. Prints a table and, last, one JSON line.
+and prompt lookup. A life of a scheduler, which has all to learn, serves all prompts --rounds times; there are --repeats
+lives. Tokens are compared. Prints a line a workload and, last, one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -34,6 +33,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from benchmarks.internal.determinism import KINDS  # noqa: E402
+from benchmarks.paired import AGAIN, NAMES, OTHER, PLAIN, ratios, turns  # noqa: E402
 from benchmarks.speculation import make_prompts  # noqa: E402
 from examples.tiny_model.prompts import closed_answer_prompts  # noqa: E402
 from examples.tiny_model.stories import story  # noqa: E402
@@ -44,6 +44,7 @@ from vibe_sgl_lite.model_worker.ngram import NgramDrafter  # noqa: E402
 from vibe_sgl_lite.runtime.settings.sampling_params import DEFAULTS, ResolvedSampling  # noqa: E402
 from vibe_sgl_lite.runtime.text.chat_tokenizer import ChatTokenizer  # noqa: E402
 
+COUNTED = ("steps_total", "draft_tokens_total", "accepted_tokens_total")
 EMBEDDED = ROOT / "vibe_sgl_lite" / "models" / "tiny"
 
 
@@ -215,50 +216,48 @@ def identity_workloads(most: int, count: int) -> list[Workload]:
     ]
 
 
-def spread(values: list[float]) -> list[float]:
-    """Median, lowest, highest."""
-    return [round(value, 3) for value in (statistics.median(values), min(values), max(values))]
+def parts_of(workload: Workload) -> list[slice]:
+    """What is served at a stretch: with few rows some requests, for pairs that lie close together."""
+    size = workload.rows if workload.rows in (1, len(workload.prompts)) else 4 * workload.rows
+    return [slice(first, first + size) for first in range(0, len(workload.prompts), size)]
 
 
 def measure(
-    engine: InProcess, workload: Workload, repeats: int, *, cpu_time: bool, forced: ForcedOnDevice | None, most: int
-) -> dict[str, Any]:
-    """most: drafts of a row, where a GPU makes them."""
-
-    def clock() -> float:
-        return engine.cpu_seconds if cpu_time else engine.seconds
-
-    plain, with_drafts = [], []
+    engine: InProcess, workload: Workload, repeats: int, *, cpu_time: bool, forced: ForcedOnDevice | None, most: int,
+    rounds: int,
+) -> dict[str, Any]:  # fmt: skip
+    """most: drafts of a row, where a GPU makes them. rounds: how often a life serves all prompts."""
     settings: dict[str, Any] = {"max_running_requests": workload.rows, "radix_cache": False}
     expected = engine.serve(workload.prompts, workload.sampling, **settings)
     whole = [prompt + one.tokens for prompt, one in zip(workload.prompts, expected, strict=True)]
-    steps, same = engine.steps, 0
     if forced is not None:
         forced.expect(workload.forced)
-    engine.serve(workload.prompts, workload.sampling, **settings)
-    plain.append(clock())
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    counts, same, number = Counter[str](), 0, 0
     for _ in range(repeats):
-        drafter = None if most else workload.drafter(whole)
-        got = engine.serve(workload.prompts, workload.sampling, drafter, drafts=most, **settings)
-        with_drafts.append(clock())
-        same = sum(one.tokens == other.tokens for one, other in zip(expected, got, strict=True))
-        stats, steps_with, slower = engine.core.stats(), engine.steps, engine.core.speculation.multiples
-        engine.serve(workload.prompts, workload.sampling, **settings)
-        plain.append(clock())
-    beside = [(before + after) / 2 for before, after in itertools.pairwise(plain)]
+        other = engine.begin(None if most else workload.drafter(whole), drafts=most, **settings)
+        lives = {PLAIN: other.plain_sibling(), OTHER: other, AGAIN: other.plain_sibling()}
+        for part in rounds * parts_of(workload):
+            for name in turns(number):
+                got = lives[name].serve(workload.prompts[part], workload.sampling[part])
+                seconds[name].append(lives[name].cpu_seconds if cpu_time else lives[name].seconds)
+                if name == OTHER:
+                    same += sum(one.tokens == it.tokens for one, it in zip(expected[part], got, strict=True))
+            number += 1
+        for name, life in lives.items():
+            counts += Counter({key + " " + name: int(life.core.stats()[key]) for key in COUNTED})
+    tokens = rounds * repeats * sum(len(one.tokens) for one in expected)
     return {
         "workload": workload.name,
-        "tokens": sum(len(one.tokens) for one in expected),
-        "same": f"{same}/{len(expected)}",
-        "steps": steps,
-        "steps_with": steps_with,
-        "drafted": stats["draft_tokens_total"],
-        "accepted": stats["accepted_tokens_total"],
-        "ratio": spread([one / other for one, other in zip(beside, with_drafts, strict=True)]),
-        "plain_ratio": spread([one / other for one, other in itertools.pairwise(plain)]),
-        "slower": slower,
-        "plain_s": round(min(plain), 3),
-        "plain_ms_a_token": round(1000 * min(plain) / sum(len(one.tokens) for one in expected), 3),
+        **ratios(seconds),
+        "ms_a_token": round(1000 * sum(seconds[PLAIN]) / tokens, 3),
+        "tokens": tokens,
+        "same": f"{same}/{rounds * repeats * len(expected)}",
+        "steps": counts["steps_total " + PLAIN],
+        "steps_with": counts["steps_total " + OTHER],
+        "drafted": counts["draft_tokens_total " + OTHER],
+        "accepted": counts["accepted_tokens_total " + OTHER],
+        "slower": other.core.speculation.multiples,
     }
 
 
@@ -269,6 +268,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--most", type=int, default=12, help="drafts of a row (12)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--rows", type=int, nargs="*", default=[1], help="of the dummy model (1)")
     parser.add_argument("--new-tokens", type=int, default=64, help="of each row of the dummy model (64)")
     parser.add_argument("--cpu-time", action="store_true", help="of the process, for a busy machine; with one thread")
@@ -311,7 +311,7 @@ def main() -> None:
         if any(part in workload.name for part in options.only):
             one = measure(
                 engine, workload, options.repeats, cpu_time=options.cpu_time, forced=forced,
-                most=options.most if on_gpu else 0,
+                most=options.most if on_gpu else 0, rounds=options.rounds,
             )  # fmt: skip
             results.append(one)
             print(results[-1], flush=True)
