@@ -82,6 +82,8 @@ class SlotStates:
         # token of a step that ran on before the scheduler learned that the request had ended.
         self.tokens = torch.empty((max_slots + 1, context_length + 1), dtype=torch.int32, device=device.torch_device)
         self.tokens[self.padding_slot].zero_()
+        # The same memory, where that is the host's: each operation of torch costs what looking up a draft does.
+        self._host_tokens: IntArray | None = self.tokens.numpy() if device.synchronous else None
         self.num_tokens = np.zeros(max_slots + 1, dtype=np.int32)  # known ones, those not yet computed included
         self.num_computed = np.zeros(max_slots + 1, dtype=np.int32)
         self.adapters = np.zeros(max_slots + 1, dtype=np.int32)
@@ -91,6 +93,7 @@ class SlotStates:
         self.highest_page = -1  # that any row was given so far
         self._row_slots = np.zeros(0, dtype=np.int32)
         self._row_tokens = np.zeros(0, dtype=np.int32)
+        self.have_room = False  # whether some rows of this step have more tokens than one
 
         max_rows = max(max_slots, *self.row_buckets, *(rows for _, rows in self.chunk_buckets), 1)
         max_tokens = max(max_slots + context_length if max_tokens is None else max_tokens, max_rows)
@@ -140,6 +143,7 @@ class SlotStates:
         if batch.row_slots is not None and batch.row_tokens is not None:
             self._row_slots = unpack(batch.row_slots)
             self._row_tokens = unpack(batch.row_tokens)
+            self.have_room = bool((self._row_tokens > 1).any())
 
     def waits(self, drafter: Drafter | None) -> bool:
         """Whether this step's rows can be prepared only when the steps before it are done and settled."""
@@ -149,11 +153,6 @@ class SlotStates:
     @property
     def _any_unsettled(self) -> bool:
         return bool(self._unsettled) and not self._unsettled.keys().isdisjoint(self._row_slots.tolist())
-
-    @property
-    def have_room(self) -> bool:
-        """Some rows of this step have more tokens than one."""
-        return bool((self._row_tokens > 1).any())
 
     def draftable(self) -> IntArray | None:
         """The slots of this step's rows, if it is one whose drafts the device can make: all decode, some have room; or
@@ -243,25 +242,32 @@ class SlotStates:
 
     def _draft(self, drafter: Drafter | None, known: IntArray) -> dict[int, list[int]]:
         """Drafts for the rows that have room for them, put behind their slots' tokens."""
-        room = self._row_tokens - known
-        if drafter is None or not (room > 0).any():
+        if drafter is None or not self.have_room:
             return {}
-        drafts, places, ids = {}, [], []
-        rows = np.flatnonzero(room > 0).tolist()
-        asked = []
+        rows, asked = np.flatnonzero(self._row_tokens > known).tolist(), []
+        if not rows:
+            return {}
         for row in rows:
             slot = int(self._row_slots[row])
-            asked.append(DraftRow(slot, self.tokens[slot, : self.num_tokens[slot]].cpu().numpy(), int(room[row])))
-        for row, (slot, known, most), proposed in zip(rows, asked, drafter.propose(asked), strict=True):
-            tokens = [*proposed][:most]
-            if tokens:
-                drafts[row] = tokens
-                places += [slot * self.tokens.shape[1] + len(known) + i for i in range(len(tokens))]
-                ids += tokens
-        if drafts:
-            flat = self.device.tensor(np.array(places, dtype=np.int64))
-            self.tokens.view(-1)[flat] = self.device.tensor(np.array(ids, dtype=np.int32))
+            asked.append(DraftRow(slot, self._read_tokens(slot), int(self._row_tokens[row] - known[row])))
+        drafts = {}
+        for row, (slot, tokens, most), proposed in zip(rows, asked, drafter.propose(asked), strict=True):
+            if len(proposed):
+                drafts[row] = [*proposed][:most]
+                self._write_tokens(slot, len(tokens), drafts[row])
         return drafts
+
+    def _read_tokens(self, slot: int) -> IntArray:
+        if self._host_tokens is not None:
+            return self._host_tokens[slot, : self.num_tokens[slot]]
+        return self.tokens[slot, : self.num_tokens[slot]].cpu().numpy()
+
+    def _write_tokens(self, slot: int, first: int, tokens: list[int]) -> None:
+        """Put them at these places of a slot."""
+        if self._host_tokens is not None:
+            self._host_tokens[slot, first : first + len(tokens)] = tokens
+        else:
+            self.device.copy(torch.tensor(tokens, dtype=torch.int32), self.tokens[slot, first : first + len(tokens)])
 
     def padding_step(self, rows: int, max_context: int) -> StepInput:
         """A step of padding rows alone, for graphs: as a batch of that many decode rows with such a longest context."""

@@ -3,11 +3,13 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vibe_sgl_lite.model_worker.batch import DraftRow, SlotStates
 from vibe_sgl_lite.model_worker.device import CpuDevice
@@ -137,6 +139,40 @@ def test_drafts_are_run_and_settled() -> None:
     assert step.batch.token_ids.tolist() == [40, 9]
     assert step.batch.positions.tolist() == [4, 2]
     assert slots.tokens[1, :5].tolist() == [5, 6, 30, 31, 40]
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Torch's, by name, with what they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(f"{func} {[tuple(one.shape) if isinstance(one, torch.Tensor) else one for one in args]}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_in_which_nothing_is_proposed_is_a_plain_one() -> None:
+    """The same batch by the same operations: on a CPU, each of them costs what a look-up does."""
+    steps, seen = [], []
+    for drafter, room in ((None, 0), (Drafts(), 3)):
+        slots = SlotStates(SLOTS, CONTEXT, PAGE, PADDING, CpuDevice(), max_drafts=3)
+        new = [new_slot(slot, [1, 2, 3 + slot], [slot], computed=2) for slot in range(2)]
+        slots.apply(ForwardBatch(0, new=new, row_slots=pack_ids([0, 1]), row_tokens=pack_ids([1 + room] * 2)))
+        with Operations() as operations:
+            steps.append(slots.prepare(drafter))
+        seen.append(operations.seen)
+        assert slots.num_tokens[:2].tolist() == [4, 4]
+        assert slots.num_computed[:2].tolist() == [3, 3]
+    plain, other = steps
+    assert seen[0] == seen[1] != []
+    for name in ("token_ids", "positions", "slot_mapping", "query_start", "context_lengths", "page_table"):
+        assert getattr(plain.batch, name).tolist() == getattr(other.batch, name).tolist(), name
+    for name in ("num_decode_rows", "width", "max_context", "fills_bucket"):
+        assert getattr(plain.batch, name) == getattr(other.batch, name), name
+    assert not other.drafts
+    assert not other.rows_with_drafts
 
 
 def test_a_step_settles_nothing_of_who_came_to_its_slot_later() -> None:
