@@ -64,17 +64,21 @@ class ResultApplier:
         drafted, accepted = self._observe_drafts(step, result, tokens)
         if decode and not step.chunks:
             self._speculation.observe_step(len(decode), result.total_s, step.drafts, drafted, accepted)
-        if result.counts or step.tokens is not None:
+        planned = step.tokens
+        if drafted or len(result.token_ids) != TOKEN_BYTES * step.num_rows:
             apart = list(range(len(decode)))
         else:
+            if planned is not None:
+                self._take_room_back(decode, planned)
+                planned = None
             apart = self._rows_apart(decode, result.token_ids, failed.keys() | logprobs.keys())
             self._take_next_tokens(decode, result.token_ids, apart, outputs)
         for row in apart:
             if row in failed:
                 self._fail(decode.requests[row], failed[row], outputs)
             else:
-                planned = 1 if step.tokens is None else step.tokens[row]
-                self._sampled(decode.requests[row], tokens[row], planned, logprobs.get(row), outputs)
+                most = 1 if planned is None else planned[row]
+                self._sampled(decode.requests[row], tokens[row], most, logprobs.get(row), outputs)
         for row, chunk in enumerate(step.chunks, len(decode)):
             self._chunk(chunk, tokens[row], failed.get(row), logprobs.get(row), outputs)
             if chunk.samples and chunk.request.pools and not chunk.request.finished:
@@ -103,6 +107,12 @@ class ResultApplier:
                 if room:
                     self._speculation.observe(request, count, accepted)
         return sum(drafted), total
+
+    def _take_room_back(self, decode: DecodeRows, planned: Sequence[int]) -> None:
+        """Of a step in which nothing was proposed for it."""
+        for request, count in zip(decode, planned, strict=True):
+            if count > 1 and not request.finished:
+                self._state.reject_drafts(request, count - 1)
 
     def _rows_apart(self, decode: DecodeRows, packed: bytes, told: Set[int]) -> list[int]:
         """The rows, all of one token, of which there may be more to tell: they end, may have ended before, or have

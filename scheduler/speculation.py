@@ -43,7 +43,6 @@ SURE = 2  # steps with drafts from which on it is known what they take
 KNOWN, KEPT = 6, 25  # steps from which on it is known well, those without drafts; and those that are remembered
 BEHIND = 3  # steps behind one with drafts, which may take longer for it: ranks wait, and send what has changed
 REST = 12  # steps until it is looked again whether somebody may gain, where nobody may
-SAMPLED = 4  # of so many steps behind a long time without drafts, one is looked at: looking costs time too
 LOOK = BEHIND + 3  # steps without drafts to see anew what these take
 FIRST_RUN, LONGEST_RUN = 32, 1024  # steps with drafts between two such pauses: twice as many each time
 
@@ -69,14 +68,15 @@ class _Typical:
 
     def __init__(self) -> None:
         self._values: deque[float] = deque(maxlen=KEPT)
-        self.value = self._excess = 0.0
+        self.add = self._values.append
+        self._excess = 0.0
 
     def __len__(self) -> int:
         return len(self._values)
 
-    def add(self, value: float) -> None:
-        self._values.append(value)
-        self.value = sorted(self._values)[(len(self._values) - 1) // 2]
+    @property
+    def value(self) -> float:
+        return sorted(self._values)[(len(self._values) - 1) // 2]
 
     @property
     def noise(self) -> float:
@@ -88,7 +88,8 @@ class _Typical:
         what steps without drafts may take by chance: of few steps no more is believed, but for a second 1."""
         before, few = self._excess, len(self) if len(self) < KNOWN else 0
         self.add(multiple)
-        believed = self.value if len(self) >= KNOWN or self.value > noise else min(self.value, 2.0)
+        value = self.value
+        believed = value if len(self) >= KNOWN or value > noise else min(value, 2.0)
         self._excess = max(0.0, believed - 1.0)
         return self._excess - few * max(before - self._excess, 0.0)
 
@@ -153,6 +154,8 @@ class Speculation:
         """What gains most, if anything does. token: what one more takes, of a step without drafts."""
         rows, least = len(requests), MARGIN * token * len(requests)
         chances = [self._chance(request, least, most) for request in requests]
+        if sum(found * _yield(p, room) for found, p, room in chances) <= LEAST * rows:
+            return None
         nothing = math.prod(1.0 - found for found, _, _ in chances)
         best, best_value = None, 1.0
         for size in self._sizes(most):
@@ -233,8 +236,7 @@ class Speculation:
         if plain is None:
             plain = self._plain[group] = _Typical()
         if plan is None and behind >= BEHIND:
-            if behind <= KEPT or behind % SAMPLED == 0 or len(plain) < KNOWN:
-                plain.add(seconds)
+            plain.add(seconds)
             return
         if len(plain) < KNOWN:
             return

@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import pytest
 
 from tests.scheduler.fake_rank import reference as reference_tokens
@@ -15,7 +16,6 @@ from vibe_sgl_lite.scheduler.speculation import (
     KEPT,
     KNOWN,
     MARGIN,
-    SAMPLED,
     SHARE,
     DraftPlan,
     Speculation,
@@ -194,10 +194,10 @@ def test_a_step_has_no_more_drafts_than_its_budget(count: int) -> None:
     assert rooms(speculation, rows(count)) == [min(3, 64 // count)] * count
 
 
-def test_steps_that_become_slower_are_seen_though_few_are_looked_at() -> None:
+def test_steps_that_become_slower_are_seen() -> None:
     """Else a step with drafts would be charged with what all take now: these bring a token more, and gain."""
     speculation = Speculation(config(draft_tokens=1), cost_of(0.01, 1e-5))
-    for seconds, steps in ((0.01, 1000), (0.03, SAMPLED * KEPT)):
+    for seconds, steps in ((0.01, 1000), (0.03, KEPT)):
         for _ in range(steps):
             speculation.observe_step(1, seconds, None, 0, 0)
     for _ in range(KNOWN):
@@ -250,6 +250,35 @@ def test_a_step_counts_as_what_was_run() -> None:
     assert seen == [Work(3, 6, 3), *(Work(1, 4 + at, 4 + at) for at in range(KNOWN))]
     stats = scheduler.stats()
     assert (stats["drafts_total"], stats["draft_tokens_total"], stats["accepted_tokens_total"]) == (2, 4, 1)
+
+
+@pytest.mark.parametrize("counted", [False, True], ids=["as a CPU tells it", "as a GPU does"])
+def test_room_that_nothing_was_proposed_for_leaves_a_plain_step(counted: bool) -> None:
+    """Step by step the same outputs, in the form in which a token costs least, and as many pages left; one request ends
+    at its length, one at an end token."""
+    told = []
+    for most in (0, 4):
+        scheduler = Scheduler(config(draft_tokens=most, base_tokens=1000.0, page_size=4, num_pages=40, overlap=False))
+        scheduler.add(request(1, [1, 2, 3], max_new_tokens=9), 0.0)
+        scheduler.add(request(2, [4, 5, 6], max_new_tokens=30, stop_token_ids=(50,)), 0.0)
+        seen: list[object] = []
+        rows, with_room = list[int](), 0
+        while (batch := scheduler.schedule(0.0)) is not None:
+            rows = rows if batch.row_tokens is None else unpack_ids(batch.row_tokens)
+            with_room += max(rows) == 5
+            ids = [30 + batch.step] * len(rows)
+            result = StepResult(batch.step, pack_ids(ids), total_s=0.0)
+            if counted and most:
+                result = msgspec.structs.replace(
+                    result, counts=pack_ids([1] * len(ids)), drafted=pack_ids([0] * len(ids))
+                )
+            outputs = scheduler.complete(result, 0.0)
+            ended = [(one.uid, one.token_ids, one.finish) for one in outputs.tokens]
+            seen.append((sorted(outputs.next_tokens), sorted(ended), scheduler.state.memory.spare))
+        assert (with_room > 5) == (most > 0)
+        told.append(seen)
+    assert told[0] == told[1]
+    assert len(told[0]) == 21
 
 
 def test_speculation_adapts_while_outputs_stay() -> None:
