@@ -36,14 +36,10 @@ SIZES = (1, 3, 7)  # rooms to choose from, and the most that there may be
 TRY = 3  # room of a try, and the first one
 SHARE, CREDIT, MOST_CREDIT = 0.003, 0.5, 4.0  # of the accounts: paid in a step, at first, at most
 FADE = 0.9  # weight of a row's past drafts with each step that has some
-FOUND_FADE = 0.7  # of whether any were proposed
 LEAST = 0.05  # of a step: what one with drafts costs beside what is measured, such as the scheduler's time
-IN_FLIGHT = 4  # steps, more than there ever are
-SURE = 2  # steps with drafts from which on it is known what they take
 KNOWN, KEPT = 6, 25  # steps from which on it is known well, those without drafts; and those that are remembered
 BEHIND = 3  # steps behind one with drafts, which may take longer for it: ranks wait, and send what has changed
-REST = 12  # steps until it is looked again whether somebody may gain, where nobody may
-LOOK = BEHIND + 3  # steps without drafts to see anew what these take
+LOOK = BEHIND + 3  # steps without drafts to see anew what these take, or to hear what those with some did
 FIRST_RUN, LONGEST_RUN = 32, 1024  # steps with drafts between two such pauses: twice as many each time
 
 
@@ -136,11 +132,11 @@ class Speculation:
         plan = self._best(requests, most, token) if self._accounts[False] > 0.0 else None
         plan = self._with_tries(plan, rows, most, token) if self._accounts[True] > 0.0 else plan
         if plan is None:
-            self._pause(REST, until_known=False)  # looking costs time too, and little changes meanwhile
+            self._pause(LOOK, until_known=False)  # looking costs time too, and little changes meanwhile
         elif self._cost.measured:
             self._run += 1
             if plan.tries or plan.size > self._known_size:
-                self._pause(IN_FLIGHT, until_known=True)
+                self._pause(LOOK, until_known=True)
             elif self._run >= self._longest_run:
                 self._pause(LOOK, until_known=False)
                 self._run, self._longest_run = 0, min(2 * self._longest_run, LONGEST_RUN)
@@ -213,12 +209,12 @@ class Speculation:
         """Of what a step without drafts takes; of the nearest number of rows of which it is known."""
         group = _group(rows)
         exact = self._slower.get((group, size, kind))
-        if exact is not None and len(exact) >= SURE:
+        if exact is not None:
             return exact.value
         known = [
             (abs(near - group), other, typical.value)
             for (near, other, of), typical in self._slower.items()
-            if of is kind and len(typical) >= SURE
+            if of is kind
         ]
         of_size = [(near, value) for near, other, value in known if other == size]
         if of_size:
@@ -274,7 +270,7 @@ class Speculation:
     def observe(self, request: Request, drafted: int, accepted: int) -> None:
         """A row with room had so many drafts, of which so many held."""
         found = float(drafted > 0)
-        request.draft_found += (1 - FOUND_FADE) * (found - max(request.draft_found, 0.0))
+        request.draft_found += (1 - FADE) * (found - max(request.draft_found, 0.0))
         self._found += (1 - FADE) / 4 * (found - self._found)
         if drafted == 0:
             return
