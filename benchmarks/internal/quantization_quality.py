@@ -144,7 +144,7 @@ def main() -> None:
     print(f"{sum(map(len, prompts))} tokens\n{'':>16}{'KL':>12}{'same best token':>18}")
     with torch.inference_mode():
         names = [options.reference, *(n for n in OF_DEVICE[options.device] if n != options.reference)]
-        device = torch.device(options.device, 0)
+        device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
         for name in names + ["transformers"] * (options.load_format == "auto"):
             variant: Variant | Transformers
             if name == "transformers":
