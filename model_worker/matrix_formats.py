@@ -1,8 +1,9 @@
 """Chooses how a rank keeps its matrices, also by `--quantization`; each is made as a checkpoint's own is installed.
 
-What is quantised: every linear layer, the head and the experts. What is not: the embedding (rows are looked up, not
-multiplied), norms, and the router of MoE layers (tiny, and a wrong choice of expert is the costliest error there is),
-which the CPU kernels multiply by all the same.
+What is quantised: every linear layer, the head and the experts; beside int4 on a CPU the embedding, in int8, whose
+error is small beside theirs. What is not: any other embedding (rows are looked up, not multiplied), norms, and the
+router of MoE layers (tiny, and a wrong choice of expert is the costliest error there is), which the CPU kernels
+multiply by all the same.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from vibe_sgl_lite.model_worker.cpu.linear import WeightFormat
 from vibe_sgl_lite.model_worker.cpu.slab_matrix import SlabFormat
 from vibe_sgl_lite.qwen3.checkpoint import load_items
 from vibe_sgl_lite.qwen3.layers.moe import MoEBlock
-from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, MatrixWeight
+from vibe_sgl_lite.qwen3.layers.weight import EmbeddingWeight, ExpertWeight, MatrixWeight
 from vibe_sgl_lite.qwen3.mlp import MLP
 from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import ConfigError
@@ -72,6 +73,8 @@ def choose_formats(
     matrix_format = SlabFormat(kernels, kept, store)
     for weight in _matrices(model):
         weight.keep_as(matrix_format)
+    if kept is WeightFormat.INT4:
+        model.embedding.weight.keep_as(SlabFormat(kernels, WeightFormat.INT8, store))
     plain_format = SlabFormat(kernels, plain, store)
     for layer in model.layers:
         if isinstance(layer.feed_forward, MoEBlock):
@@ -103,7 +106,8 @@ def keep_as_codes(model: Qwen3, *, everything: bool) -> None:
     for item in load_items(model):
         weight = item.weights[0]
         quantized = form is not None and all(form.applies(part.name) for part in item.parts)
-        if isinstance(weight, MatrixWeight) and (quantized or (everything and _is_linear(item.parts[0].name))):
+        wanted = quantized or (everything and _is_linear(item.parts[0].name))
+        if wanted and isinstance(weight, MatrixWeight) and not isinstance(weight, EmbeddingWeight):
             weight.keep_as(grouped)
         if isinstance(weight, ExpertWeight) and quantized and form is not None and form.method == FP8:
             sides = [side for part in item.parts for side in part.source]

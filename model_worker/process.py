@@ -34,7 +34,8 @@ def _memory_of_matrices(spec: PipelineSpec) -> EarlyMemory | None:
         return None
     args = spec.args
     memory = rank_memory(spec.model, tp=args.tp, ep=args.ep, dtype=spec.dtype, quantization=args.quantization)
-    return EarlyMemory(memory.weight_bytes - memory.weights["embedding"])
+    elsewhere = 0 if args.quantization == "int4" else memory.weights["embedding"]
+    return EarlyMemory(memory.weight_bytes - elsewhere)
 
 
 if __name__ == "__main__":

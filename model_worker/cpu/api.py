@@ -23,6 +23,7 @@ from vibe_sgl_lite.model_worker.cpu.targets import Target, choose_target
 logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as native/kernels.cpp numbers them
+ROWS = {WeightFormat.BF16: torch.bfloat16, WeightFormat.FP32: torch.float32, WeightFormat.INT8: torch.uint8}
 
 
 def load(
@@ -311,8 +312,11 @@ class CpuKernels:
         return out
 
     def gather_rows(self, weights: SlabWeights, ids: Tensor) -> Tensor:
-        """Rows of a bf16 or fp32 matrix as it was. ids: [n] int32 or int64, below its outputs. Returns [n, inputs]."""
-        dtype = {WeightFormat.BF16: torch.bfloat16, WeightFormat.FP32: torch.float32}[weights.format]
+        """Rows of a bf16 or fp32 matrix as it was, or of an int8 one's codes plus 128.
+
+        ids: [n] int32 or int64, below its outputs. Returns [n, inputs], of codes uint8.
+        """
+        dtype = ROWS[weights.format]
         ids = ids.to(torch.int64).contiguous()
         out = torch.empty((len(ids), weights.inputs), dtype=dtype)
         units = weights.data.shape[1]

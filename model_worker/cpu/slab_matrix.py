@@ -29,7 +29,9 @@ class SlabMatrix:
         return self._kernels.linear(F.pad(x, (0, self.padding)) if self.padding else x, self.weights)
 
     def rows(self, ids: Tensor) -> Tensor:
-        return self._kernels.gather_rows(self.weights, ids)[:, : self._inputs]
+        """Of int8, in fp32; of int4, none."""
+        rows = self._kernels.gather_rows(self.weights, ids)[:, : self._inputs]
+        return rows if self.weights.scales is None else (rows.float() - 128) * self.weights.scales[ids.long(), None]
 
     def refill(self, matrix: Tensor) -> None:
         self.put(slice(0, self.weights.outputs), matrix)

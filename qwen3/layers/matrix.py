@@ -32,7 +32,8 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 class Matrix(Protocol):
-    """An [out, in] matrix in some format. nbytes: of memory that it takes. keeps_rows: whether it can do `rows`."""
+    """An [out, in] matrix in some format. nbytes: of memory that it takes. keeps_rows: whether `rows` have all
+    the bits that it was made of."""
 
     nbytes: int
     keeps_rows: bool
@@ -42,7 +43,7 @@ class Matrix(Protocol):
         ...
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the matrix with the bits that it was made of: [n] int32 or int64 -> [n, in]."""
+        """Rows of the matrix, where it can give them: [n] int32 or int64 -> [n, in], of any dtype."""
         ...
 
     def refill(self, matrix: Tensor) -> None:

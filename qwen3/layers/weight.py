@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vibe_sgl_lite.qwen3.layers.matrix import (
@@ -145,17 +144,18 @@ class MatrixWeight(Weight):
         return self.matrix.multiply(x)
 
 
-class EmbeddingWeight(Weight):
-    """A [vocab, hidden] matrix whose rows are looked up.
+class EmbeddingWeight(MatrixWeight):
+    """A [vocab, hidden] matrix whose rows are looked up; plain, unless a format is chosen whose matrices can do that.
 
-    tied: the head's weight, if that has the same values and is installed first. Where it can give rows, they are its
-    own, and this one takes no memory.
+    tied: the head's weight, if that has the same values and is installed first. Where it can give rows with all bits,
+    they are its own, and this one takes no memory.
     """
 
     def __init__(
         self, rows: int, width: int, dtype: torch.dtype, device: torch.device, tied: MatrixWeight | None
     ) -> None:
-        super().__init__((rows, width), dtype, device)
+        super().__init__(rows, width, dtype, device)
+        self.format = PlainMatrix
         self._tied = tied
 
     @property
@@ -176,7 +176,7 @@ class EmbeddingWeight(Weight):
 
     def rows(self, ids: Tensor) -> Tensor:
         """[n] int32 or int64, each below the number of rows -> [n, hidden]."""
-        return F.embedding(ids, self.tensor) if self._lender is None else self._lender.matrix.rows(ids)
+        return (self._lender or self).matrix.rows(ids).to(self.dtype)
 
     @property
     def _lender(self) -> MatrixWeight | None:

@@ -49,10 +49,13 @@ def rank_memory(
         if part in ("embedding", "head"):
             outputs = -(-shape[0] // ranks)
             elements = outputs * shape[1]
+        rows = _matrix_bytes(elements, outputs, size, "int8" if quantization == "int4" and not gpu else "none", None)
         if part == "embedding" and config.tie_word_embeddings:
             weights["head"] += _matrix_bytes(elements, outputs, size, quantization, codes)
-            weights[part] += 0 if quantization == "none" else elements * size  # rows cannot be had of codes
-        elif part in ("embedding", "norms and routers"):
+            weights[part] += 0 if quantization == "none" else rows  # which cannot be had of the head's codes
+        elif part == "embedding":
+            weights[part] += rows
+        elif part == "norms and routers":
             weights[part] += elements * size
         else:
             weights[part] += _matrix_bytes(elements, outputs, size, quantization, codes)

@@ -143,7 +143,7 @@ inline void prefetch_outputs(const Linear<T>& linear, int64_t slab, int64_t row)
         __builtin_prefetch(linear.out + (row + kRowsAhead) * linear.out_stride + slab * kSlab + j, 1);
 }
 
-// Rows `ids` of bf16 or fp32 weights as they were before they were packed: [count][units].
+// Rows `ids` of bf16, fp32 or int8 weights as they were before they were packed: [count][units].
 inline void gather_rows(Context& context, const uint32_t* weights, int64_t units, const int64_t* ids, int64_t count,
                         uint32_t* out) {
     run_ranges(context, count, std::max<int64_t>(1, 4096 / units), [&](int64_t begin, int64_t end) {
