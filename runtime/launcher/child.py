@@ -35,7 +35,7 @@ from vibe_sgl_lite.runtime.messages import (
     LauncherMessage,
     Weights,
 )
-from vibe_sgl_lite.runtime.settings.machine import available_memory
+from vibe_sgl_lite.runtime.settings.machine import available_memory, trim_memory
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 from vibe_sgl_lite.runtime.transport.endpoints import Endpoints
@@ -96,6 +96,7 @@ class Child:
 
     def ready(self, **facts: int | float | str) -> None:
         gc.freeze()  # what is there now stays: no collection has to look at it again
+        trim_memory()
         self.is_ready = True
         self._send(ChildReady(self.name, facts, self._pid))
 

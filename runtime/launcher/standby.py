@@ -10,11 +10,12 @@ import time
 from collections.abc import Sequence
 
 from vibe_sgl_lite.runtime.launcher.spawn import ChildProcess, ChildSpec
-from vibe_sgl_lite.runtime.settings.machine import available_memory
+from vibe_sgl_lite.runtime.settings.machine import available_memory, total_memory
 
 FIRST_S = 5.0  # after the engine is ready: its first requests, and engines that live for seconds, go undisturbed
 AGAIN_S = 10.0  # between two starts of one that nobody has taken: spares that die must not take up a core
-FREE_BYTES = 1 << 30  # where less memory is free, restarts are slow instead
+# Where less memory is free, restarts are slow instead. A model that leaves so little is long in loading anyway.
+FREE_BYTES, FREE_SHARE = 1 << 30, 1 / 8
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Standby:
         if not missing or now < self._due:
             return
         self._due = now + AGAIN_S
-        if available_memory().value >= FREE_BYTES:
+        if available_memory().value >= max(FREE_BYTES, FREE_SHARE * total_memory()):
             for spec in missing:
                 self._spares[spec.name] = ChildProcess(spec, None, self._threads, self._life_fd)
 

@@ -6,6 +6,8 @@ cgroup(7) and the kernel's Documentation/admin-guide/cgroup-v1/memory.rst and cg
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
 import resource
@@ -44,6 +46,17 @@ def available_memory(root: Path = Path("/")) -> Limit:
             free = limit - max(0, (used or 0) - _reclaimable(group))
             limits.append(Limit(max(0, free), f"control group {group}, limit {limit / 2**20:.0f} MiB"))
     return min(limits, key=lambda limit: limit.value)
+
+
+def total_memory() -> int:
+    """Bytes, free or not."""
+    return int(psutil.virtual_memory().total)
+
+
+def trim_memory() -> None:
+    """Let the system have what this process has freed: of its start, 50 MB where a large vocabulary was read."""
+    with contextlib.suppress(AttributeError):  # glibc's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def usable_cores(root: Path = Path("/")) -> Limit:

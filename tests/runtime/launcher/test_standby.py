@@ -34,6 +34,7 @@ class Free:
 def free(monkeypatch: pytest.MonkeyPatch) -> Free:
     made = Free()
     monkeypatch.setattr(standby, "available_memory", made)
+    monkeypatch.setattr(standby, "total_memory", lambda: 8 * FREE_BYTES)
     monkeypatch.setattr(standby, "FIRST_S", 0.0)
     return made
 
@@ -119,6 +120,20 @@ def test_none_where_memory_is_scarce_and_it_is_not_asked_all_the_time(spares: St
         spares.keep()
     assert len(running()) == before
     assert free.asked == 1
+
+
+def test_none_where_a_model_takes_nearly_all_of_a_machine(
+    spares: Standby, free: Free, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standby, "total_memory", lambda: 24 * FREE_BYTES)
+    free.bytes = 3 * FREE_BYTES - 1
+    before = len(running())
+    spares.keep()
+    assert len(running()) == before
+    free.bytes = 3 * FREE_BYTES
+    spares._due = 0.0  # as if time had passed
+    spares.keep()
+    assert len(running()) == before + 2
 
 
 def test_it_ends_without_a_word() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vibe_sgl_lite.runtime.settings.machine import available_memory, has_gpu, usable_cores
+from vibe_sgl_lite.runtime.settings.machine import available_memory, has_gpu, trim_memory, usable_cores
 
 MIB = 1 << 20
 V1_MOUNTS = (
@@ -160,3 +160,14 @@ def test_a_hidden_gpu_is_none(
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "nvidia0").touch()
     assert has_gpu(tmp_path) == expected
+
+
+def test_what_was_freed_goes_back_to_the_system() -> None:
+    process = psutil.Process()
+    blocks = [bytes(2048) for _ in range(40_000)]
+    pinned = blocks[-1]  # at the end of the heap, so that it cannot shrink by itself
+    blocks.clear()
+    before = process.memory_info().rss
+    trim_memory()
+    assert before - process.memory_info().rss > 40 * MIB
+    assert len(pinned) == 2048
