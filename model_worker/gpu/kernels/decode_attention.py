@@ -28,14 +28,12 @@ NO_ROW = -1  # in place of a row: nothing to do
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """How a launch is cut: keys a block, warps and pipeline stages of a program, splits of a context. early: blocks
-    that a program brings to the second-level cache while the kernel before it runs."""
+    """How a launch is cut: keys a block, warps and pipeline stages of a program, splits of a context."""
 
     keys: int
     warps: int
     stages: int
     splits: int
-    early: int = 1
 
 
 # By the most rows that they are for; measured on an H100 with 8 KV heads of 128 and contexts of about 850.
@@ -172,7 +170,7 @@ def _decode_attention(
     SPLITS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     KV_HEADS: tl.constexpr, D: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     UNIT: tl.constexpr, IN_CODES: tl.constexpr, INTEGERS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-    FRESH: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
+    FRESH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV_HEADS, R, SPLITS). scale: of the scores, times log2(e). GP: G rounded up to a matrix's least rows.
 
@@ -206,12 +204,12 @@ def _decode_attention(
         end = tl.minimum(start + each, length)
     if PDL:
         gdc_launch_dependents()
-        if (start < length) & (split < splits):  # what is cached does not depend on the kernel before this one
-            lines = tl.arange(0, 2) * (W // 2)
-            for block in tl.static_range(EARLY):
-                early = tl.minimum(start + block * BLOCK + tl.arange(0, BLOCK), length - 1)
+        if FRESH:  # noqa: SIM102 - what is cached does not depend on the kernel before this one
+            if (start < length) & (split < splits):
+                early = tl.minimum(start + tl.arange(0, BLOCK), length - 1)
                 page = tl.load(page_table + row.to(tl.int64) * table_stride + early // PAGE).to(tl.int64)
                 place = page * page_stride + early % PAGE * token_stride + head * head_stride
+                lines = tl.arange(0, 2) * (W // 2)
                 prefetch(keys + place[:, None] + lines[None, :])
                 prefetch(values + place[:, None] + lines[None, :])
         gdc_wait()
@@ -387,6 +385,6 @@ def decode_attention(
         KV_HEADS=kv_heads, D=head_dim, W=elements, STAGES=tiles.stages,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", UNIT=cache.unit, IN_CODES=cache.in_codes,
         INTEGERS=cache.integers, ASM=query.is_cuda, PDL=pdl, FRESH=new is not None,
-        WIDE=positions is not None, EARLY=tiles.early,
+        WIDE=positions is not None,
         num_warps=tiles.warps, num_stages=tiles.stages, **options,
     )  # fmt: skip
