@@ -49,17 +49,17 @@ class ExpertLayer {
         sort_pairs();
         // Rows a multiple of 4 KiB apart would share a few places of the first-level cache.
         constexpr int64_t kGap = 64 / (int64_t)sizeof(T);
-        x_stride_ = r_.hidden + kGap, inner_stride_ = e_.width + kGap, out_stride_ = r_.hidden + kGap;
+        stride_ = r_.hidden + kGap, inner_stride_ = e_.width + kGap;
         const int64_t pairs = (int64_t)pairs_.size();
-        x_ = (T*)context.pairs.reserve(sizeof(T) * pairs * (x_stride_ + inner_stride_ + out_stride_));
-        inner_ = x_ + pairs * x_stride_, out_ = inner_ + pairs * inner_stride_;
+        rows_ = (T*)context.pairs.reserve(sizeof(T) * pairs * (stride_ + inner_stride_));
+        inner_ = rows_ + pairs * stride_;
     }
 
     void run() {
         // Of one token, all experts read the same row.
         if (!alone_) gather();
-        multiply(e_.gate_up, alone_ ? r_.x : x_, alone_ ? r_.x_stride : x_stride_, inner_, inner_stride_, alone_, true);
-        multiply(e_.down, inner_, inner_stride_, out_, out_stride_, false, false);
+        multiply(e_.gate_up, alone_ ? r_.x : rows_, alone_ ? r_.x_stride : stride_, inner_, inner_stride_, alone_, true);
+        multiply(e_.down, inner_, inner_stride_, rows_, stride_, false, false);
         combine();
     }
 
@@ -86,7 +86,7 @@ class ExpertLayer {
         run_ranges(context_, (int64_t)pairs_.size(), kBytesPerItem / (r_.hidden * (int64_t)sizeof(T)),
                    [&](int64_t begin, int64_t end) {
                        for (int64_t row = begin; row < end; row++)
-                           std::memcpy(x_ + row * x_stride_, r_.x + pairs_[row] / e_.top_k * r_.x_stride, sizeof(T) * r_.hidden);
+                           std::memcpy(rows_ + row * stride_, r_.x + pairs_[row] / e_.top_k * r_.x_stride, sizeof(T) * r_.hidden);
                    });
     }
 
@@ -124,7 +124,7 @@ class ExpertLayer {
             vf sum{};
             for (int64_t choice = 0; choice < e_.top_k; choice++) {
                 if (rows[choice] < 0) continue;
-                const T* const output = out_ + rows[choice] * out_stride_ + i;
+                const T* const output = rows_ + rows[choice] * stride_ + i;
                 const vf value = part == kLanes ? load(output) : load_part(output, part);
                 sum += splat(to_float(weights[choice])) * value;
             }
@@ -143,8 +143,8 @@ class ExpertLayer {
     const bool alone_;
     std::vector<int64_t> starts_, pairs_, row_;
     std::vector<RowPart> parts_;
-    int64_t x_stride_, inner_stride_, out_stride_;
-    T *x_, *inner_, *out_;
+    int64_t stride_, inner_stride_;
+    T *rows_, *inner_;  // rows_: what each expert reads, and later what it gives
 };
 
 }  // namespace vsl
