@@ -147,8 +147,9 @@ class SlotStates:
 
     def waits(self, drafter: Drafter | None) -> bool:
         """Whether this step's rows can be prepared only when the steps before it are done and settled."""
-        room = self._row_tokens > (self.num_tokens - self.num_computed)[self._row_slots]
-        return self._any_unsettled or (drafter is not None and bool(room.any()))
+        if self._any_unsettled or drafter is None or not self.have_room:
+            return self._any_unsettled
+        return bool((self._row_tokens > (self.num_tokens - self.num_computed)[self._row_slots]).any())
 
     @property
     def _any_unsettled(self) -> bool:
@@ -206,7 +207,7 @@ class SlotStates:
         sampling_rows = np.flatnonzero(counts >= known)
         self.num_computed[slots] = ends
         self.num_tokens[slots[sampling_rows]] += 1
-        if self._drafts is not None:
+        if self._drafts is not None and self._drafts.knows_some:
             self._drafts.forget(slots, self.num_tokens[slots])
         back = np.zeros(len(sampling_rows), dtype=np.int64)
         if drafts:

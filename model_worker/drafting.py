@@ -103,6 +103,7 @@ class DraftSteps:
 
         self._lengths = zeros(slots)
         self._knows: npt.NDArray[np.bool_] = np.zeros(slots, dtype=np.bool_)  # of which slots `_lengths` is right
+        self.knows_some = False  # if of any
         self._row_lengths, self._drafted, self._context_lengths = (zeros(self._max_rows) for _ in range(3))
         self._token_ids, self._positions = zeros(tokens), zeros(tokens)
         long = torch.int64
@@ -120,6 +121,7 @@ class DraftSteps:
         if changed.any():
             self._kernels.forget(slots[changed], lengths[changed])
         self._knows[slots] = False
+        self.knows_some = bool(self._knows.any())
 
     def bucket(self, rows: int, most: int) -> DraftBucket:
         """The size of a step of so many rows of at most so many drafts."""
@@ -144,7 +146,7 @@ class DraftSteps:
             for name, values in wanted.items():
                 host[name][:padded] = values
             self._rows.send(padded)
-        self._knows[slots] = True
+        self._knows[slots] = self.knows_some = True
         if bucket not in self._views:
             self._views[bucket] = self._make_views(padded, width)
         views = self._views[bucket]
