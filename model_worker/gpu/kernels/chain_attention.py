@@ -13,7 +13,6 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import LOG2_E, MERGED, DecodeScratch, DecodeTiles, _merge
-from vibe_sgl_lite.model_worker.gpu.kernels.rope_store import normal_and_turned
 
 CHAIN_ROWS = 4  # at most
 FEW_CHAIN_ROWS = 2  # the same where there are five kernels a layer for more of them (fused_layers.py)
@@ -176,15 +175,39 @@ def _chain_attention(
 
 
 @triton.jit
+def _turned_heads(
+    start, weight, cosines, sines, angle, eps, STRIDE: tl.constexpr, G: tl.constexpr, GM: tl.constexpr, D: tl.constexpr
+):
+    """[GM, D]: G heads from `start` on, STRIDE behind each other, as rope_store.py makes them, rounded. Gains and
+    angles are loaded for each head: so they need not move between threads."""
+    head, dim = tl.arange(0, GM)[:, None], tl.arange(0, D)[None, :]
+    each = head * 0 + dim
+    pair = head * 0 + (dim + D // 2) % D
+    turn = head * 0 + angle + dim % (D // 2)
+    x = tl.load(start + head * STRIDE + dim, mask=head < G, other=0.0)
+    other = tl.load(start + head * STRIDE + (dim + D // 2) % D, mask=head < G, other=0.0).to(tl.float32)
+    gain, pair_gain = tl.load(weight + each).to(tl.float32), tl.load(weight + pair).to(tl.float32)
+    cos, sin = tl.load(cosines + turn).to(tl.float32), tl.load(sines + turn).to(tl.float32)
+    sin = tl.where(dim < D // 2, -sin, sin)
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+    x = (x * factor * gain).to(dtype).to(tl.float32)
+    other = (other * factor * pair_gain).to(dtype).to(tl.float32)
+    return (x * cos + other * sin).to(dtype)
+
+
+@triton.jit
 def _attend_group(query, key, value, here, scale, maximum, norm, total, PRECISION: tl.constexpr):
-    """One block of keys into the running softmaxes of all query heads of a KV head: [GP, D] and [BLOCK, D]."""
-    score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-    score = tl.where(here[None, :], score, -float("inf"))
-    higher = tl.maximum(maximum, tl.max(score, 1))
-    weight = tl.exp2(score - higher[:, None])
+    """One block of keys into the running softmaxes of all query heads of a KV head: [D, GP] and [BLOCK, D]. The heads
+    are the matrix units' columns, of which they want 8; rows would be 16."""
+    score = tl.dot(key, query, input_precision=PRECISION) * scale
+    score = tl.where(here[:, None], score, -float("inf"))
+    higher = tl.maximum(maximum, tl.max(score, 0))
+    weight = tl.exp2(score - higher[None, :])
     shrink = tl.exp2(maximum - higher)
-    norm = norm * shrink + tl.sum(weight, 1)
-    total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
+    norm = norm * shrink + tl.sum(weight, 0)
+    total = tl.dot(tl.trans(value), weight.to(value.dtype), total * shrink[None, :], input_precision=PRECISION)
     return higher, norm, total
 
 
@@ -227,7 +250,7 @@ def _group_attention(
     KV_HEADS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`_chain_attention` of groups of more heads, which the matrix units take all at once. Grid (KV_HEADS, R, SPLITS).
-    GP: G rounded up to a matrix's least rows; GM: to a power of two."""
+    GP: G rounded up to a matrix's least columns; GM: to a power of two."""
     head = tl.program_id(0)
     row = tl.program_id(1)
     split = tl.program_id(2)
@@ -244,23 +267,27 @@ def _group_attention(
     slot = tl.load(slots + row).to(tl.int64)
     if PDL:
         gdc_wait()
-    cos, sin = _angles(cosines, sines, row * angle_stride, D)  # in the first layer just made
     if split < splits:
-        dtype: tl.constexpr = qkv.dtype.element_ty
-        group = tl.arange(0, GP)
+        group, members = tl.arange(0, GP), tl.arange(0, GM)[:, None]
         line = qkv + row.to(tl.int64) * ((G + 2) * KV_HEADS * D)
-        query = normal_and_turned(line + head * G * D, query_norm, cos, sin, query_eps, D, G, GP).to(dtype)
-        new_key = normal_and_turned(line + (G * KV_HEADS + head) * D, key_norm, cos, sin, key_eps, D, 1, 1).to(dtype)
-        one = tl.zeros([1], tl.int32)[:, None]
-        new_value = tl.load(line + ((G + 1) * KV_HEADS + head) * D + one + dim[None, :])
+        angle = row * angle_stride
+        heads = _turned_heads(line + head * G * D, query_norm, cosines, sines, angle, query_eps, D, G, GM, D)
+        # In each row the same.
+        new_key = _turned_heads(
+            line + (G * KV_HEADS + head) * D, key_norm, cosines, sines, angle, key_eps, 0, GM, GM, D
+        )  # fmt: skip
+        new_value = tl.load(line + ((G + 1) * KV_HEADS + head) * D + dim)
         is_last = split == splits - 1
-        new_place = slot // PAGE * page_stride + slot % PAGE * token_stride + head * head_stride + one + dim[None, :]
-        tl.store(keys + new_place, new_key, mask=is_last)
-        tl.store(values + new_place, new_value, mask=is_last)
-        new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), 1) * scale
+        new_place = slot // PAGE * page_stride + slot % PAGE * token_stride + head * head_stride
+        tl.store(keys + new_place + members * 0 + dim[None, :], new_key, mask=is_last & (members == 0))
+        tl.store(values + new_place + dim, new_value, mask=is_last)
+        new_score = tl.sum(heads.to(tl.float32) * new_key.to(tl.float32), 1) * scale
+        # Matrix instructions have GP columns: all heads again and again.
+        query = tl.trans(tl.reshape(tl.broadcast_to(heads[None, :, :], [GP // GM, GM, D]), [GP, D]))
+        new_score = tl.reshape(tl.broadcast_to(new_score[None, :], [GP // GM, GM]), [GP])
         maximum = tl.where(is_last, new_score, -1e30)
         norm = tl.where(is_last, tl.full([GP], 1.0, tl.float32), 0.0)
-        total = tl.where(is_last, tl.broadcast_to(new_value.to(tl.float32), [GP, D]), 0.0)
+        total = tl.where(is_last, tl.broadcast_to(new_value.to(tl.float32)[:, None], [D, GP]), 0.0)
         maximum, norm, total = _attend_group(query, key, value, here, scale, maximum, norm, total, PRECISION)
         for first in tl.range(start + BLOCK, end, BLOCK, num_stages=1):
             later = first + tl.arange(0, BLOCK)
@@ -272,12 +299,12 @@ def _group_attention(
         in_group = group < G
         output_group = output + (row.to(tl.int64) * KV_HEADS + head) * G * D
         if splits == 1:
-            result = (total / norm[:, None]).to(output.dtype.element_ty)
-            tl.store(output_group + group[:, None] * D + dim[None, :], result, mask=in_group[:, None])
+            result = (total / norm[None, :]).to(output.dtype.element_ty)
+            tl.store(output_group + group[None, :] * D + dim[:, None], result, mask=in_group[None, :])
         else:
             first_place = (row * KV_HEADS + head) * SPLITS
             spot = (first_place + split) * G + group
-            tl.store(sums + spot[:, None] * D + dim[None, :], total, mask=in_group[:, None])
+            tl.store(sums + spot[None, :] * D + dim[:, None], total, mask=in_group[None, :])
             tl.store(maxima_and_norms + spot * 2, maximum, mask=in_group)
             tl.store(maxima_and_norms + spot * 2 + 1, norm, mask=in_group)
             tl.debug_barrier()  # all of this program's threads have stored before it counts as arrived
@@ -323,7 +350,7 @@ def chain_attention(
     if group > FEW_HEADS:
         kernel, whole = _group_attention, triton.next_power_of_2(group)
         precision = "ieee" if qkv.dtype == torch.float32 else "tf32"
-        heads |= {"GP": max(16, whole), "GM": whole, "PRECISION": precision}
+        heads |= {"GP": max(8, whole), "GM": whole, "PRECISION": precision}
     kernel[(kv_heads, rows, tiles.splits)](
         qkv, query_norm, key_norm, cos, sin, slots, keys, values, output, page_table, context_lengths,
         scratch.sums, scratch.maxima_and_norms, scratch.arrived, *eps, page_table.stride(0), cos.stride(0),
