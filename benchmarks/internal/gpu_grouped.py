@@ -35,9 +35,9 @@ LAYERS = 36
 CANDIDATES = tuple(
     GemvTiles(*cut)
     for cut in (
-        (32, 4), (32, 4, 0, 128), (32, 8), (32, 8, 0, 80), (32, 8, 0, 128), (32, 8, 0, 128, 2), (32, 16, 0, 64),
-        (16, 8), (16, 8, 0, 64), (16, 16, 0, 64, 4), (8, 4, 0, 0, 4), (8, 8, 0, 64, 4), (32, 8, 264, 64, 2),
-        (32, 8, 264, 128), (32, 8, 528, 64, 2),
+        (32, 4), (32, 4, 0, 128), (32, 8), (32, 8, 0, 64), (32, 8, 0, 80), (32, 8, 0, 128), (32, 8, 0, 128, 2),
+        (16, 8), (16, 8, 0, 64), (8, 8, 0, 64, 4), (32, 8, 264, 64, 2), (32, 8, 264, 128), (32, 8, 528, 64, 2),
+        (16, 4, 0, 0, 3, 6), (16, 4, 0, 80, 3, 6), (16, 8, 0, 64, 3, 6), (32, 4, 0, 0, 3, 3), (32, 8, 0, 80, 3, 3),
     )
 )  # fmt: skip
 
@@ -87,14 +87,17 @@ class Case:
         return GroupedMatrix(codes, matrix.scratch, GroupedFormat(codes.bits, codes.words.device), None)
 
     def run(self, tiles: GemvTiles, layer: int) -> None:
-        codes = self.matrices[layer].codes
+        codes, scratch = self.matrices[layer].codes, self.matrices[layer].scratch
         if self.added:
             parts = self.squares.new_empty((1, -(-self.stream.shape[1] // GEMV_OUTPUTS)))
             grouped_gemv(
-                self.x, codes, self.stream, tiles, pdl=True, gain=self.gain, gained=self.gained, new_squares=parts
+                self.x, codes, self.stream, tiles, scratch, pdl=True, gain=self.gain, gained=self.gained,
+                new_squares=parts,
             )  # fmt: skip
         else:
-            grouped_gemv(self.x, codes, self.stream, tiles, pdl=True, squares=self.squares, eps=EPS, silu=self.silu)
+            grouped_gemv(
+                self.x, codes, self.stream, tiles, scratch, pdl=True, squares=self.squares, eps=EPS, silu=self.silu
+            )  # fmt: skip
 
     def error(self, tiles: GemvTiles) -> float:
         self.stream.copy_(self.addend)

@@ -108,7 +108,7 @@ def _normed(
 ) -> None:  # fmt: skip
     if takes_rows(gained):
         grouped_gemv(
-            gained, matrix.codes, output, matrix.gemv, pdl=pdl, squares=squares, eps=norm.eps, silu=silu
+            gained, matrix.codes, output, matrix.gemv, matrix.scratch, pdl=pdl, squares=squares, eps=norm.eps, silu=silu
         )  # fmt: skip
     else:
         tiles = matrix.tiles(len(gained))
@@ -124,7 +124,8 @@ def _added(x: Tensor, matrix: GroupedMatrix, stream: Tensor, norm: RMSNorm, gain
     squares = x.new_empty((len(x), -(-matrix.codes.outputs // width)), dtype=torch.float32)
     if one:
         grouped_gemv(
-            x, matrix.codes, stream, matrix.gemv, pdl=pdl, gain=norm.weight.tensor, gained=gained, new_squares=squares
+            x, matrix.codes, stream, matrix.gemv, matrix.scratch, pdl=pdl, gain=norm.weight.tensor, gained=gained,
+            new_squares=squares,
         )  # fmt: skip
     else:
         grouped_product(

@@ -31,8 +31,9 @@ WHOLE_OUTPUTS = 128  # which outputs are filled up to: the largest tile's
 GROUPS = (256, 128, 64, 32, 16)  # inputs that may share a scale; the most planes are of half a line of the cache
 LEAST_PLANE, MOST_PLANE = 16, 64
 MOST_UNITS = 32  # that a program has at once
+SPLIT_UNITS = 16  # the same where programs share the inputs
 CHUNKS, MOST_FILLED = (32, 16, 8), 4 / 3  # units of one that has more; what they may be with what fills them up
-SOME_OUTPUTS, FEW_OUTPUTS = 3072, 4224  # of two tiles for most, and for all, multiprocessors
+FEW_OUTPUTS = 4224  # two tiles a multiprocessor
 MANY_OUTPUTS, SHARERS = 8192, 528  # as gate and up have; programs that share so many
 GROUP = 128  # of what is quantised here
 SUMS, ARRIVED = 1 << 23, 1 << 12  # what splits may need
@@ -59,11 +60,11 @@ def choose_tiles(rows: int, outputs: int, units: int) -> GroupedTiles:
 def choose_gemv(outputs: int, units: int, bits: int) -> GemvTiles:
     """The same for one row; measured on an H100 at the 8B shape, and on an H200 at that of 4B."""
     if units > MOST_UNITS:
+        if bits == 4 and outputs <= MANY_OUTPUTS:
+            return GemvTiles(SPLIT_UNITS, 4, splits=-(-units // SPLIT_UNITS))
         sizes = CHUNKS if bits == 4 else CHUNKS[1:]
         size = next((size for size in sizes if -(-units // size) * size <= MOST_FILLED * units), sizes[-1])
-        if bits == 8:
-            return GemvTiles(size, 8)
-        return GemvTiles(size, 4) if outputs > SOME_OUTPUTS else GemvTiles(size, 8, registers=128, stages=2)
+        return GemvTiles(size, 4 if bits == 4 else 8)
     whole = max(8, triton.next_power_of_2(units))
     if outputs > MANY_OUTPUTS:
         return GemvTiles(whole, 4) if bits == 4 else GemvTiles(whole, 8, SHARERS, 64, 2)
@@ -111,7 +112,7 @@ class GroupedMatrix(ProductOnly):
             return F.linear(x, plain_matrix(self.codes, x.dtype, pdl=self.pdl))
         output = x.new_empty((len(x), self.codes.outputs))
         if takes_rows(x):
-            grouped_gemv(x.contiguous(), self.codes, output, self.gemv, pdl=self.pdl)
+            grouped_gemv(x.contiguous(), self.codes, output, self.gemv, self.scratch, pdl=self.pdl)
         else:
             grouped_product(x.contiguous(), self.codes, output, self.tiles(len(x)), self.scratch, pdl=self.pdl)
         return output

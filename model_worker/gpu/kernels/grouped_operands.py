@@ -13,6 +13,7 @@ import triton.language as tl
 
 from vibe_sgl_lite.model_worker.gpu.kernels.grouped_product import _number8
 
+BLOCKS = tl.constexpr(2)  # of 8 outputs, that are a tile
 COLUMNS = tl.constexpr(8)  # of the matrix units' other operand, of which the row is each one
 
 
@@ -101,40 +102,47 @@ def group(
 
 
 @triton.jit
+def _threads(begin, C: tl.constexpr, WARPS: tl.constexpr):
+    """Of [C x BLOCKS x 32] which unit, which block of 8 outputs, and which thread of a warp each is. Warps come before
+    blocks, so that each loads all blocks of a unit, and one unit after the other."""
+    spot = tl.arange(0, C * BLOCKS * 32)
+    unit = begin + spot // (WARPS * BLOCKS * 32) * WARPS + spot // 32 % WARPS
+    return unit, spot // (WARPS * 32) % BLOCKS, spot % 32
+
+
+@triton.jit
+def block_of(tile, number, N: tl.constexpr, SILU: tl.constexpr):
+    """Which 8 outputs of the matrix are a tile's `number`; with SILU the second ones are of its second half."""
+    block = tile + number * (N // 8) if SILU else tile * BLOCKS + number
+    return block.to(tl.int64)
+
+
+@triton.jit
 def lanes(
-    start, begin, C: tl.constexpr, EACH: tl.constexpr, ROW: tl.constexpr, STEP: tl.constexpr, UNITS: tl.constexpr
-):
-    """[C x 32, EACH] words of 8 outputs: of each unit what each thread of a warp wants, a quarter of a row's. Rows are
-    threads, so that in shared memory, too, a warp's lie behind each other."""
-    thread = tl.arange(0, C * 32)
-    unit_of, lane = begin + thread // 32, thread % 32
-    spot = unit_of * STEP + lane // 4 * ROW + lane % 4 * EACH
-    place = start + spot[:, None] + tl.arange(0, EACH)[None, :]
+    words, tile, begin, HALF: tl.constexpr, C: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr, P: tl.constexpr,
+    BITS: tl.constexpr, WARPS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """[C, 16, words] of C units of a tile: as each thread of a warp wants them, a quarter of an output's. Rows
+    of what is loaded are threads, so that in shared memory, too, a warp's lie behind each other. HALF: the second 32
+    words of a unit. With 8 words a thread, words 0 to 3 are of one instruction, so that registers of the other operand,
+    too, lie behind each other."""
+    EACH: tl.constexpr = 8 if P > 32 else P // 4
+    ROW: tl.constexpr = P if BITS == 4 else UNITS * P  # from one output's words to the next one's
+    STEP: tl.constexpr = 8 * P if BITS == 4 else P  # from one unit's to the next one's
+    unit, number, lane = _threads(begin, C, WARPS)
+    spot = unit * STEP + lane // 4 * ROW + (lane % 4 * EACH + HALF * 32)
+    place = words + block_of(tile, number, N, SILU) * (UNITS * 8 * P) + spot
+    place = place[:, None] + tl.arange(0, EACH)[None, :]
     if UNITS // C * C == UNITS:
-        words = tl.load(place, eviction_policy="evict_first")
+        loaded = tl.load(place, eviction_policy="evict_first")
     else:
-        words = tl.load(place, mask=(unit_of < UNITS)[:, None], other=0, eviction_policy="evict_first")
-    return words
-
-
-@triton.jit
-def rows8(words, C: tl.constexpr):
-    """[C, 8, 4 x EACH] of `lanes`, for thread t to have its words where the matrix units want them. With EACH of 8,
-    words 0 to 3 are of one instruction, so that registers of the other operand, too, lie behind each other."""
-    EACH: tl.constexpr = words.shape[1]
+        loaded = tl.load(place, mask=(unit < UNITS)[:, None], other=0, eviction_policy="evict_first")
     if EACH == 8:
-        words = tl.reshape(words, [C, 8, 4, 2, 2, 2])
-        words = tl.permute(words, (0, 1, 4, 2, 3, 5))
-    return tl.reshape(words, [C, 8, 4 * EACH])
-
-
-@triton.jit
-def pair(first, second):
-    """Of two [C, N, W], [C, 2 x N, W]."""
-    C: tl.constexpr = first.shape[0]
-    N: tl.constexpr = first.shape[1]
-    W: tl.constexpr = first.shape[2]
-    return tl.reshape(tl.permute(tl.join(first, second), (0, 3, 1, 2)), [C, 2 * N, W])
+        loaded = tl.reshape(loaded, [C // WARPS, BLOCKS, WARPS, 8, 4, 2, 2, 2])
+        loaded = tl.permute(loaded, (0, 2, 1, 3, 6, 4, 5, 7))
+    else:
+        loaded = tl.permute(tl.reshape(loaded, [C // WARPS, BLOCKS, WARPS, 8, 4, EACH]), (0, 2, 1, 3, 4, 5))
+    return tl.reshape(loaded, [C, 16, 4 * EACH])
 
 
 @triton.jit
@@ -142,34 +150,43 @@ def x_group(
     x, order, begin, C: tl.constexpr, PART: tl.constexpr, K: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr,
     UNIT: tl.constexpr, ORDERED: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """[C, GROUP, COLUMNS]: the inputs of each unit's group, ordered as `group` has the numbers, in each column."""
+    """[C, GROUP]: the inputs of each unit's group, ordered as `group` has the numbers."""
     unit = begin + tl.arange(0, C)
-    column = unit[:, None] * UNIT + PART * GROUP + tl.arange(0, GROUP)[None, :]
-    if ORDERED:
-        column = tl.load(order + column, mask=column < K, other=0)
+    place = unit[:, None] * UNIT + PART * GROUP + tl.arange(0, GROUP)[None, :]
+    column = tl.load(order + place, mask=place < K, other=0) if ORDERED else place
     if K == UNITS * UNIT and UNITS // C * C == UNITS:
         a = tl.load(x + column)
     else:
-        a = tl.load(
-            x + column, mask=(unit[:, None] * UNIT + PART * GROUP + tl.arange(0, GROUP)[None, :]) < K, other=0.0
-        )
-    if P > 16:  # as `rows8`
+        a = tl.load(x + column, mask=place < K, other=0.0)
+    if P > 16:  # as `lanes`
         a = tl.reshape(a, [C, GROUP // 32, 4, 2, 2, 2])
         a = tl.reshape(tl.permute(a, (0, 1, 4, 2, 3, 5)), [C, GROUP])
+    return a
+
+
+@triton.jit
+def columns(a):
+    """[C, GROUP, COLUMNS] of [C, GROUP]."""
+    C: tl.constexpr = a.shape[0]
+    GROUP: tl.constexpr = a.shape[1]
     return tl.broadcast_to(a[:, :, None], [C, GROUP, COLUMNS])
 
 
 @triton.jit
-def factors(start, begin, C: tl.constexpr, STEP: tl.constexpr, UNITS: tl.constexpr):
-    """[C x 32]: of 8 outputs and each unit, those that each thread of a warp wants."""
-    thread = tl.arange(0, C * 32)
-    unit_of = begin + thread // 32
-    place = start + unit_of * STEP + thread % 32 // 4
-    return tl.load(place) if UNITS // C * C == UNITS else tl.load(place, mask=unit_of < UNITS, other=0)
+def factors(
+    scales, tile, begin, part: tl.constexpr, C: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr,
+    GROUPS: tl.constexpr, WARPS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """[C x BLOCKS x 32]: of each unit and output, as `lanes` has the words."""
+    unit, number, lane = _threads(begin, C, WARPS)
+    place = scales + block_of(tile, number, N, SILU) * (UNITS * GROUPS * 8)
+    place += (unit * GROUPS + part) * 8 + lane // 4
+    return tl.load(place) if UNITS // C * C == UNITS else tl.load(place, mask=unit < UNITS, other=0)
 
 
 @triton.jit
-def spread(factor, C: tl.constexpr):
-    """[C, 8, COLUMNS] of `factors`, where the matrix units have their results."""
-    factor = tl.reshape(factor, [C, 8, 4, 1])
-    return tl.reshape(tl.broadcast_to(factor, [C, 8, 4, 2]), [C, 8, COLUMNS])
+def spread(factor, C: tl.constexpr, WARPS: tl.constexpr):
+    """[C, 16, COLUMNS] of `factors`, where the matrix units have their results."""
+    factor = tl.permute(tl.reshape(factor, [C // WARPS, BLOCKS, WARPS, 8, 4, 1]), (0, 2, 1, 3, 4, 5))
+    factor = tl.broadcast_to(factor, [C // WARPS, WARPS, BLOCKS, 8, 4, 2])
+    return tl.reshape(factor, [C, 16, COLUMNS])

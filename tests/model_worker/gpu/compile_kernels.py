@@ -168,11 +168,11 @@ def main() -> None:
         scales = zeros(2 * HIDDEN // 8, 16, 8, dtype=torch.int32 if bits == 4 else torch.float32)
         codes = GroupedCodes(words, scales, None, 2 * HIDDEN, 2048, bits, plane, 128)
         x, silu, stream, norms = (zeros(1, width) for width in (2048, HIDDEN, 2 * HIDDEN, 2 * HIDDEN))
-        for few_cut in (GemvTiles(16, 4), GemvTiles(16, 8, 8, 64, 2), GemvTiles(8, 8)):
+        for few_cut in (GemvTiles(16, 4), GemvTiles(16, 8, 8, 64, 2), GemvTiles(8, 8), GemvTiles(8, 4, splits=2)):
             parts = zeros(1, 40, dtype=torch.float32)
-            grouped_gemv(x, codes, silu, few_cut, pdl=True, squares=parts, eps=1e-6, silu=True)
+            grouped_gemv(x, codes, silu, few_cut, sums, pdl=True, squares=parts, eps=1e-6, silu=True)
             parts = zeros(1, 2 * HIDDEN // GEMV_OUTPUTS, dtype=torch.float32)
-            grouped_gemv(x, codes, stream, few_cut, pdl=True, gain=norms, gained=norms, new_squares=parts)
+            grouped_gemv(x, codes, stream, few_cut, sums, pdl=True, gain=norms, gained=norms, new_squares=parts)
         for most in (8, 32):
             x, silu = zeros(most, 2048), zeros(most, HIDDEN)
             grouped_cut, parts = choose_grouped_tiles(most, 2 * HIDDEN, 16), zeros(most, 40, dtype=torch.float32)

@@ -76,8 +76,9 @@ def test_products(
     for _ in range(2):
         close(matrix.multiply(x), expected)
     output = torch.empty((rows, outputs), dtype=dtype, device=device)
-    gemv = (GemvTiles(2, 2), GemvTiles(8, 2, 3)) if rows == 1 else ()  # in chunks, the last not whole; in turns
-    for cut in (GroupedTiles(16, 64, 3, 4, 3), *gemv):
+    splits = GemvTiles(2, 2, splits=-(-matrix.codes.units // 2))
+    gemv = GemvTiles(2, 2), GemvTiles(8, 2, 3), splits  # in chunks, the last not whole; in turns
+    for cut in (GroupedTiles(16, 64, 3, 4, 3), *(gemv if rows == 1 else ())):
         multiply(x, matrix, output.fill_(0), cut)
         close(output, expected)
     assert not matrix.scratch.arrived.any()
@@ -115,7 +116,7 @@ Cut = GemvTiles | GroupedTiles
 
 def multiply(x: torch.Tensor, matrix: GroupedMatrix, output: torch.Tensor, cut: Cut, **around: Any) -> None:
     if isinstance(cut, GemvTiles):
-        grouped_gemv(x, matrix.codes, output, cut, pdl=False, **around)
+        grouped_gemv(x, matrix.codes, output, cut, matrix.scratch, pdl=False, **around)
     else:
         grouped_product(x, matrix.codes, output, cut, matrix.scratch, pdl=False, **around)
 
@@ -125,6 +126,7 @@ def multiply(x: torch.Tensor, matrix: GroupedMatrix, output: torch.Tensor, cut: 
     ("rows", "added", "cuts"),
     [
         (1, GemvTiles(4, 4), (GemvTiles(4, 4), GemvTiles(4, 4, 5), GemvTiles(2, 2))),
+        (1, GemvTiles(1, 1, splits=2), (GemvTiles(2, 2, splits=2), GemvTiles(1, 1, splits=3))),
         (5, GroupedTiles(8, 64, 2, 4, 2), (GroupedTiles(8, 64, 1, 4, 2), GroupedTiles(8, 64, 3, 4, 2))),
     ],
 )
