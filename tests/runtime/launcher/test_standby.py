@@ -34,7 +34,7 @@ class Free:
 def free(monkeypatch: pytest.MonkeyPatch) -> Free:
     made = Free()
     monkeypatch.setattr(standby, "available_memory", made)
-    monkeypatch.setattr(standby, "total_memory", lambda: 8 * FREE_BYTES)
+    monkeypatch.setattr(standby, "total_memory", lambda: 6 * FREE_BYTES)
     monkeypatch.setattr(standby, "FIRST_S", 0.0)
     return made
 
@@ -126,11 +126,11 @@ def test_none_where_a_model_takes_nearly_all_of_a_machine(
     spares: Standby, free: Free, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(standby, "total_memory", lambda: 24 * FREE_BYTES)
-    free.bytes = 3 * FREE_BYTES - 1
+    free.bytes = 4 * FREE_BYTES - 1
     before = len(running())
     spares.keep()
     assert len(running()) == before
-    free.bytes = 3 * FREE_BYTES
+    free.bytes = 4 * FREE_BYTES
     spares._due = 0.0  # as if time had passed
     spares.keep()
     assert len(running()) == before + 2
