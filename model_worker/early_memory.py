@@ -2,7 +2,6 @@
 
 The first write to a huge page waits for the system to find and clear it: 0.3 ms on a machine of its own, 5 ms on
 virtual machines whose host has to find it too, which is seconds for a model's weights. A rank's imports take as long.
-Where pages come quickly nothing is gained, and imports need the core: then only one is tried now and then.
 """
 
 from __future__ import annotations
@@ -11,11 +10,8 @@ import contextlib
 import ctypes
 import mmap
 import threading
-import time
 
 HUGE_PAGE_BYTES = 2 << 20  # on x86, and on Arm with 4 KiB pages
-QUICK_S, QUICK_PAGES = 1e-3, 4  # after so many in a row of less than that each,
-PAUSE_S = 0.03  # this long goes by before the next, until one takes longer
 
 
 def reserve(size: int) -> memoryview:
@@ -32,18 +28,17 @@ def _address(memory: mmap.mmap | memoryview) -> int:
 
 
 class EarlyMemory:
-    """Memory of `size` bytes as `reserve` gives it, which a thread commits, from its start on, until it is taken, as
-    long as that is slow."""
+    """Memory of `size` bytes as `reserve` gives it, which a thread commits, from its start on, until it is taken."""
 
     def __init__(self, size: int) -> None:
         self._memory: memoryview | None = reserve(size)
-        self._wanted = threading.Event()
+        self._wanted = False
         self._thread = threading.Thread(target=self._touch, args=(_address(self._memory), size), daemon=True)
         self._thread.start()
 
     def take(self) -> memoryview | None:
         """The memory, all zeros; None the second time."""
-        self._wanted.set()
+        self._wanted = True
         self._thread.join()  # it writes: at most one more page
         memory, self._memory = self._memory, None
         return memory
@@ -52,10 +47,7 @@ class EarlyMemory:
         """A zero to each page. Not by madvise, which would hold up all that maps memory meanwhile, such as imports."""
         write = ctypes.CDLL(None).memset  # lets other threads run Python
         write.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-        quick = 0
         for offset in range(0, size, HUGE_PAGE_BYTES):
-            if self._wanted.wait(PAUSE_S if quick >= QUICK_PAGES else 0):
+            if self._wanted:
                 return
-            begin = time.perf_counter()
             write(address + offset, 0, 1)
-            quick = quick + 1 if time.perf_counter() - begin < QUICK_S else 0

@@ -59,7 +59,8 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         "dense models, and `fp8` (e4m3, with activations too)",
         "`int8`: weights with a scale an output, activations with a scale a row; answers close to those of `none`. "
         "`int4`: in groups of 32, on a GPU of 128; the least memory, with a visible loss. `fp8`: scales as `int8`; for "
-        "dense models in bfloat16. Embedding, norms and MoE routers keep their format.",
+        "dense models in bfloat16. Norms and MoE routers keep their format, and so does the embedding; beside `int4` "
+        "on a CPU that is in int8.",
         group=MODEL, choices=("none", "int8", "int4", "fp8"),
         allowed="the form of a checkpoint (FP8, AWQ, GPTQ) is found by itself",
     )] = "none"

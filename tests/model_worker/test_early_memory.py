@@ -7,7 +7,6 @@ import time
 import pytest
 import torch
 
-from vibe_sgl_lite.model_worker import early_memory
 from vibe_sgl_lite.model_worker.cpu.huge_memory import HugeMemory
 from vibe_sgl_lite.model_worker.early_memory import EarlyMemory
 
@@ -25,9 +24,7 @@ def resident_pages(address: int, size: int) -> int | None:
 
 
 @linux
-def test_is_committed_while_nobody_takes_it_and_goes_with_its_last_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(early_memory, "QUICK_S", 0.0)
-    monkeypatch.setattr(early_memory, "PAUSE_S", 60.0)
+def test_is_committed_while_nobody_takes_it_and_goes_with_its_last_tensor() -> None:
     early = EarlyMemory(96 * MIB)
     early._thread.join(30)
     memory = HugeMemory(early.take())
@@ -56,21 +53,3 @@ def test_is_all_zeros_and_left_alone_once_it_is_taken() -> None:
     bytes_there[: 64 * MIB : 2 * MIB] = 7
     time.sleep(0.01)
     assert bool((bytes_there[: 64 * MIB : 2 * MIB] == 7).all())
-
-
-@linux
-def test_waits_where_pages_come_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(early_memory, "QUICK_S", 30.0)
-    monkeypatch.setattr(early_memory, "PAUSE_S", 60.0)
-    early = EarlyMemory(96 * MIB)
-    address = early_memory._address(early._memory)  # type: ignore[arg-type]
-    deadline = time.monotonic() + 30
-    while not resident_pages(address + 6 * MIB, 2 * MIB):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert early._thread.is_alive()
-    memory = early.take()
-    assert not early._thread.is_alive()
-    assert memory is not None
-    assert resident_pages(address + 8 * MIB, 88 * MIB) == 0
