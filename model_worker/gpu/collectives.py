@@ -64,8 +64,8 @@ class PeerMemory:
         all_gather(x, gathered, self._regions, self._calls, self.layout, self._rank, pdl=self._pdl)
         return gathered
 
-    def all_reduce_add(self, x: Tensor, residual: Tensor) -> None:
-        self._reduce(x, residual=residual)
+    def all_reduce_add(self, x: Tensor, residual: Tensor, *, sent: bool) -> None:
+        self._reduce(x, residual=residual, sent=sent)
 
     def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, sent: bool) -> None:
         self._reduce(x, residual=residual, weight=weight, eps=eps, sent=sent)

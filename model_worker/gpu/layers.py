@@ -15,6 +15,7 @@ from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention, GpuMe
 from vibe_sgl_lite.model_worker.gpu.experts import plan_experts
 from vibe_sgl_lite.model_worker.gpu.fused_layers import FusedLayers, LayerWeights, plan_tiles
 from vibe_sgl_lite.model_worker.gpu.grouped_layers import GroupedLayers, plan_grouped
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import FEW_CHAIN_ROWS
 from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import begin
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
@@ -124,12 +125,15 @@ class GpuLayers:
 
     def _add_product(self, x: Tensor, product: Product, stream: Tensor) -> None:
         """stream += x times the matrix, of which each rank has a part."""
+        pdl = self.attention.pdl
         if self.parallel is None:
-            _multiply(x, product, stream, pdl=self.attention.pdl, addend=stream)
+            _multiply(x, product, stream, pdl=pdl, addend=stream)
             return
-        part = torch.empty_like(stream)
-        _multiply(x, product, part, pdl=self.attention.pdl)
-        self.parallel.peers.all_reduce_add(part, stream)
+        part, outbox = torch.empty_like(stream), self.parallel.peers.outbox
+        if outbox is not None and (product.block % 2 or not outbox.takes(part.numel(), part.dtype)):
+            outbox = None
+        _multiply(x, product, part, pdl=pdl, outbox=outbox)
+        self.parallel.peers.all_reduce_add(part, stream, sent=outbox is not None)
 
 
 def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
@@ -220,6 +224,7 @@ def _multiply(
     norm: RMSNorm | None = None,
     addend: Tensor | None = None,
     silu: bool = False,
+    outbox: Outbox | None = None,
 ) -> None:
     gemv(
         x,
@@ -232,4 +237,5 @@ def _multiply(
         eps=0.0 if norm is None else norm.eps,
         addend=addend,
         silu=silu,
+        outbox=outbox,
     )

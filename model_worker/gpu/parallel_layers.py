@@ -27,12 +27,12 @@ class FusedSums(PeerCollectives, Protocol):
     outbox: Outbox | None
     """For kernels that send what the next sum is of, while they make it."""
 
-    def all_reduce_add(self, x: Tensor, residual: Tensor) -> None:
-        """residual += the sum over the ranks of `x`, which is spent. Both [T, N]."""
+    def all_reduce_add(self, x: Tensor, residual: Tensor, *, sent: bool) -> None:
+        """residual += the sum over the ranks of `x`, which is spent. Both [T, N]. sent: by way of the outbox."""
         ...
 
     def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, sent: bool) -> None:
-        """The same; then x = residual / rms(residual) * weight, [N]. sent: by way of the outbox."""
+        """The same; then x = residual / rms(residual) * weight, [N]."""
         ...
 
 

@@ -29,17 +29,28 @@ def choose_cut(rows: int, outputs: int, inputs: int, dtype: torch.dtype, *, silu
     elif rows <= 32:
         cut, places = ProductCut(32, 64, 128, 1, 4, 4 if silu else 5, matrix_first=True, early=4), PLACES
     elif rows <= MOST_ROWS and silu:
-        cut, places = ProductCut(64, 64, 128, 1, 8, 4, early=4), PLACES
+        cut, places = _one_turn(outputs), PLACES
     elif rows <= MOST_ROWS and inputs < LONG_INPUTS:
-        cut, places = ProductCut(64, 64, 128, 1, 4, 4, matrix_first=True, early=4), PLACES
+        cut, places = ProductCut(64, 64, 128, 1, 4, 6, matrix_first=True, early=4), PLACES
     elif rows <= MOST_ROWS:
         cut, places = ProductCut(64, 64, 128, 1, 4, 3, early=12), 2 * PLACES
     else:
         cut, places = ProductCut(128, 64, 64, 1, 8, 6, early=4), PLACES
-    if rows > (MOST_SILU_ROWS if silu else MOST_ROWS) or outputs % cut.outputs or inputs % cut.inputs:
+    if rows > (MOST_SILU_ROWS if silu else MOST_ROWS) or outputs % cut.width or inputs % cut.inputs:
         return None
-    splits = 1 if silu else max(1, min(places // (outputs // cut.outputs), inputs // cut.inputs // 2))
+    splits = 1 if silu else max(1, min(places // (outputs // cut.width), inputs // cut.inputs // 2))
     return replace(cut, splits=splits)
+
+
+def _one_turn(outputs: int) -> ProductCut:
+    """Of gate and up of 33 to 64 rows: as many blocks as multiprocessors, nearly, where their number divides."""
+    blocks = next(count for count in range(PLACES, 0, -1) if outputs % count == 0)
+    span = outputs // blocks
+    if 64 < span <= 128:
+        return ProductCut(64, 128, 64, 1, 8, 5, early=4, span=span)
+    if 32 < span < 64:
+        return ProductCut(64, 64, 128, 1, 8, 4, early=4, span=span)
+    return ProductCut(64, 64, 128, 1, 8, 4, early=4)
 
 
 class RankProducts:

@@ -64,6 +64,11 @@ class Outbox:
         """Whether so many numbers may be sent; all ranks say the same."""
         return self.layout.sends(count, dtype)
 
+    @property
+    def words(self) -> tuple[int, int]:
+        """Where words begin in a region, and bytes of those of one rank."""
+        return self.layout.words, 2 * self.layout.small
+
 
 @triton.jit
 def _tell_all(regions, place, call, RANKS: tl.constexpr, RANKS_P: tl.constexpr, ASM: tl.constexpr):
@@ -197,6 +202,29 @@ def send_words(regions, start, packed, word, there, RANK: tl.constexpr, RANKS: t
         if peer != RANK:
             line = (tl.load(regions + peer) + start).to(tl.pointer_type(tl.int64))
             tl.store(tl.multiple_of(line, 16) + word, packed, mask=there)
+
+
+@triton.jit
+def send_block(
+    regions, calls, inbox, size, result, line, real, block, N, M: tl.constexpr, WIDTH: tl.constexpr,
+    SPAN: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """Send what the next call sums: result, [M, WIDTH], of which SPAN columns are block number `block` of those rows
+    `line` that are `real`, N wide. inbox, size: `first` and `size` of `_all_reduce_small`."""
+    call = tl.load(calls) + 1
+    if result.dtype == tl.float32:
+        word, count = result.to(tl.int32, bitcast=True), N
+        lane, span = tl.arange(0, WIDTH), SPAN
+    else:  # two to a word
+        bits = result.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        low, high = tl.split(tl.reshape(bits, [M, WIDTH // 2, 2]))
+        word, count = low | (high << 16), N // 2
+        lane, span = tl.arange(0, WIDTH // 2), SPAN // 2
+    at = block * span + lane
+    packed = (word.to(tl.int64) << 32) | (call & 0xFFFFFFFF)
+    start = inbox + (call & 1) * (RANKS * size) + RANK * size
+    there = real[:, None] & ((lane < span) & (at < count))[None, :]
+    send_words(regions, start, packed, line[:, None] * count + at[None, :], there, RANK, RANKS)
 
 
 @triton.jit

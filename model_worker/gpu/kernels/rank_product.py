@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox, send_words
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox, send_block
 from vibe_sgl_lite.model_worker.gpu.kernels.product import LINE, ProductScratch, prefetch
 
 MAX_ROWS = 128
@@ -27,7 +27,8 @@ MAX_ROWS = 128
 class ProductCut:
     """How a product is cut. rows, outputs: of a block; inputs: a step's; splits: of the inputs; warps and pipeline
     stages of a program. matrix_first: the matrix's rows are those of the matrix instruction, which has 64 at least.
-    early: lines of each of its rows of the matrix that a program asks for before it waits.
+    early: lines, of 128 bytes, of each of its rows of the matrix that a program asks for before it waits. span: outputs
+    that a block really has, where these are fewer.
     """
 
     rows: int
@@ -38,18 +39,25 @@ class ProductCut:
     stages: int
     matrix_first: bool = False
     early: int = 0
+    span: int = 0
+
+    @property
+    def width(self) -> int:
+        return self.span or self.outputs
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "early"])
 def _rank_product(
     x, matrix, output, sums, arrived, regions, calls, inbox, size, rows, N, K, splits, early,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SILU: tl.constexpr,
-    MATRIX_FIRST: tl.constexpr, SEND: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    SILU: tl.constexpr, MATRIX_FIRST: tl.constexpr, SEND: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of rows, blocks of N, splits). inbox, size: as in `_all_reduce_small`."""
     line = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    out = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    lane = tl.arange(0, BLOCK_N)
+    own = lane < SPAN
+    out = tl.program_id(1) * SPAN + lane
     split = tl.program_id(2)
     real = line < rows
     steps = K // BLOCK_K
@@ -58,7 +66,7 @@ def _rank_product(
         gdc_launch_dependents()
         if tl.program_id(0) == 0:
             for number in range(0, early):
-                place = matrix + out * K + first * BLOCK_K + number * LINE
+                place = matrix + tl.minimum(out, N - 1) * K + first * BLOCK_K + number * LINE
                 prefetch(place)
                 if SILU:
                     prefetch(place + N * K)
@@ -72,20 +80,26 @@ def _rank_product(
     for step in tl.range(first, last, num_stages=STAGES):
         column = step * BLOCK_K + tl.arange(0, BLOCK_K)
         a = tl.load(x + line[:, None] * K + column[None, :], mask=real[:, None], other=0.0)
-        w = tl.load(matrix + out[:, None] * K + column[None, :])
+        if SPAN == BLOCK_N:
+            w = tl.load(matrix + out[:, None] * K + column[None, :])
+        else:
+            w = tl.load(matrix + out[:, None] * K + column[None, :], mask=own[:, None], other=0.0)
         if MATRIX_FIRST:
             total = tl.dot(w, a.T, total, input_precision=PRECISION)
         else:
             total = tl.dot(a, w.T, total, input_precision=PRECISION)
         if SILU:
-            w = tl.load(matrix + (out + N)[:, None] * K + column[None, :])
+            if SPAN == BLOCK_N:
+                w = tl.load(matrix + (out + N)[:, None] * K + column[None, :])
+            else:
+                w = tl.load(matrix + (out + N)[:, None] * K + column[None, :], mask=own[:, None], other=0.0)
             if MATRIX_FIRST:
                 up = tl.dot(w, a.T, up, input_precision=PRECISION)
             else:
                 up = tl.dot(a, w.T, up, input_precision=PRECISION)
     if MATRIX_FIRST:
         total, up = total.T, up.T
-    here = real[:, None] & (out < N)[None, :]
+    here = real[:, None] & own[None, :]
     place = line[:, None] * N + out[None, :]
     is_last = splits == 1
     if splits > 1:
@@ -105,18 +119,10 @@ def _rank_product(
         result = total.to(output.dtype.element_ty)
         tl.store(output + place, result, mask=here)
         if SEND:
-            call = tl.load(calls) + 1
-            if output.dtype.element_ty == tl.float32:
-                word, count, at = result.to(tl.int32, bitcast=True), N, out
-            else:  # two to a word
-                bits = result.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-                low, high = tl.split(tl.reshape(bits, [BLOCK_M, BLOCK_N // 2, 2]))
-                word, count = low | (high << 16), N // 2
-                at = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-            packed = (word.to(tl.int64) << 32) | (call & 0xFFFFFFFF)
-            start = inbox + (call & 1) * (RANKS * size) + RANK * size
-            there = real[:, None] & (at < count)[None, :]
-            send_words(regions, start, packed, line[:, None] * count + at[None, :], there, RANK, RANKS)
+            send_block(
+                regions, calls, inbox, size, result, line, real, tl.program_id(1), N, BLOCK_M, BLOCK_N, SPAN, RANK,
+                RANKS,
+            )  # fmt: skip
 
 
 def rank_product(
@@ -139,24 +145,24 @@ def rank_product(
     assert matrix.shape == (outputs * (2 if silu else 1), inputs)
     assert cut.splits == 1 or not silu
     assert matrix.numel() < 1 << 31
-    assert outputs % cut.outputs == 0
+    assert outputs % cut.width == 0
     assert inputs % cut.inputs == 0
     assert x.is_contiguous()
     assert matrix.is_contiguous()
     assert output.is_contiguous()
-    blocks = triton.cdiv(rows, cut.rows), outputs // cut.outputs
+    blocks = triton.cdiv(rows, cut.rows), outputs // cut.width
     assert cut.splits == 1 or (
         blocks[0] * blocks[1] <= len(scratch.arrived) and rows * outputs * cut.splits <= len(scratch.sums)
     )
     options = {"launch_pdl": True} if pdl else {}
     regions, calls = (scratch.arrived, scratch.arrived) if outbox is None else (outbox.regions, outbox.calls)
     assert outbox is None or outbox.takes(output.numel(), output.dtype)
-    inbox, size = (0, 0) if outbox is None else (outbox.layout.words, 2 * outbox.layout.small)
+    inbox, size = (0, 0) if outbox is None else outbox.words
     _rank_product[(*blocks, cut.splits)](
         x, matrix, output, scratch.sums, scratch.arrived, regions, calls, inbox, size, rows, outputs, inputs,
-        cut.splits, cut.early, BLOCK_M=cut.rows, BLOCK_N=cut.outputs, BLOCK_K=cut.inputs, STAGES=cut.stages, SILU=silu,
-        MATRIX_FIRST=cut.matrix_first, SEND=outbox is not None, RANK=0 if outbox is None else outbox.rank,
-        RANKS=1 if outbox is None else len(outbox.regions),
+        cut.splits, cut.early, BLOCK_M=cut.rows, BLOCK_N=cut.outputs, SPAN=cut.width, BLOCK_K=cut.inputs,
+        STAGES=cut.stages, SILU=silu, MATRIX_FIRST=cut.matrix_first, SEND=outbox is not None,
+        RANK=0 if outbox is None else outbox.rank, RANKS=1 if outbox is None else len(outbox.regions),
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl, num_warps=cut.warps, num_stages=cut.stages,
         **options,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.internal.gpu_timing import NoCard
+from vibe_sgl_lite.model_worker.gpu.block_experts import BlockExperts
 from vibe_sgl_lite.model_worker.gpu.fused_layers import TILES
 from vibe_sgl_lite.model_worker.gpu.grouped_matrix import choose_tiles as choose_grouped_tiles
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, Outbox, all_gather, all_reduce
@@ -129,8 +130,10 @@ def main() -> None:
                 attended, tiles=choose_chain_tiles(1, group), pdl=True,
             )  # fmt: skip
     stream, gain = zeros(2, HIDDEN), zeros(HIDDEN)
+    outbox = Outbox(longs[:2], longs[:2], Layout(1 << 16, 1 << 20, 2), 1)
     gemv(stream, zeros(2 * INNER, HIDDEN), zeros(2, INNER), pdl=True, block=16, warps=8, gain=gain, eps=1e-6, silu=True)
     gemv(zeros(2, INNER), zeros(HIDDEN, INNER), stream, pdl=True, block=8, warps=4, addend=stream)
+    gemv(zeros(2, INNER), zeros(HIDDEN, INNER), stream, pdl=True, block=8, warps=4, outbox=outbox)
     add_rms_norm(stream, stream, gain, 1e-6, stream, pdl=True)
     silu_multiply(zeros(2, 2 * INNER), zeros(2, INNER), pdl=True)
     begin(
@@ -150,10 +153,14 @@ def main() -> None:
     all_reduce(stream, *small, pdl=True, residual=stream, weight=gain, eps=1e-6)
     all_reduce(stream, *regions, pdl=True, two_shot=True, residual=stream, weight=gain, eps=1e-6)
     experts = zeros(16, 2 * INNER, HIDDEN), zeros(16, HIDDEN, INNER), 0
+    coded = BlockExperts.of(experts[0]), BlockExperts.of(experts[1])
     for tokens in (1, 32, 64, 128):
         weights, chosen = route(zeros(tokens, 16), 8, normalize=True, pdl=True)
         expert_tiles = choose_expert_tiles(tokens, 8, 16, stream.dtype)
         run_experts(zeros(tokens, HIDDEN), weights, chosen, *experts, expert_tiles, pdl=True)
+        factors = coded[0].scales, coded[1].scales
+        in_fp8 = coded[0].codes, coded[1].codes, 0
+        run_experts(zeros(tokens, HIDDEN), weights, chosen, *in_fp8, expert_tiles, pdl=True, scales=factors)
     sums = ProductScratch(stream.device, 1 << 21, 1 << 10)
     for most, cuts in (TILES[0], TILES[-2]):
         squares = zeros(most, HIDDEN // cuts.down.outputs, dtype=torch.float32)
@@ -182,7 +189,6 @@ def main() -> None:
             grouped_product(x, codes, stream, grouped_cut, sums, pdl=True, gain=x, gained=x, new_squares=parts)
         plain_matrix(codes, torch.bfloat16, pdl=True)
     encode_groups(x, zeros(32, 2048, dtype=torch.float8_e4m3fn), zeros(16, 32, dtype=torch.float32), pdl=True)
-    outbox = Outbox(longs[:2], longs[:2], Layout(1 << 16, 1 << 20, 2), 1)
     for rows in (16, 32, 64, 128):  # as one of two ranks of the 8B shape
         for outputs, inputs, gated in ((4096, 6144, False), (6144, 4096, True)):
             rank_cut = choose_cut(rows, outputs, inputs, stream.dtype, silu=gated)

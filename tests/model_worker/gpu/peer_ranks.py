@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, Outbox, all_gather, all_reduce
+from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
 from vibe_sgl_lite.model_worker.gpu.kernels.product import ProductScratch
 from vibe_sgl_lite.model_worker.gpu.kernels.rank_product import ProductCut, rank_product
 
 LAYOUT = Layout(1 << 15, 1024, 3)
 EPS = 1e-6
 INNER = 64  # of the products that are sent
-CUTS = (ProductCut(16, 16, 16, 3, 4, 2), ProductCut(16, 16, 16, 1, 4, 2, matrix_first=True))
+CUTS = (ProductCut(16, 16, 16, 3, 4, 2, span=12), ProductCut(16, 16, 16, 1, 4, 2, matrix_first=True))
 # Rows, columns, what is done and whether in two steps; many programs and few in turn.
 CALLS = [
     (1, 48, "sum", False),
@@ -31,10 +32,13 @@ CALLS = [
     (6, 96, "sum", False),
     (5, 48, "sent", False),
     (3, 96, "sent", False),
+    (2, 48, "few sent", False),
+    (2, 96, "few sent", False),
     (3, 48, "norm", False),
 ]
+SENT = ("sent", "few sent")
 NORMED = ("norm", "sent")
-PAIRED = (len(CALLS) - 2, len(CALLS) - 1)  # in bfloat16
+PAIRED = (len(CALLS) - 4, len(CALLS) - 2, len(CALLS) - 1)  # in bfloat16
 
 
 def inputs(rank: int, number: int) -> torch.Tensor:
@@ -65,13 +69,15 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     addresses = torch.tensor([region.data_ptr() for region in regions])
     calls = torch.tensor([(1 << 32) - 3, 0])  # more calls than 32 bits count
     results: dict[str, Any] = {}
-    outbox, scratch = Outbox(addresses, calls, LAYOUT, rank), ProductScratch(calls.device, 5 * 96 * 3, 6)
+    outbox, scratch = Outbox(addresses, calls, LAYOUT, rank), ProductScratch(calls.device, 5 * 96 * 3, 8)
     for number, (_, _, kind, two_shot) in enumerate(CALLS):
         x, residual = inputs(rank, number), residual_of(number)
-        if kind == "sent":
+        if kind == "few sent":
+            gemv(*factors(rank, number), x, pdl=False, block=16, warps=4, outbox=outbox)
+        elif kind == "sent":
             rank_product(*factors(rank, number), x, CUTS[number % 2], scratch, pdl=False, outbox=outbox)
         all_reduce(
-            x, addresses, calls, LAYOUT, rank, pdl=False, two_shot=two_shot, sent=kind == "sent", eps=EPS,
+            x, addresses, calls, LAYOUT, rank, pdl=False, two_shot=two_shot, sent=kind in SENT, eps=EPS,
             residual=None if kind == "sum" else residual, weight=weight_of(number) if kind in NORMED else None,
         )  # fmt: skip
         results |= {f"x{number}": x.float().numpy(), f"residual{number}": residual.float().numpy()}

@@ -201,7 +201,9 @@ def test_products_with_norm_sum_and_silu(
     [
         (5, ProductCut(16, 32, 32, 1, 4, 2)),
         (21, ProductCut(16, 32, 16, 4, 4, 3)),  # six steps in four splits
+        (21, ProductCut(16, 32, 32, 2, 4, 2, span=16)),
         (70, ProductCut(64, 16, 16, 2, 4, 2, matrix_first=True)),
+        (70, ProductCut(64, 64, 16, 1, 4, 2, matrix_first=True, span=32)),
     ],
 )
 def test_products_of_a_rank(rows: int, cut: ProductCut, dtype: torch.dtype, device: torch.device) -> None:

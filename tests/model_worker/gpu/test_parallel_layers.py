@@ -44,7 +44,8 @@ class ThreadPeers:
     def all_gather(self, x: Tensor) -> None:
         return None
 
-    def all_reduce_add(self, x: Tensor, residual: Tensor) -> None:
+    def all_reduce_add(self, x: Tensor, residual: Tensor, *, sent: bool) -> None:
+        assert not sent
         self.called["add"] += 1
         residual.add_(self.group.all_reduce(x))
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 
 from benchmarks.internal.rank_products import NAMES, sides
 from benchmarks.parallel_gpu import SHAPES
@@ -20,10 +21,11 @@ def test_cuts_fit(shape: str, ranks: int) -> None:
                 continue
             taken = rows
             assert rows <= cut.rows
-            assert outputs % cut.outputs == 0
+            assert outputs % cut.width == 0
             assert inputs % cut.inputs == 0
             assert cut.splits <= inputs // cut.inputs
-            blocks = outputs // cut.outputs
+            blocks = outputs // cut.width
+            assert cut.outputs == triton.next_power_of_2(cut.width)
             assert cut.splits == 1 or (not silu and blocks * cut.splits <= 2 * PLACES)
         if inputs % 128 == 0 and outputs % 64 == 0:
             assert taken == (MOST_SILU_ROWS if silu else MOST_ROWS)
