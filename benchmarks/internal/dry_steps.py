@@ -14,7 +14,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -45,17 +45,24 @@ from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout  # noqa: E4
 from vibe_sgl_lite.model_worker.kv_pool import KVPool  # noqa: E402
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner  # noqa: E402
 from vibe_sgl_lite.model_worker.weights import _DummySource  # noqa: E402
+from vibe_sgl_lite.qwen3.checkpoint import Part  # noqa: E402
 from vibe_sgl_lite.qwen3.layers import matrix, parallel_state  # noqa: E402
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState  # noqa: E402
 from vibe_sgl_lite.qwen3.layers.rotary import RotaryEmbedding  # noqa: E402
 from vibe_sgl_lite.qwen3.model import Qwen3  # noqa: E402
 
-CPU = torch.device("cpu")
+CPU, LARGE = torch.device("cpu"), 1 << 26
 
 
 class DryGraphs(CudaGraphs):
     def run(self, key: Any, work: Callable[[], Any]) -> Any:
         return work()
+
+
+def zero_small(source: _DummySource, parts: Sequence[Part], buffer: Tensor) -> None:
+    """Codes are looked at when they are installed; pages of what is large should not be touched."""
+    if buffer.numel() < LARGE:
+        buffer.zero_()
 
 
 def be_dry(takes: Callable[[str], bool]) -> None:
@@ -88,7 +95,7 @@ def be_dry(takes: Callable[[str], bool]) -> None:
         (F, "linear", lambda x, matrix, bias=None: x.new_empty((*x.shape[:-1], len(matrix)))),
         (dist, "all_reduce", nothing), (dist, "all_to_all_single", nothing),
         (parallel_state, "_all_gather_into", nothing), (matrix, "can_pack", lambda *_: False),
-        (Tensor, "normal_", lambda x: x), (_DummySource, "read", lambda source, parts, buffer: buffer.zero_()),
+        (Tensor, "normal_", lambda x: x), (_DummySource, "read", zero_small),
     ]  # fmt: skip
     patches += [(m, "has_dependent_launch", lambda _: True) for m in (operations, attention_backend, collectives, draw)]
     for holder, name, value in patches:

@@ -8,10 +8,14 @@ Dummy weights in bf16 of published shapes, or in blocks of fp8 as 30B-A3B-FP8. D
 captured, three steps in flight as in the engine; prefill: a step of 4 prompts of 1,024, not captured. groups: tp1 one
 GPU alone, tp all, ep the same with experts split, all-to-all the same with tokens sent to experts. variants, of
 several GPUs: cublas without the products of kernels/rank_product.py, unsent with sums that send by themselves, alone
-with sums over nobody (wrong, to see what the other ranks cost), earlyN with N lines asked for before the wait, nochain
-for few rows, and cuts for 33 to 64 rows by their part and name in CUTS: g gate and up, l inputs that are long, s
-others; g1+l2 is two of them. --kernels: also what takes the first rank's time, microseconds a step. The floor is
-reading a rank's weights, of experts those that tokens at random touch. Prints a line for each.
+with sums over nobody (wrong, to see what the other ranks cost), nochain for few rows, eN with N lines asked for before
+the wait, aK.W.S.P with other tiles of attention (keys, warps, stages, splits), and another cut for 33 to 64 rows of g
+gate and up, q qkv, o attention's output or l what has long inputs: gc by cuBLAS, g:128.64.8.5.0.4.100.132 by outputs,
+inputs, warps, stages, matrix first, lines early, span, programs at once. qc+oc is two of them; e8@16/64 is for these
+numbers of rows alone. filtered: with top-k and top-p as Qwen3 has them. Others than ours and filtered are for dense
+layers of ranks. A second list behind ; is for the shapes after the first.
+--kernels: also what takes the first rank's time, microseconds a step. The floor is reading a rank's weights, of
+experts those that tokens at random touch. Prints a line for each.
 
 Shapes tiny and tiny-moe, the checkpoints, and such as 32B-fp32, two layers of dummy weights: no times, but whether
 what they draw in float32 is the same in all groups. What they launch can be compiled beforehand by many processes at
@@ -24,12 +28,14 @@ import argparse
 import gc
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,12 +48,14 @@ from torch._C._distributed_c10d import FileStore
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/parallel_steps.py` finds the packages
 
-from benchmarks.gpu_offline import measure_card  # noqa: E402
+from benchmarks.gpu_offline import FILTERED, PLAIN, measure_card  # noqa: E402
 from benchmarks.parallel_gpu import DENSE, MOE, floor_ms  # noqa: E402
 from benchmarks.parallel_gpu import SHAPES as PLAIN_SHAPES  # noqa: E402
 from vibe_sgl_lite.model_worker.compute import GpuSetup, choose_compute  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu import attention_backend, collectives, rank_products  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.graphs import CudaGraphs  # noqa: E402
+from vibe_sgl_lite.model_worker.gpu.kernels import decode_attention  # noqa: E402
+from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import DecodeTiles  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.rank_product import ProductCut  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.rank_products import MOST_ROWS  # noqa: E402
@@ -72,13 +80,6 @@ BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", 
 SHAPES = PLAIN_SHAPES | {
     shape + FP8: config | {"quantization_config": BLOCKS} for shape, config in PLAIN_SHAPES.items()
 }
-CUTS = {  # and how many programs may run at once; None: cuBLAS
-    "g1": (ProductCut(64, 128, 64, 1, 8, 4, early=4), 132),
-    "g2": (ProductCut(64, 64, 64, 1, 8, 4, early=4), 132),
-    "1": (ProductCut(64, 128, 64, 1, 4, 4, early=4), 264),
-    "2": (ProductCut(64, 128, 128, 1, 8, 4, early=4), 132),
-    "c": None,
-}
 PARTS = {  # of kernels' names, for the table
     "sums": ("all_reduce", "all_gather", "nccl"),
     "attention": ("attention", "rope"),
@@ -92,13 +93,13 @@ class Steps:
     """A runner, driven as a scheduler does."""
 
     def __init__(self, runner: ModelRunner, pages: int) -> None:
-        self.runner, self.pages, self.step = runner, pages, 0
+        self.runner, self.pages, self.step, self.sampling = runner, pages, 0, PLAIN
 
     def _new(
-        self, slot: int, length: int, computed: int, first_page: int, count: int, temperature: float = 0.6
+        self, slot: int, length: int, computed: int, first_page: int, count: int, chosen: dict[str, Any] = PLAIN
     ) -> NewSlot:
         sampling = resolve(
-            SamplingParams(max_new_tokens=1, temperature=temperature, top_p=1.0, top_k=-1, min_p=0.0, seed=slot),
+            SamplingParams(max_new_tokens=1, seed=slot, **chosen),
             model_defaults={}, end_token_ids=(), prompt_tokens=1, context_length=CONTEXT,
             vocab_size=self.runner.model.config.vocab_size,
         )  # fmt: skip
@@ -122,7 +123,7 @@ class Steps:
 
     def decode(self, rows: int, kernels: int) -> tuple[float, list[str]]:
         """Seconds a step, and a table."""
-        new = [self._new(slot, LENGTH, LENGTH - 1, 2 * slot, 2) for slot in range(rows)]
+        new = [self._new(slot, LENGTH, LENGTH - 1, 2 * slot, 2, self.sampling) for slot in range(rows)]
         same = {"row_slots": pack_ids(range(rows)), "row_tokens": pack_ids([1] * rows)}
         self._run(iter([{"new": new, **same}, *[same] * 4]))
         took = [self._run(iter([same] * STEPS)) / STEPS for _ in range(2)]
@@ -135,9 +136,10 @@ class Steps:
         return min(took), table
 
     def tokens(self, rows: int) -> list[list[int]]:
-        """What so many rows draw, every other one the likeliest."""
+        """What so many rows draw: the likeliest, any, and by Qwen3's own filters."""
         slots = pack_ids(range(rows))
-        new = [self._new(slot, 3 + 5 * slot, 0, 2 * slot, 2, 0.9 * (slot % 2)) for slot in range(rows)]
+        kinds = PLAIN | {"temperature": 0.0}, PLAIN | {"temperature": 0.9}, FILTERED
+        new = [self._new(slot, 3 + 5 * slot, 0, 2 * slot, 2, kinds[(slot + rows) % 3]) for slot in range(rows)]
         batch: dict[str, Any] = {
             "new": new,
             "row_slots": slots,
@@ -186,39 +188,51 @@ def add_norm_alone(
 
 def vary(variant: str) -> Any:
     """What a variant changes."""
+    stack = ExitStack()
+    for part in variant.partition("@")[0].split("+"):
+        for change in changes(part):
+            stack.enter_context(change)
+    return stack
+
+
+def changes(part: str) -> list[Any]:
     choose = rank_products.choose_cut
-    if variant == "cublas":
-        return patch.object(rank_products, "choose_cut", lambda *_, **__: None)
-    if variant.startswith("early"):
-        lines = int(variant.removeprefix("early"))
+    if part in ("ours", "filtered"):
+        return []
+    if part == "cublas":
+        return [patch.object(rank_products, "choose_cut", lambda *_, **__: None)]
+    if part == "unsent":
+        return [patch("vibe_sgl_lite.model_worker.gpu.kernels.all_reduce.Outbox.takes", lambda *_: False)]
+    if part == "alone":
+        return [patch.object(collectives.PeerMemory, "all_reduce_add_norm", add_norm_alone)]
+    if part == "nochain":
+        return [patch.object(attention_backend.GpuAttention, "_runs_as_chain", lambda *_: False)]
+    if part[0] == "a":
+        keys, warps, stages, splits_of_all = (int(number) for number in part[1:].split("."))
+        tiles = DecodeTiles(keys, warps, stages, splits_of_all)
+        modules = decode_attention, attention_backend
+        return [patch.object(module, "choose_tiles", lambda *_, **__: tiles) for module in modules]
+    if part[0] == "e":
+        lines = int(part[1:])
 
         def earlier(*shape: Any, **options: Any) -> Any:
             cut = choose(*shape, **options)
             return cut and replace(cut, early=min(lines, shape[2] // cut.splits // 64))
 
-        return patch.object(rank_products, "choose_cut", earlier)
-    if variant == "unsent":
-        return patch("vibe_sgl_lite.model_worker.gpu.kernels.all_reduce.Outbox.takes", lambda *_: False)
-    if variant == "nochain":
-        return patch.object(attention_backend.GpuAttention, "_runs_as_chain", lambda *_: False)
-    if variant == "alone":
-        return patch.object(collectives.PeerMemory, "all_reduce_add_norm", add_norm_alone)
-    if variant[0] in "gls":
-        named = {name[0]: CUTS.get(name, CUTS.get(name[1:])) for name in variant.split("+")}
+        return [patch.object(rank_products, "choose_cut", earlier)]
 
-        def cut_so(rows: int, outputs: int, inputs: int, dtype: Any, *, silu: bool) -> Any:
-            part = "g" if silu else "l" if inputs >= rank_products.LONG_INPUTS else "s"
-            if part not in named or not 32 < rows <= MOST_ROWS or dtype == torch.float32:
-                return choose(rows, outputs, inputs, dtype, silu=silu)
-            if (found := named[part]) is None:
-                return None
-            cut, places = found
-            splits = 1 if silu else max(1, min(places // (outputs // cut.outputs), inputs // cut.inputs // 2))
-            return replace(cut, splits=splits)
+    def cut_so(rows: int, outputs: int, inputs: int, dtype: Any, *, silu: bool) -> Any:
+        kind = "g" if silu else "l" if inputs >= rank_products.LONG_INPUTS else "q" if inputs >= outputs else "o"
+        if part[0] != kind or not 32 < rows <= MOST_ROWS or dtype == torch.float32:
+            return choose(rows, outputs, inputs, dtype, silu=silu)
+        if part[1:] == "c":
+            return None
+        width, depth, warps, stages, first, early, span, places = (int(number) for number in part[2:].split("."))
+        cut = ProductCut(64, width, depth, 1, warps, stages, bool(first), early=early, span=span)
+        splits = 1 if silu else max(1, min(places // (outputs // cut.width), inputs // cut.inputs // 2))
+        return replace(cut, splits=splits)
 
-        return patch.object(rank_products, "choose_cut", cut_so)
-    assert variant == "ours"
-    return patch.dict({}, {})
+    return [patch.object(rank_products, "choose_cut", cut_so)]
 
 
 def draws(shape: str) -> bool:
@@ -281,15 +295,17 @@ def steps_of(model: Qwen3, compute: Any, rows: tuple[int, ...]) -> Steps:
 
 def measure(model: Qwen3, compute: Any, rows: tuple[int, ...], variant: str, kernels: int) -> dict[str, Any]:
     """With the rows of those that the variant is for."""
-    ours = variant == "ours"
-    least, most = (33, MOST_ROWS) if variant[0] in "gls" else (0, 4) if variant == "nochain" else (0, rows[-1])
-    rows = tuple(count for count in rows if least <= count <= most)
+    wanted = variant.partition("@")[2]
+    rows = tuple(count for count in rows if not wanted or str(count) in wanted.split("/"))
     if not rows:
         return {}
     steps = steps_of(model, compute, rows)
-    result: dict[str, Any] = {str(count): steps.decode(count, kernels if ours else 0) for count in rows}
-    if ours:
+    steps.sampling = FILTERED if variant.startswith("filtered") else PLAIN
+    result: dict[str, Any] = {str(count): (steps.decode(count, 0)[0], list[str]()) for count in rows}
+    if variant == "ours":
         result["prompt tok/s"] = PROMPTS * PROMPT / steps.prefill()
+        for count in rows if kernels else ():  # now that all is timed
+            result[str(count)][1].extend(steps.decode(count, kernels)[1])
     return result
 
 
@@ -348,11 +364,14 @@ def state_of(group: str, parallel: ParallelState, rank: int, ranks: int) -> tupl
 
 
 def variants_of(shape: str, group: str, options: Any) -> list[str]:
-    """They are of dense layers."""
-    if group == "tp1" or has_experts(shape):
+    """Most are of dense layers of ranks."""
+    lists, number = options.variants.split(";"), options.shapes.split(",").index(shape)
+    variants: list[str] = lists[min(number, len(lists) - 1)].split(",")
+    if draws(shape):
         return ["ours"]
-    variants: list[str] = options.variants.split(",")
-    return [variant for variant in variants if not draws(shape) or variant == "ours"]
+    if group == "tp1" or has_experts(shape):
+        return [variant for variant in variants if variant.startswith(("ours", "filtered"))]
+    return variants
 
 
 def report(
@@ -399,6 +418,8 @@ def main() -> None:
         finally:
             for other in others:
                 other.kill()
+        sys.stdout.flush()
+    os._exit(0)  # else NCCL looks for those that are gone
 
 
 if __name__ == "__main__":

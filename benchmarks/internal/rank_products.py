@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ CUTS = {  # by rows: of a block, outputs, inputs a step, warps, stages, matrix f
     64: [
         (64, 64, 128, 4, 3, False), (64, 64, 128, 4, 4, True), (64, 64, 64, 4, 6, False), (64, 128, 64, 4, 4, False),
         (64, 128, 64, 4, 4, True), (64, 128, 64, 4, 8, False), (64, 128, 128, 8, 4, False), (64, 128, 128, 8, 4, True),
-        (64, 256, 64, 8, 5, False), (64, 32, 128, 4, 4, False),
+        (64, 256, 64, 8, 5, False), (64, 256, 64, 8, 5, True), (64, 64, 64, 4, 6, True), (64, 32, 128, 4, 4, False),
     ],
     128: [
         (128, 64, 64, 4, 4, False), (128, 128, 64, 8, 3, False), (128, 128, 64, 8, 6, False),
@@ -69,6 +69,9 @@ def candidates(name: str, rows: int, outputs: int, inputs: int) -> Iterator[Prod
         if outputs % width or inputs % depth or memory > 227_000 or (first and width < 64):
             continue
         blocks = outputs // width
+        spans = [outputs // count for count in range(132, blocks, -1) if outputs % count == 0]
+        if silu and spans and spans[0] > width // 2:
+            yield ProductCut(height, width, depth, 1, warps, stages, first, span=spans[0])
         for splits in sorted({max(1, 132 * places // blocks) for places in (1, 2, 3)}):
             if splits == 1 or inputs // depth // splits >= 4:
                 yield ProductCut(height, width, depth, splits, warps, stages, first)
@@ -121,7 +124,7 @@ def compile_all(work: list[tuple[str, int, ProductCut]], jobs: int) -> None:
     distinct = {(name == "gate_up", replace(cut, splits=1)): name for name, _, cut in work}
 
     def compile_one(name: str, cut: ProductCut) -> None:
-        case = Case(name, cut.rows, cut.outputs, 8 * cut.inputs, 1)
+        case = Case(name, cut.rows, cut.width, 8 * cut.inputs, 1)
         case.ours(cut, 0)
         case.norm()
 
@@ -131,8 +134,7 @@ def compile_all(work: list[tuple[str, int, ProductCut]], jobs: int) -> None:
 
 
 def shown(cut: ProductCut) -> str:
-    sizes = (cut.rows, cut.outputs, cut.inputs, cut.splits, cut.warps, cut.stages, cut.matrix_first, cut.early)
-    return str(sizes).replace("True", "T").replace("False", "F").replace(" ", "")
+    return str(astuple(cut)).replace("True", "T").replace("False", "F").replace(" ", "")
 
 
 def measure(shape: str, ranks: int, rows: int, read_gb_s: float, best: int) -> None:
@@ -145,7 +147,7 @@ def measure(shape: str, ranks: int, rows: int, read_gb_s: float, best: int) -> N
         for cut in candidates(name, rows, outputs, inputs):
             try:
                 assert case.error(cut) < 1e-2, case.error(cut)
-                for early in (0, 4, 12):
+                for early in (0, 4, 16):
                     each = replace(cut, early=min(early, inputs // cut.splits // 64))
                     results.append((behind_norm(case, partial(case.ours, each)) - norm, each))
             except Exception as error:  # noqa: BLE001
