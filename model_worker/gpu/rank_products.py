@@ -43,13 +43,11 @@ def choose_cut(rows: int, outputs: int, inputs: int, dtype: torch.dtype, *, silu
 
 
 def _one_turn(outputs: int) -> ProductCut:
-    """Of gate and up of 33 to 64 rows: as many blocks as multiprocessors, nearly, where their number divides."""
-    blocks = next(count for count in range(PLACES, 0, -1) if outputs % count == 0)
-    span = outputs // blocks
-    if 64 < span <= 128:
-        return ProductCut(64, 128, 64, 1, 8, 5, early=4, span=span)
-    if 32 < span < 64:
-        return ProductCut(64, 64, 128, 1, 8, 4, early=4, span=span)
+    """Of gate and up of 33 to 64 rows: blocks of up to 128 outputs, all at once, where those of 64 would not be."""
+    if outputs > 64 * PLACES:
+        span = next(outputs // count for count in range(PLACES, 0, -1) if outputs % count == 0)
+        if span <= 128:
+            return ProductCut(64, 128, 64, 1, 8, 5, early=4, span=span)
     return ProductCut(64, 64, 128, 1, 8, 4, early=4)
 
 

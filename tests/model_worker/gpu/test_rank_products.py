@@ -35,3 +35,11 @@ def test_float32_has_a_cut_for_small_matrices() -> None:
     cut = choose_cut(3, 96, 64, torch.float32, silu=False)
     assert cut is not None
     assert cut.splits == 1
+
+
+@pytest.mark.parametrize(("ranks", "rows"), [(2, 33), (2, 64), (4, 64)])
+def test_gate_and_up_of_64_rows_run_all_at_once(ranks: int, rows: int) -> None:
+    outputs, inputs = sides("gate_up", SHAPES["32B"], ranks)
+    cut = choose_cut(rows, outputs, inputs, torch.bfloat16, silu=True)
+    assert cut is not None
+    assert outputs // cut.width <= PLACES
