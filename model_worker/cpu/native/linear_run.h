@@ -25,7 +25,7 @@ inline void run_int8(Context& context, const Linear<T>& linear) {
     const QuantizedRows x(context.shared.reserve(QuantizedRows::bytes(rows, inputs)), rows, inputs);
     quantize_rows(context, linear, x);
 #if defined(VSL_VNNI)
-    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int worker) {
+    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, [[maybe_unused]] int worker) {
 #if defined(VSL_AMX_LINEAR)
         if (context.amx && end - begin > 1 && inputs % 64 == 0)
             return tile_slab<Int8Tiles>(into, (const uint8_t*)x.codes, inputs, slab, begin, end, context.scratch[worker],
@@ -43,7 +43,7 @@ inline void run_int8(Context& context, const Linear<T>& linear) {
 #if defined(VSL_AVX512_BF16)
 inline void run_pairs(Context& context, const Linear<bf16>& linear) {
     const bool int4 = linear.format == kInt4;
-    const auto has_tiles = [&](int64_t rows) {
+    const auto has_tiles = [&]([[maybe_unused]] int64_t rows) {
 #if defined(VSL_AMX_LINEAR)
         return context.amx && rows >= (int4 ? kAmxInt4Rows : context.fixed_order ? 1 : 2);
 #else
@@ -55,7 +55,7 @@ inline void run_pairs(Context& context, const Linear<bf16>& linear) {
         group_sums = (float*)context.shared.reserve(linear.rows * (linear.inputs / kGroup) * 4);
         sum_groups(context, linear, group_sums);
     }
-    run_slabs(context, linear, [&](const Linear<bf16>& into, int64_t slab, int64_t begin, int64_t end, int worker) {
+    run_slabs(context, linear, [&](const Linear<bf16>& into, int64_t slab, int64_t begin, int64_t end, [[maybe_unused]] int worker) {
 #if defined(VSL_AMX_LINEAR)
         if (has_tiles(end - begin))
             return tile_slab<Bf16Tiles>(into, (const uint8_t*)into.x, into.x_stride * 2, slab, begin, end, context.scratch[worker],
