@@ -33,35 +33,40 @@ inline void quantize_groups(const T* x, int64_t inputs, int8_t* codes, float* sc
 }
 
 // Adds to totals[kRows][kSlab] the products of one group of inputs and, from output j on, kVectors vectors. A group's sums of
-// products of 4-bit and 8-bit codes fit 16 bits: 16 x 15 x 127 = 30480.
+// products of 4-bit and 8-bit codes fit 16 bits: 16 x 15 x 127 = 30480. Meanwhile a share of the group at `next` is asked for.
 template <int kRows, int kVectors>
 inline void multiply_group(const uint8_t* group, int j, const int8_t* codes, int64_t stride, const float* scales,
-                           const float* sums, int64_t groups, float* totals) {
+                           const float* sums, int64_t groups, float* totals, const uint8_t* next) {
+    constexpr int kLines = kGroupBytes / 64, kSteps = kGroup / 8, kShares = kSlab / (kVectors * kLanes) * kSteps;
+    constexpr int kAsk = (kLines + kShares - 1) / kShares;
 #if defined(VSL_QUADS)
     vi into[kRows][kVectors] = {};
 #else
     vs into[kRows][kVectors] = {};
 #endif
 #pragma GCC unroll 1  // else registers run out
-    for (int u = 0; u < kGroup / 8; u++) {
-        vu low[kVectors], high[kVectors];
-        for (int v = 0; v < kVectors; v++) {
-            const vu units = load_units(group + (u * kSlab + j + v * kLanes) * 4);
-            low[v] = units & 0x0f0f0f0fu;
-            high[v] = units >> 4 & 0x0f0f0f0fu;
-        }
-        for (int r = 0; r < kRows; r++) {
+    for (int u = 0; u < kSteps; u++) {
+        const int line = (j / (kVectors * kLanes) * kSteps + u) * kAsk;
+        if (line < kLines)
+            for (int i = 0; i < kAsk; i++) __builtin_prefetch(next + (line + i) * 64);
+        const auto units = [&](int v) { return load_units(group + (u * kSlab + j + v * kLanes) * 4); };
+        const auto add = [&](int r, int v, vu low, vu high) {
             int32_t x[2];  // each from memory into all lanes; as one number gcc would take them apart
             std::memcpy(x, codes + r * stride + u * 8, 4);
             std::memcpy(x + 1, codes + r * stride + u * 8 + 4, 4);
-            for (int v = 0; v < kVectors; v++) {
 #if defined(VSL_QUADS)
-                into[r][v] = multiply_quads(into[r][v], (vi)low[v], x[0]);
-                into[r][v] = multiply_quads(into[r][v], (vi)high[v], x[1]);
+            into[r][v] = multiply_quads(multiply_quads(into[r][v], (vi)low, x[0]), (vi)high, x[1]);
 #else
-                into[r][v] += multiply_bytes(low[v], splat(x[0])) + multiply_bytes(high[v], splat(x[1]));
+            into[r][v] += multiply_bytes(low, splat(x[0])) + multiply_bytes(high, splat(x[1]));
 #endif
-            }
+        };
+        if constexpr (kRows == 1) {
+            for (int v = 0; v < kVectors; v++) add(0, v, units(v) & 0x0f0f0f0fu, units(v) >> 4 & 0x0f0f0f0fu);
+        } else {
+            vu low[kVectors], high[kVectors];
+            for (int v = 0; v < kVectors; v++) low[v] = units(v) & 0x0f0f0f0fu, high[v] = units(v) >> 4 & 0x0f0f0f0fu;
+            for (int r = 0; r < kRows; r++)
+                for (int v = 0; v < kVectors; v++) add(r, v, low[v], high[v]);
         }
     }
     const bf16* const ends = (const bf16*)(group + kSlab * kGroup / 2) + j;
@@ -81,14 +86,22 @@ inline void multiply_group(const uint8_t* group, int j, const int8_t* codes, int
 
 template <int kRows>
 inline void multiply_groups(const uint8_t* slab, int64_t row, const QuantizedGroups& x, int64_t inputs, float* totals) {
-    constexpr int kVectors = kLanes == 16 || kMoreRegisters == 2 || kRows == 1 ? 4 : 2;
-    const int64_t groups = inputs / kGroup;
+    // One row is multiplied by all of a group as it lies, which is then read from its first byte to its last.
+    constexpr int kVectors = kRows == 1 && kLanes == 8 ? 8 : kLanes == 16 || kMoreRegisters == 2 ? 4 : 2;
+    constexpr int64_t kNext = 2;  // groups from one to the one that is asked for meanwhile
+    const int64_t groups = inputs / kGroup, half = (groups + 1) / 2;
     std::memset(totals, 0, kRows * kSlab * sizeof(float));
-    for (int64_t g = 0; g < groups; g++, slab += kGroupBytes) {
-        for (int line = 0; line < kGroupBytes; line += 64) __builtin_prefetch(slab + kNearAhead + line);
+    const auto multiply = [&](int64_t g, int64_t begin, int64_t end) {
+        const int64_t next = g + kNext < end ? g + kNext : groups + begin + (g + kNext - end);  // or of the next slab
         for (int j = 0; j < kSlab; j += kVectors * kLanes)
-            multiply_group<kRows, kVectors>(slab, j, x.codes + row * inputs + g * kGroup, inputs, x.scales + row * groups + g,
-                                            x.sums + row * groups + g, groups, totals);
+            multiply_group<kRows, kVectors>(slab + g * kGroupBytes, j, x.codes + row * inputs + g * kGroup, inputs,
+                                            x.scales + row * groups + g, x.sums + row * groups + g, groups, totals,
+                                            slab + next * kGroupBytes);
+    };
+    // Both halves of the inputs by turns: where a page of one ends, the other is in the middle of one, and read ahead by the core.
+    for (int64_t g = 0; g < half; g++) {
+        multiply(g, 0, half);
+        if (half + g < groups) multiply(half + g, half, groups);
     }
 }
 
