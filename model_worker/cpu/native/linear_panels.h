@@ -21,6 +21,7 @@ constexpr int kBlockInputs = 128;
 constexpr int kPreparedRows = 96;
 #elif defined(VSL_AVX2)
 constexpr int kPreparedRows = 14;
+constexpr int kLongBlockRows = 24;  // fewer, if prepared, leave so much of the cache that half a block and the next pass's fit
 #else
 constexpr int kPreparedRows = 12;
 #endif
@@ -117,9 +118,9 @@ struct Following {
 
 // Adds the products of `steps` units of weights and of x, rows of kApart units, to sums[kRows][kSlab], or begins them. With kKeep,
 // weights are left at `kept`, [unit][kVectors], in the form in which they were multiplied (a function of its own: else registers
-// of all others are spilled). kAsk: lines of the following weights that are asked for at once. One loop, and rows that are a
-// constant apart: else gcc keeps sums in memory.
-template <class Units, int kApart, int kRows, int kVectors, int kAsk, bool kKeep, int kStride = kSlab>
+// of all others are spilled). kAsk: lines of the following weights that are asked for at once. kPass: at `kept` are the weights of
+// the next pass, which are brought nearer. One loop, and rows that are a constant apart: else gcc keeps sums in memory.
+template <class Units, int kApart, int kRows, int kVectors, int kAsk, bool kKeep, int kStride = kSlab, bool kPass = false>
 inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typename Units::Unit* x,
                              typename Units::Unit* sums, bool begin, Following& following, typename Units::Unit* kept) {
     typename Units::Sum into[kRows][kVectors] = {};
@@ -137,6 +138,7 @@ inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typen
         }
         if (rows && k * Units::kParts % 16 == 0)
             for (int r = 0; r < kRows; r++) __builtin_prefetch(x + (kRows + r) * kApart);
+        if constexpr (kPass) __builtin_prefetch(kept + k * kSlab);
         // What is fewer, vectors or rows, stays in registers beside the sums.
         for (int p = 0; p < Units::kParts; p++, x++) {
             if constexpr (kRows >= kVectors) {
@@ -191,6 +193,7 @@ struct RowGroups {
 // Each format: the units that lie in a slab, and from how many rows on these are brought into another form once, by the first
 // rows that are multiplied, for the others.
 struct FloatPanels {
+    static constexpr bool kShort = false;  // whether blocks have half the inputs, and the next pass's weights are brought near
     using Direct = FloatUnits;
     using Prepared = FloatUnits;
     static constexpr int kFormat = kFloat, kDepth = 1;  // inputs of 32 bits of weights
@@ -198,14 +201,20 @@ struct FloatPanels {
 };
 
 struct Bf16Panels {
+    static constexpr bool kShort = false;
     using Direct = Bf16Units;
     using Prepared = PreparedUnits;
     static constexpr int kFormat = kBf16, kDepth = 2;
     static constexpr int64_t kLeastRows = kPreparedRows;
 };
 
+struct ShortBf16Panels : Bf16Panels {
+    static constexpr bool kShort = true;
+};
+
 #if defined(VSL_NEON_BF16)
 struct Bf16PairPanels {
+    static constexpr bool kShort = false;
     using Direct = PairsOfBf16;
     using Prepared = PairsOfBf16;
     static constexpr int kFormat = kBf16, kDepth = 2;
@@ -214,6 +223,7 @@ struct Bf16PairPanels {
 #endif
 
 struct Int8Panels {
+    static constexpr bool kShort = false;
     using Direct = ByteUnits;
     using Prepared = std::conditional_t<ByteUnits::kParts == 1, ByteUnits, ShortUnits>;
     static constexpr int kFormat = kInt8, kDepth = 4;
@@ -222,6 +232,7 @@ struct Int8Panels {
 
 // In fp32: a block is unpacked before any row.
 struct Int4Panels {
+    static constexpr bool kShort = false;
     using Direct = FloatUnits;
     using Prepared = FloatUnits;
     static constexpr int kFormat = kInt4, kDepth = 1;
@@ -248,7 +259,7 @@ template <class Panels>
 struct PackedRows {
     using Unit = typename Panels::Direct::Unit;
     static constexpr int kInputs = Panels::kDepth / Panels::Direct::kParts;  // of a unit
-    static constexpr int kUnits = kBlockInputs / kInputs;
+    static constexpr int kBlock = Panels::kShort ? kBlockInputs / 2 : kBlockInputs, kUnits = kBlock / kInputs;
 
     Unit* units;
     int64_t rows;
@@ -256,16 +267,16 @@ struct PackedRows {
     // convert(row, first input, end, units) makes a row of a block.
     template <class T, class Convert>
     PackedRows(Context& context, const Linear<T>& linear, Scratch& memory, const Convert& convert) : rows(linear.rows) {
-        const int64_t inputs = linear.inputs, blocks = (inputs + kBlockInputs - 1) / kBlockInputs;
+        const int64_t inputs = linear.inputs, blocks = (inputs + kBlock - 1) / kBlock;
         units = (Unit*)memory.reserve(rows * blocks * kUnits * sizeof(Unit));
         run_ranges(context, rows, std::max<int64_t>(1, 16384 / inputs), [&](int64_t begin, int64_t end) {
-            for (int64_t i = 0; i < inputs; i += kBlockInputs)
+            for (int64_t i = 0; i < inputs; i += kBlock)
                 for (int64_t row = begin; row < end; row++)
-                    convert(row, i, std::min<int64_t>(inputs, i + kBlockInputs), (Unit*)at(row, i));
+                    convert(row, i, std::min<int64_t>(inputs, i + kBlock), (Unit*)at(row, i));
         });
     }
 
-    const Unit* at(int64_t row, int64_t input) const { return units + (input / kBlockInputs * rows + row) * kUnits; }
+    const Unit* at(int64_t row, int64_t input) const { return units + (input / kBlock * rows + row) * kUnits; }
 };
 
 // Multiplies a block of inputs of a slab by rows from `begin` on, which are those of `sums`.
@@ -302,9 +313,18 @@ inline void multiply_block(const uint8_t* block, int64_t i, int64_t inputs, cons
         groups.each([&](int64_t row, auto count) {
             const Unit* const units = x.at(begin + row, i);
             Unit* const into = sums + row * kSlab + j * kLanes;
+            constexpr int kPrepared = kVectors * kLanes * Prepared::kParts;  // from one step to the next
+            const uint32_t* const from = (const uint32_t*)prepared;
+            const int64_t prepared_steps = steps * Direct::kParts / Prepared::kParts;
+            if constexpr (Panels::kShort)
+                if (prepares && row + count == rows) {
+                    const void* const pass = j + kVectors < kAll ? (const void*)(weights + (j + kVectors) * kLanes) : next;
+                    return multiply_vectors<Prepared, kApart, count, kVectors, kAsk, false, kPrepared, true>(
+                        from, prepared_steps, units, into, i == 0, following, (Unit*)pass);
+                }
             if (kUnpacked || (prepares && row > 0))
-                multiply_vectors<Prepared, kApart, count, kVectors, kAsk, false, kVectors * kLanes * Prepared::kParts>(
-                    (const uint32_t*)prepared, steps * Direct::kParts / Prepared::kParts, units, into, i == 0, following, nullptr);
+                multiply_vectors<Prepared, kApart, count, kVectors, kAsk, false, kPrepared>(from, prepared_steps, units, into,
+                                                                                           i == 0, following, nullptr);
             else if (prepares)
                 multiply_vectors<Direct, kApart, count, kVectors, kAsk, true>(weights + j * kLanes, steps, units, into, i == 0,
                                                                               following, prepared);
@@ -324,10 +344,9 @@ inline void run_panels(Context& context, const Linear<T>& linear, const PackedRo
         const int64_t rows = end - begin;
         Unit* const sums = (Unit*)context.scratch[worker].reserve((rows + kBlockInputs) * kSlab * sizeof(Unit));
         const bool prepares = !context.fixed_order && rows >= Panels::kLeastRows;
-        for (int64_t i = 0; i < linear.inputs; i += kBlockInputs)
-            multiply_block<Panels>(weights + slab_bytes(Panels::kFormat, i), i,
-                                   std::min<int64_t>(kBlockInputs, linear.inputs - i), x, begin, rows, prepares, sums,
-                                   sums + rows * kSlab);
+        for (int64_t i = 0; i < linear.inputs; i += x.kBlock)
+            multiply_block<Panels>(weights + slab_bytes(Panels::kFormat, i), i, std::min<int64_t>(x.kBlock, linear.inputs - i), x,
+                                   begin, rows, prepares, sums, sums + rows * kSlab);
         for (int64_t row = begin; row < end; row++) {
             prefetch_outputs(into, slab, row);
             store(into, slab, row, sums + (row - begin) * kSlab);
@@ -354,6 +373,11 @@ template <class T>
 inline void run_float(Context& context, const Linear<T>& linear) {
     if (linear.format == kInt4) return run_floats<Int4Panels>(context, linear);
     if (linear.format == kFloat) return run_floats<FloatPanels>(context, linear);
+#if defined(VSL_AVX2)
+    // Where the first rows are six, gcc finds no registers for all of them.
+    if (linear.rows >= kPreparedRows && linear.rows < kLongBlockRows && linear.rows % Bf16Units::kTogether != 0)
+        return run_floats<ShortBf16Panels>(context, linear);
+#endif
     run_floats<Bf16Panels>(context, linear);
 }
 

@@ -102,7 +102,8 @@ def test_linear(kernels: CpuKernels, kind: WeightFormat) -> None:
 
 
 def test_rows_and_packing(kernels: CpuKernels) -> None:
-    for kind in (WeightFormat.INT8, WeightFormat.FP32):
+    widened = {WeightFormat.BF16} if kernels.instruction_set in {"avx512", "avx_vnni", "avx2", "baseline"} else set()
+    for kind in {WeightFormat.INT8, WeightFormat.FP32} | widened:
         linear.test_a_row_does_not_depend_on_the_others(kernels, kind)
     for dtype in (BF16, FP32):
         linear.test_rows_of_a_matrix_come_back(kernels, dtype)
