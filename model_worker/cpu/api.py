@@ -23,7 +23,6 @@ from vibe_sgl_lite.model_worker.cpu.targets import Target, choose_target
 logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as native/kernels.cpp numbers them
-ROWS = {WeightFormat.BF16: torch.bfloat16, WeightFormat.FP32: torch.float32, WeightFormat.INT8: torch.uint8}
 
 
 def load(
@@ -312,15 +311,17 @@ class CpuKernels:
         return out
 
     def gather_rows(self, weights: SlabWeights, ids: Tensor) -> Tensor:
-        """Rows of a bf16 or fp32 matrix as it was, or of an int8 one's codes plus 128.
+        """Rows of a bf16 or fp32 matrix as it was, or of what an int8 one stands for, in fp32.
 
-        ids: [n] int32 or int64, below its outputs. Returns [n, inputs], of codes uint8.
+        ids: [n] int32 or int64, below its outputs. Returns [n, inputs].
         """
-        dtype = ROWS[weights.format]
+        assert weights.format is not WeightFormat.INT4
         ids = ids.to(torch.int64).contiguous()
+        dtype = torch.bfloat16 if weights.format is WeightFormat.BF16 else torch.float32
         out = torch.empty((len(ids), weights.inputs), dtype=dtype)
+        scales = None if weights.scales is None else weights.scales.data_ptr()
         units = weights.data.shape[1]
-        self._run("GatherRowsCall", weights.data.data_ptr(), units, ids.data_ptr(), len(ids), out.data_ptr())
+        self._run("GatherRowsCall", weights.data.data_ptr(), scales, units, ids.data_ptr(), len(ids), out.data_ptr())
         return out
 
     def pack(self, matrix: Tensor, weights: SlabWeights) -> None:

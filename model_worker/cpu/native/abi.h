@@ -95,8 +95,10 @@ struct PackCall {
     Matrix into;
 };
 
+// scales: of int8, whose rows come in fp32.
 struct GatherRowsCall {
     const void* weights;
+    const float* scales;
     int64_t units;
     const int64_t* ids;
     int64_t count;

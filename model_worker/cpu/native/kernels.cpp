@@ -145,7 +145,7 @@ void vsl_sum_ranks(Context* context, const SumRanksCall* c) {
 void vsl_gather_ranks(Context*, const GatherRanksCall* c) { gather_ranks(c->ranks, c->x, c->bytes, (char*)c->out); }
 
 void vsl_gather_rows(Context* context, const GatherRowsCall* c) {
-    gather_rows(*context, (const uint32_t*)c->weights, c->units, c->ids, c->count, (uint32_t*)c->out);
+    gather_rows(*context, (const uint32_t*)c->weights, c->scales, c->units, c->ids, c->count, c->out);
 }
 
 }  // extern "C"

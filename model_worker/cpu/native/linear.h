@@ -143,13 +143,24 @@ inline void prefetch_outputs(const Linear<T>& linear, int64_t slab, int64_t row)
         __builtin_prefetch(linear.out + (row + kRowsAhead) * linear.out_stride + slab * kSlab + j, 1);
 }
 
-// Rows `ids` of bf16, fp32 or int8 weights as they were before they were packed: [count][units].
-inline void gather_rows(Context& context, const uint32_t* weights, int64_t units, const int64_t* ids, int64_t count,
-                        uint32_t* out) {
+// Rows `ids` of bf16 or fp32 weights as they were before they were packed, [count][units]; with scales, of int8 weights what
+// they stand for, in fp32.
+inline void gather_rows(Context& context, const uint32_t* weights, const float* scales, int64_t units, const int64_t* ids,
+                        int64_t count, void* out) {
     run_ranges(context, count, std::max<int64_t>(1, 4096 / units), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
             const uint32_t* const from = weights + ids[i] / kSlab * units * kSlab + ids[i] % kSlab;
-            for (int64_t k = 0; k < units; k++) out[i * units + k] = from[k * kSlab];
+            if (scales == nullptr) {
+                for (int64_t k = 0; k < units; k++) ((uint32_t*)out)[i * units + k] = from[k * kSlab];
+                continue;
+            }
+            const float scale = scales[ids[i]];
+            float* to = (float*)out + i * units * 4;
+            for (int64_t k = 0; k < units; k++) {
+                __builtin_prefetch(from + (k + 16) * kSlab);
+                const uint32_t unit = from[k * kSlab];
+                for (int j = 0; j < 4; j++) *to++ = (float)((int)(unit >> 8 * j & 255) - 128) * scale;
+            }
         }
     });
 }
