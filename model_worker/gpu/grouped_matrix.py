@@ -31,7 +31,7 @@ WHOLE_OUTPUTS = 128  # which outputs are filled up to: the largest tile's
 GROUPS = (256, 128, 64, 32, 16)  # inputs that may share a scale; the most planes are of half a line of the cache
 LEAST_PLANE, MOST_PLANE = 16, 64
 MOST_UNITS = 32  # that a program has at once
-SPLIT_UNITS = 16  # the same where programs share the inputs
+SPLIT_UNITS = 8  # the same where programs share the inputs
 CHUNKS, MOST_FILLED = (32, 16, 8), 4 / 3  # units of one that has more; what they may be with what fills them up
 FEW_OUTPUTS = 4224  # two tiles a multiprocessor
 MANY_OUTPUTS, SHARERS = 8192, 528  # as gate and up have; programs that share so many
@@ -58,16 +58,16 @@ def choose_tiles(rows: int, outputs: int, units: int) -> GroupedTiles:
 
 
 def choose_gemv(outputs: int, units: int, bits: int) -> GemvTiles:
-    """The same for one row; measured on an H100 at the 8B shape, and on an H200 at that of 4B."""
+    """The same for one row; measured on an H100 at the 8B shape, of 4 bits and many inputs at that of 4B, too."""
     if units > MOST_UNITS:
-        if bits == 4 and outputs <= MANY_OUTPUTS:
+        if outputs <= MANY_OUTPUTS:
             return GemvTiles(SPLIT_UNITS, 4, splits=-(-units // SPLIT_UNITS))
         sizes = CHUNKS if bits == 4 else CHUNKS[1:]
         size = next((size for size in sizes if -(-units // size) * size <= MOST_FILLED * units), sizes[-1])
         return GemvTiles(size, 4 if bits == 4 else 8)
     whole = max(8, triton.next_power_of_2(units))
     if outputs > MANY_OUTPUTS:
-        return GemvTiles(whole, 4) if bits == 4 else GemvTiles(whole, 8, SHARERS, 64, 2)
+        return GemvTiles(whole, 4) if bits == 4 else GemvTiles(whole, 8, SHARERS, 80, 2)
     return GemvTiles(whole, 8, registers=0 if outputs <= FEW_OUTPUTS else 80 if bits == 4 else 128)
 
 

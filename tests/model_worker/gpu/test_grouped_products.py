@@ -57,6 +57,8 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
                 (4, 1, 72, 320, 32),
+                (4, 1, 40, 4352, 128),  # which programs share, as it comes
+                (8, 1, 40, 4352, 128),
                 (4, 4, 64, 80, 16),
                 (4, 17, 200, 640, 64),
                 (4, 33, 130, 1024, 512),
