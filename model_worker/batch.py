@@ -245,13 +245,13 @@ class SlotStates:
         """Drafts for the rows that have room for them, put behind their slots' tokens."""
         if drafter is None or not self.have_room:
             return {}
-        rows, asked = np.flatnonzero(self._row_tokens > known).tolist(), []
+        drafts: dict[int, list[int]] = {}
+        room = (self._row_tokens - known).tolist()
+        rows = [row for row, most in enumerate(room) if most > 0]
         if not rows:
-            return {}
-        for row in rows:
-            slot = int(self._row_slots[row])
-            asked.append(DraftRow(slot, self._read_tokens(slot), int(self._row_tokens[row] - known[row])))
-        drafts = {}
+            return drafts
+        slots = self._row_slots.tolist()
+        asked = [DraftRow(slots[row], self._read_tokens(slots[row]), room[row]) for row in rows]
         for row, (slot, tokens, most), proposed in zip(rows, asked, drafter.propose(asked), strict=True):
             if len(proposed):
                 drafts[row] = [*proposed][:most]

@@ -75,9 +75,8 @@ class _Typical:
         return sorted(self._values)[(len(self._values) - 1) // 2]
 
     @property
-    def noise(self) -> float:
-        """How many times as long as the one in their middle the longest one is."""
-        return max(self._values) / self.value
+    def longest(self) -> float:
+        return max(self._values)
 
     def price(self, multiple: float, noise: float) -> float:
         """Add one; what it costs over 1, less what those before it were charged too much by what is known now. noise:
@@ -236,11 +235,14 @@ class Speculation:
             return
         if len(plain) < KNOWN:
             return
-        multiple, noise = seconds / plain.value, plain.noise
+        usual = plain.value
+        multiple, noise = seconds / usual, plain.longest / usual
         if plan is not None:
             self._tried = plan.tries
             kind = Kind.NOTHING if drafted == 0 else Kind.FIRST if behind >= BEHIND else Kind.MORE
-            slower = self._slower.setdefault((group, plan.size, kind), _Typical())
+            slower = self._slower.get((group, plan.size, kind))
+            if slower is None:
+                slower = self._slower[group, plan.size, kind] = _Typical()
             self._book(accepted / rows - slower.price(multiple, noise) - LEAST, tries=plan.tries)
             if self._ends_early:
                 self._wait_until = 0
