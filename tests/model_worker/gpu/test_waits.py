@@ -48,9 +48,9 @@ def _touched(function: ast.FunctionDef, access: str, end: float = float("inf")) 
 
 
 def _pointer(address: ast.expr) -> str:
-    """Of `pointer + offset + ...`."""
-    while isinstance(address, ast.BinOp):
-        address = address.left
+    """Of `pointer + offset + ...`, or of some dimensions of it."""
+    while isinstance(address, ast.BinOp | ast.Subscript):
+        address = address.left if isinstance(address, ast.BinOp) else address.value
     assert isinstance(address, ast.Name), ast.unparse(address)
     return address.id
 
