@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import threading
@@ -30,15 +31,7 @@ from benchmarks.processes import module_name  # noqa: E402
 from vibe_sgl_lite import LLM, SamplingParams  # noqa: E402
 
 PROMPT, FEW = 32, 5  # tokens
-READ_RATE = """
-import statistics, time, torch
-data, times = torch.ones(1 << 28), []
-for _ in range(9):
-    begin = time.perf_counter()
-    data.sum()
-    times.append(time.perf_counter() - begin)
-print(*(round(data.nbytes / 1e9 / of(times), 1) for of in (min, statistics.median)))
-"""
+READ_RATES = "from benchmarks.machine import read_rates; print(*read_rates())"
 
 
 class Memory:
@@ -70,8 +63,9 @@ class Memory:
 
 def read_rate() -> list[float]:
     """GB/s, the best and the median."""
-    done = subprocess.run([sys.executable, "-c", READ_RATE], capture_output=True, text=True, check=True)
-    return [float(word) for word in done.stdout.split()]
+    done = subprocess.run([sys.executable, "-c", READ_RATES], capture_output=True, text=True, check=True, cwd=ROOT)
+    rates = [float(word) for word in done.stdout.split()]
+    return [max(rates), statistics.median(rates)]
 
 
 def step_ms(llm: LLM, rows: int, steps: int) -> float:

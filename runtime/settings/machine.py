@@ -38,9 +38,7 @@ def available_memory(root: Path = Path("/")) -> Limit:
         free = max(0, most - psutil.Process().memory_info().vms)
         limits.append(Limit(free, f"ulimit -v {most >> 10}"))
     for group in _groups(root, V1_MEMORY):
-        limit = _number(group / "memory.limit_in_bytes") or _number(group / "memory.max")
-        high = _number(group / "memory.high")
-        limit = min((value for value in (limit, high) if value is not None), default=None)
+        limit = _memory_limit(group)
         used = _number(group / "memory.usage_in_bytes") or _number(group / "memory.current")
         if limit is not None:
             free = limit - max(0, (used or 0) - _reclaimable(group))
@@ -48,9 +46,10 @@ def available_memory(root: Path = Path("/")) -> Limit:
     return min(limits, key=lambda limit: limit.value)
 
 
-def total_memory() -> int:
-    """Bytes, free or not."""
-    return int(psutil.virtual_memory().total)
+def total_memory(root: Path = Path("/")) -> int:
+    """Bytes that there are for this process and what shares its control groups, free or not."""
+    limits = [_memory_limit(group) for group in _groups(root, V1_MEMORY)]
+    return min([psutil.virtual_memory().total, *(limit for limit in limits if limit is not None)])
 
 
 def trim_memory() -> None:
@@ -71,6 +70,11 @@ def usable_cores(root: Path = Path("/")) -> Limit:
         if quota and period:
             limits.append(Limit(max(1, quota // period), f"control group {group}, quota {quota / period:g} cores"))
     return min(limits, key=lambda limit: limit.value)
+
+
+def _memory_limit(group: Path) -> int | None:
+    limit = _number(group / "memory.limit_in_bytes") or _number(group / "memory.max")
+    return min((value for value in (limit, _number(group / "memory.high")) if value is not None), default=None)
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:

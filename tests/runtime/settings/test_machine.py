@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vibe_sgl_lite.runtime.settings.machine import available_memory, has_gpu, trim_memory, usable_cores
+from vibe_sgl_lite.runtime.settings.machine import available_memory, has_gpu, total_memory, trim_memory, usable_cores
 
 MIB = 1 << 20
 V1_MOUNTS = (
@@ -52,6 +52,7 @@ def test_v1_limit_of_a_group_and_of_those_above(tmp_path: Path) -> None:
     found = available_memory(tree(tmp_path, V1_MOUNTS, "4:memory:/a/b\n1:cpu,cpuacct:/a\n", files))
     assert found.value == (200 - 115 + 15) * MIB
     assert "memory/a, limit 200 MiB" in found.source
+    assert total_memory(tmp_path) == 200 * MIB
 
 
 def test_v2_limit_and_high(tmp_path: Path) -> None:
@@ -66,6 +67,7 @@ def test_v2_limit_and_high(tmp_path: Path) -> None:
     found = available_memory(tree(tmp_path, V2_MOUNTS, "0::/app\n", files))
     assert found.value == (100 - 30 + 15) * MIB
     assert "app, limit 100 MiB" in found.source
+    assert total_memory(tmp_path) == 100 * MIB
 
 
 @pytest.mark.parametrize("path", ["/docker/abc", "/docker/abc/x", "/../other", "/"])
@@ -85,6 +87,7 @@ def test_more_in_use_than_allowed(tmp_path: Path) -> None:
 def test_without_limits_the_machine_decides(tmp_path: Path, groups: str) -> None:
     found = available_memory(tree(tmp_path, V1_MOUNTS + V2_MOUNTS, groups, {"memory.max": "max"}))
     assert found.source == "the machine"
+    assert total_memory(tmp_path) == psutil.virtual_memory().total
     assert abs(found.value - psutil.virtual_memory().available) < 512 * MIB
     assert usable_cores(tmp_path).value == len(os.sched_getaffinity(0))
 
