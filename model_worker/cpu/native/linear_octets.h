@@ -61,7 +61,7 @@ __attribute__((noinline)) void multiply_octets(const uint32_t* weights, const Oc
     vi into[kRows][kVectors] = {};
     if (!begin)
         for (int r = 0; r < kRows; r++)
-            for (int v = 0; v < kVectors; v++) std::memcpy(&into[r][v], sums + r * kSlab + v * kLanes, sizeof into[r][v]);
+            for (int v = 0; v < kVectors; v++) into[r][v] = load_whole(sums + r * kSlab + v * kLanes);
     const Octet* octets = x.octets;
     const char* line = next;
     const int64_t count = x.count;
@@ -93,7 +93,7 @@ __attribute__((noinline)) void multiply_octets(const uint32_t* weights, const Oc
     }
     next = line;
     for (int r = 0; r < kRows; r++)
-        for (int v = 0; v < kVectors; v++) std::memcpy(sums + r * kSlab + v * kLanes, &into[r][v], sizeof into[r][v]);
+        for (int v = 0; v < kVectors; v++) store_whole(sums + r * kSlab + v * kLanes, into[r][v]);
 }
 
 // A block of a slab, by as many rows as `groups` has; x: one of each group. next: the slab's next block.

@@ -15,6 +15,16 @@ constexpr int kSigns = 16, kSignQuads = 4, kSignOutputs = 32;  // 8 KiB of weigh
 constexpr int64_t kSignInputs = 256;  // of many rows, which stay in the second-level cache for the other outputs of a slab
 static_assert(kGroup % (4 * kSignQuads) == 0);
 
+// Sums from memory and into it, by values: memory that is copied into an element of an array, gcc copies in halves, unless it tunes
+// for some of Intel's CPUs, and a load of the whole then waits for both to be stored.
+inline vi load_whole(const int32_t* sums) {
+    vi v;
+    std::memcpy(&v, sums, sizeof v);
+    return v;
+}
+
+inline void store_whole(int32_t* sums, vi v) { std::memcpy(sums, &v, sizeof v); }
+
 // Whether the products of eight inputs, whose magnitudes are `eight`, can be too large for 16 bits where those of 0, 1, 4 and 5,
 // or of 2, 3, 6 and 7, are added: if the magnitudes of four add up to more than `most`. The same of the next eight inputs.
 inline bool too_large_together(__m128i sixteen, int16_t most) {
@@ -84,7 +94,7 @@ inline void multiply_signed(const uint32_t* signed_, const SignedCodes* x, int64
     constexpr int kVectors = kSignOutputs / kLanes;
     for (const SignedCodes* const end = x + rows; x != end; x++, sums += kSignOutputs) {
         vi into[kVectors];
-        for (int v = 0; v < kVectors; v++) std::memcpy(into + v, sums + v * kLanes, sizeof into[v]);
+        for (int v = 0; v < kVectors; v++) into[v] = load_whole(sums + v * kLanes);
         if (__builtin_expect(x->places[0] & SignedCodes::kWide, 0)) {
 #pragma GCC unroll 1
             for (int q = 0; q < kSignQuads; q++) {
@@ -99,7 +109,7 @@ inline void multiply_signed(const uint32_t* signed_, const SignedCodes* x, int64
                     into[v] += add_pairs(a.times(v, x->magnitudes[q]) + b.times(v, x->magnitudes[q + 1]));
             }
         }
-        for (int v = 0; v < kVectors; v++) std::memcpy(sums + v * kLanes, into + v, sizeof into[v]);
+        for (int v = 0; v < kVectors; v++) store_whole(sums + v * kLanes, into[v]);
     }
 }
 
