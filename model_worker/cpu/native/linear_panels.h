@@ -37,11 +37,7 @@ constexpr int kMoreRegisters = 1;
 #endif
 constexpr int kPassVectors = kSlab / kLanes < 8 ? kSlab / kLanes : 2 * kMoreRegisters;  // of outputs, while all rows pass
 
-inline vu load_units(const void* weights) {
-    vu units;
-    std::memcpy(&units, weights, sizeof units);
-    return units;
-}
+inline vu load_units(const void* weights) { return load_as<vu>(weights); }
 
 // How 32 bits of weights are multiplied by kParts units of x, for kTogether rows at most at a time.
 struct FloatUnits {
@@ -61,12 +57,21 @@ struct Bf16Units : FloatUnits {
 };
 
 #if defined(VSL_AVX2)
+// Bf16Units without a mask, which takes a register: where sums leave one too few.
+struct UnmaskedUnits : Bf16Units {
+    static vf part(int p, const uint32_t* weights) {
+        const vu units = load_units(weights);
+        return (vf)((p == 0 ? units : in_register(units >> 16)) << 16);
+    }
+};
+
 // Bf16Units' parts as they were prepared. Two at a step: half of the other work of a step.
 struct PreparedUnits : FloatUnits {
     static constexpr int kParts = 2;
     static vf part(int p, const uint32_t* weights) { return load((const float*)weights + p * kPassVectors * kLanes); }
 };
 #else
+using UnmaskedUnits = Bf16Units;
 using PreparedUnits = FloatUnits;
 #endif
 
@@ -123,10 +128,11 @@ struct Following {
 template <class Units, int kApart, int kRows, int kVectors, int kAsk, bool kKeep, int kStride = kSlab, bool kPass = false>
 inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typename Units::Unit* x,
                              typename Units::Unit* sums, bool begin, Following& following, typename Units::Unit* kept) {
-    typename Units::Sum into[kRows][kVectors] = {};
+    using Sum = typename Units::Sum;
+    Sum into[kRows][kVectors] = {};
     if (!begin)
         for (int r = 0; r < kRows; r++)
-            for (int v = 0; v < kVectors; v++) std::memcpy(&into[r][v], sums + r * kSlab + v * kLanes, sizeof into[r][v]);
+            for (int v = 0; v < kVectors; v++) into[r][v] = load_as<Sum>(sums + r * kSlab + v * kLanes);
     const char* next = following.next;
     const int64_t apart = following.apart;
     int64_t due = following.due;
@@ -142,16 +148,16 @@ inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typen
         // What is fewer, vectors or rows, stays in registers beside the sums.
         for (int p = 0; p < Units::kParts; p++, x++) {
             if constexpr (kRows >= kVectors) {
-                typename Units::Sum parts[kVectors];
-                for (int v = 0; v < kVectors; v++) parts[v] = Units::part(p, weights + v * kLanes);
+                Sum parts[kVectors];
+                for (int v = 0; v < kVectors; v++) parts[v] = in_register(Units::part(p, weights + v * kLanes));
                 if constexpr (kKeep)
-                    for (int v = 0; v < kVectors; v++, kept += kLanes) std::memcpy(kept, &parts[v], sizeof parts[v]);
+                    for (int v = 0; v < kVectors; v++, kept += kLanes) store_as(kept, parts[v]);
                 for (int r = 0; r < kRows; r++)
                     for (int v = 0; v < kVectors; v++)
                         into[r][v] = Units::multiply_add(into[r][v], parts[v], x + r * kApart);
             } else {
                 for (int v = 0; v < kVectors; v++) {
-                    const typename Units::Sum part = Units::part(p, weights + v * kLanes);
+                    const Sum part = Units::part(p, weights + v * kLanes);
                     for (int r = 0; r < kRows; r++) into[r][v] = Units::multiply_add(into[r][v], part, x + r * kApart);
                 }
             }
@@ -160,7 +166,7 @@ inline void multiply_vectors(const uint32_t* weights, int64_t steps, const typen
     following.next = next;
     following.due = due;
     for (int r = 0; r < kRows; r++)
-        for (int v = 0; v < kVectors; v++) std::memcpy(sums + r * kSlab + v * kLanes, &into[r][v], sizeof into[r][v]);
+        for (int v = 0; v < kVectors; v++) store_as(sums + r * kSlab + v * kLanes, into[r][v]);
 }
 
 // Calls f(integral constant) with `count`, 1 to kMost.
@@ -314,6 +320,8 @@ inline void multiply_block(const uint8_t* block, int64_t i, int64_t inputs, cons
             const Unit* const units = x.at(begin + row, i);
             Unit* const into = sums + row * kSlab + j * kLanes;
             constexpr int kPrepared = kVectors * kLanes * Prepared::kParts;  // from one step to the next
+            constexpr bool kUnmasked = std::is_same_v<Direct, Bf16Units> && count == Direct::kTogether;
+            using Keeping = std::conditional_t<kUnmasked, UnmaskedUnits, Direct>;
             const uint32_t* const from = (const uint32_t*)prepared;
             const int64_t prepared_steps = steps * Direct::kParts / Prepared::kParts;
             if constexpr (Panels::kShort)
@@ -326,8 +334,8 @@ inline void multiply_block(const uint8_t* block, int64_t i, int64_t inputs, cons
                 multiply_vectors<Prepared, kApart, count, kVectors, kAsk, false, kPrepared>(from, prepared_steps, units, into,
                                                                                            i == 0, following, nullptr);
             else if (prepares)
-                multiply_vectors<Direct, kApart, count, kVectors, kAsk, true>(weights + j * kLanes, steps, units, into, i == 0,
-                                                                              following, prepared);
+                multiply_vectors<Keeping, kApart, count, kVectors, kAsk, true>(weights + j * kLanes, steps, units, into, i == 0,
+                                                                               following, prepared);
             else
                 multiply_vectors<Direct, kApart, count, kVectors, kAsk, false>(weights + j * kLanes, steps, units, into, i == 0,
                                                                                following, nullptr);
@@ -374,9 +382,7 @@ inline void run_float(Context& context, const Linear<T>& linear) {
     if (linear.format == kInt4) return run_floats<Int4Panels>(context, linear);
     if (linear.format == kFloat) return run_floats<FloatPanels>(context, linear);
 #if defined(VSL_AVX2)
-    // Where the first rows are six, gcc finds no registers for all of them.
-    if (linear.rows >= kPreparedRows && linear.rows < kLongBlockRows && linear.rows % Bf16Units::kTogether != 0)
-        return run_floats<ShortBf16Panels>(context, linear);
+    if (linear.rows >= kPreparedRows && linear.rows < kLongBlockRows) return run_floats<ShortBf16Panels>(context, linear);
 #endif
     run_floats<Bf16Panels>(context, linear);
 }

@@ -14,11 +14,24 @@ inline float to_float(bf16 x) {
     return f;
 }
 
-inline vf load(const float* p) {
-    vf v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
+// A vector at any address, of elements of any type. Not by memcpy: of a vector within an array gcc may make two copies by way
+// of the stack, each of which waits for the one before.
+template <class V>
+struct __attribute__((packed, may_alias)) Anywhere {
+    V value;
+};
+
+template <class V>
+inline V load_as(const void* p) {
+    return ((const Anywhere<V>*)p)->value;
 }
+
+template <class V>
+inline void store_as(void* p, V v) {
+    ((Anywhere<V>*)p)->value = v;
+}
+
+inline vf load(const float* p) { return load_as<vf>(p); }
 
 inline vf widen(vh h) {
 #if defined(VSL_AVX512)  // gcc 12 makes seven instructions of the generic conversion
@@ -32,11 +45,7 @@ inline vf widen(vh h) {
 #endif
 }
 
-inline vf load(const bf16* p) {
-    vh h;
-    std::memcpy(&h, p, sizeof h);
-    return widen(h);
-}
+inline vf load(const bf16* p) { return widen(load_as<vh>(p)); }
 
 inline vf load(const int8_t* p) {
 #if defined(VSL_AVX512)
@@ -49,9 +58,7 @@ inline vf load(const int8_t* p) {
     const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
     return (vf)vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
 #else
-    vb b;
-    std::memcpy(&b, p, sizeof b);
-    return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+    return __builtin_convertvector(__builtin_convertvector(load_as<vb>(p), vi), vf);
 #endif
 }
 
@@ -76,11 +83,8 @@ inline vh narrow(vf x) {
 #endif
 }
 
-inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-inline void store(bf16* p, vf v) {
-    vh h = narrow(v);
-    std::memcpy(p, &h, sizeof h);
-}
+inline void store(float* p, vf v) { store_as(p, v); }
+inline void store(bf16* p, vf v) { store_as(p, narrow(v)); }
 
 // The lowest byte of each lane.
 inline void store_bytes(int8_t* p, vi v) {
@@ -89,8 +93,7 @@ inline void store_bytes(int8_t* p, vi v) {
     const int32_t four = vget_lane_s32(vreinterpret_s32_s8(vmovn_s16(vcombine_s16(half, half))), 0);
     std::memcpy(p, &four, sizeof four);
 #else
-    const vb b = __builtin_convertvector(v, vb);
-    std::memcpy(p, &b, sizeof b);
+    store_as(p, __builtin_convertvector(v, vb));
 #endif
 }
 
