@@ -40,7 +40,7 @@ class PeerMemory:
     def __init__(self, addresses: list[int], rank: int, layout: Layout, device: torch.device, keep: Any) -> None:
         """addresses: of the regions, zeroed, of `layout`, as this rank sees them; keep: what they live as long as."""
         self._regions = torch.tensor(addresses, dtype=torch.int64, device=device)
-        self._calls = torch.zeros(2, dtype=torch.int64, device=device)
+        self._calls = torch.zeros(1, dtype=torch.int64, device=device)
         self._rank = rank
         self.outbox: Outbox | None = Outbox(self._regions, self._calls, layout, rank)
         self.layout = layout
@@ -68,7 +68,7 @@ class PeerMemory:
         self._reduce(x, residual=residual, sent=sent)
 
     def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, sent: bool) -> None:
-        self._reduce(x, residual=residual, weight=weight, eps=eps, sent=sent)
+        self._reduce(x, residual=residual, weight=weight, eps=eps, sent=sent, beside=sent)
 
     def _reduce(self, x: Tensor, **rest: Any) -> None:
         two_shot = len(self._regions) > 2 and x.nbytes >= TWO_SHOT_BYTES

@@ -12,11 +12,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox, send_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _gemv(
-    x, matrix, gain, addend, output, regions, calls, inbox, size, N, eps, K: tl.constexpr, KP: tl.constexpr,
+    x, matrix, gain, addend, output, regions, calls, inbox, size, rank, N, eps, K: tl.constexpr, KP: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
-    SILU: tl.constexpr, SEND: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
+    SILU: tl.constexpr, SEND: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program BLOCK outputs of all ROWS. KP: K rounded up to a power of two. EVEN: nothing lies outside. inbox,
     size: as in `_all_reduce_small`."""
@@ -54,13 +54,14 @@ def _gemv(
         if ADD:
             total += tl.load(addend + line, mask=out < N, other=0.0).to(tl.float32)
         result = total.to(output.dtype.element_ty)
-        tl.store(output + line, result, mask=out < N)
         if SEND:
             one = tl.zeros([1], tl.int32)
             send_block(
-                regions, calls, inbox, size, result[None, :], row + one, one == 0, tl.program_id(0), N, 1, BLOCK, BLOCK,
-                RANK, RANKS,
+                regions, calls, inbox, size, result[None, :], row + one, one == 0, tl.program_id(0), N, rank, 1, BLOCK,
+                BLOCK, RANKS,
             )  # fmt: skip
+        else:
+            tl.store(output + line, result, mask=out < N)
 
 
 def gemv(
@@ -80,8 +81,8 @@ def gemv(
     """output [R, N] = x [R, K] times matrix [N, K], transposed; one of these at most around it:
 
     gain: [K], x is x / rms(x) * gain; eps is added to the mean of squares. addend: [R, N], added; may be `output`.
-    silu: matrix is [2 x N, K], and the result silu(first N) * second N; goes with gain. outbox: as of `rank_product`;
-    block is even then.
+    silu: matrix is [2 x N, K], and the result silu(first N) * second N; goes with gain. outbox: as of `rank_product`,
+    but not beside this; block is even then.
     """
     rows, inputs = x.shape
     outputs = output.shape[1]
@@ -95,9 +96,9 @@ def gemv(
     assert outbox is None or (outbox.takes(output.numel(), output.dtype) and block % 2 == 0)
     _gemv[(triton.cdiv(outputs, block),)](
         x, matrix, x if gain is None else gain, x if addend is None else addend, output, regions, calls,
-        inbox, size, outputs, eps,
+        inbox, size, 0 if outbox is None else outbox.rank, outputs, eps,
         K=inputs, KP=triton.next_power_of_2(inputs), BLOCK=block, ROWS=rows,
         EVEN=outputs % block == 0 and triton.next_power_of_2(inputs) == inputs, NORM=gain is not None,
-        ADD=addend is not None, SILU=silu, SEND=outbox is not None, RANK=0 if outbox is None else outbox.rank,
+        ADD=addend is not None, SILU=silu, SEND=outbox is not None,
         RANKS=1 if outbox is None else len(outbox.regions), PDL=pdl, num_warps=warps, **options,
     )  # fmt: skip

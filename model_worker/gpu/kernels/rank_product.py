@@ -5,8 +5,8 @@ card at once: the matrix's outputs are cut in blocks, and the inputs in as many 
 split of a block to arrive adds the others up, in order, so that the same input gives the same bits. While the kernel
 before this one ends (the sum over the ranks, say), the first lines of the matrix come to the second-level cache.
 
-A product whose result is to be summed over the ranks sends each block to the others as soon as it is there, and the
-sum (all_reduce.py) has only to receive.
+A product whose result is to be summed over the ranks sends each block to all of them as soon as it is there, and the
+sum (all_reduce.py) has only to receive. That begins beside the product, and needs not wait for its very end.
 """
 
 from dataclasses import dataclass
@@ -46,11 +46,11 @@ class ProductCut:
         return self.span or self.outputs
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "early"])
+@triton.jit(do_not_specialize=["rows", "splits", "early", "rank"])
 def _rank_product(
-    x, matrix, output, sums, arrived, regions, calls, inbox, size, rows, N, K, splits, early,
+    x, matrix, output, sums, arrived, regions, calls, inbox, size, rows, N, K, splits, early, rank,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SILU: tl.constexpr, MATRIX_FIRST: tl.constexpr, SEND: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    SILU: tl.constexpr, MATRIX_FIRST: tl.constexpr, SEND: tl.constexpr, RANKS: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of rows, blocks of N, splits). inbox, size: as in `_all_reduce_small`."""
@@ -63,7 +63,8 @@ def _rank_product(
     steps = K // BLOCK_K
     first, last = steps * split // splits, steps * (split + 1) // splits
     if PDL:
-        gdc_launch_dependents()
+        if not SEND:
+            gdc_launch_dependents()
         if tl.program_id(0) == 0:
             for number in range(0, early):
                 place = matrix + tl.minimum(out, N - 1) * K + first * BLOCK_K + number * LINE
@@ -71,6 +72,8 @@ def _rank_product(
                 if SILU:
                     prefetch(place + N * K)
         gdc_wait()
+        if SEND:  # the sum begins beside this, and reads what all kernels before this one have left
+            gdc_launch_dependents()
     if MATRIX_FIRST:
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -117,12 +120,13 @@ def _rank_product(
         if SILU:
             total = total / (1.0 + tl.exp(-total)) * up
         result = total.to(output.dtype.element_ty)
-        tl.store(output + place, result, mask=here)
         if SEND:
             send_block(
-                regions, calls, inbox, size, result, line, real, tl.program_id(1), N, BLOCK_M, BLOCK_N, SPAN, RANK,
+                regions, calls, inbox, size, result, line, real, tl.program_id(1), N, rank, BLOCK_M, BLOCK_N, SPAN,
                 RANKS,
             )  # fmt: skip
+        else:
+            tl.store(output + place, result, mask=here)
 
 
 def rank_product(
@@ -139,7 +143,7 @@ def rank_product(
     """output [R, N] = x [R, K] times matrix [N, K], transposed.
 
     silu: matrix is [2 x N, K], and the result silu(first N) * second N; the cut then has one split. outbox: the result
-    is sent to the other ranks, and the next call of all is the `all_reduce` of it that takes it as sent.
+    is sent to all ranks instead, and the next call of all is the `all_reduce` of it that takes it as sent beside this.
     """
     (rows, inputs), outputs = x.shape, output.shape[1]
     assert matrix.shape == (outputs * (2 if silu else 1), inputs)
@@ -160,9 +164,10 @@ def rank_product(
     inbox, size = (0, 0) if outbox is None else outbox.words
     _rank_product[(*blocks, cut.splits)](
         x, matrix, output, scratch.sums, scratch.arrived, regions, calls, inbox, size, rows, outputs, inputs,
-        cut.splits, cut.early, BLOCK_M=cut.rows, BLOCK_N=cut.outputs, SPAN=cut.width, BLOCK_K=cut.inputs,
+        cut.splits, cut.early, 0 if outbox is None else outbox.rank,
+        BLOCK_M=cut.rows, BLOCK_N=cut.outputs, SPAN=cut.width, BLOCK_K=cut.inputs,
         STAGES=cut.stages, SILU=silu, MATRIX_FIRST=cut.matrix_first, SEND=outbox is not None,
-        RANK=0 if outbox is None else outbox.rank, RANKS=1 if outbox is None else len(outbox.regions),
+        RANKS=1 if outbox is None else len(outbox.regions),
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl, num_warps=cut.warps, num_stages=cut.stages,
         **options,
     )  # fmt: skip

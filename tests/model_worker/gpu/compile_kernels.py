@@ -151,6 +151,8 @@ def main() -> None:
     all_reduce(stream, *regions, pdl=True)
     all_gather(stream, zeros(2, *stream.shape), *small, pdl=True)
     all_reduce(stream, *small, pdl=True, residual=stream, weight=gain, eps=1e-6)
+    all_reduce(stream, *small, pdl=True, sent=True, beside=True, residual=stream, weight=gain, eps=1e-6)
+    all_reduce(stream, *small, pdl=True, sent=True, residual=stream)
     all_reduce(stream, *regions, pdl=True, two_shot=True, residual=stream, weight=gain, eps=1e-6)
     experts = zeros(16, 2 * INNER, HIDDEN), zeros(16, HIDDEN, INNER), 0
     coded = BlockExperts.of(experts[0]), BlockExperts.of(experts[1])

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, Outbox, all_gather, all_reduce
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import CALL, Layout, Outbox, all_gather, all_reduce
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
 from vibe_sgl_lite.model_worker.gpu.kernels.product import ProductScratch
 from vibe_sgl_lite.model_worker.gpu.kernels.rank_product import ProductCut, rank_product
 
-LAYOUT = Layout(1 << 15, 1024, 3)
+LAYOUT = Layout(1 << 15, 1024, 4)
 EPS = 1e-6
 INNER = 64  # of the products that are sent
 CUTS = (ProductCut(16, 16, 16, 3, 4, 2, span=12), ProductCut(16, 16, 16, 1, 4, 2, matrix_first=True))
@@ -67,7 +67,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     regions = [torch.from_file(str(folder / f"region-{peer}"), shared=True, size=LAYOUT.nbytes, dtype=torch.uint8)
                for peer in range(ranks)]  # fmt: skip
     addresses = torch.tensor([region.data_ptr() for region in regions])
-    calls = torch.tensor([(1 << 32) - 3, 0])  # more calls than 32 bits count
+    calls = torch.tensor([((1 << 32) - 3) * CALL.value])  # more calls than 32 bits count
     results: dict[str, Any] = {}
     outbox, scratch = Outbox(addresses, calls, LAYOUT, rank), ProductScratch(calls.device, 5 * 96 * 3, 8)
     for number, (_, _, kind, two_shot) in enumerate(CALLS):
@@ -77,7 +77,8 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         elif kind == "sent":
             rank_product(*factors(rank, number), x, CUTS[number % 2], scratch, pdl=False, outbox=outbox)
         all_reduce(
-            x, addresses, calls, LAYOUT, rank, pdl=False, two_shot=two_shot, sent=kind in SENT, eps=EPS,
+            x, addresses, calls, LAYOUT, rank, pdl=False, two_shot=two_shot, sent=kind in SENT,
+            beside=kind == "sent", eps=EPS,
             residual=None if kind == "sum" else residual, weight=weight_of(number) if kind in NORMED else None,
         )  # fmt: skip
         results |= {f"x{number}": x.float().numpy(), f"residual{number}": residual.float().numpy()}

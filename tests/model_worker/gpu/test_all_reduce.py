@@ -24,7 +24,7 @@ from tests.model_worker.gpu.peer_ranks import (
 )
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_sums_are_those_of_torch_and_the_same_on_all_ranks(tmp_path: Path, ranks: int) -> None:
     for rank in range(ranks):
         (tmp_path / f"region-{rank}").write_bytes(bytes(LAYOUT.nbytes))

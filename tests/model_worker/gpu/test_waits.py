@@ -98,3 +98,18 @@ def test_what_makes_a_steps_tables_lets_nobody_begin_early(name: str) -> None:
     made = [node for file, node in functions() if file == name]
     assert made
     assert not any(_calls(node, "gdc_launch_dependents") for function in made for node in ast.walk(function))
+
+
+def test_a_sum_begins_beside_its_product_once_that_has_waited() -> None:
+    """It reads what the sum before it has left, without a wait of its own for that."""
+    calls = [
+        (condition, ast.unparse(statement))
+        for node in ast.walk(STARTED_EARLY["rank_product.py:_rank_product"])
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "PDL"
+        for each in node.body
+        for condition, statement in (
+            [(ast.unparse(each.test), i) for i in each.body] if isinstance(each, ast.If) else [("", each)]
+        )
+    ]
+    begun, wait = "gdc_launch_dependents()", ("", "gdc_wait()")
+    assert calls.index(("not SEND", begun)) < calls.index(wait) < calls.index(("SEND", begun))
