@@ -30,7 +30,15 @@ sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/gpu_layers.
 from benchmarks.internal.gpu_kernels import DIM, HEADS, KV_HEADS, PAGE, SHARED_MEMORY, Decode  # noqa: E402
 from benchmarks.internal.gpu_products import FAILURES, SHAPES, shown  # noqa: E402
 from benchmarks.internal.gpu_timing import compile_beforehand, seconds  # noqa: E402
-from vibe_sgl_lite.model_worker.gpu.fused_layers import TILES, FusedLayers, LayerTiles, LayerWeights  # noqa: E402
+from vibe_sgl_lite.model_worker.gpu.driver import has_clusters  # noqa: E402
+from vibe_sgl_lite.model_worker.gpu.fused_layers import (  # noqa: E402
+    CLUSTERS,
+    TILES,
+    FusedLayers,
+    LayerTiles,
+    LayerWeights,
+)
+from vibe_sgl_lite.model_worker.gpu.kernels.cluster_product import ClusterTiles  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (  # noqa: E402
     DecodeScratch,
     DecodeTiles,
@@ -38,7 +46,7 @@ from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import (  # noqa: E
     choose_tiles,
     decode_attention,
 )
-from vibe_sgl_lite.model_worker.gpu.kernels.product import ProductTiles  # noqa: E402
+from vibe_sgl_lite.model_worker.gpu.kernels.product import AnyTiles  # noqa: E402
 from vibe_sgl_lite.qwen3.layers.part_timer import PartTimer  # noqa: E402
 
 EPS, MOST_SPLITS = 1e-6, 16
@@ -50,8 +58,10 @@ class Cuts:
     products: LayerTiles
 
 
-def in_use(rows: int) -> Cuts:
-    products = next(cuts for most, cuts in TILES if rows <= most)
+def in_use(rows: int, *, clusters: bool) -> Cuts:
+    most, products = next((most, cuts) for most, cuts in TILES if rows <= most)
+    if clusters:
+        products = replace(products, **CLUSTERS[most])
     return Cuts(choose_tiles(rows, KV_HEADS, torch.bfloat16, 1), products)
 
 
@@ -62,7 +72,28 @@ def attention_candidates(now: DecodeTiles) -> Iterator[DecodeTiles]:
             yield DecodeTiles(keys, warps, stages, splits)
 
 
-def product_candidates(name: str, now: ProductTiles) -> Iterator[ProductTiles]:
+def cluster_candidates(name: str, now: ClusterTiles) -> Iterator[ClusterTiles]:
+    outputs, inputs = SHAPES[name]
+    two = 2 if name == "gate_up" else 1
+    changes: tuple[dict[str, int], ...] = (
+        {"stages": now.stages - 1}, {"stages": now.stages + 1}, {"stages": now.stages // 2},
+        {"outputs": now.outputs // 2}, {"outputs": now.outputs * 2}, {"rows": now.rows // 2}, {"rows": now.rows * 2},
+        {"splits": now.splits // 2}, {"splits": now.splits * 2},
+        {"outputs": now.outputs * 2, "splits": now.splits * 2}, {"rows": now.rows * 2, "splits": now.splits * 2},
+    )  # fmt: skip
+    for change in changes:
+        cut = replace(now, **change)
+        memory = (cut.rows + cut.outputs * two) * 128 * cut.stages
+        if cut.splits not in (1, 2, 4, 8) or cut.outputs * two % 64 or cut.stages < 2 or not 16 <= cut.rows <= 256:
+            continue
+        if memory <= SHARED_MEMORY and cut.rows % cut.splits == 0 and cut.fits(outputs, inputs):
+            yield cut
+
+
+def product_candidates(name: str, now: AnyTiles) -> Iterator[AnyTiles]:
+    if isinstance(now, ClusterTiles):
+        yield from cluster_candidates(name, now)
+        return
     outputs, inputs = SHAPES[name]
     two = 2 if name == "gate_up" else 1
     changes: tuple[dict[str, int], ...] = (
@@ -161,7 +192,8 @@ def compile_all(counts: list[int], only: str, jobs: int) -> None:
     compile_beforehand(
         {
             f"{count} {name} {cuts}": partial(compile_one, count, cuts)
-            for count in counts for name, cuts in [("now", in_use(count)), *candidates(in_use(count), only)]
+            for count in counts for now in [in_use(count, clusters=True)]
+            for name, cuts in [("now", now), ("Triton", in_use(count, clusters=False)), *candidates(now, only)]
         }, jobs,
     )  # fmt: skip
 
@@ -174,11 +206,16 @@ def with_part(cuts: Cuts, name: str, other: Cuts) -> Cuts:
 
 
 def tune(count: int, num_layers: int, only: str, read_gb_s: float) -> None:
-    layers, now = Layers(count, num_layers), in_use(count)
-    layers.use(now)
+    layers, now = Layers(count, num_layers), in_use(count, clusters=has_clusters(torch.device("cuda", 0)))
+    triton = in_use(count, clusters=False)
+    layers.use(triton)
     expected = layers.run().float()
-    took, best = layers.microseconds(now, None), now
-    print(f"{count:4} rows: {took:.1f} us a layer, floor {layers.read / read_gb_s / 1e3:.1f}", flush=True)
+    took, best = [layers.microseconds(cuts, expected) for cuts in (now, triton) * 2], now
+    print(
+        f"{count:4} rows: {min(took[::2]):.1f} us a layer, in Triton alone {min(took[1::2]):.1f}, "
+        f"floor {layers.read / read_gb_s / 1e3:.1f}",
+        flush=True,
+    )
     for name, group in itertools.groupby(candidates(now, only), lambda one: one[0]):
         results = []
         for _, cuts in group:
@@ -199,7 +236,8 @@ def tune(count: int, num_layers: int, only: str, read_gb_s: float) -> None:
 
 def part(cuts: Cuts, name: str) -> str:
     if name != "attention":
-        return shown(getattr(cuts.products, name))
+        product = getattr(cuts.products, name)
+        return str(product) if isinstance(product, ClusterTiles) else shown(product)
     cut = cuts.attention
     return f"({cut.keys}, {cut.warps}, {cut.stages}, {cut.splits})"
 

@@ -65,9 +65,9 @@ def build(
     built = folder / f"cpu_kernels-{_fingerprint(compiler, attempts)}.so"
     try:
         _make_private(folder)
-        if not _is_ours(built):
+        if not is_ours(built):
             with _locked(folder / "lock"):
-                if not _is_ours(built):
+                if not is_ours(built):
                     log.info("compiling the CPU kernels with %s into %s, once: up to a minute", compiler, folder)
                     _compile(compiler, attempts, built)
     except OSError as error:
@@ -190,7 +190,7 @@ def _make_private(folder: Path) -> None:
         folder.chmod(0o700)
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
     """Whether `path` is a regular file of this user; anything else there is replaced."""
     try:
         status = path.lstat()

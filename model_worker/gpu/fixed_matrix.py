@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.gpu.fused_layers import FIXED_TILES, adapt
+from vibe_sgl_lite.model_worker.gpu.fused_layers import FIXED_WIDE, adapt
 from vibe_sgl_lite.model_worker.gpu.kernels.product import plain_product
 from vibe_sgl_lite.model_worker.gpu.operations import has_dependent_launch
 from vibe_sgl_lite.qwen3.layers.matrix import PlainMatrix
@@ -16,7 +16,7 @@ class FixedMatrix(PlainMatrix):
     def __init__(self, matrix: Tensor) -> None:
         super().__init__(matrix)
         outputs, inputs = matrix.shape
-        tiles = adapt(FIXED_TILES.qkv, outputs, inputs, matrix.dtype)
+        tiles = adapt(FIXED_WIDE, outputs, inputs, matrix.dtype)
         assert tiles is not None
         self._tiles = tiles
         self._pdl = has_dependent_launch(matrix.device)

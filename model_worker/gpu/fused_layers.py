@@ -11,7 +11,10 @@ import triton
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention
+from vibe_sgl_lite.model_worker.gpu.driver import has_clusters
+from vibe_sgl_lite.model_worker.gpu.kernels.cluster_product import ClusterTiles
 from vibe_sgl_lite.model_worker.gpu.kernels.product import (
+    AnyTiles,
     ProductScratch,
     ProductTiles,
     added_product,
@@ -40,10 +43,10 @@ class LayerWeights:
 class LayerTiles:
     """How a layer's four products are cut."""
 
-    qkv: ProductTiles
-    output: ProductTiles
-    gate_up: ProductTiles
-    down: ProductTiles
+    qkv: AnyTiles
+    output: AnyTiles
+    gate_up: AnyTiles
+    down: AnyTiles
 
 
 # By the most rows that they are for; measured on an H100 at the 0.6B shape (benchmarks/internal/gpu_products.py).
@@ -94,15 +97,41 @@ TILES = (
         ),
     ),
 )
+# What goes in their place in 16 bits on a Hopper card; measured there with benchmarks/internal/gpu_layers.py.
+CLUSTERS: dict[int, dict[str, ClusterTiles]] = {
+    16: {
+        "qkv": ClusterTiles(16, 64, 1, 16),
+        "output": ClusterTiles(16, 64, 4, 8),
+        "gate_up": ClusterTiles(16, 32, 1, 16),
+        "down": ClusterTiles(16, 64, 4, 12),
+    },
+    32: {
+        "qkv": ClusterTiles(16, 64, 1, 16),
+        "output": ClusterTiles(16, 64, 4, 8),
+        "gate_up": ClusterTiles(32, 32, 1, 16),
+        "down": ClusterTiles(32, 64, 4, 12),
+    },
+    64: {
+        "output": ClusterTiles(32, 128, 4, 8),
+        "gate_up": ClusterTiles(64, 32, 1, 13),
+        "down": ClusterTiles(32, 128, 4, 10),
+    },
+    128: {
+        "output": ClusterTiles(64, 128, 4, 8),
+        "gate_up": ClusterTiles(128, 32, 1, 8),
+        "down": ClusterTiles(128, 64, 4, 8),
+    },
+    256: {
+        "output": ClusterTiles(128, 64, 2, 8),
+        "gate_up": ClusterTiles(128, 64, 1, 6),
+        "down": ClusterTiles(128, 128, 4, 6),
+    },
+}
 WIDE = 4096  # hidden size from which cuBLAS's products win with more rows than those of the first tiles
 ANY_ROWS = 1 << 30
 # For any number of rows, so that no row's sums depend on how many there are: one split, in each.
-FIXED_TILES = LayerTiles(
-    ProductTiles(64, 64, 128, 1, 4, 4),
-    ProductTiles(64, 32, 128, 1, 4, 6),
-    ProductTiles(64, 64, 128, 1, 4, 4),
-    ProductTiles(64, 32, 128, 1, 4, 6),
-)
+FIXED_WIDE, FIXED_NARROW = ProductTiles(64, 64, 128, 1, 4, 4), ProductTiles(64, 32, 128, 1, 4, 6)
+FIXED_TILES = LayerTiles(FIXED_WIDE, FIXED_NARROW, FIXED_WIDE, FIXED_NARROW)
 
 
 def adapt(tiles: ProductTiles, outputs: int, inputs: int, dtype: torch.dtype) -> ProductTiles | None:
@@ -117,16 +146,25 @@ def adapt(tiles: ProductTiles, outputs: int, inputs: int, dtype: torch.dtype) ->
     return tiles if tiles.fits(outputs, inputs) else None
 
 
-def plan_tiles(layer: LayerWeights, *, fixed_order: bool = False) -> list[tuple[int, LayerTiles]]:
-    """`TILES`, or `FIXED_TILES`, for this layer's matrices; empty where there are none."""
+def plan_tiles(
+    layer: LayerWeights, *, fixed_order: bool = False, clusters: bool | None = None
+) -> list[tuple[int, LayerTiles]]:
+    """`TILES`, or `FIXED_TILES`, for this layer's matrices; empty where there are none. clusters: with `CLUSTERS`;
+    None: where the device has them."""
     dtype, hidden = layer.qkv.dtype, layer.down.shape[0]
+    if clusters is None:
+        clusters = has_clusters(layer.qkv.device)
+    clusters = clusters and not fixed_order and hidden < WIDE and dtype != torch.float32
     planned = []
     some = TILES if hidden < WIDE else TILES[:1]
     for most, tiles in ((ANY_ROWS, FIXED_TILES),) if fixed_order else some:
         cuts = {}
         for field in fields(LayerTiles):
             outputs, inputs = getattr(layer, field.name).shape
-            cut = adapt(getattr(tiles, field.name), outputs // (2 if field.name == "gate_up" else 1), inputs, dtype)
+            outputs //= 2 if field.name == "gate_up" else 1
+            cut: AnyTiles | None = CLUSTERS[most].get(field.name) if clusters else None
+            if cut is None or not cut.fits(outputs, inputs):
+                cut = adapt(getattr(tiles, field.name), outputs, inputs, dtype)
             added = field.name in ("output", "down")
             if cut is None or (added and hidden // cut.outputs != triton.next_power_of_2(hidden // cut.outputs)):
                 return []
@@ -149,7 +187,7 @@ class FusedLayers:
         sums, count, first = 1, 1, layers[0]
         for most, cuts in tiles:
             for cut, matrix in ((cuts.qkv, first.qkv), (cuts.output, first.output), (cuts.down, first.down)):
-                if cut.splits == 1:
+                if cut.splits == 1 or isinstance(cut, ClusterTiles):
                     continue
                 sums = max(sums, most * len(matrix) * cut.splits)
                 count = max(count, -(-most // cut.rows) * (len(matrix) // cut.outputs))

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from vibe_sgl_lite.model_worker.gpu.kernels.cluster_product import ClusterTiles, cluster_product
+
 LINE = tl.constexpr(64)  # elements of a line of the second-level cache, of 16 bits
 
 
@@ -34,6 +36,9 @@ class ProductTiles:
     def fits(self, outputs: int, inputs: int) -> bool:
         """Whether a matrix [outputs, inputs] has whole tiles alone."""
         return outputs % self.outputs == 0 and inputs % (self.inputs * self.splits) == 0
+
+
+AnyTiles = ProductTiles | ClusterTiles
 
 
 class ProductScratch:
@@ -147,7 +152,7 @@ def _launch(
     x: Tensor,
     matrix: Tensor,
     output: Tensor,
-    tiles: ProductTiles,
+    tiles: AnyTiles,
     scratch: ProductScratch,
     *,
     pdl: bool,
@@ -161,6 +166,12 @@ def _launch(
 ) -> None:
     rows, inputs = x.shape
     outputs = output.shape[1]
+    if isinstance(tiles, ClusterTiles):
+        cluster_product(
+            x, matrix, output, tiles, pdl=pdl, squares=squares, eps=eps, addend=addend, gain=gain, gained=gained,
+            new_squares=new_squares, silu=silu,
+        )  # fmt: skip
+        return
     assert matrix.shape == (outputs * (2 if silu else 1), inputs)
     assert tiles.fits(outputs, inputs)
     assert x.is_contiguous()
@@ -194,7 +205,7 @@ def normed_product(
     eps: float,
     matrix: Tensor,
     output: Tensor,
-    tiles: ProductTiles,
+    tiles: AnyTiles,
     scratch: ProductScratch,
     *,
     pdl: bool,
@@ -203,11 +214,11 @@ def normed_product(
     """output [R, N] = rms_norm(stream) times matrix [N, K], transposed.
 
     gained: [R, K], the stream times the norm's gain. squares: [R, parts] fp32, parts a power of two, whose sums are
-    the stream's sums of squares. silu: matrix is [2 x N, K], and the result silu(first N) * second N; tiles then have
-    one split.
+    the stream's sums of squares. silu: matrix is [2 x N, K], and the result silu(first N) * second N; `ProductTiles`
+    then have one split.
     """
     assert squares.is_contiguous()
-    assert tiles.splits == 1 or not silu
+    assert tiles.splits == 1 or not silu or isinstance(tiles, ClusterTiles)
     _launch(gained, matrix, output, tiles, scratch, pdl=pdl, squares=squares, eps=eps, silu=silu)
 
 
@@ -218,7 +229,7 @@ def added_product(
     gain: Tensor,
     gained: Tensor,
     squares: Tensor,
-    tiles: ProductTiles,
+    tiles: AnyTiles,
     scratch: ProductScratch,
     *,
     pdl: bool,
