@@ -20,11 +20,15 @@ import runpy
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 LIFE_PIPE_ENV = "VIBE_SGL_LITE_LIFE_FD"  # read end of a pipe that only the launcher holds open for writing
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 STANDBY_NICE = 5
+STANDBY_SESSION_NICE = 19
+AUTOGROUP = "/proc/self/autogroup"
+AUTOGROUP_TRIES, AUTOGROUP_TRY_S = 500, 0.02  # of unprivileged processes, one in 0.1 s may change its session's
 STANDBY = "--standby"
 LOAD_FAILED = 3  # exit code; one line on stderr says why
 
@@ -65,13 +69,29 @@ def _show(name: str) -> None:
 def _stand_by(module: str) -> str:
     """Import what `module` imports, and what it says in `prepare`, and wait for the spec file's name. Exits when nobody
     wants this process."""
+    set_session_nice(STANDBY_SESSION_NICE)
     imports = threading.Thread(target=_import_at_leisure, args=(module,), name="imports", daemon=True)
     imports.start()
     spec_file = os.fsdecode(sys.stdin.buffer.read())
     if not spec_file:
         os._exit(0)
+    set_session_nice(0)
     imports.join()
     return spec_file
+
+
+def set_session_nice(nice: int) -> None:
+    """How this process's session stands among others. Where Linux shares the cores among sessions first, a thread's own
+    niceness counts within its session alone, and each child of the launcher has one of its own."""
+    for _ in range(AUTOGROUP_TRIES):
+        try:
+            with open(AUTOGROUP, "w") as file:
+                file.write(str(nice))
+            return
+        except BlockingIOError:
+            time.sleep(AUTOGROUP_TRY_S)
+        except OSError:  # not this kind of system
+            return
 
 
 def _import_at_leisure(module: str) -> None:

@@ -6,11 +6,13 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
 from vibe_sgl_lite.runtime.launcher import standby
+from vibe_sgl_lite.runtime.launcher.boot import STANDBY_SESSION_NICE
 from vibe_sgl_lite.runtime.launcher.spawn import ChildProcess, ChildSpec
 from vibe_sgl_lite.runtime.launcher.standby import FREE_BYTES, Standby
 from vibe_sgl_lite.runtime.settings.machine import Limit
@@ -134,6 +136,21 @@ def test_none_where_a_model_takes_nearly_all_of_a_machine(
     spares._due = 0.0  # as if time had passed
     spares.keep()
     assert len(running()) == before + 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="no scheduling by sessions here")
+def test_its_session_comes_last_until_it_is_started(spares: Standby, tmp_path: Path) -> None:
+    spares.keep()
+    spare = spares.take(SPECS[0].name)
+    assert spare is not None
+    autogroup = Path(f"/proc/{spare.pid}/autogroup")
+    wait_for(lambda: autogroup.read_text().endswith(f" nice {STANDBY_SESSION_NICE}\n"))
+    spec_file = tmp_path / "spec.fifo"
+    os.mkfifo(spec_file)  # its reader waits until there is something to read
+    spare.start(spec_file)
+    wait_for(lambda: autogroup.read_text().endswith(" nice 0\n"))
+    spare.kill()
+    spare.reap()
 
 
 def test_it_ends_without_a_word() -> None:
