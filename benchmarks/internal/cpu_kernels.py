@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.internal.fma_rate import fma_gflops
+from benchmarks.internal.cpu_rates import fma_gflops
 from vibe_sgl_lite.model_worker.cpu import CpuKernels, LayerCache, load
 from vibe_sgl_lite.model_worker.cpu.huge_memory import HugeMemory
 from vibe_sgl_lite.model_worker.cpu.linear import WeightFormat

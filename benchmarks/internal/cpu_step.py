@@ -27,7 +27,7 @@ import vibe_sgl_lite.model_worker  # noqa: E402, F401, I001  before torch: settl
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.internal.fma_rate import fma_gflops  # noqa: E402
+from benchmarks.internal.cpu_rates import fma_gflops  # noqa: E402
 from benchmarks.machine import measure  # noqa: E402
 from vibe_sgl_lite.model_worker.compute import choose_compute, torch_compute  # noqa: E402
 from vibe_sgl_lite.model_worker.cpu.program import plan_programs  # noqa: E402
