@@ -7,7 +7,8 @@ r"""How long steps take on one GPU and on several, and which kernels take it; th
 Dummy weights in bf16 of published shapes, or in blocks of fp8 as 30B-A3B-FP8. Decode: rows of 24 to some 100 tokens,
 captured, three steps in flight as in the engine; prefill: a step of 4 prompts of 1,024, not captured. groups: tp1 one
 GPU alone, tp all, ep the same with experts split, all-to-all the same with tokens sent to experts. variants, of
-several GPUs: cublas without the products of kernels/rank_product.py, unsent with sums that send by themselves, alone
+several GPUs: cublas without the products of kernels/rank_product.py and cluster_product.py, triton without the latter
+(as all that have other cuts or N lines), unsent with sums that send by themselves, alone
 with sums over nobody (wrong, to see what the other ranks cost), nochain for few rows, eN with N lines asked for before
 the wait, aK.W.S.P with other tiles of attention (keys, warps, stages, splits), and another cut for 33 to 64 rows of g
 gate and up, q qkv, o attention's output or l what has long inputs: gc by cuBLAS, g:128.64.8.5.0.4.100.132 by outputs,
@@ -197,10 +198,13 @@ def vary(variant: str) -> Any:
 
 def changes(part: str) -> list[Any]:
     choose = rank_products.choose_cut
+    without_clusters = patch.object(rank_products, "choose_clusters", lambda *_, **__: None)
     if part in ("ours", "filtered"):
         return []
     if part == "cublas":
-        return [patch.object(rank_products, "choose_cut", lambda *_, **__: None)]
+        return [without_clusters, patch.object(rank_products, "choose_cut", lambda *_, **__: None)]
+    if part == "triton":
+        return [without_clusters]
     if part == "unsent":
         return [patch("vibe_sgl_lite.model_worker.gpu.kernels.all_reduce.Outbox.takes", lambda *_: False)]
     if part == "alone":
@@ -219,7 +223,7 @@ def changes(part: str) -> list[Any]:
             cut = choose(*shape, **options)
             return cut and replace(cut, early=min(lines, shape[2] // cut.splits // 64))
 
-        return [patch.object(rank_products, "choose_cut", earlier)]
+        return [without_clusters, patch.object(rank_products, "choose_cut", earlier)]
 
     def cut_so(rows: int, outputs: int, inputs: int, dtype: Any, *, silu: bool) -> Any:
         kind = "g" if silu else "l" if inputs >= rank_products.LONG_INPUTS else "q" if inputs >= outputs else "o"
@@ -232,7 +236,7 @@ def changes(part: str) -> list[Any]:
         splits = 1 if silu else max(1, min(places // (outputs // cut.width), inputs // cut.inputs // 2))
         return replace(cut, splits=splits)
 
-    return [patch.object(rank_products, "choose_cut", cut_so)]
+    return [without_clusters, patch.object(rank_products, "choose_cut", cut_so)]
 
 
 def draws(shape: str) -> bool:

@@ -93,8 +93,9 @@ class GpuAttention:
         self.group = group
         self.pdl = has_dependent_launch(device.torch_device)
         self.caches = [_cache_of(pool, layer, fp8=fp8) for layer in range(pool.num_layers)]
-        self.has_chain = False  # set by what plans the layers, both
+        self.has_chain = False  # set by what plans the layers, all three
         self.chain_rows = CHAIN_ROWS
+        self.narrow = False
         self.scratch = DecodeScratch(
             pool.kv_heads, group, pool.head_dim, device.torch_device, places=CHAIN_ROWS * CHAIN_SPLITS,
             wide_rows=MOST_TOKENS if width > 1 else 0,
@@ -118,7 +119,7 @@ class GpuAttention:
             places, longest = batch.num_rows, LONG_CONTEXT + 1
         self._sort(batch.host_context_lengths[:decode_rows], places)
         wide = batch.width > 1
-        tiles = choose_tiles(places, self.pool.kv_heads, self.pool.data.dtype, longest, wide=wide)
+        tiles = choose_tiles(places, self.pool.kv_heads, self.pool.data.dtype, longest, wide=wide, narrow=self.narrow)
         chunks = None if batch.decodes_only and not self.fixed_order else self._plan_chunks(batch)
         order = self._order.device["rows"][:places]
         chain_tiles = choose_chain_tiles(batch.max_context, self.group) if chain else None
@@ -206,7 +207,7 @@ class GpuAttention:
 
         def decode_tiles(*, wide: bool) -> set[DecodeTiles]:
             return {
-                choose_tiles(rows, self.pool.kv_heads, dtype, context, wide=wide)
+                choose_tiles(rows, self.pool.kv_heads, dtype, context, wide=wide, narrow=self.narrow)
                 for rows in range(1, self._max_rows + 1)
                 for context in (1, LONG_CONTEXT + 1)
                 if not self.fixed_order

@@ -153,6 +153,7 @@ def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
             return
         products = RankProducts(model.operations, model.device, pdl=attention.pdl)
         parallel = ParallelLayers(model.layers, group, group.peers, model.operations, products)
+        attention.narrow = products.sends_by_clusters(model.layers[0].attention.output.weight)
         model.all_layers = parallel
     layers = [weights for layer in model.layers if (weights := _weights(layer)) is not None]
     if len(layers) == len(model.layers):

@@ -1,11 +1,14 @@
-"""How the products of one of several ranks are cut (kernels/rank_product.py), for as many rows as that beats cuBLAS."""
+"""How the products of one of several ranks are cut, for as many rows as that beats cuBLAS: by clusters of blocks where
+the card has them and a cut was measured (kernels/cluster_product.py), else by Triton's (kernels/rank_product.py)."""
 
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from vibe_sgl_lite.model_worker.gpu.driver import has_clusters
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox
+from vibe_sgl_lite.model_worker.gpu.kernels.cluster_product import ClusterTiles, cluster_product
 from vibe_sgl_lite.model_worker.gpu.kernels.product import ProductScratch
 from vibe_sgl_lite.model_worker.gpu.kernels.rank_product import ProductCut, rank_product
 from vibe_sgl_lite.qwen3.layers.matrix import PlainMatrix
@@ -51,13 +54,34 @@ def _one_turn(outputs: int) -> ProductCut:
     return ProductCut(64, 64, 128, 1, 8, 4, early=4)
 
 
+def choose_clusters(rows: int, outputs: int, inputs: int, dtype: torch.dtype, *, silu: bool) -> ClusterTiles | None:
+    """For a card that has them; None where none was measured. Blocks are 128, all at once, in clusters of two at most.
+
+    Measured on two H200 with 16 and 64 rows of the 32B shape (docs/parallelism.md).
+    """
+    if dtype != torch.bfloat16 or rows > MOST_ROWS:
+        return None
+    if silu:
+        cut = ClusterTiles(MOST_ROWS, 128, 1, 6, span=outputs // 128)
+    else:  # attention's output has fewer stages, so that there is room beside attention for its first boxes
+        cut = ClusterTiles(MOST_ROWS, 128, 2, 8 if outputs > inputs else 12, span=outputs // 64)
+    return cut if 64 < cut.span <= 128 and cut.span % 4 == 0 and cut.fits(outputs, inputs) else None
+
+
 class RankProducts:
-    """Products with the matrices of one of several ranks: by our kernel where it is faster."""
+    """Products with the matrices of one of several ranks: by our kernels where they are faster."""
 
     def __init__(self, operations: LayerOperations, device: torch.device, *, pdl: bool) -> None:
         self.operations = operations
         self.pdl = pdl
+        self.has_clusters = pdl and has_clusters(device)
         self._scratch = ProductScratch(device, 2 * PLACES * MOST_ROWS * 128, 2 * PLACES)
+
+    def sends_by_clusters(self, weight: MatrixWeight) -> bool:
+        """Whether the product of 64 rows with it, or fewer, is by clusters of blocks."""
+        outputs, inputs = weight.shape
+        cut = choose_clusters(MOST_ROWS, outputs, inputs, weight.dtype, silu=False)
+        return self.has_clusters and type(weight.matrix) is PlainMatrix and cut is not None
 
     def multiply(self, x: Tensor, weight: MatrixWeight) -> Tensor:
         """[R, K] -> [R, N]."""
@@ -83,6 +107,11 @@ class RankProducts:
         if type(weight.matrix) is not PlainMatrix or len(x) == 0:
             return None
         outputs = weight.shape[0] // (2 if silu else 1)
+        clusters = choose_clusters(len(x), outputs, x.shape[1], x.dtype, silu=silu) if self.has_clusters else None
+        if clusters is not None:
+            output = x.new_empty((len(x), outputs))
+            cluster_product(x, weight.tensor, output, clusters, pdl=True, silu=silu, outbox=outbox)
+            return output
         cut = choose_cut(len(x), outputs, x.shape[1], x.dtype, silu=silu)
         if cut is None:
             return None

@@ -6,9 +6,11 @@
 // kernel before this one has ended. The parts of sums that a block has then lie in its shared memory, and each block of
 // the cluster adds up some rows of all of them, in order, so that the same input gives the same bits.
 //
-// Constants come before this file: ROWS, TILE (of the matrix's rows), K, N, SPLITS, RING (stages), PARTS (of each row's
-// sum of squares; 0: no norm), ADD (into the stream), SILU (the matrix's rows are N for gate, N for up), HALF (fp16,
-// else bf16); and `multiply`, which adds a wgmma of 16 inputs to the sums.
+// Constants come before this file: ROWS, TILE (of the matrix's rows), SPAN (outputs that a tile really has; what lies
+// behind these is multiplied too, whatever it is, and left), K, N, SPLITS, RING (stages), PARTS (of each row's sum of
+// squares; 0: no norm), ADD (into the stream), SILU (the matrix's rows are N for gate, N for up), HALF (fp16, else bf16),
+// RANKS (that the result is sent to, for the sum of all_reduce.py; 0: it is stored); and `multiply`, which adds a wgmma
+// of 16 inputs to the sums.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -19,12 +21,16 @@ struct alignas(64) TensorMap {
 
 constexpr int DEPTH = 64;  // inputs a step: lines of 128 bytes, which the copy engine swizzles
 constexpr int THREADS = TILE * 2, OUTPUTS = SILU ? TILE / 2 : TILE, STEPS = K / SPLITS / DEPTH;
-constexpr int MATRIX_BYTES = TILE * DEPTH * 2, STAGE = MATRIX_BYTES + ROWS * DEPTH * 2;
+constexpr int LINE = DEPTH * 2, UP = (SPAN + 7) / 8 * 8 * LINE;  // from gate to up, in whole patterns of the swizzle
+constexpr int MATRIX_BYTES = SILU ? 2 * UP : UP, STAGE = MATRIX_BYTES + ROWS * LINE;
+constexpr int BROUGHT = ((SILU ? 2 : 1) * SPAN + ROWS) * LINE;
+constexpr int PEERS = RANKS > 0 ? RANKS : 1;
+constexpr long long CALL = 1 << 20;  // as in all_reduce.py
 constexpr int STRIDE = TILE + 4;  // of a row's sums, so that no two threads of a warp store to one bank
 constexpr int SUMS_BYTES = ROWS * STRIDE * 4, RING_BYTES = RING * STAGE;
 constexpr int DATA = SUMS_BYTES > RING_BYTES ? SUMS_BYTES : RING_BYTES;  // the sums lie where the ring was
 constexpr int OWN = ROWS / SPLITS;  // rows that a block adds up; a thread of it four outputs of one at a time
-constexpr int LANES = OUTPUTS / 4, ITEMS = OWN * LANES, TURNS = (ITEMS + THREADS - 1) / THREADS;
+constexpr int LANES = SPAN / 4, ITEMS = OWN * LANES, TURNS = (ITEMS + THREADS - 1) / THREADS;
 
 __device__ __forceinline__ void init(u32 barrier, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
@@ -108,10 +114,15 @@ __device__ __forceinline__ float4 add_up(u32 at) {
 
 __device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
-// addend, gain, output and gained in fours of 16 bits. rows: of x, which its boxes may reach beyond.
+// As it is sent to a sum: not zero (all_reduce.py).
+__device__ __forceinline__ u32 sent(u32 word) { return ~word == 0 ? 0x80000000u : ~word; }
+
+// addend, gain, output and gained in fours of 16 bits. rows: of x, which its boxes may reach beyond. regions, calls, rank,
+// inbox, size: of `send_block` (all_reduce.py).
 extern "C" __global__ void __launch_bounds__(THREADS + 32) product(
     const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap matrix_map, const float* squares,
-    const uint2* addend, const uint2* gain, uint2* output, uint2* gained, float* new_squares, int rows, float eps
+    const uint2* addend, const uint2* gain, uint2* output, uint2* gained, float* new_squares, int rows, float eps,
+    const long long* regions, const long long* calls, int rank, int inbox, int size
 ) {
     extern __shared__ __align__(1024) char shared[];
     u32 data = (u32)__cvta_generic_to_shared(shared), full = data + DATA, empty = full + 8 * RING;
@@ -119,13 +130,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32) product(
     int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     int tile = blockIdx.x, first_row = blockIdx.y * ROWS, split = blockIdx.z, first = split * (K / SPLITS);
     bool multiplies = thread < THREADS, brings = thread == THREADS;
-    asm volatile("griddepcontrol.launch_dependents;");
+    if (RANKS == 0) asm volatile("griddepcontrol.launch_dependents;");
 
     auto bring_matrix = [&](int step) {
         u32 to = data + step % RING * STAGE, barrier = full + 8 * (step % RING);
-        expect(barrier, STAGE);
-        bring(to, matrix_map, first + step * DEPTH, tile * OUTPUTS, barrier);
-        if (SILU) bring(to + MATRIX_BYTES / 2, matrix_map, first + step * DEPTH, N + tile * OUTPUTS, barrier);
+        expect(barrier, BROUGHT);
+        bring(to, matrix_map, first + step * DEPTH, tile * SPAN, barrier);
+        if (SILU) bring(to + UP, matrix_map, first + step * DEPTH, N + tile * SPAN, barrier);
     };
     auto bring_x = [&](int step) {
         u32 to = data + step % RING * STAGE + MATRIX_BYTES;
@@ -142,6 +153,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32) product(
     }
     __syncthreads();
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    // A sum begins beside this, and reads what the kernels before have left.
+    if (RANKS > 0) asm volatile("griddepcontrol.launch_dependents;");
     if (brings) {
         for (int step = 0; step < RING; step++) bring_x(step);
         for (int step = RING; step < STEPS; step++) {
@@ -177,10 +190,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32) product(
         float sums[ROWS / 2];
 #pragma unroll
         for (int i = 0; i < ROWS / 2; i++) sums[i] = 0;
+        constexpr int GROUPS = OUTPUTS < 64 ? 1 : OUTPUTS / 64;  // of four warps, for gate and as many for up
+        int group = warp / 4, lines = group * 64 * LINE;
+        if (SILU && SPAN < OUTPUTS) lines = group / GROUPS * UP + group % GROUPS * 64 * LINE;
         for (int step = 0; step < STEPS; step++) {
             u32 stage = data + step % RING * STAGE;
             wait(full + 8 * (step % RING), step / RING & 1);
-            u64 matrix_box = box(stage + warp / 4 * (64 * DEPTH * 2)), x_box = box(stage + MATRIX_BYTES);
+            u64 matrix_box = box(stage + lines), x_box = box(stage + MATRIX_BYTES);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
             for (int k = 0; k < DEPTH / 16; k++) multiply(sums, matrix_box + 2 * k, x_box + 2 * k);
@@ -206,6 +222,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32) product(
     }
     meet_cluster();
     if (multiplies) {
+        uint2* inboxes[PEERS];
+        if (RANKS > 0) {
+            long long call = *(volatile const long long*)calls / CALL + 1;
+            long long start = inbox + ((call & 1) * RANKS + rank) * size;
+#pragma unroll
+            for (int turn = 0; turn < RANKS; turn++)  // this rank's last
+                inboxes[turn] = (uint2*)(regions[(rank + 1 + turn) % PEERS] + start);
+        }
 #pragma unroll
         for (int turn = 0; turn < TURNS; turn++) {
             int item = turn * THREADS + thread, own = item / LANES, row = first_row + split * OWN + own;
@@ -228,7 +252,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32) product(
                 v.w += number(addends[turn].y >> 16);
             }
             uint2 result = make_uint2(pair(v.x, v.y), pair(v.z, v.w));
-            if (here) output[place] = result;
+            if (RANKS > 0) {
+                result = make_uint2(sent(result.x), sent(result.y));
+#pragma unroll
+                for (int turn = 0; turn < RANKS; turn++)
+                    if (here) inboxes[turn][place] = result;
+            } else if (here) {
+                output[place] = result;
+            }
             if (ADD) {
                 v = make_float4(number(result.x), number(result.x >> 16), number(result.y), number(result.y >> 16));
                 uint2 g = gains[turn];

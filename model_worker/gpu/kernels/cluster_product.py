@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from vibe_sgl_lite.model_worker.gpu.driver import Kernel, TensorMap
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox
 
 SOURCE = Path(__file__).with_suffix(".cu")
 DEPTH = 64  # inputs a step, as in the source
@@ -25,21 +26,27 @@ SHARED_MEMORY = 227 << 10
 @dataclass(frozen=True)
 class ClusterTiles:
     """How a product is cut. rows, a multiple of 8 up to 256, and outputs: of a tile; splits: of the inputs, the blocks
-    of a cluster; stages: of 64 inputs, that a block has room for."""
+    of a cluster; stages: of 64 inputs, that a block has room for. span: outputs that a tile really has, where these are
+    fewer; a multiple of 4."""
 
     rows: int
     outputs: int
     splits: int
     stages: int
+    span: int = 0
+
+    @property
+    def width(self) -> int:
+        return self.span or self.outputs
 
     def fits(self, outputs: int, inputs: int) -> bool:
         """Whether a matrix [outputs, inputs] has whole tiles alone."""
-        return outputs % self.outputs == 0 and inputs % (DEPTH * self.splits) == 0
+        return outputs % self.width == 0 and inputs % (DEPTH * self.splits) == 0
 
 
 @dataclass(frozen=True)
 class ProductForm:
-    """What a kernel is compiled for."""
+    """What a kernel is compiled for. ranks: that it sends to."""
 
     tiles: ClusterTiles
     outputs: int
@@ -48,10 +55,11 @@ class ProductForm:
     add: bool
     silu: bool
     dtype: torch.dtype
+    ranks: int = 0
 
     @property
     def matrix_rows(self) -> int:
-        """Of a tile."""
+        """Of a tile, those that it does not really have included."""
         return self.tiles.outputs * (2 if self.silu else 1)
 
     @property
@@ -61,7 +69,8 @@ class ProductForm:
     @property
     def shared_bytes(self) -> int:
         rows = self.tiles.rows
-        data = max(self.ring * (rows + self.matrix_rows) * DEPTH * 2, rows * (self.matrix_rows + 4) * 4)
+        brought = -(-self.tiles.width // 8) * 8 * (2 if self.silu else 1)
+        data = max(self.ring * (rows + brought) * DEPTH * 2, rows * (self.matrix_rows + 4) * 4)
         return data + 16 * self.ring + 4 * (rows // self.tiles.splits)
 
     def source(self) -> str:
@@ -70,10 +79,16 @@ class ProductForm:
         assert tiles.rows % 8 == tiles.rows % tiles.splits == 0
         assert self.matrix_rows % INSTRUCTION_ROWS == 0
         assert tiles.splits <= MOST_CLUSTER
+        assert tiles.width % 4 == 0
+        assert 0 <= tiles.outputs - tiles.width <= tiles.rows  # what is multiplied too lies in the block's memory
+        assert tiles.width == tiles.outputs or not self.add  # a row's threads would be no power of two
+        assert tiles.width == tiles.outputs or not self.silu or tiles.outputs % INSTRUCTION_ROWS == 0
+        assert self.ranks == 0 or not (self.add or half)
         assert self.shared_bytes <= SHARED_MEMORY
         constants = {
-            "ROWS": tiles.rows, "TILE": self.matrix_rows, "K": self.inputs, "N": self.outputs, "SPLITS": tiles.splits,
-            "RING": self.ring, "PARTS": self.parts, "ADD": int(self.add), "SILU": int(self.silu), "HALF": int(half),
+            "ROWS": tiles.rows, "TILE": self.matrix_rows, "SPAN": tiles.width, "K": self.inputs, "N": self.outputs,
+            "SPLITS": tiles.splits, "RING": self.ring, "PARTS": self.parts, "ADD": int(self.add),
+            "SILU": int(self.silu), "HALF": int(half), "RANKS": self.ranks,
         }  # fmt: skip
         lines = [f"#define {name} {value}\n" for name, value in constants.items()]
         return "".join(lines) + _multiply(tiles.rows, "f16" if half else "bf16") + SOURCE.read_text()
@@ -111,18 +126,23 @@ def cluster_product(
     gained: Tensor | None = None,
     new_squares: Tensor | None = None,
     silu: bool = False,
+    outbox: Outbox | None = None,
 ) -> None:
     """As the products of kernels/product.py, whose names these are: of x and matrix in 16 bits, with or without each of
-    their ends."""
+    their ends. outbox: as of `rank_product`."""
     rows, inputs = x.shape
     outputs, parts = output.shape[1], 0 if squares is None else squares.shape[1]
     assert matrix.shape == (outputs * (2 if silu else 1), inputs)
     assert tiles.fits(outputs, inputs)
-    form = ProductForm(tiles, outputs, inputs, parts, addend is not None, silu, x.dtype)
-    grid = outputs // tiles.outputs, triton.cdiv(rows, tiles.rows), tiles.splits
+    assert outbox is None or outbox.takes(output.numel(), output.dtype)
+    form = ProductForm(
+        tiles, outputs, inputs, parts, addend is not None, silu, x.dtype, 0 if outbox is None else len(outbox.regions)
+    )
+    sending = (None, None, 0, 0, 0) if outbox is None else (outbox.regions, outbox.calls, outbox.rank, *outbox.words)
+    grid = outputs // tiles.width, triton.cdiv(rows, tiles.rows), tiles.splits
     _kernel(form)(
         (
-            TensorMap(x, tiles.rows), TensorMap(matrix, tiles.outputs), squares, addend, gain, output, gained,
-            new_squares, rows, eps,
+            TensorMap(x, tiles.rows), TensorMap(matrix, tiles.width), squares, addend, gain, output, gained,
+            new_squares, rows, eps, *sending,
         ), grid, form.matrix_rows * 2 + 32, (1, 1, tiles.splits), pdl=pdl,
     )  # fmt: skip

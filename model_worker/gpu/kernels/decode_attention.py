@@ -45,18 +45,24 @@ TILES = (
     (64, DecodeTiles(128, 4, 2, 1)),
 )
 MANY_ROWS = DecodeTiles(64, 4, 2, 1)
+NARROW = (33, 64)  # rows with smaller blocks where the next kernel's should find room beside them
 LONG_CONTEXT = 4096  # tokens; above, few rows are cut in more splits
 LONG_PROGRAMS = 512  # that a launch over long contexts should have at least
 MAX_SPLITS = 32
 WIDE_SPLITS = 8  # at most, of rows with drafts: what merges them has all heads of all tokens at once
 
 
-def choose_tiles(rows: int, kv_heads: int, dtype: torch.dtype, max_context: int, *, wide: bool = False) -> DecodeTiles:
-    """The tiles for a launch of `rows` over a cache of this dtype, int8 for 8 bits. wide: with drafts.
+def choose_tiles(
+    rows: int, kv_heads: int, dtype: torch.dtype, max_context: int, *, wide: bool = False, narrow: bool = False
+) -> DecodeTiles:
+    """The tiles for a launch of `rows` over a cache of this dtype, int8 for 8 bits. wide: with drafts. narrow: those of
+    `NARROW`.
 
     fp32 takes half the keys a block, for shared memory's sake; of 8 bits more blocks fit.
     """
     tiles = next((tiles for most, tiles in TILES if rows <= most), MANY_ROWS)
+    if narrow and NARROW[0] <= rows <= NARROW[1]:
+        tiles = MANY_ROWS
     if max_context > LONG_CONTEXT:
         wanted = triton.next_power_of_2(-(-LONG_PROGRAMS // max(1, rows * kv_heads)))
         tiles = replace(tiles, splits=min(max(tiles.splits, wanted), MAX_SPLITS))

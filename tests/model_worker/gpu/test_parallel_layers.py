@@ -15,14 +15,20 @@ from torch import Tensor
 from tests.distributed.cases import steps_logits
 from tests.model_worker.sampling.reference import on_ranks
 from tests.qwen3.harness import DENSE, MOE, PagedRun, load_model, make_checkpoint
-from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox
+from vibe_sgl_lite.model_worker.gpu import rank_products
+from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, Outbox
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import CHAIN_ROWS, FEW_CHAIN_ROWS
+from vibe_sgl_lite.model_worker.gpu.kernels.cluster_product import ClusterTiles
+from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import choose_tiles
 from vibe_sgl_lite.model_worker.gpu.layers import WIDE, plan_layers
 from vibe_sgl_lite.model_worker.gpu.parallel_layers import ParallelLayers
 from vibe_sgl_lite.model_worker.gpu.rank_products import RankProducts
 from vibe_sgl_lite.qwen3.layers import matrix as formats
+from vibe_sgl_lite.qwen3.layers.matrix import PlainMatrix
 from vibe_sgl_lite.qwen3.layers.moe import DispatchKind
+from vibe_sgl_lite.qwen3.layers.operations import TorchOperations
 from vibe_sgl_lite.qwen3.layers.parallel_state import Group, ParallelState
+from vibe_sgl_lite.qwen3.layers.weight import MatrixWeight
 
 LARGEST: int = 20 * DENSE["hidden_size"]  # elements that the peers take: decode rows, not the prompts of `steps_logits`
 
@@ -94,7 +100,50 @@ def test_several_ranks_of_a_wide_model_have_a_chain_for_fewer_rows(
     group = Group(0, ranks, nobody if ranks > 1 else None)
     group = replace(group, peers=ThreadPeers(group) if ranks > 1 else None)
     model = load_model(tmp_path, parallel=ParallelState(tp=group, expert_tp=group))
-    attention: Any = SimpleNamespace(pdl=False, fixed_order=False, chain_rows=CHAIN_ROWS, has_chain=None)
+    attention: Any = SimpleNamespace(pdl=False, fixed_order=False, chain_rows=CHAIN_ROWS, has_chain=None, narrow=False)
     plan_layers(model, attention)
+    assert not attention.narrow  # for which there are no clusters
     assert attention.has_chain
     assert attention.chain_rows == most
+
+
+def test_ranks_whose_products_are_by_clusters_send_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And attention leaves room beside itself for the first boxes of its output's matrix."""
+    launched = list[Any]()
+
+    def launch(x: Tensor, matrix: Tensor, output: Tensor, tiles: ClusterTiles, **rest: Any) -> None:
+        launched.append((tuple(matrix.shape), tiles.stages, rest["silu"], rest["outbox"] is not None))
+
+    monkeypatch.setattr(rank_products, "has_clusters", lambda device: True)
+    monkeypatch.setattr(rank_products, "cluster_product", launch)
+    cpu = torch.device("cpu")
+    products = RankProducts(TorchOperations(), cpu, pdl=True)
+    layout, longs = Layout(1 << 10, 1 << 20, 2), torch.zeros(2, dtype=torch.int64)
+    outbox = Outbox(longs, longs, layout, 0)
+
+    def weight(outputs: int, inputs: int) -> MatrixWeight:
+        made = MatrixWeight(outputs, inputs, torch.bfloat16, cpu)
+        made.replace(PlainMatrix(torch.empty((outputs, inputs), dtype=torch.bfloat16)))
+        return made
+
+    qkv, output, gate_up = weight(5120, 5120), weight(5120, 4096), weight(2 * 12_800, 5120)
+    x, y = torch.zeros((16, 5120), dtype=torch.bfloat16), torch.zeros((64, 4096), dtype=torch.bfloat16)
+    assert products.multiply(x, qkv).shape == (16, 5120)
+    part, sent = products.multiply_and_send(y, output, outbox)
+    assert sent
+    assert part.shape == (64, 5120)
+    assert products.multiply_silu(x, gate_up).shape == (16, 12_800)
+    assert launched == [
+        ((5120, 5120), 12, False, False), ((5120, 4096), 8, False, True), ((25_600, 5120), 6, True, False),
+    ]  # fmt: skip
+    assert products.sends_by_clusters(output)
+    assert not products.sends_by_clusters(weight(4096, 2048))
+    assert not RankProducts(TorchOperations(), cpu, pdl=False).sends_by_clusters(output)
+
+
+def test_narrow_attention_is_of_33_to_64_rows() -> None:
+    for rows in (1, 16, 32, 33, 64, 65):
+        plain = choose_tiles(rows, 4, torch.bfloat16, 1000)
+        narrow = choose_tiles(rows, 4, torch.bfloat16, 1000, narrow=True)
+        assert (narrow.keys < plain.keys) == (33 <= rows <= 64)
+        assert (narrow == plain) != (33 <= rows <= 64)
