@@ -102,7 +102,9 @@ def has_clusters(device: torch.device) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     try:
-        Kernel('extern "C" __global__ void nothing() {}', "nothing", 0)
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()  # the driver loads nothing before torch has made a context
+            Kernel('extern "C" __global__ void nothing() {}', "nothing", 0)
     except (OSError, RuntimeError) as error:
         log.warning("products go without clusters of blocks, which are faster: %s", error)
         return False

@@ -1,6 +1,8 @@
 """Products by clusters of blocks: right on a card that has them, compiled where there is a compiler, left out else."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -24,12 +26,18 @@ def form_of(name: str, tiles: ClusterTiles) -> ProductForm:
     return ProductForm(tiles, outputs, inputs, 0 if added else 16, added, name == "gate_up", torch.bfloat16)
 
 
+def require_clusters(device: torch.device) -> None:
+    """Skips on other cards alone: on a Hopper one they must be there."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("no Hopper card")
+    assert has_clusters(device)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("most", list(CLUSTERS))
 def test_products_are_right(most: int, dtype: torch.dtype, device: torch.device) -> None:
-    if not has_clusters(device):
-        pytest.skip("no clusters")
+    require_clusters(device)
     for name, tiles in CLUSTERS[most].items():
         outputs, inputs = SHAPES[name]
         made: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -95,17 +103,45 @@ def test_a_plan_has_clusters_only_where_they_fit() -> None:
     assert plan_tiles(wide, clusters=True) == plan_tiles(wide)
 
 
-def test_a_card_without_a_compiler_keeps_tritons_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> ctypes.CDLL:
-        raise OSError("libnvrtc.so.13: cannot open shared object file")
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A card that there is not. What torch and the driver did with it; the driver loads nothing without a context."""
+    did = list[str]()
+
+    class Driver:
+        def cuModuleLoadData(self, *_: Any) -> int:
+            did.append("load")
+            return 0 if "context" in did else 201  # CUDA_ERROR_INVALID_CONTEXT
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: 0
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(driver, "_nvrtc", missing)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: did.append("context"))
+    monkeypatch.setattr(driver, "_driver", Driver)
+    monkeypatch.setattr(driver, "_compiled", lambda source: b"")
+    has_clusters.cache_clear()
+    yield did
+    has_clusters.cache_clear()
+
+
+def test_a_card_is_asked_once_it_has_a_context(hopper: list[str]) -> None:
+    assert has_clusters(torch.device("cuda", 7))
+    assert hopper == ["context", "load"]
+
+
+def test_other_cards_and_those_without_a_compiler_keep_tritons_products(
+    hopper: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(source: str) -> bytes:
+        raise OSError("libnvrtc.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(driver, "_compiled", missing)
     assert not has_clusters(torch.device("cuda", 7))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     assert not has_clusters(torch.device("cuda", 8))
     assert not has_clusters(torch.device("cpu"))
-    has_clusters.cache_clear()
 
 
 def test_a_launch_tells_the_driver_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import triton
 
 from benchmarks.internal.rank_products import NAMES, sides
 from benchmarks.parallel_gpu import SHAPES
+from tests.model_worker.gpu.test_cluster_products import require_clusters
 from vibe_sgl_lite.model_worker.gpu import driver
-from vibe_sgl_lite.model_worker.gpu.driver import compile_source, has_clusters
+from vibe_sgl_lite.model_worker.gpu.driver import compile_source
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, Outbox, all_reduce
 from vibe_sgl_lite.model_worker.gpu.kernels.cluster_product import ClusterTiles, ProductForm, cluster_product
 from vibe_sgl_lite.model_worker.gpu.rank_products import (
@@ -104,8 +105,7 @@ def test_clusters_compile() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [3, 16, 64])
 def test_clusters_are_right(rows: int, device: torch.device) -> None:
-    if not has_clusters(device):
-        pytest.skip("no clusters")
+    require_clusters(device)
     for name, form in cluster_forms(2):
         matrix = torch.randn((form.outputs * (2 if form.silu else 1), form.inputs), device=device).bfloat16()
         matrix *= form.inputs**-0.5
