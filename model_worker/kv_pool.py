@@ -17,12 +17,14 @@ from torch import Tensor
 from vibe_sgl_lite.model_worker.cpu.commit_ahead import CommitAhead
 from vibe_sgl_lite.model_worker.cpu.huge_memory import HugeMemory
 from vibe_sgl_lite.model_worker.kv_int8 import HEAD_DIM_MULTIPLE, SCALE_BYTES
+from vibe_sgl_lite.runtime.settings.machine import available_memory
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 TOKENS_AHEAD = 1024  # so much room is made ready behind what is used: two chunks of a CPU
 # What a rank on CPU makes ready before it takes requests: enough for a handful of conversations.
 READY_TOKENS = 8192
 READY_LIMIT_BYTES = 1 << 30  # of all ranks of a machine
+READY_SHARE = 1 / 32  # of the memory that is free: a large model's cache takes what little it leaves only as it is used
 READY_SECONDS = 0.5  # nobody waits longer for it; what is left is committed as it is used
 PIECE_BYTES = 32 << 20
 
@@ -85,7 +87,8 @@ class KVPool:
             self.data = torch.empty(shape, dtype=dtype, device=device)
 
     def make_ready(self, ranks_on_machine: int, heartbeat: Callable[[], None]) -> None:
-        """Commit the memory of the first READY_TOKENS on CPU, at most READY_LIMIT_BYTES; what is in it becomes zero.
+        """Commit the memory of the first READY_TOKENS on CPU, at most READY_LIMIT_BYTES and READY_SHARE; what is in it
+        becomes zero.
 
         On all of torch's threads: 0.1 s a GB, or over a second where a virtual machine's host has to find it first, of
         which it then takes only READY_SECONDS. Steps that commit as they go are slowed down by it for as long.
@@ -94,7 +97,7 @@ class KVPool:
         if self.data.device.type != "cpu" or not self.data.is_contiguous():
             return
         size = min(-(-READY_TOKENS // self.page_size) * self.data[0].nbytes, self.data.nbytes)
-        size = min(size, READY_LIMIT_BYTES // ranks_on_machine)
+        size = min(size, int(min(READY_LIMIT_BYTES, available_memory().value * READY_SHARE)) // ranks_on_machine)
         memory = self.data.view(-1).view(torch.uint8)[:size]
         deadline = time.monotonic() + READY_SECONDS
         for begin in range(0, size, PIECE_BYTES):

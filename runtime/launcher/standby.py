@@ -15,7 +15,7 @@ from vibe_sgl_lite.runtime.settings.machine import available_memory, total_memor
 FIRST_S = 5.0  # after the engine is ready: its first requests, and engines that live for seconds, go undisturbed
 AGAIN_S = 10.0  # between two starts of one that nobody has taken: spares that die must not take up a core
 # Where less memory is free, restarts are slow instead. A model that leaves so little is long in loading anyway.
-FREE_BYTES, FREE_SHARE = 1 << 30, 1 / 6
+FREE_BYTES, FREE_SHARE = 1 << 30, 1 / 5
 
 log = logging.getLogger(__name__)
 

@@ -351,7 +351,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     no_standby: Annotated[bool, Spec(
         "keep no spare process for each rank; it has done its imports, which makes a restart seconds faster, and takes "
         "150 MB",
-        "It is made 5 s after the engine is ready, where 1 GiB and a sixth of the memory are free.",
+        "It is made 5 s after the engine is ready, where 1 GiB and a fifth of the memory are free.",
         group=DAEMON,
     )] = False
     log_level: Annotated[str, Spec(

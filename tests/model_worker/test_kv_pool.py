@@ -3,6 +3,7 @@
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -12,6 +13,7 @@ from tests.model_worker.cpu.test_commit_ahead import resident_bytes
 from tests.runtime.settings.test_model_config import DENSE, read
 from vibe_sgl_lite.model_worker import kv_pool
 from vibe_sgl_lite.model_worker.kv_pool import KVPool, bytes_per_token
+from vibe_sgl_lite.runtime.settings.machine import Limit
 from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -40,13 +42,14 @@ def test_layout_and_padding_page(config: ModelConfig) -> None:
     [
         (1, "PIECE_BYTES", 1 << 20, 8),
         (4, "READY_LIMIT_BYTES", 12 << 20, 3),
+        (4, "available_memory", lambda: Limit(32 * 12 << 20, "a test"), 3),
         (1, "READY_SECONDS", -1.0, 0),
     ],
 )
 def test_the_first_tokens_memory_is_made_ready(
-    config: ModelConfig, monkeypatch: pytest.MonkeyPatch, ranks: int, setting: str, value: float, ready_mib: int
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch, ranks: int, setting: str, value: Any, ready_mib: int
 ) -> None:
-    """All of READY_TOKENS, this rank's share of the limit, or, without the time for it, one piece."""
+    """All of READY_TOKENS, this rank's share of the limit or of what is free, or, without the time for it, one piece."""
     mib = 1 << 20
     monkeypatch.setattr(kv_pool, "PIECE_BYTES", mib // 2)
     monkeypatch.setattr(kv_pool, setting, value)
@@ -57,7 +60,7 @@ def test_the_first_tokens_memory_is_made_ready(
     pool.make_ready(ranks, lambda: beats.append(None))
     grown = resident_bytes() - before
     assert (ready_mib - 3) * mib < grown < (ready_mib + 5) * mib  # huge pages, and the room that is kept ahead
-    assert len(beats) == {"PIECE_BYTES": 8, "READY_LIMIT_BYTES": 6, "READY_SECONDS": 1}[setting]
+    assert len(beats) == {"PIECE_BYTES": 8, "READY_SECONDS": 1}.get(setting, 6)
     assert (pool.data.view(-1)[: ready_mib * mib // 4] == 0).all()
 
 

@@ -36,7 +36,7 @@ class Free:
 def free(monkeypatch: pytest.MonkeyPatch) -> Free:
     made = Free()
     monkeypatch.setattr(standby, "available_memory", made)
-    monkeypatch.setattr(standby, "total_memory", lambda: 6 * FREE_BYTES)
+    monkeypatch.setattr(standby, "total_memory", lambda: 5 * FREE_BYTES)
     monkeypatch.setattr(standby, "FIRST_S", 0.0)
     return made
 
@@ -127,7 +127,7 @@ def test_none_where_memory_is_scarce_and_it_is_not_asked_all_the_time(spares: St
 def test_none_where_a_model_takes_nearly_all_of_a_machine(
     spares: Standby, free: Free, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(standby, "total_memory", lambda: 24 * FREE_BYTES)
+    monkeypatch.setattr(standby, "total_memory", lambda: 20 * FREE_BYTES)
     free.bytes = 4 * FREE_BYTES - 1
     before = len(running())
     spares.keep()
