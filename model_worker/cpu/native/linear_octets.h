@@ -63,7 +63,7 @@ __attribute__((noinline)) void multiply_octets(const uint32_t* weights, const Oc
     vi into[kRows][kVectors] = {};
     if (!begin)
         for (int r = 0; r < kRows; r++)
-            for (int v = 0; v < kVectors; v++) into[r][v] = load_whole(sums + r * kSlab + v * kLanes);
+            for (int v = 0; v < kVectors; v++) into[r][v] = load_as<vi>(sums + r * kSlab + v * kLanes);
     const Octet* octets = x.octets;
     const char* line = next;
     const int64_t count = x.count;
@@ -95,7 +95,7 @@ __attribute__((noinline)) void multiply_octets(const uint32_t* weights, const Oc
     }
     next = line;
     for (int r = 0; r < kRows; r++)
-        for (int v = 0; v < kVectors; v++) store_whole(sums + r * kSlab + v * kLanes, into[r][v]);
+        for (int v = 0; v < kVectors; v++) store_as(sums + r * kSlab + v * kLanes, into[r][v]);
 }
 
 // A block of a slab, by as many rows as `groups` has; x: one of each group. next: the slab's next block.
@@ -127,33 +127,56 @@ inline int64_t least_groups(int64_t rows) {
     return kLanes == 8 && rows >= kThreesFrom ? (rows + 2) / 3 : 2;
 }
 
-// Calls store(into, slab, row, 64 sums) for all outputs. middle: takes what the sums of each row are too large by.
-template <class T, class Store>
-inline void run_octets(Context& context, const Linear<T>& linear, const int8_t* codes, int32_t* middle, const Store& store) {
-    const int64_t rows = linear.rows, inputs = linear.inputs, blocks = (inputs + kOctetInputs - 1) / kOctetInputs;
-    const RowGroups<kOctetRows> groups(rows, least_groups(rows));
-    OctetBlock* const x = (OctetBlock*)context.packed.reserve(blocks * groups.count * sizeof(OctetBlock));
-    const auto size = [&](int64_t block) { return std::min(kOctetInputs, inputs - block * kOctetInputs); };
-    run_ranges(context, groups.count, 16384 / (kOctetRows * inputs), [&](int64_t begin, int64_t end) {
-        for (int64_t group = begin; group < end; group++) {
-            const int64_t row = groups.begin(group), count = groups.begin(group + 1) - row;
-            for (int64_t r = row; r < row + count; r++) middle[r] = 0;
-            for (int64_t block = 0; block < blocks; block++)
-                x[block * groups.count + group].set(codes + row * inputs + block * kOctetInputs, inputs, size(block), (int)count,
-                                                    middle + row);
-        }
-    });
-    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t, int64_t, int worker) {
-        int32_t* const sums = (int32_t*)context.scratch[worker].reserve(rows * kSlab * sizeof(int32_t));
-        const uint8_t* weights = linear.weights + slab * slab_bytes(kInt8, inputs);
+// Rows in this form, of pieces of the layer that have rows of their own: [piece][block of inputs][group of rows].
+struct OctetRows {
+    struct Group {
+        int64_t row, count, place, apart;  // place: of its first block, among all; the next ones are `apart`
+    };
+
+    OctetBlock* x = nullptr;
+    int64_t inputs, blocks;
+    std::vector<Group> groups;
+    std::vector<int64_t> places;  // of the piece that begins with a row
+
+    OctetRows(int64_t rows, int64_t inputs)
+        : inputs(inputs), blocks((inputs + kOctetInputs - 1) / kOctetInputs), places(rows) {}
+
+    static RowGroups<kOctetRows> grouped(int64_t rows) { return RowGroups<kOctetRows>(rows, least_groups(rows)); }
+
+    void add(int64_t begin, int64_t end) {
+        const RowGroups<kOctetRows> those = grouped(end - begin);
+        places[begin] = (int64_t)groups.size() * blocks;
+        for (int64_t g = 0; g < those.count; g++)
+            groups.push_back({begin + those.begin(g), those.begin(g + 1) - those.begin(g), places[begin] + g, those.count});
+    }
+
+    size_t bytes() const { return groups.size() * blocks * sizeof(OctetBlock); }
+
+    // Of all rows of a group. middle: takes what the sums of each row are too large by.
+    void pack(const Group& group, const int8_t* codes, int32_t* middle) const {
+        for (int64_t r = group.row; r < group.row + group.count; r++) middle[r] = 0;
+        for (int64_t block = 0; block < blocks; block++)
+            x[group.place + block * group.apart].set(codes + group.row * inputs + block * kOctetInputs, inputs, size(block),
+                                                     (int)group.count, middle + group.row);
+    }
+
+    // Calls store(row, 64 sums) for rows begin..end, which are a piece.
+    template <class Store>
+    void multiply(const uint8_t* weights, int64_t begin, int64_t end, Scratch& memory, const Store& store) const {
+        int32_t* const sums = (int32_t*)memory.reserve((end - begin) * kSlab * sizeof(int32_t));
+        const RowGroups<kOctetRows> those = grouped(end - begin);
         for (int64_t block = 0; block < blocks; block++) {
             const uint8_t* const next = weights + slab_bytes(kInt8, size(block));
-            multiply_block((const uint32_t*)weights, groups, x + block * groups.count, sums, block == 0, (const char*)next);
+            multiply_block((const uint32_t*)weights, those, x + places[begin] + block * those.count, sums, block == 0,
+                           (const char*)next);
             weights = next;
         }
-        for (int64_t row = 0; row < rows; row++) store(into, slab, row, sums + row * kSlab);
-    });
-}
+        for (int64_t row = begin; row < end; row++) store(row, sums + (row - begin) * kSlab);
+    }
+
+   private:
+    int64_t size(int64_t block) const { return std::min(kOctetInputs, inputs - block * kOctetInputs); }
+};
 
 #endif
 

@@ -9,18 +9,6 @@ namespace vsl {
 
 template <class T>
 inline void run_int8(Context& context, const Linear<T>& linear) {
-#if defined(VSL_BYTES)
-    if (linear.parts != nullptr) {  // one after another: rows are brought together by how many there are
-        for (int64_t i = 0; i < linear.part_count; i++) {
-            const RowPart& part = linear.parts[i];
-            Linear<T> own = linear;
-            own.weights = part.weights, own.scales = part.scales, own.parts = nullptr, own.rows = part.end - part.begin;
-            own.x += part.begin * linear.x_stride, own.out += (part.begin + part.shift) * linear.out_stride;
-            run_int8(context, own);
-        }
-        return;
-    }
-#endif
     const int64_t rows = linear.rows, inputs = linear.inputs;
     const QuantizedRows x(context.shared.reserve(QuantizedRows::bytes(rows, inputs)), rows, inputs);
     quantize_rows(context, linear, x);

@@ -16,16 +16,6 @@ constexpr int kSigns = 16, kSignQuads = 4, kSignOutputs = 32;  // 8 KiB of weigh
 constexpr int64_t kSignInputs = 256;  // of many rows, which stay in the second-level cache for the other outputs of a slab
 static_assert(kGroup % (4 * kSignQuads) == 0);
 
-// Sums from memory and into it, by values: memory that is copied into an element of an array, gcc copies in halves, unless it tunes
-// for some of Intel's CPUs, and a load of the whole then waits for both to be stored.
-inline vi load_whole(const int32_t* sums) {
-    vi v;
-    std::memcpy(&v, sums, sizeof v);
-    return v;
-}
-
-inline void store_whole(int32_t* sums, vi v) { std::memcpy(sums, &v, sizeof v); }
-
 // Whether the products of eight inputs, whose magnitudes are `eight`, can be too large for 16 bits where those of 0, 1, 4 and 5,
 // or of 2, 3, 6 and 7, are added: if the magnitudes of four add up to more than `most`. The same of the next eight inputs.
 inline bool too_large_together(__m128i sixteen, int16_t most) {
@@ -95,7 +85,7 @@ inline void multiply_signed(const uint32_t* signed_, const SignedCodes* x, int64
     constexpr int kVectors = kSignOutputs / kLanes;
     for (const SignedCodes* const end = x + rows; x != end; x++, sums += kSignOutputs) {
         vi into[kVectors];
-        for (int v = 0; v < kVectors; v++) into[v] = load_whole(sums + v * kLanes);
+        for (int v = 0; v < kVectors; v++) into[v] = load_as<vi>(sums + v * kLanes);
         if (__builtin_expect(x->places[0] & SignedCodes::kWide, 0)) {
 #pragma GCC unroll 1
             for (int q = 0; q < kSignQuads; q++) {
@@ -110,26 +100,31 @@ inline void multiply_signed(const uint32_t* signed_, const SignedCodes* x, int64
                     into[v] += add_pairs(a.times(v, x->magnitudes[q]) + b.times(v, x->magnitudes[q + 1]));
             }
         }
-        for (int v = 0; v < kVectors; v++) store_whole(sums + v * kLanes, into[v]);
+        for (int v = 0; v < kVectors; v++) store_as(sums + v * kLanes, into[v]);
     }
 }
 
-// Calls store(into, slab, row, 64 sums) for all outputs; sums are those of the codes, with nothing to be taken from them.
-template <class T, class Store>
-inline void run_signs(Context& context, const Linear<T>& linear, const int8_t* codes, const Store& store) {
-    constexpr int kInputs = 4 * kSignQuads, kHalves = kSlab / kSignOutputs;
-    const int64_t rows = linear.rows, inputs = linear.inputs;
-    SignedCodes* const x = (SignedCodes*)context.packed.reserve(rows * (inputs / kInputs) * sizeof(SignedCodes));
-    run_ranges(context, inputs / kGroup, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin * kGroup; i < end * kGroup; i += kGroup)
-            for (int64_t row = 0; row < rows; row++)
-                for (int64_t j = i; j < i + kGroup; j += kInputs) x[j / kInputs * rows + row].set(codes + row * inputs + j);
-    });
-    run_slabs(context, linear, [&](const Linear<T>& into, int64_t slab, int64_t begin, int64_t end, int worker) {
+// Rows in the form in which signed weights are multiplied: [16 inputs][row]. Only those of pieces of kSignRows or more.
+struct SignedRows {
+    static constexpr int kInputs = 4 * kSignQuads, kHalves = kSlab / kSignOutputs;
+
+    SignedCodes* x;
+    int64_t rows, inputs;
+
+    size_t bytes() const { return rows * (inputs / kInputs) * sizeof(SignedCodes); }
+
+    // Rows begin..end of kGroup inputs from number i on.
+    void pack(const int8_t* codes, int64_t i, int64_t begin, int64_t end) const {
+        for (int64_t row = begin; row < end; row++)
+            for (int64_t j = i; j < i + kGroup; j += kInputs) x[j / kInputs * rows + row].set(codes + row * inputs + j);
+    }
+
+    // Calls store(row, 64 sums) for rows begin..end; sums are those of the codes, with nothing to be taken from them.
+    template <class Store>
+    void multiply(const uint32_t* weights, int64_t begin, int64_t end, Scratch& memory, const Store& store) const {
         const int64_t count = end - begin;
-        const uint32_t* const weights = (const uint32_t*)(linear.weights + slab * slab_bytes(kInt8, inputs));
-        uint32_t* const signed_ = (uint32_t*)context.scratch[worker].reserve(
-            (kSignQuads * kSigns * kSignOutputs + count * kSlab) * sizeof(uint32_t));
+        uint32_t* const signed_ =
+            (uint32_t*)memory.reserve((kSignQuads * kSigns * kSignOutputs + count * kSlab) * sizeof(uint32_t));
         int32_t* const sums = (int32_t*)(signed_ + kSignQuads * kSigns * kSignOutputs);  // [kHalves][count][kSignOutputs]
         std::memset(sums, 0, count * kSlab * sizeof(int32_t));
         for (int64_t block = 0; block < inputs; block += kSignInputs)
@@ -142,11 +137,10 @@ inline void run_signs(Context& context, const Linear<T>& linear, const int8_t* c
             int32_t all[kSlab];
             for (int half = 0; half < kHalves; half++)
                 std::memcpy(all + half * kSignOutputs, sums + (half * count + row) * kSignOutputs, kSignOutputs * sizeof(int32_t));
-            prefetch_outputs(into, slab, begin + row);
-            store(into, slab, begin + row, all);
+            store(begin + row, all);
         }
-    });
-}
+    }
+};
 
 #endif
 

@@ -85,12 +85,17 @@ def test_as_one_product_after_another(tmp_path: Path, dtype: torch.dtype, quanti
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize(("experts", "width", "tokens"), [(4, 64, 3000), (64, 192, 33)])
-def test_parts_of_any_size(tmp_path: Path, experts: int, width: int, tokens: int, threads: int) -> None:
-    """More rows of an expert than are multiplied at once, and more experts than threads."""
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize(("experts", "width", "tokens"), [(4, 64, 3000), (64, 192, 33), (8, 64, 250)])
+@pytest.mark.parametrize("target", [BEST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_parts_of_any_size(
+    tmp_path: Path, target: str, experts: int, width: int, tokens: int, quantization: str, threads: int
+) -> None:
+    """More rows of an expert than are multiplied at once, more experts than threads, and experts of few rows beside some
+    of many."""
     make_checkpoint(tmp_path, SHAPE | {"num_experts": experts, "moe_intermediate_size": width})
-    compute = compute_on(threads)
-    model = load_model(tmp_path, dtype=torch.bfloat16, compute=compute, quantization="int4")
+    compute = compute_on(threads, target)
+    model = load_model(tmp_path, dtype=torch.bfloat16, compute=compute, quantization=quantization)
     got, wanted = (rows.float() for rows in experts_alone(model, compute, some_rows(tokens, torch.bfloat16)))
     far = (got - wanted).abs().amax(1) > 2e-2 * wanted.abs().max()
     assert far.sum() < 0.05 * tokens  # of experts that are as likely as each other, torch may take others
