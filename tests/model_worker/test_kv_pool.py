@@ -49,7 +49,7 @@ def test_layout_and_padding_page(config: ModelConfig) -> None:
 def test_the_first_tokens_memory_is_made_ready(
     config: ModelConfig, monkeypatch: pytest.MonkeyPatch, ranks: int, setting: str, value: Any, ready_mib: int
 ) -> None:
-    """All of READY_TOKENS, this rank's share of the limit or of what is free, or, without the time for it, one piece."""
+    """All of READY_TOKENS, this rank's share of the limit or of what is free, or, without the time, one piece."""
     mib = 1 << 20
     monkeypatch.setattr(kv_pool, "PIECE_BYTES", mib // 2)
     monkeypatch.setattr(kv_pool, setting, value)

@@ -10,9 +10,9 @@ namespace vsl {
 
 #if defined(VSL_BYTES)
 
-constexpr int kOctetRows = 4;  // together; their sums are 8 of 16 registers
+// Together. With AVX2 the sums of four and all else need more than 16 registers, and it depends on the compiler what is left out.
+constexpr int kOctetRows = kLanes == 8 ? 3 : 4;
 constexpr int kAloneOctetRows = 2;  // rows that go through a slab once, as fast as it is read
-constexpr int64_t kThreesFrom = 24;  // rows with AVX2: beside the sums of four, gcc finds no registers for all else
 // Of a block. 16 outputs' weights lie 256 bytes apart, in a quarter of the first-level cache's sets: with 512 inputs, all that a
 // cache of 32 KiB has there.
 constexpr int64_t kOctetInputs = 256;
@@ -122,11 +122,6 @@ inline void multiply_block(const uint32_t* weights, const RowGroups<kOctetRows>&
     }
 }
 
-inline int64_t least_groups(int64_t rows) {
-    if (rows <= kAloneOctetRows) return 1;
-    return kLanes == 8 && rows >= kThreesFrom ? (rows + 2) / 3 : 2;
-}
-
 // Rows in this form, of pieces of the layer that have rows of their own: [piece][block of inputs][group of rows].
 struct OctetRows {
     struct Group {
@@ -141,7 +136,7 @@ struct OctetRows {
     OctetRows(int64_t rows, int64_t inputs)
         : inputs(inputs), blocks((inputs + kOctetInputs - 1) / kOctetInputs), places(rows) {}
 
-    static RowGroups<kOctetRows> grouped(int64_t rows) { return RowGroups<kOctetRows>(rows, least_groups(rows)); }
+    static RowGroups<kOctetRows> grouped(int64_t rows) { return RowGroups<kOctetRows>(rows, rows <= kAloneOctetRows ? 1 : 2); }
 
     void add(int64_t begin, int64_t end) {
         const RowGroups<kOctetRows> those = grouped(end - begin);

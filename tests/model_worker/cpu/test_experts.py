@@ -91,8 +91,7 @@ def test_as_one_product_after_another(tmp_path: Path, dtype: torch.dtype, quanti
 def test_parts_of_any_size(
     tmp_path: Path, target: str, experts: int, width: int, tokens: int, quantization: str, threads: int
 ) -> None:
-    """More rows of an expert than are multiplied at once, more experts than threads, and experts of few rows beside some
-    of many."""
+    """More rows of an expert than are multiplied at once, more experts than threads, few rows beside many."""
     make_checkpoint(tmp_path, SHAPE | {"num_experts": experts, "moe_intermediate_size": width})
     compute = compute_on(threads, target)
     model = load_model(tmp_path, dtype=torch.bfloat16, compute=compute, quantization=quantization)
