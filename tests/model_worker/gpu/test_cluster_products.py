@@ -1,14 +1,17 @@
-"""Products by clusters of blocks: right on a card that has them, compiled where there is a compiler, left out else."""
+"""Products by clusters of blocks: right in an emulator and on a card that has them, left out where there are none."""
 
 import ctypes
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.model_worker.gpu.cluster_emulator import emulate
 from tests.model_worker.gpu.test_fused_layers import weights_of
 from vibe_sgl_lite.model_worker.gpu import driver
 from vibe_sgl_lite.model_worker.gpu.driver import compile_source, has_clusters
@@ -68,6 +71,52 @@ def test_products_are_right(most: int, dtype: torch.dtype, device: torch.device)
                 normed_product(x, squares, 1e-3, matrix, output, tiles, scratch, pdl=True, silu=silu)
                 expected = F.silu(normal[:, :outputs]) * normal[:, outputs:] if silu else normal
                 torch.testing.assert_close(output.double(), expected, atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+@pytest.mark.parametrize(
+    ("rows", "tiles", "outputs", "inputs", "end"),
+    [
+        (21, ClusterTiles(16, 64, 4, 2), 128, 768, "add"),  # fewer stages than a block has steps
+        (16, ClusterTiles(16, 128, 2, 8), 128, 256, "add"),  # two groups of warps
+        (20, ClusterTiles(32, 32, 1, 3), 64, 512, "silu"),
+        (9, ClusterTiles(16, 64, 2, 8), 64, 256, "silu"),
+        (30, ClusterTiles(24, 64, 1, 2), 64, 256, "norm"),
+    ],
+)
+def test_the_source_is_right(
+    rows: int, tiles: ClusterTiles, outputs: int, inputs: int, end: str, tmp_path: Path
+) -> None:
+    """In an emulator of what it asks of a card."""
+    add, silu, dtype = end == "add", end == "silu", torch.bfloat16
+    x = torch.randn(rows, inputs).to(dtype)
+    matrix = (torch.randn(outputs * (2 if silu else 1), inputs) * inputs**-0.5).to(dtype)
+    product = x.double() @ matrix.double().T
+    if add:
+        stream, gain = torch.randn(rows, outputs).to(dtype), (torch.rand(outputs) + 0.5).to(dtype)
+        expected, gained = product + stream.double(), torch.full_like(stream, float("nan"))
+        squares = torch.full((rows, outputs // tiles.outputs), float("nan"))
+        form = ProductForm(tiles, outputs, inputs, 0, True, False, dtype)
+        emulate(form, tmp_path, x, matrix, stream, addend=stream, gain=gain, gained=gained, new_squares=squares)
+        torch.testing.assert_close(stream.double(), expected, atol=2e-2, rtol=1e-2)
+        assert torch.equal(gained, (stream.float() * gain.float()).to(dtype))
+        torch.testing.assert_close(squares.sum(1), stream.float().square().sum(1), atol=1e-3, rtol=1e-4)
+        return
+    parts = 2 if end == "norm" else 16
+    squares, output = torch.zeros(rows, parts), torch.full((rows, outputs), float("nan")).to(dtype)
+    squares[:, 1] = x.float().square().sum(1)
+    emulate(
+        ProductForm(tiles, outputs, inputs, parts, False, silu, dtype),
+        tmp_path,
+        x,
+        matrix,
+        output,
+        squares=squares,
+        eps=1e-3,
+    )
+    normal = product * torch.rsqrt(x.double().square().mean(1, keepdim=True) + 1e-3)
+    expected = F.silu(normal[:, :outputs]) * normal[:, outputs:] if silu else normal
+    torch.testing.assert_close(output.double(), expected, atol=2e-2, rtol=1e-2)
 
 
 @pytest.mark.slow
