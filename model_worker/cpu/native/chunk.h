@@ -86,8 +86,9 @@ class ChunkAttention {
                 decode_block(now);
             else
                 pack_block(now);
-            for (int panel = 0; panel < panels_; panel += step) {
-                const int panels = std::min(step, panels_ - panel);
+            for (int panel = 0, panels; panel < panels_; panel += panels) {
+                // The last four as two and two: alone, one panel's sums would wait for each other.
+                panels = step == 3 && panels_ - panel == 4 ? 2 : std::min(step, panels_ - panel);
                 // The last lane sees most. What no lane of the group sees is left out.
                 const int64_t seen = limit_[(panel + panels) * kLanes - 1] - first;
                 if (seen <= 0) continue;
@@ -172,11 +173,16 @@ class ChunkAttention {
                 }
             }
             pack_columns(keys, chunk_.head_dim, padded_dim_, keys_ + first * padded_dim_, key_scales);
-            for (int d = 0; d < padded_dim_; d += kLanes)
-                for (int i = 0; i < kLanes; i++) {
-                    const vf v = load_up_to(values[i] + d, chunk_.head_dim - d);
-                    store(values_ + d * kBlockKeys + (first + i) * kLanes, kScaled ? v * splat(value_scales[i]) : v);
-                }
+            for (int d = 0; d < padded_dim_; d += kLanes) {
+                float* const out = values_ + d * kBlockKeys + first * kLanes;
+                const auto put = [&](int i, vf v) {
+                    store(out + i * kLanes, kScaled ? v * splat(value_scales[i]) : v);
+                };
+                if (d + kLanes <= chunk_.head_dim)
+                    for (int i = 0; i < kLanes; i++) put(i, load(values[i] + d));
+                else
+                    for (int i = 0; i < kLanes; i++) put(i, load_part(values[i] + d, chunk_.head_dim - d));
+            }
         }
     }
 

@@ -34,12 +34,14 @@ inline void pack_columns(const T* const* rows, int head_dim, int padded_dim, flo
 // As above, transposed in pairs.
 inline void pack_columns(const bf16* const* rows, int head_dim, int padded_dim, float* out, const float* = nullptr) {
     for (int d = 0; d < padded_dim; d += 2 * kLanes) {
-        vf block[kLanes] = {};
-        const size_t bytes = std::min(2 * kLanes, head_dim - d) * sizeof(bf16);
-        if (bytes == sizeof(vf))
+        vf block[kLanes];
+        if (d + 2 * kLanes <= head_dim)
             for (int i = 0; i < kLanes; i++) block[i] = load((const float*)(rows[i] + d));
         else
-            for (int i = 0; i < kLanes; i++) std::memcpy(block + i, rows[i] + d, bytes);
+            for (int i = 0; i < kLanes; i++) {
+                block[i] = vf{};
+                std::memcpy(block + i, rows[i] + d, (head_dim - d) * sizeof(bf16));
+            }
         transpose(block);
         for (int i = 0; i < std::min(kLanes, (padded_dim - d) / 2); i++, out += 2 * kLanes) {
             store(out, (vf)((vu)block[i] << 16));

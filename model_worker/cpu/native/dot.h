@@ -108,7 +108,7 @@ inline void multiply_panels(const Product<Dot>& p, int panel) {
         const typename Dot::Unit* b = p.b + panel * p.b_panel;
         for (int k = 0; k < p.depth; k++) {
             vf lanes[kPanels];
-            for (int j = 0; j < kPanels; j++) lanes[j] = load((const float*)(b + j * p.b_panel + k * kLanes));
+            for (int j = 0; j < kPanels; j++) lanes[j] = in_register(load((const float*)(b + j * p.b_panel + k * kLanes)));
             for (int r = 0; r < 4; r++) {
                 const typename Dot::Unit x = kPairs ? a[r * p.a_row + k * p.a_depth] : a[k * kLanes + r];
                 for (int j = 0; j < kPanels; j++) sums[r][j] = Dot::multiply_add(x, lanes[j], sums[r][j]);
