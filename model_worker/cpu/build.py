@@ -1,25 +1,28 @@
 """Compiles the C++ kernels into a shared object, once per source, compiler and CPU, into a per-user cache.
 
 Wheels for a platform bring objects of their own (tools/build_wheels.py), and `prebuilt` finds them. Knows nothing about
-what the kernels do. The cache folder is private to the user (0700, owner checked), because what
-lies in it is loaded into the process.
+what the kernels do, nor how the cache's folder is kept (model_worker/kernel_cache.py).
 """
 
-import fcntl
 import hashlib
 import logging
 import os
 import platform
 import shutil
-import stat
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from vibe_sgl_lite.model_worker.cpu.library import layout_source
 from vibe_sgl_lite.model_worker.cpu.targets import Target, choose_target
-from vibe_sgl_lite.runtime.settings.folders import cache_folders
+from vibe_sgl_lite.model_worker.kernel_cache import (
+    CacheError,
+    default_cache_dir,
+    is_ours,
+    locked,
+    make_private,
+    whole_file,
+)
 
 SOURCE_DIR = Path(__file__).parent / "native"
 MAIN_SOURCE = "kernels.cpp"
@@ -60,16 +63,19 @@ def build(
     Raises BuildError when there is no compiler, it fails, or the folder is not private to this user.
     """
     compiler = _find_compiler(compilers)
-    folder = default_cache_dir() if cache_dir is None else cache_dir
     attempts = [(*flags, *attempt) for attempt in (target or choose_target()).attempts]
-    built = folder / f"cpu_kernels-{_fingerprint(compiler, attempts)}.so"
+    name = f"cpu_kernels-{_fingerprint(compiler, attempts)}.so"
     try:
-        _make_private(folder)
+        folder = default_cache_dir() if cache_dir is None else cache_dir
+        make_private(folder)
+        built = folder / name
         if not is_ours(built):
-            with _locked(folder / "lock"):
+            with locked(folder / "lock"):
                 if not is_ours(built):
                     log.info("compiling the CPU kernels with %s into %s, once: up to a minute", compiler, folder)
                     _compile(compiler, attempts, built)
+    except CacheError as error:
+        raise BuildError(str(error)) from error
     except OSError as error:
         raise BuildError(f"cannot use the cache folder {folder}: {error}") from error
     return built
@@ -96,24 +102,6 @@ def compile_prebuilt(compiler: str, target: Target, folder: Path) -> Path:
     built = folder / prebuilt_name(target)
     _compile(compiler, [(*PREBUILT_FLAGS, *target.flags)], built)
     return built
-
-
-def default_cache_dir() -> Path:
-    """The first of `cache_folders()` that can be made private to this user; a warning says why others cannot.
-
-    Raises BuildError when none can.
-    """
-    problems = []
-    for folder in cache_folders():
-        try:
-            _make_private(folder)
-        except (OSError, BuildError) as error:
-            problems.append(str(error))
-            continue
-        if problems:
-            log.warning("%s; the cache folder is %s", "; ".join(problems), folder)
-        return folder
-    raise BuildError(f"there is no cache folder: {'; '.join(problems)}")
 
 
 def _find_compiler(compilers: Sequence[str]) -> str:
@@ -151,22 +139,17 @@ def _cpu_features() -> str:
 
 
 def _compile(compiler: str, attempts: Sequence[Sequence[str]], built: Path) -> None:
-    unfinished = built.with_suffix(f".{os.getpid()}")
     errors = []
-    try:
+    with whole_file(built, 0o700) as unfinished:
         for cpu_flags in attempts:
             command = [compiler, *FLAGS, *cpu_flags, f"-I{SOURCE_DIR}", "-x", "c++", "-", "-o", str(unfinished)]
             try:
                 _run(command, f'#include "{MAIN_SOURCE}"\n{layout_source()}')
             except BuildError as error:
                 errors.append(str(error))
-                continue
-            unfinished.chmod(0o700)
-            unfinished.replace(built)  # atomic: no process ever sees half a file
-            return
-    finally:
-        unfinished.unlink(missing_ok=True)
-    raise BuildError(errors[0])
+            else:
+                return
+        raise BuildError(errors[0])
 
 
 def _run(command: Sequence[str], source: str = "") -> str:
@@ -179,29 +162,3 @@ def _run(command: Sequence[str], source: str = "") -> str:
     if done.returncode != 0:
         raise BuildError(f"{' '.join(command)} failed: {done.stderr.strip()[:2000]}")
     return done.stdout
-
-
-def _make_private(folder: Path) -> None:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise BuildError(f"the cache folder {folder} is not a folder of this user")
-    if status.st_mode & 0o077:
-        folder.chmod(0o700)
-
-
-def is_ours(path: Path) -> bool:
-    """Whether `path` is a regular file of this user; anything else there is replaced."""
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return False
-    return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock; the operating system releases it also when the process dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.cpu.build import BuildError, default_cache_dir, is_ours
+from vibe_sgl_lite.model_worker.kernel_cache import default_cache_dir, is_ours, whole_file
 
 FLAGS = ("--gpu-architecture=sm_90a", "--std=c++17", "--use_fast_math")
 MAP_BYTES, MAP_ALIGNMENT = 128, 64
@@ -140,11 +140,10 @@ def _compiled(source: str) -> bytes:
         built = default_cache_dir() / f"gpu_kernel-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
         if is_ours(built):
             return built.read_bytes()
-        binary, unfinished = compile_source(source), built.with_suffix(f".{os.getpid()}")
-        unfinished.write_bytes(binary)
-        unfinished.chmod(0o600)
-        unfinished.replace(built)  # atomic: no process ever sees half a file
-    except (BuildError, OSError) as error:
+        binary = compile_source(source)
+        with whole_file(built, 0o600) as unfinished:
+            unfinished.write_bytes(binary)
+    except OSError as error:
         log.warning("a kernel is compiled at every start: %s", error)
         return compile_source(source)
     return binary

@@ -193,6 +193,42 @@ def test_other_cards_and_those_without_a_compiler_keep_tritons_products(
     assert not has_clusters(torch.device("cpu"))
 
 
+class NoCompiler:
+    """Has a version and nothing else."""
+
+    def nvrtcVersion(self, *_: Any) -> int:
+        return 0
+
+
+def test_a_source_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiled = list[str]()
+
+    def compile_now(source: str) -> bytes:
+        compiled.append(source)
+        return source.upper().encode()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(driver, "_nvrtc", NoCompiler)
+    monkeypatch.setattr(driver, "compile_source", compile_now)
+    for source in ("one", "two", "one"):
+        assert driver._compiled(source) == source.upper().encode()
+    assert compiled == ["one", "two"]
+    files = list((tmp_path / "vibe-sgl-lite").iterdir())
+    assert sorted(file.read_bytes() for file in files) == [b"ONE", b"TWO"]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+
+def test_without_a_cache_folder_a_source_is_compiled_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("vibe_sgl_lite.model_worker.kernel_cache.cache_folders", lambda: iter([tmp_path / "file"]))
+    monkeypatch.setattr(driver, "_nvrtc", NoCompiler)
+    monkeypatch.setattr(driver, "compile_source", lambda source: b"binary")
+    assert driver._compiled("source") == b"binary"
+    assert "compiled at every start: there is no cache folder" in caplog.text
+
+
 def test_a_launch_tells_the_driver_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Boxes, cluster, early start and arguments, as a driver that runs nothing gets them."""
     launched, maps = list[Any](), list[Any]()
