@@ -71,6 +71,23 @@ class GpuMetadata:
     chain_tiles: DecodeTiles | None
 
 
+@dataclass(frozen=True)
+class AttentionPaths:
+    """Which ways of attention the layers around it are made for. The plan of the layers (layers.py) settles it once the
+    weights are loaded and before the first step; until then there are none but those for any layers.
+
+    chain_rows: up to so many rows, in a step whose rows are one token each over no context longer than LONG_CONTEXT,
+    attention is one kernel between two products of a chain (kernels/chain_attention.py), and `GpuMetadata.chain_tiles`
+    says so to the layers. 0: in no step. Not of a backend with `fixed_order`.
+
+    narrow: the next product reads its matrix before attention has ended, so steps of some rows take blocks that leave
+    it room on the card (NARROW in kernels/decode_attention.py).
+    """
+
+    chain_rows: int = 0
+    narrow: bool = False
+
+
 class GpuAttention:
     """A `StepBackend` (model_worker/device_batch.py) for a pool of the model's dtype, or of bytes."""
 
@@ -93,9 +110,7 @@ class GpuAttention:
         self.group = group
         self.pdl = has_dependent_launch(device.torch_device)
         self.caches = [_cache_of(pool, layer, fp8=fp8) for layer in range(pool.num_layers)]
-        self.has_chain = False  # set by what plans the layers, all three
-        self.chain_rows = CHAIN_ROWS
-        self.narrow = False
+        self.paths = AttentionPaths()
         self.scratch = DecodeScratch(
             pool.kv_heads, group, pool.head_dim, device.torch_device, places=CHAIN_ROWS * CHAIN_SPLITS,
             wide_rows=MOST_TOKENS if width > 1 else 0,
@@ -118,8 +133,8 @@ class GpuAttention:
         if batch.fills_bucket:  # for so many rows or fewer, of any length
             places, longest = batch.num_rows, LONG_CONTEXT + 1
         self._sort(batch.host_context_lengths[:decode_rows], places)
-        wide = batch.width > 1
-        tiles = choose_tiles(places, self.pool.kv_heads, self.pool.data.dtype, longest, wide=wide, narrow=self.narrow)
+        wide, narrow = batch.width > 1, self.paths.narrow
+        tiles = choose_tiles(places, self.pool.kv_heads, self.pool.data.dtype, longest, wide=wide, narrow=narrow)
         chunks = None if batch.decodes_only and not self.fixed_order else self._plan_chunks(batch)
         order = self._order.device["rows"][:places]
         chain_tiles = choose_chain_tiles(batch.max_context, self.group) if chain else None
@@ -137,7 +152,7 @@ class GpuAttention:
     def graph_contexts(self) -> Sequence[int]:
         if self.fixed_order:
             return (1,)
-        return (*chain_contexts(self.group), LONG_CONTEXT + 1) if self.has_chain else (1, LONG_CONTEXT + 1)
+        return (*chain_contexts(self.group), LONG_CONTEXT + 1) if self.paths.chain_rows else (1, LONG_CONTEXT + 1)
 
     def forward(
         self,
@@ -190,8 +205,9 @@ class GpuAttention:
         return attended
 
     def _runs_as_chain(self, batch: DeviceBatch) -> bool:
-        few = batch.decodes_only and batch.num_rows <= self.chain_rows and batch.width == 1
-        return self.has_chain and few and batch.max_context <= LONG_CONTEXT
+        most = self.paths.chain_rows
+        few = batch.decodes_only and batch.num_rows <= most and batch.width == 1
+        return most > 0 and few and batch.max_context <= LONG_CONTEXT
 
     def _compile(self, batch: DeviceBatch) -> None:
         """Launch every cut that there is over a row without context: the first use of one takes a second or two, which
@@ -207,7 +223,7 @@ class GpuAttention:
 
         def decode_tiles(*, wide: bool) -> set[DecodeTiles]:
             return {
-                choose_tiles(rows, self.pool.kv_heads, dtype, context, wide=wide, narrow=self.narrow)
+                choose_tiles(rows, self.pool.kv_heads, dtype, context, wide=wide, narrow=self.paths.narrow)
                 for rows in range(1, self._max_rows + 1)
                 for context in (1, LONG_CONTEXT + 1)
                 if not self.fixed_order

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention, GpuMetadata
+from vibe_sgl_lite.model_worker.gpu.attention_backend import AttentionPaths, GpuAttention, GpuMetadata
 from vibe_sgl_lite.model_worker.gpu.grouped_matrix import GroupedMatrix
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import FEW_CHAIN_ROWS
 from vibe_sgl_lite.model_worker.gpu.kernels.grouped_gemv import GEMV_OUTPUTS, grouped_gemv, takes_rows
@@ -99,7 +99,7 @@ def plan_grouped(model: Qwen3, attention: GpuAttention) -> None:
     grouped = [layer for layer in map(GroupedLayer.of, model.layers) if layer is not None]
     if len(grouped) == len(model.layers) and model.parallel.tp.size == 1:
         model.all_layers = GroupedLayers(model.layers, grouped, attention)
-        attention.chain_rows, attention.has_chain = FEW_CHAIN_ROWS, not attention.fixed_order
+        attention.paths = AttentionPaths(chain_rows=0 if attention.fixed_order else FEW_CHAIN_ROWS)
 
 
 def _normed(

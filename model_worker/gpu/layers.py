@@ -5,18 +5,18 @@ takes time: so each kernel has its weights on their way when the one before it e
 residual is added by them, and attention does all between two of them (kernels/gemv.py, kernels/chain_attention.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention, GpuMetadata
+from vibe_sgl_lite.model_worker.gpu.attention_backend import AttentionPaths, GpuAttention, GpuMetadata
 from vibe_sgl_lite.model_worker.gpu.experts import plan_experts
 from vibe_sgl_lite.model_worker.gpu.fused_layers import FusedLayers, LayerWeights, plan_tiles
 from vibe_sgl_lite.model_worker.gpu.grouped_layers import GroupedLayers, plan_grouped
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox
-from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import FEW_CHAIN_ROWS
+from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import CHAIN_ROWS, FEW_CHAIN_ROWS
 from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import begin
 from vibe_sgl_lite.model_worker.gpu.kernels.gemv import gemv
 from vibe_sgl_lite.model_worker.gpu.parallel_layers import FusedSums, ParallelLayers
@@ -153,7 +153,8 @@ def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
             return
         products = RankProducts(model.operations, model.device, pdl=attention.pdl)
         parallel = ParallelLayers(model.layers, group, group.peers, model.operations, products)
-        attention.narrow = products.sends_by_clusters(model.layers[0].attention.output.weight)
+        narrow = products.sends_by_clusters(model.layers[0].attention.output.weight)
+        attention.paths = AttentionPaths(narrow=narrow)
         model.all_layers = parallel
     layers = [weights for layer in model.layers if (weights := _weights(layer)) is not None]
     if len(layers) == len(model.layers):
@@ -161,9 +162,9 @@ def plan_layers(model: Qwen3, attention: GpuAttention) -> None:
         fused = FusedLayers(layers, tiles, attention) if tiles else None
         chain = [ChainLayer.of(layer) for layer in layers]
         model.all_layers = GpuLayers(model.layers, chain, fused, attention, parallel)
-        if fused is not None or (parallel is not None and model.config.hidden_size >= WIDE):
-            attention.chain_rows = FEW_CHAIN_ROWS
-        attention.has_chain = not attention.fixed_order
+        few = fused is not None or (parallel is not None and model.config.hidden_size >= WIDE)
+        if not attention.fixed_order:
+            attention.paths = replace(attention.paths, chain_rows=FEW_CHAIN_ROWS if few else CHAIN_ROWS)
     has_kernels = isinstance(model.all_layers, GpuLayers | GroupedLayers)
     if has_kernels and (matrix := _plain(head)) is not None and not attention.fixed_order:
         head.replace(FewRowsMatrix(matrix, pdl=attention.pdl))

@@ -9,7 +9,7 @@ from tests.model_worker.gpu.test_backend import PAGE, PAGES_A_SLOT, SLOTS, run
 from tests.model_worker.test_model_runner import Driver, sampling
 from tests.qwen3.harness import random_tokens
 from vibe_sgl_lite.model_worker.compute import GpuSetup, gpu_compute
-from vibe_sgl_lite.model_worker.gpu.attention_backend import GpuAttention
+from vibe_sgl_lite.model_worker.gpu.attention_backend import AttentionPaths, GpuAttention
 from vibe_sgl_lite.model_worker.gpu.collectives import PeerMemory
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout
 from vibe_sgl_lite.model_worker.kv_pool import KVPool
@@ -55,8 +55,9 @@ def tokens(rank: int, world_size: int, folder: Path) -> list[list[int]]:
         compute.plan_layers(model, runner.backend)
         if name == "dense":
             assert isinstance(runner.backend, GpuAttention)
-            assert runner.backend.has_chain
-            runner.backend.has_chain = chain
+            assert runner.backend.paths.chain_rows
+            if not chain:
+                runner.backend.paths = AttentionPaths()
         drawn = run(Driver(runner), PROMPTS, COUNT, PARAMS)
         found += [drawn[slot] for slot in range(len(PROMPTS))]
     return found

@@ -16,6 +16,7 @@ from tests.distributed.cases import steps_logits
 from tests.model_worker.sampling.reference import on_ranks
 from tests.qwen3.harness import DENSE, MOE, PagedRun, load_model, make_checkpoint
 from vibe_sgl_lite.model_worker.gpu import rank_products
+from vibe_sgl_lite.model_worker.gpu.attention_backend import AttentionPaths
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Layout, Outbox
 from vibe_sgl_lite.model_worker.gpu.kernels.chain_attention import CHAIN_ROWS, FEW_CHAIN_ROWS
 from vibe_sgl_lite.model_worker.gpu.kernels.cluster_product import ClusterTiles
@@ -100,11 +101,9 @@ def test_several_ranks_of_a_wide_model_have_a_chain_for_fewer_rows(
     group = Group(0, ranks, nobody if ranks > 1 else None)
     group = replace(group, peers=ThreadPeers(group) if ranks > 1 else None)
     model = load_model(tmp_path, parallel=ParallelState(tp=group, expert_tp=group))
-    attention: Any = SimpleNamespace(pdl=False, fixed_order=False, chain_rows=CHAIN_ROWS, has_chain=None, narrow=False)
+    attention: Any = SimpleNamespace(pdl=False, fixed_order=False, paths=AttentionPaths())
     plan_layers(model, attention)
-    assert not attention.narrow  # for which there are no clusters
-    assert attention.has_chain
-    assert attention.chain_rows == most
+    assert attention.paths == AttentionPaths(chain_rows=most, narrow=False)  # for which there are no clusters
 
 
 def test_ranks_whose_products_are_by_clusters_send_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
