@@ -22,7 +22,7 @@
         ├── PoisonError                    "poison": model workers died again and again while they ran this request
         └── ProtocolError                  "protocol": wrong protocol version, or a frame that makes no sense
 
-On a wire an error is an `ErrorInfo` (runtime/messages.py); `error_from_code` turns it back into one of these.
+On a wire an error is an `ErrorInfo` (runtime/messages/parts.py); `error_from_code` turns it back into one of these.
 """
 
 from __future__ import annotations

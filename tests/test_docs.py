@@ -15,6 +15,7 @@ from vibe_sgl_lite.runtime.settings.server_args import FLAGS, flag_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -35,16 +36,55 @@ def test_every_field_is_in_a_table() -> None:
 def test_the_readme_tree_names_every_folder_and_nothing_else() -> None:
     tree = (ROOT / "README.md").read_text().split("## The tree", 1)[1].split("```")[1]
     named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line and not line.startswith(" ")}
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    folders = {line.split("/")[0] for line in tracked.splitlines() if "/" in line and not line.startswith(".")}
+    folders = {path.split("/")[0] for path in TRACKED if "/" in path and not path.startswith(".")}
     assert named == folders | {"launch.py"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+    for target, heading in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+            if heading:
+                assert heading in anchors(page.parent / target if target else page), f"{target}#{heading}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What links call the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+# Notebooks name files as they were on their day, and one page is about others' projects.
+OF_THE_PAST_OR_ELSEWHERE = ("CHANGELOG.md", "decisions.md", "measurements.md", "migration.md")
+FILE = re.compile(r"(?<![\w/.~$<>{}*-])(?:[\w.-]+/)*[\w-]+\.(?:py|cpp|h|cu|sh|md|toml|ya?ml)\b")
+FOLDER = re.compile(r"`((?:[\w.-]+/)+)`")
+ENDINGS = {path[start:] for path in TRACKED for start in (0, *(found.end() for found in re.finditer("/", path)))}
+OTHERS = {"llama.cpp", "convert_hf_to_gguf.py", "version.py", "kernel.cu", "FILE.yaml"}  # others' files, and no files
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in OF_THE_PAST_OR_ELSEWHERE], ids=lambda page: page.name
+)
+def test_pages_name_files_and_folders_that_are_there(page: Path) -> None:
+    """By their paths, or the ends of these: `model_worker/device.py` and, beside it, `device_batch.py`."""
+    text = page.read_text()
+    named = {name for code in re.findall(r"`([^`\n]+)`", text) for name in FILE.findall(code)}
+    assert named - ENDINGS - OTHERS == set()
+    assert [folder for folder in FOLDER.findall(text) if folder != "dist/" and not (ROOT / folder).is_dir()] == []
+
+
+def test_sources_name_files_that_are_there() -> None:
+    """In comments and docstrings, and in what `--help` says."""
+    suffixes = {".py", ".cpp", ".h", ".cu", ".sh", ".toml", ".yml", ".js", ".html", ".css", ""}
+    lost = [
+        f"{path}: {name}"
+        for path in TRACKED
+        if not path.startswith("tests/") and (ROOT / path).suffix in suffixes and (ROOT / path).is_file()
+        for name in FILE.findall((ROOT / path).read_text())
+        if name not in ENDINGS | OTHERS
+    ]
+    assert lost == []
 
 
 def test_every_page_is_in_the_site_once() -> None:

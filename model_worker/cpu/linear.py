@@ -22,7 +22,7 @@ class WeightFormat(IntEnum):
 
 
 class SlabWeights:
-    """One [O, I] matrix, filled up with zeros until I is a multiple of INPUT_MULTIPLE. Made by packing.py."""
+    """One [O, I] matrix, filled up with zeros until I is a multiple of INPUT_MULTIPLE. Made by slab_matrix.py."""
 
     def __init__(
         self, weight_format: WeightFormat, outputs: int, inputs: int, data: Tensor, scales: Tensor | None = None

@@ -1,5 +1,5 @@
-// Makes int8 and int4 weights, in the layout that linear.h draws, of matrices in bf16 or fp32. What is calculated is in
-// qwen3/layers/quantization_int8.py and quantization_int4.py.
+// Makes int8 and int4 weights, in the layout that linear.h draws, of matrices in bf16 or fp32.
+// tests/model_worker/cpu/slab_packing.py does the same in plain torch, and says what is calculated.
 #pragma once
 
 #include "linear.h"

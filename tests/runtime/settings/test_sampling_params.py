@@ -1,4 +1,4 @@
-"""SamplingParams: what is refused, and how unset fields are resolved (SEMANTICS.md, Sampling parameters)."""
+"""SamplingParams: what is refused, and how unset fields are resolved (docs/sampling.md)."""
 
 from typing import Any
 
