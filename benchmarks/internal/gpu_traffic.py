@@ -39,7 +39,7 @@ from vibe_sgl_lite import LLM, AsyncClient, SamplingParams  # noqa: E402
 from vibe_sgl_lite.model_worker.sampling.noise import counters, gumbel, row_keys  # noqa: E402
 
 MODEL = ROOT / "vibe_sgl_lite" / "models" / "tiny"
-LONGEST_PROMPT, LONGEST_OUTPUT, CONTEXT = 300, 120, 512
+LONGEST_OUTPUT, CONTEXT = 120, 512
 LOOK_S = 15.0
 SCHEMA = {
     "type": "object",

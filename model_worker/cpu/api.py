@@ -126,7 +126,6 @@ class CpuKernels:
         if parallel is None and threads > 1:
             logger.warning("torch's OpenMP runtime was not found: CPU kernels run on one thread")
         self.threads = threads if parallel is not None else 1
-        self.library = library
         self._destroy = library.vsl_destroy
         self.context = library.vsl_create(parallel, self.threads)
         if fixed_order:

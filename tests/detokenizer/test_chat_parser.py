@@ -10,7 +10,6 @@ BOTH = TextFormat(think=True, tools=True)
 CALL = '{"name": "add", "arguments": {"a": 1}}'
 TAGGED = '{"name": "say", "arguments": {"text": "<tool_call>\\"x\\"</tool_call>\\\\", "n": 1}}'
 TAGGED_BLOCK = f"<tool_call>\n{TAGGED}\n</tool_call>"
-BAD = "<tool_call>\n{nonsense\n</tool_call>"
 BLOCK = f"<tool_call>\n{CALL}\n</tool_call>"
 
 

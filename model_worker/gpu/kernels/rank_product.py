@@ -20,8 +20,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from vibe_sgl_lite.model_worker.gpu.kernels.all_reduce import Outbox, send_block
 from vibe_sgl_lite.model_worker.gpu.kernels.product import LINE, ProductScratch, prefetch
 
-MAX_ROWS = 128
-
 
 @dataclass(frozen=True)
 class ProductCut:
