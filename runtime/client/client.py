@@ -12,17 +12,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from vibe_sgl_lite.runtime.client.calls import Call, StreamState
 from vibe_sgl_lite.runtime.client.connection import Connection
-from vibe_sgl_lite.runtime.client.core import (
-    Call,
-    Requests,
-    StreamState,
-    Values,
-    check_rid,
-    connect,
-    update_args,
-    values_of,
-)
+from vibe_sgl_lite.runtime.client.core import Requests, Values, check_rid, connect, update_args, values_of
 from vibe_sgl_lite.runtime.client.in_flight import Event
 from vibe_sgl_lite.runtime.client.outputs import Embedding, Output, OutputChunk
 from vibe_sgl_lite.runtime.client.requests import ClientRequest, Plan

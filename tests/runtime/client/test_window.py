@@ -12,8 +12,8 @@ from msgspec.structs import replace
 
 from tests.runtime.client.fake_engine import STOP, FakeEngine, accepted, answer, chunk
 from vibe_sgl_lite import AsyncClient, Client, SamplingParams
+from vibe_sgl_lite.runtime.client.calls import Call
 from vibe_sgl_lite.runtime.client.connection import Connection
-from vibe_sgl_lite.runtime.client.core import Call
 from vibe_sgl_lite.runtime.client.requests import plan_generate
 from vibe_sgl_lite.runtime.errors import OverloadedError
 from vibe_sgl_lite.runtime.messages import Abort, ErrorInfo, Generate, Refused, ServerMessage
