@@ -25,7 +25,7 @@ def init_parallel(rank: int, tp_size: int, ep_size: int, device: torch.device, s
     """This rank's groups on one machine; all `tp_size` ranks call it together. One rank needs and starts nothing.
 
     store_path: a file in a private directory that does not exist yet, the same for all ranks. CPU uses Gloo, CUDA NCCL.
-    Degrees were checked before (runtime.model_config.check_parallel_degrees).
+    Degrees were checked before (runtime/settings/parallel_degrees.py).
     """
     if tp_size == 1:
         return ParallelState()

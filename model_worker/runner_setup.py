@@ -30,7 +30,8 @@ from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.settings.checkpoint import settle
 from vibe_sgl_lite.runtime.settings.machine import usable_cores
-from vibe_sgl_lite.runtime.settings.model_config import ModelConfig, check_parallel_degrees
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
+from vibe_sgl_lite.runtime.settings.parallel_degrees import check_parallel_degrees
 
 DRAFT_PATH = "draft_model_path"
 MOST_TILE = 64  # rows of queries that attention takes together

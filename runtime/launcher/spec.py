@@ -17,8 +17,9 @@ from vibe_sgl_lite.runtime.launcher.child import PipelineSpec
 from vibe_sgl_lite.runtime.settings.checkpoint import settle
 from vibe_sgl_lite.runtime.settings.machine import available_memory, has_gpu, usable_cores
 from vibe_sgl_lite.runtime.settings.memory_parts import rank_memory
-from vibe_sgl_lite.runtime.settings.model_config import ModelConfig, check_parallel_degrees
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
 from vibe_sgl_lite.runtime.settings.model_source import find_model
+from vibe_sgl_lite.runtime.settings.parallel_degrees import check_parallel_degrees
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 from vibe_sgl_lite.runtime.settings.tokenizer_config import end_token_id
 from vibe_sgl_lite.runtime.transport.endpoints import Endpoints

@@ -23,7 +23,8 @@ from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.commands.main import main
 from vibe_sgl_lite.runtime.errors import ModelConfigError
 from vibe_sgl_lite.runtime.settings.memory_parts import rank_memory
-from vibe_sgl_lite.runtime.settings.model_config import ModelConfig, check_parallel_degrees
+from vibe_sgl_lite.runtime.settings.model_config import ModelConfig
+from vibe_sgl_lite.runtime.settings.parallel_degrees import check_parallel_degrees
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
