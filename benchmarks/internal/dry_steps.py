@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/dry_steps.py` finds the packages
 
-from benchmarks.internal import parallel_steps  # noqa: E402
+from benchmarks.internal import parallel_steps, parallel_variants  # noqa: E402
 from benchmarks.internal.gpu_timing import NoCard  # noqa: E402
 from benchmarks.parallel_gpu import ENGINE  # noqa: E402
 from vibe_sgl_lite.model_worker.compute import GpuSetup, gpu_compute  # noqa: E402
@@ -125,7 +125,7 @@ def run_dry(shape: str, group: str, rank: int, options: Any) -> None:
     tiny = parallel_steps.draws(shape)
     rows = parallel_steps.TOKEN_ROWS if tiny else tuple(int(count) for count in options.rows.split(","))
     for variant in parallel_steps.variants_of(shape, group, options):
-        with parallel_steps.vary(variant), torch.inference_mode():
+        with parallel_variants.vary(variant), torch.inference_mode():
             if tiny:
                 steps = parallel_steps.steps_of(model, compute, rows)
                 for count in rows:

@@ -6,16 +6,10 @@ r"""How long steps take on one GPU and on several, and which kernels take it; th
 
 Dummy weights in bf16 of published shapes, or in blocks of fp8 as 30B-A3B-FP8. Decode: rows of 24 to some 100 tokens,
 captured, three steps in flight as in the engine; prefill: a step of 4 prompts of 1,024, not captured. groups: tp1 one
-GPU alone, tp all, ep the same with experts split, all-to-all the same with tokens sent to experts. variants, of
-several GPUs: cublas without the products of kernels/rank_product.py and cluster_product.py, triton without the latter
-(as all that have other cuts or N lines), unsent with sums that send by themselves, alone
-with sums over nobody (wrong, to see what the other ranks cost), nochain for few rows, eN with N lines asked for before
-the wait, aK.W.S.P with other tiles of attention (keys, warps, stages, splits), and another cut for 33 to 64 rows of g
-gate and up, q qkv, o attention's output or l what has long inputs: gc by cuBLAS, g:128.64.8.5.0.4.100.132 by outputs,
-inputs, warps, stages, matrix first, lines early, span, programs at once. qc+oc is two of them; e8@16/64 is for these
-numbers of rows alone. filtered: with top-k and top-p as Qwen3 has them. Others than ours and filtered are for dense
-layers of ranks. A second list behind ; is for the shapes after the first.
---kernels: also what takes the first rank's time, microseconds a step. The floor is reading a rank's weights, of
+GPU alone, tp all, ep the same with experts split, all-to-all the same with tokens sent to experts. variants: ours,
+filtered with top-k and top-p as Qwen3 has them, and others for dense layers of several GPUs (at the end of --help, or
+parallel_variants.py); e8@16/64 is for these numbers of rows alone, and a second list behind ; for the shapes after the
+first. --kernels: also what takes the first rank's time, microseconds a step. The floor is reading a rank's weights, of
 experts those that tokens at random touch. Prints a line for each.
 
 Shapes tiny and tiny-moe, the checkpoints, and such as 32B-fp32, two layers of dummy weights: no times, but whether
@@ -36,11 +30,9 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -50,16 +42,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/parallel_steps.py` finds the packages
 
 from benchmarks.gpu_offline import FILTERED, PLAIN, measure_card  # noqa: E402
+from benchmarks.internal import parallel_variants  # noqa: E402
 from benchmarks.parallel_gpu import DENSE, MOE, floor_ms  # noqa: E402
 from benchmarks.parallel_gpu import SHAPES as PLAIN_SHAPES  # noqa: E402
 from vibe_sgl_lite.model_worker.compute import GpuSetup, choose_compute  # noqa: E402
-from vibe_sgl_lite.model_worker.gpu import attention_backend, collectives, rank_products  # noqa: E402
 from vibe_sgl_lite.model_worker.gpu.graphs import CudaGraphs  # noqa: E402
-from vibe_sgl_lite.model_worker.gpu.kernels import decode_attention  # noqa: E402
-from vibe_sgl_lite.model_worker.gpu.kernels.decode_attention import DecodeTiles  # noqa: E402
-from vibe_sgl_lite.model_worker.gpu.kernels.elementwise import add_rms_norm  # noqa: E402
-from vibe_sgl_lite.model_worker.gpu.kernels.rank_product import ProductCut  # noqa: E402
-from vibe_sgl_lite.model_worker.gpu.rank_products import MOST_ROWS  # noqa: E402
 from vibe_sgl_lite.model_worker.kv_pool import KVPool  # noqa: E402
 from vibe_sgl_lite.model_worker.matrix_formats import keep_as_codes  # noqa: E402
 from vibe_sgl_lite.model_worker.model_runner import ModelRunner  # noqa: E402
@@ -180,65 +167,6 @@ def describe(profile: Any, steps: int, most: int) -> list[str]:
     return lines
 
 
-def add_norm_alone(
-    peers: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, sent: bool
-) -> None:
-    """`all_reduce_add_norm` over this rank alone. What was sent stays, until the next call writes there again."""
-    add_rms_norm(x, residual, weight, eps, x, pdl=True)
-
-
-def vary(variant: str) -> Any:
-    """What a variant changes."""
-    stack = ExitStack()
-    for part in variant.partition("@")[0].split("+"):
-        for change in changes(part):
-            stack.enter_context(change)
-    return stack
-
-
-def changes(part: str) -> list[Any]:
-    choose = rank_products.choose_cut
-    without_clusters = patch.object(rank_products, "choose_clusters", lambda *_, **__: None)
-    if part in ("ours", "filtered"):
-        return []
-    if part == "cublas":
-        return [without_clusters, patch.object(rank_products, "choose_cut", lambda *_, **__: None)]
-    if part == "triton":
-        return [without_clusters]
-    if part == "unsent":
-        return [patch("vibe_sgl_lite.model_worker.gpu.kernels.all_reduce.Outbox.takes", lambda *_: False)]
-    if part == "alone":
-        return [patch.object(collectives.PeerMemory, "all_reduce_add_norm", add_norm_alone)]
-    if part == "nochain":
-        return [patch.object(attention_backend.GpuAttention, "_runs_as_chain", lambda *_: False)]
-    if part[0] == "a":
-        keys, warps, stages, splits_of_all = (int(number) for number in part[1:].split("."))
-        tiles = DecodeTiles(keys, warps, stages, splits_of_all)
-        modules = decode_attention, attention_backend
-        return [patch.object(module, "choose_tiles", lambda *_, **__: tiles) for module in modules]
-    if part[0] == "e":
-        lines = int(part[1:])
-
-        def earlier(*shape: Any, **options: Any) -> Any:
-            cut = choose(*shape, **options)
-            return cut and replace(cut, early=min(lines, shape[2] // cut.splits // 64))
-
-        return [without_clusters, patch.object(rank_products, "choose_cut", earlier)]
-
-    def cut_so(rows: int, outputs: int, inputs: int, dtype: Any, *, silu: bool) -> Any:
-        kind = "g" if silu else "l" if inputs >= rank_products.LONG_INPUTS else "q" if inputs >= outputs else "o"
-        if part[0] != kind or not 32 < rows <= MOST_ROWS or dtype == torch.float32:
-            return choose(rows, outputs, inputs, dtype, silu=silu)
-        if part[1:] == "c":
-            return None
-        width, depth, warps, stages, first, early, span, places = (int(number) for number in part[2:].split("."))
-        cut = ProductCut(64, width, depth, 1, warps, stages, bool(first), early=early, span=span)
-        splits = 1 if silu else max(1, min(places // (outputs // cut.width), inputs // cut.inputs // 2))
-        return replace(cut, splits=splits)
-
-    return [without_clusters, patch.object(rank_products, "choose_cut", cut_so)]
-
-
 def draws(shape: str) -> bool:
     return shape in TINY or shape.endswith(FLOAT32)
 
@@ -334,7 +262,7 @@ def work(rank: int, options: Any, store_path: Path) -> None:
         rows = TOKEN_ROWS if draws(shape) else tuple(int(count) for count in options.rows.split(","))
         model, compute = model_of(shape, state, device, dispatch, options.layers)
         for variant in variants_of(shape, group, options):
-            with vary(variant):
+            with parallel_variants.vary(variant):
                 if draws(shape):
                     steps = steps_of(model, compute, rows)
                     drawn = [tokens for count in rows for tokens in steps.tokens(count)]
@@ -396,7 +324,9 @@ def report(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=parallel_variants.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--shapes", default="32B,8B,4B")
     parser.add_argument("--groups", default="tp1,tp")
