@@ -82,7 +82,7 @@ class KVPool:
             self.data = by_layer.movedim(2, 0)
         elif device.type == "cpu" and sys.platform == "linux":
             self.data = HugeMemory().empty(shape, dtype)
-            self._commit = CommitAhead(self.data, -(-TOKENS_AHEAD // page_size))
+            self._commit = CommitAhead(self.data, -(-TOKENS_AHEAD // page_size), torch.get_num_threads())
         else:
             self.data = torch.empty(shape, dtype=dtype, device=device)
 
@@ -91,7 +91,7 @@ class KVPool:
         becomes zero.
 
         On all of torch's threads: 0.1 s a GB, or over a second where a virtual machine's host has to find it first, of
-        which it then takes only READY_SECONDS. Steps that commit as they go are slowed down by it for as long.
+        which it then takes only READY_SECONDS, and leaves the rest to idle moments.
         `heartbeat` is called while it goes on.
         """
         if self.data.device.type != "cpu" or not self.data.is_contiguous():
@@ -104,15 +104,22 @@ class KVPool:
             memory[begin : begin + PIECE_BYTES].zero_()
             heartbeat()
             if time.monotonic() > deadline:
-                return
+                break
+        if self._commit is not None:
+            self._commit.at_least(size // self.page_bytes)
 
     def will_use(self, page: int) -> None:
-        """The highest page so far that steps write to: memory for what may come behind it is made ready meanwhile."""
+        """A step is about to write, to this page at the highest: returns when there is memory for it."""
         if self._commit is not None:
             self._commit.reached(page)
 
+    def idle(self) -> None:
+        """Until the next step, memory for what may come behind what is used is made ready."""
+        if self._commit is not None:
+            self._commit.idle()
+
     def will_load(self, pages: int) -> None:
-        """So many pages may be filled at once: memory for them is made ready meanwhile."""
+        """So many pages may be filled at once: memory for them is made ready while no steps run."""
         if self._commit is not None:
             self._commit.at_least(pages + -(-TOKENS_AHEAD // self.page_size))
 

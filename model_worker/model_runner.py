@@ -224,6 +224,12 @@ class ModelRunner:
             self.pooler.admit(new.slot, new.sampling.pooling, new.num_prompt_tokens)
             self.constraints.admit(new.slot, new.sampling, unpack(new.token_ids)[new.num_prompt_tokens :].tolist())
 
+    def idle(self) -> None:
+        """Between steps, when none is known to come: prepare for those that may."""
+        self.pool.idle()
+        if isinstance(self.drafter, DraftModel):
+            self.drafter.pool.idle()
+
     def _forget_drafts(self, slot: int) -> None:
         if self.drafter is not None:
             self.drafter.release(slot)

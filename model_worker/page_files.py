@@ -68,7 +68,7 @@ class PageFiles:
         if self._broken is not None:
             raise RuntimeError("a thread that moves pages has failed") from self._broken
         if moves.load:
-            self._pool.will_use(max(unpack_ids(moves.load_pages)))
+            self._pool.will_load(max(unpack_ids(moves.load_pages)) + 1)
             self._to_load.put((moves, self._pool.mark()))
         else:
             copies = (

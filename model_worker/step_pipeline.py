@@ -62,6 +62,11 @@ class StepPipeline:
         while self._in_flight and self._in_flight[0].done():
             self._collect()
 
+    def idle(self) -> None:
+        """No step has come for a while: the moment for what would only disturb one."""
+        if not self._in_flight:
+            self._runner.idle()
+
     def _collect(self, began: float = 0.0, between: Mapping[str, float] | None = None) -> None:
         result = self._runner.collect(self._in_flight.popleft())
         if self._digest is not None:

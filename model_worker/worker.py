@@ -216,6 +216,8 @@ def _serve(
         if inbox.socket not in ready:
             if relay is not None and not ready:
                 relay.send(b"")
+            if steps is not None and not ready:
+                steps.idle()
             continue
         timer.mark("unpack")
         message = inbox.receive(0)

@@ -43,13 +43,12 @@ def test_layout_and_padding_page(config: ModelConfig) -> None:
         (1, "PIECE_BYTES", 1 << 20, 8),
         (4, "READY_LIMIT_BYTES", 12 << 20, 3),
         (4, "available_memory", lambda: Limit(32 * 12 << 20, "a test"), 3),
-        (1, "READY_SECONDS", -1.0, 0),
     ],
 )
 def test_the_first_tokens_memory_is_made_ready(
     config: ModelConfig, monkeypatch: pytest.MonkeyPatch, ranks: int, setting: str, value: Any, ready_mib: int
 ) -> None:
-    """All of READY_TOKENS, this rank's share of the limit or of what is free, or, without the time, one piece."""
+    """All of READY_TOKENS, or this rank's share of the limit or of what is free."""
     mib = 1 << 20
     monkeypatch.setattr(kv_pool, "PIECE_BYTES", mib // 2)
     monkeypatch.setattr(kv_pool, setting, value)
@@ -60,8 +59,30 @@ def test_the_first_tokens_memory_is_made_ready(
     pool.make_ready(ranks, lambda: beats.append(None))
     grown = resident_bytes() - before
     assert (ready_mib - 3) * mib < grown < (ready_mib + 5) * mib  # huge pages, and the room that is kept ahead
-    assert len(beats) == {"PIECE_BYTES": 8, "READY_SECONDS": 1}.get(setting, 6)
+    assert len(beats) == (8 if setting == "PIECE_BYTES" else 6)
     assert (pool.data.view(-1)[: ready_mib * mib // 4] == 0).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_rest_of_it_is_made_ready_in_idle_moments(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no time before the first requests."""
+    mib = 1 << 20
+    monkeypatch.setattr(kv_pool, "PIECE_BYTES", mib // 2)
+    monkeypatch.setattr(kv_pool, "READY_SECONDS", -1.0)
+    monkeypatch.setattr(kv_pool, "READY_TOKENS", 64 << 10)
+    pool = KVPool(config, 1, num_pages=8192, page_size=16, dtype=torch.float32, device=CPU)  # 1 KiB a token
+    before = resident_bytes()
+    pool.will_use(0)
+    beats: list[None] = []
+    pool.make_ready(1, lambda: beats.append(None))
+    assert len(beats) == 1
+    time.sleep(0.2)
+    assert resident_bytes() - before < 8 * mib
+    pool.idle()
+    deadline = time.monotonic() + 20
+    while resident_bytes() - before < 61 * mib:
+        assert time.monotonic() < deadline, "not ready"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(("tp_size", "heads"), [(1, 2), (2, 1), (4, 1)])

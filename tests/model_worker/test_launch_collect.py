@@ -110,6 +110,24 @@ def test_a_result_is_handed_on_when_it_is_there(dense: tuple[Any, Qwen3]) -> Non
     assert [result.step for result in results] == [0]
 
 
+def test_a_moment_without_steps_is_idle(dense: tuple[Any, Qwen3], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = dense
+    device = FakeDevice(Clock(), STEP_S)
+    runner = runner_on(model, device)
+    idle: list[None] = []
+    monkeypatch.setattr(runner.pool, "idle", lambda: idle.append(None))
+    pipeline = StepPipeline(runner, lambda _: None)
+    pipeline.idle()
+    assert len(idle) == 1
+    pipeline.launch(decode_batches(random_tokens(5), 1)[0])
+    pipeline.idle()
+    assert len(idle) == 1
+    device.clock.now = LAUNCH_S + STEP_S
+    pipeline.collect_done()
+    pipeline.idle()
+    assert len(idle) == 2
+
+
 @pytest.mark.parametrize(
     "fields",
     [

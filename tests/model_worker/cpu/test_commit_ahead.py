@@ -37,20 +37,43 @@ def test_stays_a_little_ahead_of_what_is_used() -> None:
     assert commit.committed_bytes == 16 * MIB
     assert resident_bytes() - before > 15 * MIB
 
-    commit.reached(99)  # rows 0 to 99, and 256 more
+    commit.reached(99)  # rows 0 to 99, and 256 more when there are no steps
+    time.sleep(0.2)
+    assert commit.committed_bytes == 16 * MIB
+    commit.idle()
     wait_for(commit, 356 * ROW_BYTES)
     time.sleep(0.2)
     assert commit.committed_bytes <= 356 * ROW_BYTES + 2 * MIB
     assert resident_bytes() - before < 40 * MIB
     commit.reached(50)  # lower than before: nothing to do
+    commit.idle()
 
     commit.at_least(400)
     wait_for(commit, 400 * ROW_BYTES)
+    commit.at_least(300)
     commit.reached(100)  # and 256 more: fewer than these
+    commit.idle()
     time.sleep(0.2)
     assert commit.committed_bytes <= 400 * ROW_BYTES + 2 * MIB
     commit.reached(200)
+    commit.idle()
     wait_for(commit, 457 * ROW_BYTES)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_what_a_step_uses_is_ready_when_it_begins(threads: int) -> None:
+    """On all threads at once: a whole number of pieces each, so that none of them waits for another."""
+    data = HugeMemory().empty((ROWS, ROW_BYTES), torch.uint8)
+    commit = CommitAhead(data, rows_ahead=8, threads=threads)
+    wait_for(commit, 2 * MIB)
+    before = resident_bytes()
+    for row in (100, 100, 300):
+        commit.reached(row)
+        pieces = -(-((row + 1) * ROW_BYTES - 2 * MIB) // (2 * MIB * threads)) * threads
+        assert commit.committed_bytes == 2 * MIB + pieces * 2 * MIB
+        assert resident_bytes() - before > pieces * 2 * MIB - MIB
+    commit.reached(ROWS - 1)
+    assert commit.committed_bytes == data.nbytes
 
 
 def test_rests_while_others_want_the_cores() -> None:
@@ -58,11 +81,11 @@ def test_rests_while_others_want_the_cores() -> None:
     commit = CommitAhead(data, rows_ahead=8)
     wait_for(commit, 8 * ROW_BYTES)
     commit.rest(True)
-    commit.reached(500)
+    commit.at_least(500)
     time.sleep(0.2)
     assert commit.committed_bytes <= 8 * ROW_BYTES + 2 * MIB
     commit.rest(False)
-    wait_for(commit, 509 * ROW_BYTES)
+    wait_for(commit, 500 * ROW_BYTES)
 
 
 def test_leaves_what_is_there_and_stops_at_the_end() -> None:
