@@ -75,6 +75,8 @@ class Control:
         self._pauses: list[int] = []  # whose answers are due when the core is quiet
         self._queue: deque[SchedulerQuery] = deque()
         self._operation: _Operation | None = None
+        self._group = core.state.epoch  # of the ranks that said last that they are ready
+        self._put_to_sleep_again = False  # an answer is to come that no operation waits for
 
     # --------------------------------------------------------------------------------------------------- what is asked
 
@@ -100,7 +102,7 @@ class Control:
                 ended = self._checked(self._begin, self._queue.popleft(), now)
                 outputs.opens += ended.opens
                 outputs.tokens += ended.tokens
-            elif self._operation.stage == "wait" and core.quiet and (core.state.has_ranks or self.sleep_level):
+            elif self._operation.stage == "wait" and core.quiet and self._ranks_are_there:
                 self._run(self._operation, now)
             else:
                 return outputs
@@ -137,7 +139,8 @@ class Control:
                 self._lines.reply(SchedulerReply(query.qid, {"weight_version": self.weights.version}))
             case "wake":
                 self._operation = _Operation(query, "ranks")
-                self._lines.to_ranks(WakeRank(self.weights, self._core.state.epoch))
+                if self._ranks_are_there:  # else those that come are awake
+                    self._lines.to_ranks(WakeRank(self.weights, self._core.state.epoch))
             case "sleep":
                 if query.args.get("level") not in (1, 2):
                     raise RequestError(
@@ -188,6 +191,11 @@ class Control:
 
     # ------------------------------------------------------------------------------------------------ ranks, launcher
 
+    @property
+    def _ranks_are_there(self) -> bool:
+        """Awake or asleep. What is sent before would reach those that are starting, who know of none of it."""
+        return self._group == self._core.state.epoch
+
     def _run(self, operation: _Operation, now: float) -> None:
         """The core is quiet."""
         core, epoch = self._core, self._core.state.epoch
@@ -207,9 +215,12 @@ class Control:
         self._lines.to_launcher(operation.weights)
 
     def on_done(self, done: RankDone, now: float) -> None:
+        if self._put_to_sleep_again:
+            self._put_to_sleep_again = False
+            return
         operation = self._operation
-        if operation is None or operation.stage != "ranks":
-            return  # ranks that started again were put to sleep again
+        assert operation is not None
+        assert operation.stage == "ranks"
         if done.error is not None:
             self._finish(done.error, now)
         elif operation.weights is not None:
@@ -226,7 +237,7 @@ class Control:
 
     def on_ready(self, ready: RankReady, now: float) -> bool:
         """The ranks woke, or others took their place. Returns whether steps may run."""
-        operation = self._operation
+        operation, self._group = self._operation, ready.epoch
         if ready.weights.number != self.weights.number:
             self._change(ready.weights, now)
         if operation is not None and operation.stage != "wait":
@@ -241,6 +252,7 @@ class Control:
             else:
                 text = f"ranks died meanwhile; they have weights {self.weights.version!r} as before"
                 self._finish(ErrorInfo(EngineError.code, text), now)
+        self._put_to_sleep_again = self.sleep_level > 0
         if self.sleep_level:
             self._lines.to_ranks(SleepRank(self.sleep_level, ready.epoch))
         return not self.sleep_level

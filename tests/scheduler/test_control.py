@@ -267,6 +267,50 @@ def test_ranks_that_die_in_their_sleep_sleep_on(world: World) -> None:
     assert world.replies[woken].error is None
 
 
+def test_what_comes_before_they_sleep_again_waits_for_its_own_answer(world: World) -> None:
+    world.ask("sleep", level=1, mode="keep")
+    world.done()
+    world.harness.lose_ranks()
+    assert not world.ranks_are_back(START)
+    updated = world.update("v1")
+    world.done()  # they sleep again
+    assert not world.kept
+    world.done()
+    assert [weights.version for weights in world.kept] == ["v1"]
+    world.control.on_kept(1, 0.0)
+    assert world.replies[updated].error is None
+    world.harness.lose_ranks()
+    assert not world.ranks_are_back(world.kept[0])
+    woken = world.ask("wake")
+    world.done()  # they sleep again
+    assert woken not in world.replies
+    assert world.ranks_are_back(world.kept[0])
+    assert world.replies[woken].error is None
+
+
+def test_sleepers_that_are_starting_again_are_told_nothing(world: World) -> None:
+    """They do not know that they should sleep, and would take it for something else."""
+    world.ask("sleep", level=1, mode="keep")
+    world.done()
+    world.harness.lose_ranks()
+    told = len(world.ranks)
+    updated = world.update("v1")
+    assert len(world.ranks) == told
+    assert not world.ranks_are_back(START)
+    assert [type(message) for message in world.ranks[told:]] == [SleepRank, LoadWeights]
+    for _ in range(2):
+        world.done()
+    world.control.on_kept(1, 0.0)
+    assert world.replies[updated].error is None
+    world.harness.lose_ranks()
+    told = len(world.ranks)
+    woken = world.ask("wake")
+    assert world.ranks_are_back(world.kept[0])
+    assert len(world.ranks) == told
+    assert world.replies[woken].error is None
+    assert world.control.sleep_level == 0
+
+
 @pytest.mark.parametrize(
     ("what", "args", "field"),
     [
