@@ -272,12 +272,15 @@ class Watch:
         assert self._stop_at is not None
         if self._hosts_only:
             return
-        draining = self._stop_at > time.monotonic() and self._send(TOKENIZER_MANAGER, Drain())
+        told: WatchedChild | None = None
         while not self._drained and time.monotonic() < self._stop_at:
+            manager = self._children.get(TOKENIZER_MANAGER)
+            if manager is not told and self._send(TOKENIZER_MANAGER, Drain()):
+                told = manager  # one that starts again meanwhile knows of no drain
             self._turn(min(POLL_S, self._stop_at - time.monotonic()))
             self._supervise()
         if not self._drained:
-            if draining:
+            if told is not None:
                 log.warning("the drain's time is up, aborting what still runs")
             self._abort_all(None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,21 @@ def test_a_stop_while_a_child_starts_again_is_clean(model: Path) -> None:
     engine.stop()
     assert engine.wait(0)
     assert processes() == {}
+
+
+@pytest.mark.parametrize("first", ["it dies", "the stop"])
+def test_a_tokenizer_manager_that_starts_again_drains_too(model: Path, first: str) -> None:
+    """Else it takes requests, and the stop waits for its time limit."""
+    engine = restarting(model, manager="note slow_drain")
+    engine.start()
+    manager = processes()["tokenizer_manager"]
+    if first == "the stop":
+        engine.request_stop(60.0)
+        wait_for(lambda: told(model) == ["Drain()"])
+    manager.kill()
+    wait_for(lambda: processes().get("tokenizer_manager", manager) != manager)
+    began = time.monotonic()
+    engine.stop(60.0)
+    assert time.monotonic() - began < 30
+    assert told(model)[-2:] == ["Drain()", "Shutdown()"]
+    assert engine.failure is None

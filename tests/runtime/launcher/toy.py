@@ -53,9 +53,9 @@ def told(model: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def restarting(model: Path, max_restarts: int = 3, **behaviours: str) -> Pipeline:
+def restarting(model: Path, max_restarts: int = 3, manager: str = "note", **behaviours: str) -> Pipeline:
     args = ServerArgs(model_path=str(model), log_level="error", restart="on-failure", max_restarts=max_restarts)
-    return Pipeline(args, children=children(tokenizer_manager="note", **behaviours))
+    return Pipeline(args, children=children(tokenizer_manager=manager, **behaviours))
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
