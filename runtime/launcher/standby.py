@@ -41,9 +41,12 @@ class Standby:
         if not missing or now < self._due:
             return
         self._due = now + AGAIN_S
-        if available_memory().value >= max(FREE_BYTES, FREE_SHARE * total_memory()):
-            for spec in missing:
-                self._spares[spec.name] = ChildProcess(spec, None, self._threads, self._life_fd)
+        try:
+            if available_memory().value >= max(FREE_BYTES, FREE_SHARE * total_memory()):
+                for spec in missing:
+                    self._spares[spec.name] = ChildProcess(spec, None, self._threads, self._life_fd)
+        except OSError as error:  # too many processes or files: whoever serves does without
+            log.info("no spare process can be started: %s", error)
 
     def take(self, name: str) -> ChildProcess | None:
         """The spare of the child called `name`, if it is there; to be started. The next `keep` makes another."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -122,6 +123,21 @@ def test_none_where_memory_is_scarce_and_it_is_not_asked_all_the_time(spares: St
         spares.keep()
     assert len(running()) == before
     assert free.asked == 1
+
+
+def test_none_where_processes_or_files_are_used_up(spares: Standby, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine serves without; it must not end for want of a spare."""
+
+    def refuse(*_: object) -> ChildProcess:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    before = len(running())
+    with monkeypatch.context() as patch:
+        patch.setattr(standby, "ChildProcess", refuse)
+        spares.keep()
+    spares._due = 0.0  # as if time had passed
+    spares.keep()
+    assert len(running()) == before + 2
 
 
 def test_none_where_a_model_takes_nearly_all_of_a_machine(
