@@ -233,12 +233,16 @@ class SchedulerProcess:
                     self._lose_ranks(core, epoch)
                 case WeightsKept(number=number) if self.control is not None:
                     self.control.on_kept(number, time.monotonic())
-                case ClientsLost():
-                    self._to_do.clear()
-                    while self.inputs.drain():
-                        pass  # of the tokenizer manager that died
-                    if core is not None:
-                        self._untold += [core.abort(uid, time.monotonic()) for uid in core.client_requests]
+                case ClientsLost(before=before):
+                    self._lose_clients(core, before)
+
+    def _lose_clients(self, core: Scheduler | None, before: int) -> None:
+        """Forget what the tokenizer manager that died has asked, and nothing of what its successor has."""
+        while unread := self.inputs.drain():
+            self._to_do += unread
+        self._to_do = deque(message for message in self._to_do if not _is_older(message, before))
+        if core is not None:
+            self._untold += [core.abort(uid, time.monotonic()) for uid in core.client_requests if uid < before]
 
     def _take_results(self, core: Scheduler, control: Control) -> None:
         for message in self.results.drain():
@@ -362,6 +366,14 @@ class SchedulerProcess:
         for socket in (*sockets, self.child.control):
             poller.register(socket, zmq.POLLIN)
         return poller
+
+
+def _is_older(message: SchedulerInput, before: int) -> bool:
+    """Whether it asks for something under a smaller number. 0 is the tokenizer manager's own question, any one's."""
+    number = message.uid if isinstance(message, AddRequest) else 0
+    if isinstance(message, SchedulerQuery):
+        number = message.qid
+    return 0 < number < before
 
 
 def main(child: Child) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import get_args
 
 import msgspec
 
 from vibe_sgl_lite.runtime.errors import EngineError
-from vibe_sgl_lite.runtime.messages import ControlCall, ErrorInfo, QueryReply, What
+from vibe_sgl_lite.runtime.messages import ControlCall, ErrorInfo, QueryReply, What, numbers_from_now
 from vibe_sgl_lite.tokenizer_manager.sessions import Session
 
 ANSWER_S = 2.0
@@ -32,7 +31,7 @@ class Queries:
     """Questions asked and not answered yet, by the number that the scheduler sees."""
 
     def __init__(self) -> None:
-        self._next = time.monotonic_ns() // 1000  # beyond those of a predecessor that died
+        self._next = numbers_from_now()
         self._pending: dict[int, Pending] = {}
 
     @property

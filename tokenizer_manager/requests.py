@@ -5,9 +5,9 @@ A request ends when its last sample has had its terminal event; the table is wha
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 
+from vibe_sgl_lite.runtime.messages import numbers_from_now
 from vibe_sgl_lite.tokenizer_manager.sessions import Session
 
 
@@ -47,7 +47,7 @@ class RequestTable:
     """uids are never reused; sample i of a request has uid + i."""
 
     def __init__(self) -> None:
-        self._next_uid = time.monotonic_ns() // 1000  # beyond whatever a predecessor that died has given away
+        self._next_uid = numbers_from_now()
         self._by_uid: dict[int, OpenRequest] = {}
         self._by_session: dict[str, dict[str, OpenRequest]] = {}  # session token -> rid -> request
         self._loads: dict[str, Load] = {}  # by payer

@@ -42,6 +42,7 @@ from vibe_sgl_lite.runtime.messages import (
     Shutdown,
     Weights,
     WeightsKept,
+    numbers_from_now,
 )
 
 POLL_S = 0.05  # an exit is noticed after this long at most, plus SETTLE_S
@@ -265,7 +266,7 @@ class Watch:
             error = ErrorInfo(EngineLostError.code, f"{failure}; the engine restarts")
             self._send(TOKENIZER_MANAGER, EngineLost(error, scheduler=SCHEDULER in ended))
         if TOKENIZER_MANAGER in ended:
-            self._send(SCHEDULER, ClientsLost())
+            self._send(SCHEDULER, ClientsLost(numbers_from_now()))
 
     def _drain(self) -> None:
         """No new requests; wait for those that run, then abort the rest."""

@@ -19,6 +19,7 @@ the ranks' tensors; slots are reused.
 
 from vibe_sgl_lite.runtime.messages.base import (
     Message as Message,
+    numbers_from_now as numbers_from_now,
     pack_ids as pack_ids,
     split_ids as split_ids,
     unpack_ids as unpack_ids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Iterable
 from struct import unpack
@@ -24,6 +25,12 @@ def unpack_ids(data: bytes) -> list[int]:
 def split_ids(data: bytes) -> tuple[bytes, ...]:
     """Each id's own 4 bytes. Raises struct.error when the length is no multiple of 4."""
     return unpack("4s" * (len(data) // 4), data)
+
+
+def numbers_from_now() -> int:
+    """Where the numbers of requests and questions begin that a process gives from now on: beyond all that were given
+    before, a million a second at most, by it or one in its place. All processes of a machine share this clock."""
+    return time.monotonic_ns() // 1000
 
 
 class Message(msgspec.Struct, array_like=True, tag=True, frozen=True):

@@ -72,7 +72,12 @@ class RanksLost(Message, frozen=True):
 
 
 class ClientsLost(Message, frozen=True):
-    """To the scheduler: the tokenizer manager died with its table of requests. Abort them all, tell nobody."""
+    """To the scheduler: the tokenizer manager died with its table of requests. Abort them all, tell nobody.
+
+    before: the numbers of its requests are smaller, those of its successor, which may have sent some already, are not.
+    """
+
+    before: int
 
 
 class EngineLost(Message, frozen=True):

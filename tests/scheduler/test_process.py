@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -234,12 +235,16 @@ def test_a_dead_tokenizer_manager_s_requests_are_aborted(folder: str) -> None:
             batch = n.batches.receive(5)
             assert isinstance(batch, ForwardBatch)
             n.results.send(n.rank.run(batch))
-        n.tell(ClientsLost())
-        _, outputs = n.run_rank(until_finished=3)  # so that the detokenizer forgets them
-        assert {output.uid for output in outputs if output.finish is not None} == {1, 2, 9}
+        n.process.send_signal(signal.SIGSTOP)  # it hears of it when the next one has sent a request already
+        n.inputs.send(request(20, [1, 2, 3], max_new_tokens=100))
         n.inputs.send(request(10**6, [1, 2, 3], max_new_tokens=4))
-        _, outputs = n.run_rank(until_finished=1)
-        assert {output.uid for output in outputs} == {10**6}
+        time.sleep(0.2)
+        n.tell(ClientsLost(before=10**6))
+        n.process.send_signal(signal.SIGCONT)
+        _, outputs = n.run_rank(until_finished=4)
+        ends = {output.uid: output.finish.reason for output in outputs if output.finish is not None}
+        assert ends == {1: "abort", 2: "abort", 9: "abort", 10**6: "length"}  # so that the detokenizer forgets them
+        assert 20 not in {output.uid for output in outputs}
         n.inputs.send(SchedulerQuery(1, "stats"))
         reply = n.reply()
         assert isinstance(reply, SchedulerReply)
