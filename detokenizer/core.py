@@ -128,6 +128,10 @@ class Detokenizer:
             if sample.chat is not None:
                 sample.chat.add(text)
 
+    def forget_all(self) -> None:
+        """Who opened the samples is gone."""
+        self._samples.clear()
+
     def step(self, step: StepOutput) -> tuple[ChunkBatch, list[StopMatched]]:
         """Chunks of one step, one a sample that brought something new, and the samples that a stop string ended."""
         chunks: list[RoutedChunk] = []

@@ -15,7 +15,7 @@ import zmq
 from vibe_sgl_lite.detokenizer.core import Detokenizer
 from vibe_sgl_lite.runtime.chrome_trace import DETOKENIZER, ChromeTrace
 from vibe_sgl_lite.runtime.launcher.child import HEARTBEAT_S, Child, run_child
-from vibe_sgl_lite.runtime.messages import DetokenizerInput, NewWeights, OpenText, Shutdown
+from vibe_sgl_lite.runtime.messages import DetokenizerInput, NewScheduler, NewWeights, OpenText, Shutdown
 from vibe_sgl_lite.runtime.text.tokenizer import Tokenizer
 from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 
@@ -49,6 +49,9 @@ def main(child: Child) -> None:
                 continue
             if isinstance(message, NewWeights):
                 detokenizer.weight_version = message.version
+                continue
+            if isinstance(message, NewScheduler):
+                detokenizer.forget_all()
                 continue
             began = time.monotonic()
             batch, matches = detokenizer.step(message)

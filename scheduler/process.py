@@ -27,6 +27,7 @@ from vibe_sgl_lite.runtime.messages import (
     ClientsLost,
     ErrorInfo,
     Message,
+    NewScheduler,
     NewWeights,
     PagesMoved,
     RankDone,
@@ -127,6 +128,7 @@ class SchedulerProcess:
         self.inputs: Receiver[SchedulerInput] = Receiver(context, spec.endpoints.scheduler, SchedulerInput)
         self.results: Receiver[RankOutput] = Receiver(context, spec.endpoints.results, RankOutput)
         self.detokenizer = Sender(context, spec.endpoints.detokenizer)
+        self.detokenizer.send(NewScheduler())
         self.tokenizer_manager = Sender(context, spec.endpoints.tokenizer_manager)
         self.epoch = spec.endpoints.epoch
         self.ranks: list[Sender] = []

@@ -65,6 +65,7 @@ from vibe_sgl_lite.runtime.messages.control import (
 from vibe_sgl_lite.runtime.messages.detokenizer import (
     ChunkBatch as ChunkBatch,
     DetokenizerInput as DetokenizerInput,
+    NewScheduler as NewScheduler,
     NewWeights as NewWeights,
     NextTokens as NextTokens,
     OpenText as OpenText,

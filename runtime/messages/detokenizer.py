@@ -77,7 +77,11 @@ class NewWeights(Message, frozen=True):
     version: str
 
 
-DetokenizerInput = OpenText | StepOutput | NewWeights
+class NewScheduler(Message, frozen=True):
+    """Scheduler -> detokenizer, its first word: what one that died has opened never ends."""
+
+
+DetokenizerInput = OpenText | StepOutput | NewWeights | NewScheduler
 
 
 class RoutedChunk(msgspec.Struct, array_like=True, frozen=True):

@@ -61,6 +61,19 @@ def test_50_clients_survive_a_kill_with_the_same_text(victim: str) -> None:
         assert_idle(clients[0])
 
 
+def test_the_detokenizer_forgets_what_a_dead_scheduler_has_opened() -> None:
+    with running(*FLAGS, "--log-level", "info") as daemon, daemon.client() as other:
+        with daemon.client() as client:
+            streams = Streams([client], each=4)
+            streams.wait_running()
+            daemon.children()["scheduler"].kill()
+            wait_until(lambda: "serving again" in daemon.log(), 30, "it is there again")
+        streams.wait_ended(30)
+        assert_idle(other)
+        assert daemon.stop() == 0
+        assert "detokenizer INFO leaving: 0 samples open" in daemon.log()
+
+
 def test_the_engine_gives_up_when_ranks_keep_dying() -> None:
     with running(*FLAGS[:-1], "1") as daemon, daemon.client() as client:
         streams = Streams([client], each=4)

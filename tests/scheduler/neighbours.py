@@ -19,6 +19,7 @@ from vibe_sgl_lite.runtime.messages import (
     DetokenizerInput,
     ForwardBatch,
     LauncherMessage,
+    NewScheduler,
     OpenText,
     RankInput,
     RankReady,
@@ -104,7 +105,7 @@ class Neighbours:
             for message in self.detokenizer.drain():
                 if isinstance(message, OpenText):
                     opens.append(message)
-                else:
+                elif not isinstance(message, NewScheduler):
                     assert isinstance(message, StepOutput)
                     outputs += message.outputs
                     outputs += [TokenOutput(uid, -1, token) for uid, token in message.next_tokens]
