@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
+
 import msgspec
 
 from vibe_sgl_lite.http_server import sse
@@ -20,7 +23,7 @@ from vibe_sgl_lite.http_server.requests import (
 from vibe_sgl_lite.http_server.service import Service
 from vibe_sgl_lite.http_server.streaming import Collected, deliver, last_version
 from vibe_sgl_lite.runtime.client.requests import plan_generate
-from vibe_sgl_lite.runtime.messages import Chunk, unpack_ids
+from vibe_sgl_lite.runtime.messages import Chunk, Finish, unpack_ids
 
 DEFAULT_TOKENS = 16  # OpenAI's own
 MAX_PROMPTS = 1024
@@ -30,7 +33,6 @@ async def completions(service: Service, exchange: Exchange) -> None:
     body = service.bodies.read(await exchange.body(), CompletionBody, REFUSED, IGNORED)
     check_model(body.model, service.model)
     prompts = several_prompts(body.prompt, "prompt", MAX_PROMPTS)
-    echo = [await _Echo.of(service, prompt) for prompt in prompts] if body.echo or body.return_token_ids else None
     values = sampling_values(body)
     values["max_new_tokens"] = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     if body.max_tokens == 0 and body.echo:
@@ -38,6 +40,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
     if body.logprobs is not None:
         values |= {"logprobs": True, "top_logprobs": body.logprobs, "prompt_logprobs": bool(body.echo)}
     plan = plan_generate(prompts, make_sampling(values), input_ids=None, rid=None, options=engine_options(body))
+    echo = [await _Echo.of(service, prompt) for prompt in prompts] if body.echo or body.return_token_ids else None
     call = service.submit(exchange, plan.requests)
     answer = _Answer(service.model, body, call, echo)
     await deliver(exchange, call, answer, streamed=body.stream)
@@ -54,8 +57,8 @@ class _Echo(msgspec.Struct, frozen=True):
     async def of(cls, service: Service, prompt: str | list[int]) -> _Echo:
         ids = prompt if isinstance(prompt, list) else await service.encode(prompt, add_special_tokens=True)
         text = prompt if isinstance(prompt, str) else await service.decode(prompt)
-        tokens = [service.tokenizer.decode([token_id], skip_special_tokens=False) for token_id in ids]
-        return cls(text, ids, tokens)
+        decode = partial(service.tokenizer.decode, skip_special_tokens=False)
+        return cls(text, ids, await asyncio.to_thread(lambda: [decode([token_id]) for token_id in ids]))
 
 
 class _Answer(OpenAIAnswer):
@@ -104,14 +107,19 @@ class _Answer(OpenAIAnswer):
         if parts:
             more["logprobs"] = join(parts)
         if self._with_ids:
-            more["token_ids"] = unpack_ids(chunk.token_ids)
+            more["token_ids"] = [] if self._only_prompt else unpack_ids(chunk.token_ids)
             if echo is not None and chunk.first == 0:
                 more["prompt_token_ids"] = echo.ids
         finish = chunk.finish
         if finish is None or finish.reason not in ("stop", "length"):
             return self._event(self._choice(index, text, None, **more)) if text or more else b""
-        more["stop_reason"] = self._stop_reason(finish)
-        return self._event(self._choice(index, text, finish.reason, **more), **self._metadata(self._count.version))
+        return self._event(self._end(index, text, finish, **more), **self._metadata(self._count.version))
+
+    def _end(self, index: int, text: str, finish: Finish, **more: object) -> dict[str, object]:
+        """Where the prompt alone was asked for, the token that was computed ended nothing that is shown."""
+        if self._only_prompt:
+            finish = Finish("length")
+        return self._choice(index, text, finish.reason, stop_reason=self._stop_reason(finish), **more)
 
     def _usage(self) -> dict[str, object]:
         return usage_of(self._count.prompt, 0 if self._only_prompt else self._count.completion, self._count.cached)
@@ -140,6 +148,5 @@ class _Answer(OpenAIAnswer):
         if parts:
             more["logprobs"] = join(parts)
         if self._with_ids and echo is not None:
-            more |= {"token_ids": sample.token_ids, "prompt_token_ids": echo.ids}
-        reason = "length" if self._only_prompt else sample.finish.reason
-        return self._choice(index, text, reason, stop_reason=self._stop_reason(sample.finish), **more)
+            more |= {"token_ids": [] if self._only_prompt else sample.token_ids, "prompt_token_ids": echo.ids}
+        return self._end(index, text, sample.finish, **more)

@@ -106,6 +106,25 @@ def test_echo_alone_generates_nothing(server: Server) -> None:
     assert len(answer["choices"][0]["logprobs"]["tokens"]) == answer["usage"]["prompt_tokens"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_alone_shows_no_id_and_no_end_of_what_is_not_shown(server: Server, stream: bool) -> None:
+    """Whatever the token that is computed and not shown is: here an end token, by its bias."""
+    end = server.post("/tokenize", {"prompt": "<|im_end|>"}).json["tokens"]
+    body = {"prompt": PROMPT, "max_tokens": 0, "echo": True, "return_token_ids": True, "stream": stream}
+    reply = server.post("/v1/completions", body | {"logit_bias": {end[0]: 1000}, "stop_token_ids": end})
+    choices = [event["choices"][0] for event in reply.events[:-1]] if stream else reply.json["choices"]
+    assert "".join(choice["text"] for choice in choices) == PROMPT
+    assert [choice["token_ids"] for choice in choices if "token_ids" in choice] == [[]]
+    assert (choices[-1]["finish_reason"], choices[-1]["stop_reason"]) == ("length", None)
+
+
+@pytest.mark.parametrize("more", [{"echo": True}, {"return_token_ids": True}], ids=str)
+@pytest.mark.parametrize("prompt", [[-1], [2**31], [10**30], [[5], [-1]], [99_999_999]], ids=str)
+def test_ids_to_be_shown_again_are_checked_first(server: Server, prompt: list[Any], more: dict[str, bool]) -> None:
+    reply = server.post("/v1/completions", {"prompt": prompt, "max_tokens": 1} | more)
+    assert (reply.status, reply.json["error"]["code"]) == (400, "invalid_value"), reply.data
+
+
 def test_ignore_eos_and_min_tokens(server: Server) -> None:
     body = {"prompt": PROMPT, "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stop": None}
     assert server.post("/v1/completions", body).json["usage"]["completion_tokens"] == 300
