@@ -38,11 +38,16 @@ class CompletionLogprobs:
         return {
             "tokens": tokens,
             "token_logprobs": [None if entry is None else entry.logprob for entry in entries],
-            "top_logprobs": [
-                None if entry is None else {top.text: top.logprob for top in reversed(entry.top)} for entry in entries
-            ],
+            "top_logprobs": [None if entry is None else _by_text(entry) for entry in entries],
             "text_offset": offsets,
         }
+
+
+def _by_text(entry: LogprobEntry) -> dict[str, float]:
+    """The likeliest tokens and the one that came; of several with the same text, the likeliest."""
+    found = {top.text: top.logprob for top in reversed(entry.top)}
+    found.setdefault(entry.text, entry.logprob)
+    return found
 
 
 def join(parts: Sequence[dict[str, object]]) -> dict[str, object]:

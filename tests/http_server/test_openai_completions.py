@@ -125,6 +125,17 @@ def test_ids_to_be_shown_again_are_checked_first(server: Server, prompt: list[An
     assert (reply.status, reply.json["error"]["code"]) == (400, "invalid_value"), reply.data
 
 
+@pytest.mark.parametrize("logprobs", [0, 1, 3])
+def test_the_token_that_came_is_among_the_top_ones(server: Server, logprobs: int) -> None:
+    """As OpenAI's reference has it: up to one more than were asked for."""
+    body = {"prompt": PROMPT, "max_tokens": 30, "temperature": 3, "seed": 4, "ignore_eos": True, "logprobs": logprobs}
+    found = server.post("/v1/completions", body | {"echo": True}).json["choices"][0]["logprobs"]
+    lists = (found["tokens"], found["token_logprobs"], found["top_logprobs"])
+    for token, logprob, top in list(zip(*lists, strict=True))[1:]:
+        assert len(top) <= logprobs + 1
+        assert top[token] >= logprob  # another token may have the same text
+
+
 def test_ignore_eos_and_min_tokens(server: Server) -> None:
     body = {"prompt": PROMPT, "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stop": None}
     assert server.post("/v1/completions", body).json["usage"]["completion_tokens"] == 300
