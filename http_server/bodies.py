@@ -52,7 +52,7 @@ class BodyReader:
                 if strict:
                     raise bad_request(f"{name:.80} is no field of this call", name[:80], "unknown_parameter")
                 self._note_unknown(name)
-            elif (value := msgspec.json.decode(raw)) not in OFF and value not in refused[name]:
+            elif not _asks_for_nothing(raw, name, refused[name]):
                 told = f"use {INSTEAD[name]}" if name in INSTEAD else "leave it out"
                 raise bad_request(f"{name} is not supported: {told}", name, "unsupported_parameter")
         try:
@@ -68,3 +68,12 @@ class BodyReader:
             else:
                 log.warning("unknown field %.80r in a request's body; such fields change nothing", name)
         self._counts[name] = self._counts.get(name, 0) + 1
+
+
+def _asks_for_nothing(raw: msgspec.Raw, name: str, nothing: Collection[object]) -> bool:
+    """Raises ApiError for what is no value: texts and numbers were not looked into so far."""
+    try:
+        value = msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise bad_request(f"{name}: {error}", name, "invalid_json") from error
+    return value in OFF or value in nothing

@@ -79,6 +79,17 @@ def test_a_body_that_is_no_object(server: Server, body: bytes) -> None:
     assert reply.json["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "value", [b'"\xff"', b"1e999", b'"\\ud800"', b"[" * 2000 + b"]" * 2000], ids=lambda value: repr(value[:9])
+)
+def test_a_field_that_is_not_read_may_hold_anything(server: Server, value: bytes) -> None:
+    for name in (b"suffix", b"anything"):
+        body = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "%b": %b}' % (name, value)
+        reply = server.post(CHAT, body)
+        assert reply.status in (200, 400), reply.data
+        assert reply.status == 200 or reply.json["error"]["message"]
+
+
 @pytest.mark.parametrize("name", sorted(INSTEAD))
 def test_a_name_from_elsewhere_is_refused_with_ours(name: str) -> None:
     """And values that ask for nothing are not."""
