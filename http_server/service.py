@@ -59,6 +59,7 @@ class Service:
         """A chat as the engine tokenizes it. Raises RequestError."""
 
         def work() -> list[int]:
+            self.tokenizer.check_variables(template_kwargs)
             return self.tokenizer.encode_chat(self.tokenizer.apply_chat_template(messages, **template_kwargs))
 
         return await asyncio.to_thread(work)

@@ -33,8 +33,6 @@ MAX_MESSAGES = 4096
 MAX_DEPTH = 32
 MAX_ECHO_CHARS = 256  # of what a client sent
 ROLES = ("system", "user", "assistant", "tool")
-# Arguments of the template call that a request may not replace or that are not done here.
-RESERVED = ("messages", "chat_template", "tokenize", "documents")
 
 _FRAME_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError)
 _decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage, ext_hook=decode_extension)
@@ -294,14 +292,9 @@ def _check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: ChatTokenizer) 
         raise RequestError(f"template_kwargs cannot be read: {error}", field="template_kwargs") from error
     if size > MAX_TEMPLATE_BYTES:
         raise RequestError(f"template_kwargs has {size} bytes: at most {MAX_TEMPLATE_BYTES}", field="template_kwargs")
-    known = tokenizer.template_variables()
-    for name, value in kwargs.items():
-        if name in RESERVED:
-            raise RequestError(f"{name} cannot be passed to the chat template; leave it out", field=name)
-        if name == "tools" and not _is_tools(value):
-            raise RequestError("tools must be a list of objects", field="tools")
-        if name not in known and value is not None and value is not False:  # what is off asks for nothing
-            raise RequestError(f"{name} is not used by this model's chat template; leave it out", field=name)
+    tokenizer.check_variables(kwargs)
+    if not _is_tools(kwargs.get("tools")):
+        raise RequestError("tools must be a list of objects", field="tools")
 
 
 def _is_tools(value: Any) -> bool:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Arguments of the template call beside what the template's own text reads.
 _ARGUMENTS = frozenset({"tools", "add_generation_prompt", "continue_final_message"})
+# Arguments of that call that a request may not replace or that are not done here.
+RESERVED = ("messages", "chat_template", "tokenize", "documents", "allow_special_tokens")
 PART_SEPARATOR = "\n"  # between text parts, for templates that read content as one text; vLLM joins them so too
 
 
@@ -87,8 +89,17 @@ class ChatTokenizer(Tokenizer):
         """Names that a request may pass to the template, over all its variants."""
         return self._variables | _ARGUMENTS
 
+    def check_variables(self, variables: Mapping[str, Any]) -> None:
+        """Raises RequestError for what a request may not pass to the template, and for what no template here reads."""
+        known = self.template_variables()
+        for name, value in variables.items():
+            if name in RESERVED:
+                raise RequestError(f"{name} cannot be passed to the chat template; leave it out", field=name)
+            if name not in known and value is not None and value is not False:  # what is off asks for nothing
+                raise RequestError(f"{name} is not used by this model's chat template; leave it out", field=name)
+
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, allow_special_tokens: bool = False, **variables: Any
+        self, messages: Sequence[Mapping[str, Any]], /, *, allow_special_tokens: bool = False, **variables: Any
     ) -> str:
         """The chat as text for `encode_chat`; `plain_text` gives what a person reads.
 

@@ -90,6 +90,19 @@ def test_a_field_that_is_not_read_may_hold_anything(server: Server, value: bytes
         assert reply.status == 200 or reply.json["error"]["message"]
 
 
+@pytest.mark.parametrize("name", ["messages", "self", "conversation", "tokenize", "allow_special_tokens", "foo"])
+def test_template_variables_that_are_none_are_named(server: Server, name: str) -> None:
+    """The same, however early the template is asked."""
+    variables = {"chat_template_kwargs": {name: "x"}}
+    for path, more in ((CHAT, {}), (CHAT, {"return_token_ids": True}), ("/tokenize", {})):
+        reply = server.post(
+            path, {"messages": QUESTION} | variables | ({"max_tokens": 1} if path == CHAT else {}) | more
+        )
+        assert (reply.status, reply.json["error"]["param"]) == (400, name), (path, more, reply.data)
+        off = {"chat_template_kwargs": {"self": None, "foo": False}}  # what is off asks for nothing
+        assert server.post(path, {"messages": QUESTION, "max_tokens": 1} | off | more).status == 200
+
+
 @pytest.mark.parametrize("name", sorted(INSTEAD))
 def test_a_name_from_elsewhere_is_refused_with_ours(name: str) -> None:
     """And values that ask for nothing are not."""
