@@ -20,6 +20,8 @@ def _convert(message: dict[str, Any], place: int) -> dict[str, Any]:
     turn = {key: message[key] for key in KEPT if message.get(key) is not None}
     if turn.get("role") == "developer":
         turn["role"] = "system"
+    if "reasoning" in turn:
+        turn.setdefault("reasoning_content", turn["reasoning"])  # the name that templates read
     if "content" in turn:
         turn["content"] = text_of(turn["content"], f"messages[{place}].content")
     elif turn.get("role") == "assistant" and (turn.get("tool_calls") or "reasoning_content" in turn):
@@ -51,4 +53,4 @@ def _part(part: object, where: str) -> str:
 
 
 def _bad(where: str, what: str) -> ApiError:
-    return bad_request(f"{where} {what}", "messages")
+    return bad_request(f"{where} {what}", where.split("[")[0])

@@ -34,10 +34,9 @@ def _add(turns: list[dict[str, Any]], item: dict[str, Any], where: str) -> None:
         else:
             turns.append({"role": "system" if role == "developer" else role, "content": text})
     elif kind == "reasoning":
-        parts = [*(item.get("content") or []), *([] if item.get("content") else item.get("summary") or [])]
-        texts = [str(part.get("text", "")) for part in parts if isinstance(part, dict)]
+        text = _reasoning(item, "content", where) or _reasoning(item, "summary", where)
         turn = _assistant(turns)
-        turn["reasoning_content"] = "\n".join([*filter(None, [turn.get("reasoning_content")]), *texts])
+        turn["reasoning_content"] = "\n".join(filter(None, [turn.get("reasoning_content"), text]))
     elif kind == "function_call":
         function = {"name": _string(item, "name", where), "arguments": _string(item, "arguments", where) or "{}"}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
@@ -53,6 +52,13 @@ def _assistant(turns: list[dict[str, Any]]) -> dict[str, Any]:
     if not turns or turns[-1]["role"] != "assistant":
         turns.append({"role": "assistant", "content": ""})
     return turns[-1]
+
+
+def _reasoning(item: dict[str, Any], name: str, where: str) -> str:
+    parts = item.get(name) or []
+    if not (isinstance(parts, list) and all(isinstance(part, dict) for part in parts)):
+        raise _bad(f"{where}.{name} must be a list of parts")
+    return "\n".join(_string(part, "text", f"{where}.{name}[{place}]") for place, part in enumerate(parts))
 
 
 def _string(item: dict[str, Any], name: str, where: str) -> str:

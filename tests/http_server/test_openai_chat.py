@@ -10,6 +10,7 @@ from openai.types.chat import ChatCompletionChunk
 
 from tests.http_server.server import Server
 from vibe_sgl_lite import SamplingParams
+from vibe_sgl_lite.http_server.chat_messages import convert_messages
 
 QUESTION: Any = [{"role": "user", "content": "What is 17 + 25?"}]
 WEATHER: Any = {
@@ -157,6 +158,29 @@ def test_content_parts_developer_role_and_both_reasoning_names(server: Server) -
     ]
     assert ids[0] == ids[1]
     assert len(ids[0]) > 20
+
+
+def test_templates_get_reasoning_under_the_name_that_they_read() -> None:
+    """Whether or not the template library renames it too."""
+    turns = [{"role": "assistant", "content": "2", "reasoning": "Easy."}]
+    assert convert_messages(turns)[0]["reasoning_content"] == "Easy."
+    turns[0]["reasoning_content"] = "Hard."
+    assert convert_messages(turns)[0]["reasoning_content"] == "Hard."
+
+
+@pytest.mark.parametrize("content", ["I look.", None])
+def test_reasoning_of_a_step_with_tools_goes_back_under_both_names(server: Server, content: str | None) -> None:
+    """There templates show it. A turn that has nothing else need not have a content either."""
+    calls = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}]
+    prompts = []
+    for name in ("reasoning_content", "reasoning"):
+        turn = {"role": "assistant", "content": content, name: "A tool knows."}
+        for history in ([turn], [turn | {"tool_calls": calls}, {"role": "tool", "content": "2"}]):
+            body = {"messages": [*QUESTION, *history], "max_tokens": 1, "return_token_ids": True}
+            ids = server.post("/v1/chat/completions", body).json["prompt_token_ids"]
+            prompts.append(server.post("/detokenize", {"tokens": ids}).json["text"])
+    assert prompts[:2] == prompts[2:]
+    assert all("<think>\nA tool knows.\n</think>" in prompt for prompt in prompts)
 
 
 def test_returned_ids_are_what_ran(server: Server) -> None:
