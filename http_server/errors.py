@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from vibe_sgl_lite.runtime.errors import (
@@ -80,7 +81,19 @@ class ApiError(Exception):
     def anthropic(self) -> dict[str, object]:
         """Anthropic's body, and its `error` event."""
         kind = "api_error" if self.type == "server_error" else self.type
-        return {"type": "error", "error": {"type": kind, "message": self.message}}
+        text = _as_anthropic_says(self.message) if self.code == ContextLengthError.code else self.message
+        return {"type": "error", "error": {"type": kind, "message": text}}
+
+
+def _as_anthropic_says(message: str) -> str:
+    """What does not fit the context, in that API's words, which are all that its clients, coding agents, know it by:
+    they compact what they send, or ask for fewer tokens. There is no code in these errors."""
+    if found := re.search(r"=(\d+) with a prompt of (\d+) tokens passes the context length of (\d+)", message):
+        asked, prompt, limit = found.groups()
+        return f"input length and `max_tokens` exceed context limit: {prompt} + {asked} > {limit}; {message}"
+    if found := re.search(r"has (\d+) tokens, context length is (\d+)", message):
+        return f"prompt is too long: {found[1]} tokens > {found[2]} maximum; {message}"
+    return f"prompt is too long: {message}"
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

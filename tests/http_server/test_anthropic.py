@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import anthropic
@@ -134,6 +135,21 @@ def test_errors_have_anthropics_form(server: Server, claude: Any) -> None:
         reply = server.post("/v1/messages", body)
         assert reply.status == 400, reply.data
         assert reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_too_much_is_told_in_words_that_coding_agents_know(server: Server, stream: bool) -> None:
+    """This API's errors have no code: its clients compact their context, or ask for less, on Anthropic's own words."""
+    long = [{"role": "user", "content": "again and " * 40_000}]
+    body = {"messages": long, "max_tokens": 10, "stream": stream}
+    reply = server.post("/v1/messages", body)
+    assert (reply.status, reply.json["error"]["type"]) == (400, "invalid_request_error")
+    assert re.match(r"prompt is too long: \d+ tokens > 32768 maximum", reply.json["error"]["message"])
+    reply = server.post("/v1/messages", body | {"messages": QUESTION, "max_tokens": 32_768})
+    tokens = server.post("/v1/messages/count_tokens", {"messages": QUESTION}).json["input_tokens"]
+    assert reply.status == 400
+    told = f"input length and `max_tokens` exceed context limit: {tokens} + 32768 > 32768"
+    assert reply.json["error"]["message"].startswith(told)
 
 
 def test_a_forced_call_whole_and_streamed(claude: Any) -> None:
