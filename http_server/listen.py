@@ -11,6 +11,8 @@ from vibe_sgl_lite.runtime.errors import ConfigError
 
 BACKLOG = 2048
 HANDOVER_S = 30.0
+TAKE_S = 1.0
+RETRY_S = 0.02
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -55,20 +57,31 @@ class Handover:
         self._opens = worker == 0
 
     def get(self, host: str, port: int) -> socket.socket:
-        """Raises ConfigError, and TimeoutError when the first worker opens none."""
+        """Raises ConfigError, and TimeoutError when no worker hands it over and this one must not open it."""
         deadline = time.monotonic() + HANDOVER_S
         while True:
+            offered = False
             for path in self._others:
-                listener = _take(path)
-                if listener is not None:
-                    return listener
-            if self._opens:
-                listener = listen(host, int(self._port.read_text()) if self._port.exists() else port)
-                self._port.write_text(str(listener.getsockname()[1]))
-                return listener
+                try:
+                    return _take(path)
+                except (FileNotFoundError, ConnectionRefusedError):
+                    pass  # nobody is there
+                except OSError:
+                    offered = True  # who has it is busy, or stopped; that it has hung is the launcher's to say
+            if self._opens and not offered:
+                return self._open(host, port)
             if time.monotonic() > deadline:
-                raise TimeoutError(f"the first HTTP worker has not opened its port within {HANDOVER_S:.0f} s")
-            time.sleep(0.02)
+                raise TimeoutError(f"no other HTTP worker has handed its port over within {HANDOVER_S:.0f} s")
+            time.sleep(RETRY_S)
+
+    def _open(self, host: str, port: int) -> socket.socket:
+        if self._port.exists():
+            return listen(host, int(self._port.read_text()))
+        listener = listen(host, port)
+        new = self._port.with_suffix(".new")
+        new.write_text(str(listener.getsockname()[1]))
+        new.replace(self._port)
+        return listener
 
     def offer(self, listener: socket.socket) -> asyncio.Task[None]:
         """Hand the socket to every worker that asks, for as long as this process lives."""
@@ -82,24 +95,24 @@ class Handover:
             loop = asyncio.get_running_loop()
             with server:
                 while True:
-                    peer, _ = await loop.sock_accept(server)
-                    with peer:
-                        socket.send_fds(peer, [b"l"], [listener.fileno()])
+                    try:
+                        peer, _ = await loop.sock_accept(server)
+                        with peer:
+                            socket.send_fds(peer, [b"l"], [listener.fileno()])
+                    except OSError:  # that one has left again, or no descriptor is free; the next may ask later
+                        await asyncio.sleep(RETRY_S)
 
         return asyncio.get_running_loop().create_task(serve())
 
 
-def _take(path: Path) -> socket.socket | None:
-    """The socket that is offered at `path`; None where nobody does."""
-    try:
-        with socket.socket(socket.AF_UNIX) as peer:
-            peer.settimeout(1.0)
-            peer.connect(str(path))
-            _, fds, _, _ = socket.recv_fds(peer, 1, 1)
-    except OSError:
-        return None
+def _take(path: Path) -> socket.socket:
+    """The socket that is offered at `path`. Raises OSError."""
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.settimeout(TAKE_S)
+        peer.connect(str(path))
+        _, fds, _, _ = socket.recv_fds(peer, 1, 1)
     if not fds:
-        return None
+        raise ConnectionError("it was closed before the socket came")
     listener = socket.socket(fileno=fds[0])
     listener.setblocking(False)
     return listener
