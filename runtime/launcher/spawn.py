@@ -131,9 +131,14 @@ class ChildProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM when all are zombies
             os.killpg(self.pid, signal.SIGKILL)
 
-    def reap(self) -> None:
-        """Wait for the end of a killed child."""
-        self._popen.wait(REAP_S)
+    def reap(self, timeout_s: float = REAP_S) -> bool:
+        """Wait for the end of a killed child. False: the system has not let go of it yet, which takes long where it has
+        much memory to free or waits for a device; it is collected when another child starts."""
+        try:
+            self._popen.wait(max(0.0, timeout_s))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
 
 def _environment(base: Mapping[str, str], threads: int, life_fd: int) -> dict[str, str]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from vibe_sgl_lite.runtime.errors import EngineDeadError, EngineLostError
 from vibe_sgl_lite.runtime.launcher.control import ControlLine
 from vibe_sgl_lite.runtime.launcher.diagnosis import Facts, WatchedChild, end_hung, in_trouble, likeliest_cause
-from vibe_sgl_lite.runtime.launcher.spawn import ChildProcess, ChildSpec
+from vibe_sgl_lite.runtime.launcher.spawn import REAP_S, ChildProcess, ChildSpec
 from vibe_sgl_lite.runtime.launcher.standby import Standby
 from vibe_sgl_lite.runtime.launcher.supervisor import WINDOW_S, Supervisor
 from vibe_sgl_lite.runtime.logs import one_line
@@ -180,8 +180,10 @@ class Watch:
         ended = [self._children.pop(name) for name in names if name in self._children]
         for child in ended:
             child.process.kill()
+        deadline = time.monotonic() + REAP_S
         for child in ended:
-            child.process.reap()
+            if not child.process.reap(deadline - time.monotonic()):
+                log.warning("%s was killed %.0f s ago and has not ended yet", child.process.name, REAP_S)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + STARTUP_LIMIT_S
@@ -259,6 +261,8 @@ class Watch:
         self._recovering = (str(failure), now if self._recovering is None else self._recovering[1])
         self._end(ended)
         self._turn(0)  # their last words are not their successors'
+        if self._hung is not None and self._hung[0] in ended:
+            self._hung = None  # nor is what somebody has said of them
         if any(self._specs[name].is_rank for name in ended):
             self._epoch += 1
             self._send(SCHEDULER, RanksLost(self._epoch))

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import psutil
 import pytest
 
 from tests.runtime.launcher.toy import NAMES, children, processes, restarting, told, wait_for
-from vibe_sgl_lite.runtime.launcher import standby
+from vibe_sgl_lite.runtime.launcher import standby, watch
 from vibe_sgl_lite.runtime.launcher.pipeline import Pipeline
+from vibe_sgl_lite.runtime.launcher.spawn import ChildProcess
+from vibe_sgl_lite.runtime.launcher.watch import Watch
 from vibe_sgl_lite.runtime.settings.server_args import ServerArgs
 
 
@@ -129,6 +132,50 @@ def test_a_hung_child_starts_again(model: Path) -> None:
         first = processes()["model_worker.0"]
         wait_for(lambda: processes().get("model_worker.0", first) != first)
         assert engine.failure is None
+
+
+def test_an_accusation_that_comes_late_is_not_its_successors(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = Watch._end
+
+    def end_and_hear(watch: Watch, names: Sequence[str]) -> None:
+        end(watch, names)
+        watch._hung = ("model_worker.0", "no step result")
+
+    with restarting(model) as engine:
+        first = processes()["model_worker.0"]
+        with monkeypatch.context() as patch:
+            patch.setattr(Watch, "_end", end_and_hear)
+            first.kill()
+            wait_for(lambda: processes().get("model_worker.0", first) != first)
+        second = processes()["model_worker.0"]
+        assert engine._watch is not None
+        wait_for(lambda: engine._watch._supervisor.all_running)  # type: ignore[union-attr]
+        assert second.is_running()
+        assert engine.failure is None
+
+
+def test_a_child_that_the_system_does_not_let_go_of_holds_nobody_up(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Much memory takes the system seconds to free, and a device may take longer."""
+    monkeypatch.setattr(watch, "REAP_S", 0.2)
+    kill = ChildProcess.kill
+    stays: list[ChildProcess] = []
+
+    def kill_others(child: ChildProcess) -> None:
+        if child.name == "detokenizer" and not stays:
+            stays.append(child)
+        if child not in stays:
+            kill(child)
+
+    try:
+        with restarting(model, scheduler="accuse=detokenizer ready") as engine:
+            first = processes()["detokenizer"]
+            monkeypatch.setattr(ChildProcess, "kill", kill_others)
+            wait_for(lambda: processes().get("detokenizer", first) != first)
+            assert engine.failure is None
+    finally:
+        first.kill()
 
 
 def test_a_stop_while_a_child_starts_again_is_clean(model: Path) -> None:
