@@ -10,9 +10,13 @@ namespace vsl {
 
 #if defined(VSL_BYTES)
 
-// Together. With AVX2 the sums of four and all else need more than 16 registers, and it depends on the compiler what is left out.
+// Together, so that what is read of the weights serves all of them. With AVX2 the sums of four and all else need more than 16
+// registers, and it depends on the compiler what is left out.
 constexpr int kOctetRows = kLanes == 8 ? 3 : 4;
 constexpr int kAloneOctetRows = 2;  // rows that go through a slab once, as fast as it is read
+// From here on rows go one by one through a block of all outputs, which stays in the first-level cache: flips take the weights
+// from there, and what each octet takes beside its products is done once for all outputs. Fewer rows wait for memory.
+constexpr int64_t kSingleOctetRows = 8;
 // Of a block. 16 outputs' weights lie 256 bytes apart, in a quarter of the first-level cache's sets: with 512 inputs, all that a
 // cache of 32 KiB has there.
 constexpr int64_t kOctetInputs = 256;
@@ -56,8 +60,9 @@ struct alignas(64) OctetBlock {
 };
 
 // Adds the products of a block and, from `weights` on, kVectors vectors of outputs to sums[kRows][kSlab], or begins them. Once in
-// mask + 1 octets, kAsk lines from `next` on are asked for. A function of its own: else registers are taken by what is around it.
-template <int kRows, int kVectors, int kAsk>
+// mask + 1 octets, kAsk lines from `next` on are asked for, into the first-level cache if kNear. A function of its own: else
+// registers are taken by what is around it.
+template <int kRows, int kVectors, int kAsk, bool kNear = false>
 __attribute__((noinline)) void multiply_octets(const uint32_t* weights, const OctetBlock& x, int32_t* sums, bool begin,
                                                const char*& next, int64_t mask) {
     vi into[kRows][kVectors] = {};
@@ -69,7 +74,7 @@ __attribute__((noinline)) void multiply_octets(const uint32_t* weights, const Oc
     const int64_t count = x.count;
     for (int64_t k = 0; k < count; k++, octets += kRows) {
         if ((k & mask) == 0)
-            for (int i = 0; i < kAsk; i++, line += 64) __builtin_prefetch(line, 0, kRows == 1 ? 3 : 2);
+            for (int i = 0; i < kAsk; i++, line += 64) __builtin_prefetch(line, 0, kNear ? 3 : 2);
         const uint32_t* units = weights + x.places[k] * (2 * kSlab);
         asm("" : "+r"(units));  // else gcc adds the place to each address anew
         const auto products = [&](int i, int r, vu weights) {
@@ -107,17 +112,27 @@ inline void multiply_block(const uint32_t* weights, const RowGroups<kOctetRows>&
             constexpr int kMost = count == 1 ? 8 : 4, kVectors = kAll < kMost ? kAll : kMost, kPasses = kAll / kVectors;
             const char* line = count == 1 ? (const char*)weights + kNearAhead : next;
             for (int j = 0; j < kSlab; j += kVectors * kLanes)
-                multiply_octets<count, kVectors, 8 / kPasses>(weights + j, *x, sums + j, begin, line, 0);
+                multiply_octets<count, kVectors, 8 / kPasses, count == 1>(weights + j, *x, sums + j, begin, line, 0);
         });
+    const auto mask = [&](int lines, int passes) {
+        const int64_t apart = groups.count * x->count * passes * lines * 64 / (next - (const char*)weights);  // octets
+        int64_t mask = 0;
+        while (2 * mask + 2 <= apart) mask = 2 * mask + 1;
+        return mask;
+    };
+    if (groups.count == groups.rows) {
+        const int64_t often = mask(1, 1);
+        for (int64_t row = 0; row < groups.rows; row++)
+            multiply_octets<1, kAll, 1>(weights, x[row], sums + row * kSlab, begin, next, often);
+        return;
+    }
     // A few outputs' weights stay in the first-level cache while all rows pass.
     constexpr int kVectors = kAll < 8 ? kAll : 2, kPasses = kAll / kVectors, kAsk = kPasses == 1 ? 4 : 1;
-    const int64_t apart = groups.count * x->count * kPasses * kAsk * 64 / (next - (const char*)weights);  // octets
-    int64_t mask = 0;
-    while (2 * mask + 2 <= apart) mask = 2 * mask + 1;
+    const int64_t often = mask(kAsk, kPasses);
     for (int j = 0; j < kSlab; j += kVectors * kLanes) {
         const OctetBlock* of = x;
         groups.each([&](int64_t row, auto count) {
-            multiply_octets<count, kVectors, kAsk>(weights + j, *of++, sums + row * kSlab + j, begin, next, mask);
+            multiply_octets<count, kVectors, kAsk>(weights + j, *of++, sums + row * kSlab + j, begin, next, often);
         });
     }
 }
@@ -136,7 +151,9 @@ struct OctetRows {
     OctetRows(int64_t rows, int64_t inputs)
         : inputs(inputs), blocks((inputs + kOctetInputs - 1) / kOctetInputs), places(rows) {}
 
-    static RowGroups<kOctetRows> grouped(int64_t rows) { return RowGroups<kOctetRows>(rows, rows <= kAloneOctetRows ? 1 : 2); }
+    static RowGroups<kOctetRows> grouped(int64_t rows) {
+        return RowGroups<kOctetRows>(rows, rows <= kAloneOctetRows ? 1 : rows < kSingleOctetRows ? 2 : rows);
+    }
 
     void add(int64_t begin, int64_t end) {
         const RowGroups<kOctetRows> those = grouped(end - begin);
