@@ -98,6 +98,7 @@ class GrammarCompiler:
         assert self._process.stdout is not None
         _write(self._process.stdin, msgspec.msgpack.encode(self._args))
         if _read(self._process.stdout, START_S) is None:
+            self._stop()  # its word that it is ready, which may still come, would be taken for an answer
             raise RuntimeError("the process that tries grammars out did not start")
 
     def _stop(self) -> None:

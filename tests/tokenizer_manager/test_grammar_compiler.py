@@ -14,6 +14,7 @@ import pytest
 import vibe_sgl_lite
 from vibe_sgl_lite.runtime.errors import RequestError
 from vibe_sgl_lite.runtime.text.grammar import GrammarSource
+from vibe_sgl_lite.tokenizer_manager import grammar_compiler
 from vibe_sgl_lite.tokenizer_manager.grammar_compiler import CompilerArgs, GrammarCompiler
 
 TINY = Path(vibe_sgl_lite.__file__).parent / "models" / "tiny" / "tokenizer.json"
@@ -89,6 +90,18 @@ def test_the_process_is_started_anew(compiler: GrammarCompiler) -> None:
             break
         except RequestError:
             assert attempt == 0
+
+
+def test_one_that_starts_too_slowly_answers_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its word that it is ready is not taken for the next grammar's answer, nor each answer for the one after it."""
+    compiler = GrammarCompiler(CompilerArgs(str(TINY), 2048, (2041,)))
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_compiler, "START_S", 0.0)
+        with pytest.raises(RuntimeError, match="did not start"):
+            compiler.compile(FINE)
+    assert "maybe" in compiler.compile(GrammarSource("choice", ("maybe",)))
+    assert "never" in compiler.compile(GrammarSource("choice", ("never",)))
+    compiler.close()
 
 
 def test_several_threads(compiler: GrammarCompiler) -> None:
