@@ -76,6 +76,7 @@ class RunDir:
         """encrypted: it may lie beyond loopback."""
         self._encrypted = encrypted
         self._locks: list[_Lock] = []
+        self._kept = -1
         self._name = name
         self.address = ""
         check_name(name)
@@ -113,6 +114,9 @@ class RunDir:
             lock.release()
         self._locks.clear()
         self.address = ""
+        if self._kept >= 0:
+            os.close(self._kept)
+            self._kept = -1
         with contextlib.suppress(OSError):  # the next daemon of this name may have taken the folder already
             self._folder.rmdir()
 
@@ -130,9 +134,16 @@ class RunDir:
             _make_private(self._folder)
             with contextlib.suppress(FileNotFoundError):  # the last owner removed the folder just now
                 self._locks.append(_Lock(self._folder / LOCK_FILE, f"--name {self._name}"))
+                self._keep_from_cleaners()
         self._remove_leftovers()
         self.inner = self._folder / secrets.token_hex(INNER_BYTES)
         self.inner.mkdir(mode=0o700)
+
+    def _keep_from_cleaners(self) -> None:
+        """systemd-tmpfiles removes what is old in /tmp, but nothing in a folder that somebody has locked."""
+        self._kept = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # not every file system has locks on folders
+            fcntl.flock(self._kept, fcntl.LOCK_SH)
 
     def _remove_leftovers(self) -> None:
         """What this daemon made, or what one of the same name that was killed had left."""

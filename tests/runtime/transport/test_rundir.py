@@ -240,6 +240,27 @@ def test_another_users_folder_is_refused(base: Path) -> None:
         default_address("a")
 
 
+@pytest.mark.skipif(shutil.which("systemd-tmpfiles") is None, reason="nobody cleans up here")
+def test_what_cleans_tmp_up_keeps_the_files_of_a_daemon_that_lives(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It removed the lock and the spec file, after ten days: what started again afterwards waited for them."""
+    settings = tmp_path / "settings.conf"
+    settings.write_text(f"d {base} 0777 - - 1s\n")
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.setenv("TMPDIR", str(base))
+    with RunDir("kept") as run:
+        assert str(base) in run.address
+        (run.inner / "spec.json").touch()
+        (base / "old").touch()
+        before = sorted(Path(run.inner).parent.rglob("*"))
+        time.sleep(1.5)
+        subprocess.run(["systemd-tmpfiles", "--clean", str(settings)], check=True)
+        assert not (base / "old").exists()
+        assert sorted(Path(run.inner).parent.rglob("*")) == before
+    assert not [path for path in base.rglob("*") if "kept" in str(path)]
+
+
 def test_same_name_twice_names_the_owner() -> None:
     with RunDir("a"), RunDir("b"), pytest.raises(ConfigError, match=rf"--name a is in use by process {os.getpid()}"):
         RunDir("a")
