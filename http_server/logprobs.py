@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from vibe_sgl_lite.runtime.messages import LogprobEntry
 
@@ -22,19 +23,27 @@ def _token(entry: LogprobEntry) -> dict[str, object]:
 
 
 class CompletionLogprobs:
-    """Of completions: four lists that run side by side. offset: characters that stand before the first entry."""
+    """Of completions: four lists that run side by side."""
 
-    def __init__(self, offset: int = 0) -> None:
-        self._offset = offset
+    def __init__(self) -> None:
+        self._begin = 0  # of the generated text, behind a prompt that is shown
 
-    def convert(self, entries: Sequence[LogprobEntry | None], prompt_texts: Sequence[str] = ()) -> dict[str, object]:
-        """Goes on where the last call ended. prompt_texts: of the entries, where they are of a prompt."""
-        tokens, offsets = [], []
-        for place, entry in enumerate(entries):
-            text = prompt_texts[place] if prompt_texts else "" if entry is None else entry.text
-            tokens.append(text)
-            offsets.append(self._offset)
-            self._offset += len(text)
+    def convert_prompt(
+        self, entries: Sequence[LogprobEntry | None], prompt: str, tokens: Sequence[str]
+    ) -> dict[str, object]:
+        """tokens: the texts of the prompt's."""
+        self._begin = len(prompt)
+        begins = accumulate(map(len, tokens), initial=0)
+        return self._lists(entries, tokens, [min(begin, self._begin) for begin, _ in zip(begins, tokens, strict=False)])
+
+    def convert(self, entries: Sequence[LogprobEntry]) -> dict[str, object]:
+        offsets = [self._begin + (entry.text_offset or 0) for entry in entries]
+        return self._lists(entries, [entry.text for entry in entries], offsets)
+
+    @staticmethod
+    def _lists(
+        entries: Sequence[LogprobEntry | None], tokens: Sequence[str], offsets: Sequence[int]
+    ) -> dict[str, object]:
         return {
             "tokens": tokens,
             "token_logprobs": [None if entry is None else entry.logprob for entry in entries],

@@ -99,7 +99,7 @@ class _Answer(OpenAIAnswer):
         echo, text, parts = self._echo_of(index), "", []
         if chunk.prompt_logprobs is not None and echo is not None and self._body.echo:
             text = echo.text
-            parts.append(self._logprobs[index].convert(chunk.prompt_logprobs, echo.tokens))
+            parts.append(self._logprobs[index].convert_prompt(chunk.prompt_logprobs, echo.text, echo.tokens))
         if not self._only_prompt:
             text += chunk.text
             if chunk.logprobs is not None:
@@ -140,7 +140,7 @@ class _Answer(OpenAIAnswer):
         if echo is not None and self._body.echo:
             text = echo.text
             if sample.prompt_logprobs:
-                parts.append(self._logprobs[index].convert(sample.prompt_logprobs, echo.tokens))
+                parts.append(self._logprobs[index].convert_prompt(sample.prompt_logprobs, echo.text, echo.tokens))
         if not self._only_prompt:
             text += sample.text
             if sample.logprobs:

@@ -136,6 +136,27 @@ def test_the_token_that_came_is_among_the_top_ones(server: Server, logprobs: int
         assert top[token] >= logprob  # another token may have the same text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("echo", [False, True])
+def test_offsets_are_places_in_the_text(server: Server, echo: bool, stream: bool) -> None:
+    """Also where a character is several tokens, of which none has a text of its own."""
+    prompt = "你好, 世界! "
+    params = SamplingParams(max_new_tokens=40, temperature=5, seed=3, ignore_eos=True, logprobs=True)
+    with server.client() as ours:
+        entries = ours.generate(prompt, params).logprobs
+    assert entries is not None
+    offsets = [entry.text_offset for entry in entries if entry.text_offset is not None]
+    assert offsets[-1] < sum(len(entry.text) for entry in entries[:-1])  # else the seed is a bad one for this test
+    body = {"prompt": prompt, "max_tokens": 40, "temperature": 5, "seed": 3, "ignore_eos": True, "logprobs": 0}
+    reply = server.post("/v1/completions", body | {"echo": echo, "stream": stream})
+    choices = [event["choices"][0] for event in reply.events[:-1]] if stream else reply.json["choices"]
+    found = [offset for choice in choices if choice["logprobs"] for offset in choice["logprobs"]["text_offset"]]
+    before = len(prompt) if echo else 0
+    assert found[-40:] == [before + offset for offset in offsets]
+    assert found == sorted(found)
+    assert found[0] == 0
+
+
 def test_ignore_eos_and_min_tokens(server: Server) -> None:
     body = {"prompt": PROMPT, "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stop": None}
     assert server.post("/v1/completions", body).json["usage"]["completion_tokens"] == 300
