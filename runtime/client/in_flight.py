@@ -76,6 +76,7 @@ class Window:
         self._queue = queue
         self._requests: dict[str, InFlightRequest] = {}
         self._waiting: deque[InFlightRequest] = deque()
+        self._refused: list[InFlightRequest] = []  # to be sent at `retry_at`, and hold nobody up
         self._in_flight = 0  # samples
         self._capacity = self._limit = 1 << 62
 
@@ -97,7 +98,7 @@ class Window:
     def due(self, now: float) -> Iterator[bytes]:
         """The frames that may be sent now."""
         if self.retry_at is not None and now >= self.retry_at:
-            self.retry_at = None
+            self._end_patience()
         while self._waiting:
             entry = self._waiting[0]
             if entry.open:
@@ -141,17 +142,22 @@ class Window:
             entry.tell(message)
 
     def on_refused(self, rid: str, info: ErrorInfo, error: VibeError, now: float) -> None:
-        """A refused request is over, unless the engine was only full and its caller rather waits."""
+        """A refused request is over, unless the engine was only full, and its caller rather waits or it had run there
+        before a loss: others may have taken its place."""
         entry = self._requests.get(rid)
         if entry is None or not entry.sent:
             return
         self._land(entry)
-        if self._queue and info.code == OverloadedError.code and (entry.patient or self._in_flight):
-            self._limit = self._in_flight
+        waits = entry.retries > 0 or (self._queue and (entry.patient or self._in_flight > 0))
+        if info.code == OverloadedError.code and waits:
             self.retry_at = now + PATIENCE_S
-            if not any(entry.ids):
+            if not any(entry.ids) and not entry.retries:
                 entry.accepted = None  # it gets another seed
-            self._waiting.appendleft(entry)
+            if self._queue:
+                self._limit = self._in_flight
+                self._waiting.appendleft(entry)
+            else:
+                self._refused.append(entry)
             return
         self._forget(entry)
         entry.tell(error)
@@ -194,7 +200,7 @@ class Window:
 
     def lose(self, error: VibeError) -> None:
         """The session is over: what was sent is to be sent again, unless that was in vain too often."""
-        self.retry_at = None
+        self._end_patience()
         for entry in reversed([entry for entry in self._requests.values() if entry.sent]):
             if entry.deliver is None:
                 self._land(entry)
@@ -206,9 +212,15 @@ class Window:
         """Everything is over."""
         entries, self._requests = list(self._requests.values()), {}
         self._waiting.clear()
+        self._refused.clear()
         self._in_flight = 0
         for entry in entries:
             entry.tell(error())
+
+    def _end_patience(self) -> None:
+        self.retry_at = None
+        self._waiting.extendleft(reversed(self._refused))
+        self._refused.clear()
 
     def _requeue(self, entry: InFlightRequest, error: VibeError) -> None:
         self._land(entry)

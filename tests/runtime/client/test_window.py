@@ -10,13 +10,15 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from tests.integration.daemon import wait_until
 from tests.runtime.client.fake_engine import STOP, FakeEngine, accepted, answer, chunk
 from vibe_sgl_lite import AsyncClient, Client, SamplingParams
 from vibe_sgl_lite.runtime.client.calls import Call
 from vibe_sgl_lite.runtime.client.connection import Connection
+from vibe_sgl_lite.runtime.client.in_flight import Event
 from vibe_sgl_lite.runtime.client.requests import plan_generate
-from vibe_sgl_lite.runtime.errors import OverloadedError
-from vibe_sgl_lite.runtime.messages import Abort, ErrorInfo, Generate, Refused, ServerMessage
+from vibe_sgl_lite.runtime.errors import EngineLostError, OverloadedError
+from vibe_sgl_lite.runtime.messages import Abort, Accepted, Chunk, ErrorInfo, Finish, Generate, Refused, ServerMessage
 
 FULL = ErrorInfo(OverloadedError.code, "the queue is full")
 
@@ -130,6 +132,41 @@ def test_who_wants_no_queue_gets_the_refusal(engine: FakeEngine) -> None:
     engine.wait_for(Generate, 3)
     connection.close()
     assert counting.refused == 2
+
+
+def has_ended(events: list[Event]) -> bool:
+    return any(isinstance(event, Chunk) and event.finish is not None for event in events)
+
+
+@pytest.mark.parametrize("queue", [True, False])
+def test_what_ran_before_a_loss_waits_until_it_can_go_on(engine: FakeEngine, queue: bool) -> None:
+    """Others have taken its place: that is no reason to end it. They are not held up."""
+    refusals = 3
+
+    def script(request: Generate) -> list[ServerMessage]:
+        nonlocal refusals
+        if request.resume_ids is not None:
+            refusals -= 1
+            rest = chunk(request.rid, 3, "tial", STOP)
+            return [accepted(request), Refused(FULL, request.rid) if refusals >= 0 else rest]
+        if request.rid == "long":
+            lost = Finish("error", error=ErrorInfo(EngineLostError.code, "the scheduler died"))
+            return [accepted(request), chunk(request.rid, 0, "par"), chunk(request.rid, 3, "", lost)]
+        return answer(request)
+
+    engine.script = script
+    connection = Connection(engine.address, queue=queue)
+    events: dict[str, list[Event]] = {"long": [], "short": []}
+    for rid, texts in events.items():
+        plan = plan_generate("ab", SamplingParams(seed=1), input_ids=None, rid=rid, options={})
+        connection.submit(plan.requests[0], texts.append)
+    engine.wait_for(Generate, 6)
+    wait_until(lambda: all(map(has_ended, events.values())), 30, "their ends")
+    connection.close()
+    for rid, text in (("long", "partial"), ("short", "ba")):
+        assert "".join(event.text for event in events[rid] if isinstance(event, Chunk)) == text
+        assert sum(isinstance(event, Accepted) for event in events[rid]) == 1
+        assert isinstance(events[rid][-1], Chunk)
 
 
 def test_what_is_held_back_can_be_aborted_and_left(engine: FakeEngine) -> None:
