@@ -27,36 +27,46 @@ struct Octet {
     int32_t magnitudes[2], flips[2];
 };
 
-// A block of inputs of some rows: octets[count][rows], and which eight inputs each belongs to. Where the products of a row are
-// too large to be added in 16 bits, the eight inputs are there twice, half of the magnitudes zero each time.
+// A block of inputs of some rows: octets[eights + more][rows]. Where the products of a row are too large to be added in 16 bits,
+// the eight inputs, of which `places` tells, are there once more behind all others, half of the magnitudes zero each time.
 struct alignas(64) OctetBlock {
     static constexpr int kMost = 256;  // x -128 = -32768
 
-    int32_t count;
-    uint8_t places[kMostOctets];
-    Octet octets[kMostOctets * kOctetRows];
+    int32_t eights, more;
+    uint8_t places[kMostOctets / 2];
+    Octet octets[];
+
+    // Of so many rows: as far as one block lies from the next.
+    static size_t bytes(int64_t rows) { return (sizeof(OctetBlock) + kMostOctets * rows * sizeof(Octet) + 63) / 64 * 64; }
 
     // middle: takes what the sums of each row's products are too large by.
     void set(const int8_t* codes, int64_t stride, int64_t inputs, int rows, int32_t* middle) {
-        count = 0;
-        Octet* to = octets;
-        for (int64_t i = 0; i < inputs; i += 8, to += rows) {
+        eights = (int32_t)(inputs / 8), more = 0;
+        for (int eight = 0; eight < eights; eight++) {
+            Octet* const to = octets + eight * rows;
             bool wide = false;
             for (int r = 0; r < rows; r++) {
-                const __m128i whole = _mm_loadl_epi64((const __m128i*)(codes + r * stride + i)), most = _mm_abs_epi8(whole);
+                const __m128i whole = _mm_loadl_epi64((const __m128i*)(codes + r * stride + eight * 8)), most = _mm_abs_epi8(whole);
                 const __m128i negative = _mm_cmpgt_epi8(__m128i{}, whole), flips = _mm_xor_si128(negative, _mm_set1_epi8(-128));
                 _mm_storeu_si128((__m128i*)(to + r), _mm_unpacklo_epi64(most, flips));
                 middle[r] -= _mm_cvtsi128_si32(_mm_sad_epu8(_mm_and_si128(most, negative), __m128i{}));
                 wide |= too_large_together(most, kMost);
             }
-            places[count++] = (uint8_t)(i / 8);
             if (!wide) continue;
-            std::memcpy(to + rows, to, rows * sizeof(Octet));
-            for (int r = 0; r < rows; r++) to[r].magnitudes[1] = to[rows + r].magnitudes[0] = 0;
-            to += rows;
-            places[count++] = (uint8_t)(i / 8);
+            Octet* const again = octets + (eights + more) * rows;
+            std::memcpy(again, to, rows * sizeof(Octet));
+            for (int r = 0; r < rows; r++) to[r].magnitudes[1] = again[r].magnitudes[0] = 0;
+            places[more++] = (uint8_t)eight;
         }
     }
+};
+
+// Blocks of groups of rows, one after another.
+struct OctetBlocks {
+    uint8_t* first;
+    size_t apart;
+
+    OctetBlock& operator[](int64_t i) const { return *(OctetBlock*)(first + i * apart); }
 };
 
 // Adds the products of a block and, from `weights` on, kVectors vectors of outputs to sums[kRows][kSlab], or begins them. Once in
@@ -69,13 +79,7 @@ __attribute__((noinline)) void multiply_octets(const uint32_t* weights, const Oc
     if (!begin)
         for (int r = 0; r < kRows; r++)
             for (int v = 0; v < kVectors; v++) into[r][v] = load_as<vi>(sums + r * kSlab + v * kLanes);
-    const Octet* octets = x.octets;
-    const char* line = next;
-    const int64_t count = x.count;
-    for (int64_t k = 0; k < count; k++, octets += kRows) {
-        if ((k & mask) == 0)
-            for (int i = 0; i < kAsk; i++, line += 64) __builtin_prefetch(line, 0, kNear ? 3 : 2);
-        const uint32_t* units = weights + x.places[k] * (2 * kSlab);
+    const auto multiply = [&](const uint32_t* units, const Octet* octets) VSL_INLINE {
         asm("" : "+r"(units));  // else gcc adds the place to each address anew
         const auto products = [&](int i, int r, vu weights) {
             return multiply_bytes((vu)splat(octets[r].magnitudes[i]), (vi)(weights ^ (vu)splat(octets[r].flips[i])));
@@ -97,14 +101,24 @@ __attribute__((noinline)) void multiply_octets(const uint32_t* weights, const Oc
                 for (int r = 0; r < kRows; r++) into[r][v] += add_pairs(products(0, r, first) + products(1, r, second));
             }
         }
+    };
+    const char* line = next;
+    const int64_t eights = x.eights;
+    const Octet* octets = x.octets;
+    const uint32_t* units = weights;
+    for (int64_t k = 0; k < eights; k++, octets += kRows, units += 2 * kSlab) {
+        if ((k & mask) == 0)
+            for (int i = 0; i < kAsk; i++, line += 64) __builtin_prefetch(line, 0, kNear ? 3 : 2);
+        multiply(units, octets);
     }
+    for (int k = 0; k < x.more; k++, octets += kRows) multiply(weights + x.places[k] * (2 * kSlab), octets);
     next = line;
     for (int r = 0; r < kRows; r++)
         for (int v = 0; v < kVectors; v++) store_as(sums + r * kSlab + v * kLanes, into[r][v]);
 }
 
 // A block of a slab, by as many rows as `groups` has; x: one of each group. next: the slab's next block.
-inline void multiply_block(const uint32_t* weights, const RowGroups<kOctetRows>& groups, const OctetBlock* x, int32_t* sums,
+inline void multiply_block(const uint32_t* weights, const RowGroups<kOctetRows>& groups, const OctetBlocks& x, int32_t* sums,
                            bool begin, const char* next) {
     constexpr int kAll = kSlab / kLanes;
     if (groups.count == 1)
@@ -112,10 +126,10 @@ inline void multiply_block(const uint32_t* weights, const RowGroups<kOctetRows>&
             constexpr int kMost = count == 1 ? 8 : 4, kVectors = kAll < kMost ? kAll : kMost, kPasses = kAll / kVectors;
             const char* line = count == 1 ? (const char*)weights + kNearAhead : next;
             for (int j = 0; j < kSlab; j += kVectors * kLanes)
-                multiply_octets<count, kVectors, 8 / kPasses, count == 1>(weights + j, *x, sums + j, begin, line, 0);
+                multiply_octets<count, kVectors, 8 / kPasses, count == 1>(weights + j, x[0], sums + j, begin, line, 0);
         });
     const auto mask = [&](int lines, int passes) {
-        const int64_t apart = groups.count * x->count * passes * lines * 64 / (next - (const char*)weights);  // octets
+        const int64_t apart = groups.count * x[0].eights * passes * lines * 64 / (next - (const char*)weights);  // octets
         int64_t mask = 0;
         while (2 * mask + 2 <= apart) mask = 2 * mask + 1;
         return mask;
@@ -130,9 +144,9 @@ inline void multiply_block(const uint32_t* weights, const RowGroups<kOctetRows>&
     constexpr int kVectors = kAll < 8 ? kAll : 2, kPasses = kAll / kVectors, kAsk = kPasses == 1 ? 4 : 1;
     const int64_t often = mask(kAsk, kPasses);
     for (int j = 0; j < kSlab; j += kVectors * kLanes) {
-        const OctetBlock* of = x;
+        int64_t group = 0;
         groups.each([&](int64_t row, auto count) {
-            multiply_octets<count, kVectors, kAsk>(weights + j, *of++, sums + row * kSlab + j, begin, next, often);
+            multiply_octets<count, kVectors, kAsk>(weights + j, x[group++], sums + row * kSlab + j, begin, next, often);
         });
     }
 }
@@ -140,13 +154,14 @@ inline void multiply_block(const uint32_t* weights, const RowGroups<kOctetRows>&
 // Rows in this form, of pieces of the layer that have rows of their own: [piece][block of inputs][group of rows].
 struct OctetRows {
     struct Group {
-        int64_t row, count, place, apart;  // place: of its first block, among all; the next ones are `apart`
+        int64_t row, count, place, apart;  // place: of its first block, in bytes; the next ones are `apart`
     };
 
-    OctetBlock* x = nullptr;
+    uint8_t* x = nullptr;
     int64_t inputs, blocks;
+    size_t bytes = 0;  // that x needs
     std::vector<Group> groups;
-    std::vector<int64_t> places;  // of the piece that begins with a row
+    std::vector<size_t> places;  // of the piece that begins with a row
 
     OctetRows(int64_t rows, int64_t inputs)
         : inputs(inputs), blocks((inputs + kOctetInputs - 1) / kOctetInputs), places(rows) {}
@@ -155,21 +170,25 @@ struct OctetRows {
         return RowGroups<kOctetRows>(rows, rows <= kAloneOctetRows ? 1 : rows < kSingleOctetRows ? 2 : rows);
     }
 
-    void add(int64_t begin, int64_t end) {
-        const RowGroups<kOctetRows> those = grouped(end - begin);
-        places[begin] = (int64_t)groups.size() * blocks;
-        for (int64_t g = 0; g < those.count; g++)
-            groups.push_back({begin + those.begin(g), those.begin(g + 1) - those.begin(g), places[begin] + g, those.count});
+    static size_t block_bytes(const RowGroups<kOctetRows>& groups) {
+        return OctetBlock::bytes((groups.rows + groups.count - 1) / groups.count);
     }
 
-    size_t bytes() const { return groups.size() * blocks * sizeof(OctetBlock); }
+    void add(int64_t begin, int64_t end) {
+        const RowGroups<kOctetRows> those = grouped(end - begin);
+        const int64_t block = (int64_t)block_bytes(those);
+        places[begin] = bytes;
+        for (int64_t g = 0; g < those.count; g++)
+            groups.push_back({begin + those.begin(g), those.begin(g + 1) - those.begin(g), (int64_t)bytes + g * block, those.count * block});
+        bytes += blocks * those.count * block;
+    }
 
     // Of all rows of a group. middle: takes what the sums of each row are too large by.
     void pack(const Group& group, const int8_t* codes, int32_t* middle) const {
         for (int64_t r = group.row; r < group.row + group.count; r++) middle[r] = 0;
         for (int64_t block = 0; block < blocks; block++)
-            x[group.place + block * group.apart].set(codes + group.row * inputs + block * kOctetInputs, inputs, size(block),
-                                                     (int)group.count, middle + group.row);
+            ((OctetBlock*)(x + group.place + block * group.apart))
+                ->set(codes + group.row * inputs + block * kOctetInputs, inputs, size(block), (int)group.count, middle + group.row);
     }
 
     // Calls store(row, 64 sums) for rows begin..end, which are a piece.
@@ -177,9 +196,10 @@ struct OctetRows {
     void multiply(const uint8_t* weights, int64_t begin, int64_t end, Scratch& memory, const Store& store) const {
         int32_t* const sums = (int32_t*)memory.reserve((end - begin) * kSlab * sizeof(int32_t));
         const RowGroups<kOctetRows> those = grouped(end - begin);
+        const size_t apart = block_bytes(those);
         for (int64_t block = 0; block < blocks; block++) {
             const uint8_t* const next = weights + slab_bytes(kInt8, size(block));
-            multiply_block((const uint32_t*)weights, those, x + places[begin] + block * those.count, sums, block == 0,
+            multiply_block((const uint32_t*)weights, those, {x + places[begin] + block * those.count * apart, apart}, sums, block == 0,
                            (const char*)next);
             weights = next;
         }

@@ -11,7 +11,7 @@ namespace vsl {
 #if defined(VSL_BYTES)
 
 // From here on preparing the weights costs less than it saves.
-constexpr int64_t kSignRows = 96;
+constexpr int64_t kSignRows = 160;
 constexpr int kSigns = 16, kSignQuads = 4, kSignOutputs = 32;  // 8 KiB of weights; 16 KiB are a sixth slower
 constexpr int64_t kSignInputs = 256;  // of many rows, which stay in the second-level cache for the other outputs of a slab
 static_assert(kGroup % (4 * kSignQuads) == 0);
