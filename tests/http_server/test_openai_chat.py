@@ -231,6 +231,19 @@ def test_stop_strings_and_what_matched(server: Server) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_an_id_that_ended_it_is_told_if_it_was_asked_for(server: Server, stream: bool) -> None:
+    """Of the model's own end there is nothing to tell."""
+    body = {"messages": QUESTION, "temperature": 0, "max_tokens": 100, "return_token_ids": True, "stream": stream}
+    for asked in (False, True):
+        reply = server.post("/v1/chat/completions", body)
+        choices = [event["choices"][0] for event in reply.events[:-1]] if stream else reply.json["choices"]
+        ids = [token for choice in choices for token in choice.get("token_ids", [])]
+        assert choices[-1]["finish_reason"] == "stop"
+        assert choices[-1]["stop_reason"] == (ids[-1] if asked else None)
+        body["stop_token_ids"] = [ids[5]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=str)
 def test_a_forced_call(client: Any, choice: object, stream: bool) -> None:
     """At a temperature that has the model ramble: the grammar alone makes it a call."""
