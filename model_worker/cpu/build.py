@@ -39,6 +39,9 @@ COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", *WARNINGS)
 PREBUILT_FLAGS = ("-s",)  # without symbols that only a debugger reads
 PREBUILT_DIR = Path(__file__).parent / "prebuilt"
+# Runs the compiler, which starts more processes, in a session of its own that ends with this process, however it ends:
+# when it is killed, a pipe that it alone holds open ends.
+GUARD = '( exec < /dev/fd/{life} || exit; read _; kill -9 0 ) & "$@"; code=$?; kill -9 $!; exit $code'
 COMPILE_TIMEOUT_S = 900  # half a minute of CPU time, of which a busy machine may give little
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,8 @@ def build(
         if not is_ours(built):
             with locked(folder / "lock"):
                 if not is_ours(built):
+                    for unfinished in folder.glob("cpu_kernels-*.[0-9]*"):  # of one that was killed: we hold the lock
+                        unfinished.unlink()
                     log.info("compiling the CPU kernels with %s into %s, once: up to a minute", compiler, folder)
                     _compile(compiler, attempts, built)
     except CacheError as error:
@@ -153,12 +158,18 @@ def _compile(compiler: str, attempts: Sequence[Sequence[str]], built: Path) -> N
 
 
 def _run(command: Sequence[str], source: str = "") -> str:
+    life, held = os.pipe()
+    guarded = ["sh", "-c", GUARD.format(life=life), "sh", *command]
     try:
         done = subprocess.run(
-            command, input=source, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False
-        )
+            guarded, input=source, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False,
+            pass_fds=(life,), start_new_session=True,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} did not run: {error}") from error
+    finally:
+        os.close(life)
+        os.close(held)
     if done.returncode != 0:
         raise BuildError(f"{' '.join(command)} failed: {done.stderr.strip()[:2000]}")
     return done.stdout

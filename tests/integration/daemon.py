@@ -172,7 +172,7 @@ def running(*flags: str, standby: bool = False) -> Iterator[Daemon]:
         yield daemon
 
 
-def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> None:
+def wait_until(condition: Callable[[], object], timeout: float, what: str) -> None:
     """Poll `condition()` until it is true; AssertionError naming `what` after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
+from tests.integration.daemon import wait_until
 from vibe_sgl_lite.model_worker.cpu import load
 from vibe_sgl_lite.model_worker.cpu.build import BuildError, build
 from vibe_sgl_lite.model_worker.cpu.openmp import parallel_function
@@ -77,6 +79,31 @@ def test_several_processes_compile_once(tmp_path: Path, compiler: str) -> None:
     assert all(rank.returncode == 0 for rank in ranks)
     assert len(outputs) == 1
     assert compilations(tmp_path) == 1
+
+
+def test_a_killed_process_takes_its_compiler_along_and_leaves_nothing(tmp_path: Path, compiler: str) -> None:
+    """All that the compiler has started: the driver that is waited for does the least of the work. A rank ignores what
+    its launcher is told, and so does what it starts."""
+    quick = Path(compiler).read_text()
+    Path(compiler).write_text(quick.replace("sleep 0.2", f'echo half > "$2"; sh -c "sleep 333; : {tmp_path}"'))
+    script = (
+        "import signal, sys, pathlib; from vibe_sgl_lite.model_worker.cpu.build import build; "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); build(pathlib.Path(sys.argv[1]), sys.argv[2:])"
+    )
+    cache = tmp_path / "cache"
+    rank = subprocess.Popen([sys.executable, "-c", script, str(cache), compiler])
+
+    def workers() -> list[psutil.Process]:
+        return [p for p in psutil.process_iter(["cmdline"]) if f"sleep 333; : {tmp_path}" in (p.info["cmdline"] or ())]
+
+    wait_until(workers, 60, "it compiles")
+    rank.kill()
+    rank.wait()
+    wait_until(lambda: not workers(), 20, "it is gone")
+    assert len([*cache.glob("cpu_kernels-*")]) == 1
+    Path(compiler).write_text(quick)
+    built = build(cache, [compiler])
+    assert [*cache.glob("cpu_kernels-*")] == [built]
 
 
 def test_without_a_compiler_there_are_no_kernels_and_the_log_says_why(
