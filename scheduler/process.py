@@ -50,6 +50,7 @@ from vibe_sgl_lite.runtime.transport.channels import Receiver, Sender
 from vibe_sgl_lite.scheduler.config import SchedulerConfig
 from vibe_sgl_lite.scheduler.control import Control
 from vibe_sgl_lite.scheduler.core import Scheduler
+from vibe_sgl_lite.scheduler.gathering import wait_s
 from vibe_sgl_lite.scheduler.kv_events import KvEventPublisher, KvEvents
 from vibe_sgl_lite.scheduler.observer import SchedulerObserver
 from vibe_sgl_lite.scheduler.policies import make_policy
@@ -62,10 +63,6 @@ from vibe_sgl_lite.scheduler.tools.trace import TraceWriter
 POLL_MS = 250  # at most so long without a heartbeat
 ESTIMATE_SLACK = 10.0  # a step may take so many times its estimate on top of the step timeout
 MOST_INPUTS = 256  # messages a turn, so that a flood of requests does not hold up the ranks
-# An idle engine on a CPU begins a step when no request has come for LULL_MS, or after GATHER_S: requests that are sent
-# together share the first step, which is a full chunk; what comes while others decode gets what these can spare.
-LULL_MS = 1
-GATHER_S = 0.005
 AHEAD_S = {"cpu": 0.0, "cuda": 0.003}  # a step of one request is 0.7 ms on an H100, the way there and back as long
 SMALLEST_CHUNK = {"cpu": 8, "cuda": 1024}  # tokens
 FRESH_CHUNK = {"cpu": 8, "cuda": 8192}
@@ -276,10 +273,8 @@ class SchedulerProcess:
         A flush that comes while the last step is still on its way back waits for it, and what comes later for both.
         """
         self._to_do += self.inputs.drain(most=MOST_INPUTS)
-        if self._gathers and core.oldest_step is None and any(isinstance(m, AddRequest) for m in self._to_do):
-            until = time.monotonic() + GATHER_S
-            while time.monotonic() < until and self.inputs.socket.poll(LULL_MS):
-                self._to_do += self.inputs.drain(most=MOST_INPUTS)
+        if self._gathers and core.oldest_step is None:
+            self._gather(core)
         while self._to_do:
             message = self._to_do.popleft()
             now = time.monotonic()
@@ -299,6 +294,15 @@ class SchedulerProcess:
                     self.tokenizer_manager.send(self._answer(core, message, control.sleep_level))
                 case SchedulerQuery():
                     self._untold.append(control.take(message, now))
+
+    def _gather(self, core: Scheduler) -> None:
+        """Wait for the company of the requests that have come."""
+        began, room = time.monotonic(), core.config.chunked_prefill_size
+        while tokens := sum(len(message.token_ids) // 4 for message in self._to_do if isinstance(message, AddRequest)):
+            left_s = wait_s(core.cost, tokens, room, time.monotonic() - began)
+            if not left_s or not self.inputs.socket.poll(math.ceil(left_s * 1e3)):
+                return
+            self._to_do += self.inputs.drain(most=MOST_INPUTS)
 
     def _send_steps(self, core: Scheduler) -> None:
         while True:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -112,6 +113,34 @@ def test_requests_sent_together_share_the_first_step(folder: str) -> None:
             if together[-1] == 4:
                 break
         assert together[-1] == 4, together
+        assert n.shut_down() == 0
+    finally:
+        n.close()
+
+
+def test_the_longer_a_step_takes_the_longer_it_waits_for_company(folder: str) -> None:
+    """Where steps take seconds, requests that come some milliseconds apart share the first one too."""
+    n = Neighbours(folder)
+    try:
+        n.become_ready()
+        n.inputs.send(request(1, [1, 2, 3, 4], max_new_tokens=1))
+        first = n.batches.receive(10)
+        assert isinstance(first, ForwardBatch)
+        n.results.send(msgspec.structs.replace(n.rank.run(first), total_s=2.0))
+        n.run_rank(until_finished=1)
+        together = []
+        for attempt in range(1, 6):  # a busy machine may put more than a lull between two of them
+            for uid in range(3):
+                n.inputs.send(request(10 * attempt + uid, [1, 2, attempt, uid], max_new_tokens=1))
+                time.sleep(0.0025)
+            first = n.batches.receive(10)
+            assert isinstance(first, ForwardBatch)
+            together.append(len(first.new))
+            n.results.send(msgspec.structs.replace(n.rank.run(first), total_s=2.0))
+            n.run_rank(until_finished=3)
+            if together[-1] == 3:
+                break
+        assert together[-1] == 3, together
         assert n.shut_down() == 0
     finally:
         n.close()
