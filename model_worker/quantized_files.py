@@ -16,7 +16,7 @@ from vibe_sgl_lite.runtime.settings.quantized_form import AWQ, FP8, QuantizedFor
 
 # AWQ's order of outputs within 32 bits: its kernels take even ones first.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-Read = Callable[..., Tensor]  # (suffix of a tensor's name, a slice a dimension) -> the tensor's part
+Read = Callable[[str], Tensor]  # suffix of a tensor's name -> what `coded_parts` says of it
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,30 @@ class CodedFormat(Protocol):
         ...
 
 
+def coded_parts(form: QuantizedForm, rows: slice, columns: slice) -> dict[str, tuple[slice, ...]]:
+    """What [rows, columns] of an [O, I] matrix need of the tensors that stand for it, by the suffixes of their names.
+
+    FP8: weight [O, I] e4m3, and weight_scale_inv, a scale for each block of `group` x `group`. AWQ: qweight [I, O / 8],
+    qzeros [G, O / 8], scales [G, O]. GPTQ: qweight [I x bits / 32, O], qzeros [G, O x bits / 32], scales [G, O], g_idx
+    [I], an input's group, which may be any.
+    """
+    groups = _over(columns, form.group)
+    if form.method == FP8:
+        return {".weight": (rows, columns), ".weight_scale_inv": (_over(rows, form.group), groups)}
+    packed = 32 // form.bits
+    if form.method == AWQ:
+        words = _over(rows, packed)
+        return {".qweight": (columns, words), ".qzeros": (groups, words), ".scales": (groups, rows)}
+    return {
+        ".qweight": (_over(columns, packed), rows),
+        ".g_idx": (columns,),
+        ".qzeros": (slice(None), _over(rows, packed)),
+        ".scales": (slice(None), rows),
+    }
+
+
 def coded_slice(form: QuantizedForm, read: Read, rows: slice, columns: slice) -> Codes:
-    """[rows, columns] of the [O, I] matrix. read: of the tensors that stand for it.
+    """[rows, columns] of the [O, I] matrix, of which `read` gives `coded_parts`.
 
     Raises ValueError where these contradict each other.
     """
@@ -61,44 +83,40 @@ def coded_slice(form: QuantizedForm, read: Read, rows: slice, columns: slice) ->
 
 
 def _fp8(form: QuantizedForm, read: Read, rows: slice, columns: slice) -> Codes:
-    """weight [O, I] e4m3 times weight_scale_inv, a scale for each block of `group` x `group`."""
-    codes, groups = read(".weight", rows, columns), _over(columns, form.group)
-    scales = read(".weight_scale_inv", _over(rows, form.group), groups).to(torch.float32)
+    codes, scales = read(".weight"), read(".weight_scale_inv").to(torch.float32)
     scales = scales.repeat_interleave(form.group, 0).narrow(0, rows.start % form.group, rows.stop - rows.start)
-    return Codes(codes, scales, None, _groups_of(columns, form, codes) - groups.start, 8)
+    return Codes(codes, scales, None, _groups_of(columns, form, codes), 8)
 
 
 def _awq(form: QuantizedForm, read: Read, rows: slice, columns: slice) -> Codes:
-    """qweight [I, O / 8], qzeros [G, O / 8], scales [G, O]: (code - zero) x scale."""
-    words, groups = _over(rows, 32 // form.bits), _over(columns, form.group)
-    first = rows.start - words.start * (32 // form.bits)
+    """(code - zero) x scale."""
+    first = rows.start % (32 // form.bits)
 
     def codes(tensor: Tensor) -> Tensor:
         unpacked = _unpack(tensor, form.bits)[..., torch.tensor(AWQ_ORDER).argsort()]
         return unpacked.flatten(1)[:, first : first + rows.stop - rows.start].t()
 
-    matrix, zeros = codes(read(".qweight", columns, words)), codes(read(".qzeros", groups, words))
-    scales = read(".scales", groups, rows).t()
-    return Codes(matrix, scales, zeros, _groups_of(columns, form, matrix) - groups.start, form.bits)
+    matrix, zeros = codes(read(".qweight")), codes(read(".qzeros"))
+    return Codes(matrix, read(".scales").t(), zeros, _groups_of(columns, form, matrix), form.bits)
 
 
 def _gptq(form: QuantizedForm, read: Read, rows: slice, columns: slice) -> Codes:
-    """qweight [I x bits / 32, O], qzeros [G, O x bits / 32], scales [G, O], g_idx [I]: an input's group."""
     packed = 32 // form.bits
-    words, zero_words = _over(columns, packed), _over(rows, packed)
-    codes = _unpack(read(".qweight", words, rows), form.bits).transpose(1, 2).flatten(0, 1)  # [I, O]
-    codes = codes.narrow(0, columns.start - words.start * packed, columns.stop - columns.start)
-    group_of = read(".g_idx", columns).to(torch.int64)
-    zeros = _unpack(read(".qzeros", slice(None), zero_words), form.bits).flatten(1) + form.zero_offset
-    zeros = zeros.narrow(1, rows.start - zero_words.start * packed, rows.stop - rows.start)
-    scales = read(".scales", slice(None), rows)
+    codes = _unpack(read(".qweight"), form.bits).transpose(1, 2).flatten(0, 1)  # [I, O]
+    codes = codes.narrow(0, columns.start % packed, columns.stop - columns.start)
+    group_of = read(".g_idx").to(torch.int64)
+    zeros = _unpack(read(".qzeros"), form.bits).flatten(1) + form.zero_offset
+    zeros = zeros.narrow(1, rows.start % packed, rows.stop - rows.start)
+    scales = read(".scales")
     if int(group_of.min()) < 0 or int(group_of.max()) >= len(scales):
         raise ValueError(f"g_idx has groups beyond the {len(scales)} that have scales")
     return Codes(codes.t(), scales.t(), zeros.t(), group_of, form.bits)
 
 
 def _groups_of(columns: slice, form: QuantizedForm, like: Tensor) -> Tensor:
-    return torch.arange(columns.start, columns.stop, device=like.device) // form.group
+    """Of each input, counted from the first input's group."""
+    groups = torch.arange(columns.start, columns.stop, device=like.device) // form.group
+    return groups.sub_(columns.start // form.group)
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:

@@ -3,13 +3,13 @@ that has weights takes the new ones in place.
 
 Each rank reads only its own slices, a piece of a weight at a time, so the peak is what the rank keeps plus one weight,
 or one piece where the weight's format takes such. Files are mapped for MAPPED_BYTES and unmapped again, which gives
-their pages back.
+their pages back. What comes next is read from the disk meanwhile (read_ahead.py).
 """
 
 import logging
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vibe_sgl_lite.model_worker.quantized_files import CodedFormat, Codes, coded_slice
+from vibe_sgl_lite.model_worker.quantized_files import CodedFormat, Codes, coded_parts, coded_slice
+from vibe_sgl_lite.model_worker.read_ahead import ReadAhead, Span
 from vibe_sgl_lite.qwen3.checkpoint import LoadItem, Part, load_items
 from vibe_sgl_lite.qwen3.layers.matrix import CodedMatrix, PlainMatrix, StackedMatrices
 from vibe_sgl_lite.qwen3.layers.weight import ExpertWeight, MatrixWeight
@@ -26,7 +27,7 @@ from vibe_sgl_lite.qwen3.model import Qwen3
 from vibe_sgl_lite.runtime.errors import WeightsError
 from vibe_sgl_lite.runtime.settings.checkpoint import find_tensors
 from vibe_sgl_lite.runtime.settings.quantized_form import QuantizedForm
-from vibe_sgl_lite.runtime.settings.safetensors_files import StoredTensor
+from vibe_sgl_lite.runtime.settings.safetensors_files import ITEM_BITS, StoredTensor
 
 # Dummy weights repeat a block of this many random numbers. A prime, so that no two rows of a matrix are the same.
 DUMMY_BLOCK = 1_048_573
@@ -43,8 +44,10 @@ def load_weights(model: Qwen3, folder: str | Path, progress: Progress | None = N
     Raises WeightsError naming file and tensor (runtime/settings/checkpoint.py): before anything is filled, where the
     files' headers show it; and with `finite` for NaN and inf.
     """
-    checkpoint = _Checkpoint(find_tensors(model.config, folder), model.config.quantized, finite)
-    _fill(model, checkpoint.read, CPU, progress, checkpoint.made)
+    tensors, quantized = find_tensors(model.config, folder), model.config.quantized
+    with ReadAhead(_spans(load_items(model), tensors, quantized)) as ahead:
+        checkpoint = _Checkpoint(tensors, quantized, ahead, finite)
+        _fill(model, checkpoint.read, CPU, progress, checkpoint.made)
 
 
 def load_dummy_weights(model: Qwen3, seed: int, progress: Progress | None = None) -> None:
@@ -100,9 +103,12 @@ def _fill(
 class _Checkpoint:
     """Reads weights' parts from the safetensors files of one folder."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], quantized: QuantizedForm | None, finite: bool) -> None:
+    def __init__(
+        self, tensors: Mapping[str, StoredTensor], quantized: QuantizedForm | None, ahead: ReadAhead, finite: bool
+    ) -> None:
         self._tensors = tensors
         self._quantized = quantized
+        self._ahead = ahead
         self._finite = finite
         self._opened: dict[Path, Any] = {}
         self._mapped_bytes = 0  # of which memory may be in use
@@ -187,9 +193,10 @@ class _Checkpoint:
     def _codes(self, part: Part, where: torch.device) -> Codes:
         assert self._quantized is not None
         base = part.name.removesuffix(".weight")
+        sources = coded_parts(self._quantized, *part.source)
 
-        def read(suffix: str, *source: slice) -> Tensor:
-            return self._slice(base + suffix, source).to(where)
+        def read(suffix: str) -> Tensor:
+            return self._slice(base + suffix, sources[suffix]).to(where)
 
         with self._blame(part):
             return coded_slice(self._quantized, read, *part.source)
@@ -208,6 +215,7 @@ class _Checkpoint:
     def _slice(self, name: str, source: tuple[slice, ...]) -> Tensor:
         """A view of the mapped file."""
         stored = self._tensors[name]
+        self._ahead.reached(name, _reach(stored, source)[1])
         try:
             if stored.path not in self._opened:
                 self._opened[stored.path] = safe_open(stored.path, framework="pt")
@@ -219,6 +227,31 @@ class _Checkpoint:
             self._opened.clear()
             self._mapped_bytes = 0
         return tensor
+
+
+def _spans(
+    items: Iterable[LoadItem], tensors: Mapping[str, StoredTensor], quantized: QuantizedForm | None
+) -> dict[str, Span]:
+    """What is read of each tensor, in the order in which it is."""
+    spans: dict[str, Span] = {}
+    for part in (part for item in items for part in item.parts):
+        sources: Mapping[str, tuple[slice, ...]] = {part.name: part.source}
+        if quantized is not None and quantized.applies(part.name):
+            base = part.name.removesuffix(".weight")
+            sources = {base + suffix: source for suffix, source in coded_parts(quantized, *part.source).items()}
+        for name, source in sources.items():
+            spans[name] = Span(tensors[name].path, *_reach(tensors[name], source))
+    return spans
+
+
+def _reach(stored: StoredTensor, source: Sequence[slice]) -> tuple[int, int]:
+    """From the first to behind the last byte in its file of `source`, with what lies between."""
+    size = ITEM_BITS[stored.dtype] // 8
+    first = last = 0
+    for part, length in zip(source, stored.shape, strict=True):
+        start, stop, _ = part.indices(length)
+        first, last = first * length + start, last * length + stop - 1
+    return stored.start + first * size, stored.start + (last + 1) * size
 
 
 def _blocks(part: slice, size: int) -> slice:

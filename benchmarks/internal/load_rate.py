@@ -5,6 +5,7 @@ r"""How fast the ranks of one machine load a large sharded checkpoint, each its 
 Writes layers of a shape with some values into files of 2 GB, leaves nothing of them in memory, reads the files plainly
 with 4 processes, forgets them again, and loads them with all ranks at once. Seconds and GB a
 second of the files' bytes, of which every rank needs its part; then once more with the files in memory.
+`--rounds N` does so N times, in turns with loads for which nothing is read ahead.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/internal/load_rate.py` finds the packages
 
 from benchmarks.parallel_gpu import SHAPES  # noqa: E402
+from vibe_sgl_lite.model_worker import read_ahead  # noqa: E402
 from vibe_sgl_lite.model_worker.weights import load_weights  # noqa: E402
 from vibe_sgl_lite.qwen3.checkpoint import load_items  # noqa: E402
 from vibe_sgl_lite.qwen3.layers.operations import TorchOperations  # noqa: E402
@@ -87,9 +89,10 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def load(folder: Path, ranks: int, device: str) -> list[float]:
+def load(folder: Path, ranks: int, device: str, ahead: bool) -> list[float]:
     """Seconds of each rank, all at once."""
     command = [sys.executable, __file__, "--folder", str(folder), "--ranks", str(ranks), "--device", device]
+    command += [] if ahead else ["--without"]
     pipe = subprocess.PIPE
     started = [
         subprocess.Popen([*command, "--rank", str(rank)], stdin=pipe, stdout=pipe, text=True) for rank in range(ranks)
@@ -128,25 +131,39 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=20.0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--without", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.without:
+        read_ahead.THREADS = 0
     if options.rank is not None:
         work(options.folder, options.rank, options.ranks, options.device)
         return
     began = time.perf_counter()
     size = write(options.folder, SHAPES[options.shape], options.gb)
     print(f"{size / 1e9:.1f} GB written in {time.perf_counter() - began:.1f} s", flush=True)
-    forget(options.folder)
+    for number in range(max(1, options.rounds)):
+        read_plainly(options.folder, size)
+        for ahead in (True,) if not options.rounds else (True, False) if number % 2 else (False, True):
+            seconds = load(options.folder, options.ranks, options.device, ahead)
+            for what, times in (("from disk", seconds[::2]), ("from memory", seconds[1::2])):
+                print(
+                    f"{options.ranks} ranks, {what}{'' if ahead else ', nothing read ahead'}: {max(times):.1f} s, "
+                    f"{size / max(times) / 1e9:.2f} GB/s",
+                    flush=True,
+                )
+
+
+def read_plainly(folder: Path, size: int) -> None:
+    forget(folder)
     began = time.perf_counter()
-    files = [str(path) for path in sorted(options.folder.glob("*.safetensors"))]
+    files = [str(path) for path in sorted(folder.glob("*.safetensors"))]
     subprocess.run(
         ["xargs", "-P", "4", "-n", "1", "cat"], input="\n".join(files), text=True, stdout=subprocess.DEVNULL, check=True
     )
     took = time.perf_counter() - began
     print(f"read plainly: {took:.1f} s, {size / took / 1e9:.2f} GB/s", flush=True)
-    seconds = load(options.folder, options.ranks, options.device)
-    for what, times in (("from disk", seconds[::2]), ("from memory", seconds[1::2])):
-        print(f"{options.ranks} ranks, {what}: {max(times):.1f} s, {size / max(times) / 1e9:.2f} GB/s", flush=True)
 
 
 if __name__ == "__main__":
