@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import time
 from pathlib import Path
 
 from vibe_sgl_lite.runtime.errors import ConfigError
+from vibe_sgl_lite.runtime.transport.listeners import who_listens
 
 BACKLOG = 2048
 HANDOVER_S = 30.0
@@ -28,8 +30,9 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
+        why = f"{who_listens(port)} listens there" if error.errno == errno.EADDRINUSE else error.strerror
         raise ConfigError(
-            f"--port {port} on {host}: {error.strerror}; choose another --port (0 picks a free one), or --no-http",
+            f"--port {port} on {host}: {why}; choose another --port (0 picks a free one), or --no-http",
             field="port",
         ) from error
     listener.listen(BACKLOG)

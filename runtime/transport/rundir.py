@@ -29,6 +29,7 @@ import psutil
 
 from vibe_sgl_lite.runtime.errors import ConfigError
 from vibe_sgl_lite.runtime.settings.address import MAX_IPC_PATH, check_address, check_name, split_tcp
+from vibe_sgl_lite.runtime.transport.listeners import who_listens
 
 INNER_BYTES = 4  # randomness of the inner folder's name, which is a lock-protected 0700 folder's child
 LONGEST_INNER_NAME = "rank999.9999"  # of runtime/transport/endpoints.py
@@ -176,23 +177,11 @@ def _check_port_free(host: str, port: int, address: str) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            owner = _listener_pid(port)
             raise ConfigError(
-                f"--address {address} is in use by {'another process' if owner is None else f'process {owner}'}: "
+                f"--address {address} is in use by {who_listens(port)}: "
                 f"stop it or choose another port ({error.strerror})",
                 field="address",
             ) from error
-
-
-def _listener_pid(port: int) -> int | None:
-    """The process that listens on `port`; None when it is another user's, whose sockets we may not see."""
-    try:
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
-                return connection.pid
-    except psutil.Error:
-        pass  # macOS shows other processes' sockets to root alone
-    return None
 
 
 def _bases(name: str) -> tuple[list[Path], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import tempfile
 import threading
@@ -15,6 +16,7 @@ import pytest
 
 from vibe_sgl_lite.http_server import listen
 from vibe_sgl_lite.http_server.listen import Handover
+from vibe_sgl_lite.runtime.errors import ConfigError
 
 HOST = "127.0.0.1"
 
@@ -28,6 +30,13 @@ def folder() -> Iterator[Path]:
 def port_of(listener: socket.socket) -> int:
     with listener:
         return int(listener.getsockname()[1])
+
+
+def test_a_port_in_use_names_who_has_it() -> None:
+    with socket.create_server((HOST, 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"--port {port} on {HOST}: process {os.getpid()} listens there; choose"):
+            listen.listen(HOST, port)
 
 
 async def offered(folder: Path, worker: int) -> int:
