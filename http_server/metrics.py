@@ -6,6 +6,7 @@ that is asked adds them up. Counts of the engine come from its `stats`, and hold
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -135,9 +136,10 @@ class SharedMetrics:
     def publish(self) -> None:
         if self._workers > 1:
             path = self._path(self._worker)
-            new = path.with_suffix(".new")
-            new.write_bytes(msgspec.msgpack.encode(self.own))
-            new.replace(path)
+            new = path.with_name(path.name + ".new")
+            with contextlib.suppress(OSError):  # a full disk: the counts of a second before do, until there is room
+                new.write_bytes(msgspec.msgpack.encode(self.own))
+                new.replace(path)
 
     def total(self) -> Metrics:
         total = Metrics()

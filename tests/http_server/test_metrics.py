@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.http_server.server import Server
@@ -101,6 +102,27 @@ def test_workers_counts_add_up(tmp_path: Path) -> None:
     assert sum(total.first_token.counts) == 6
     assert total.finished == {"stop": 111}
     assert total.disconnects == 1
+
+
+def test_workers_that_write_at_the_same_time_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = [SharedMetrics(Metrics(disconnects=10**number), tmp_path, number, 3) for number in range(3)]
+    replace, others = Path.replace, workers[1:]
+
+    def replace_late(new: Path, target: Path) -> Path:
+        while others:
+            others.pop().publish()
+        return replace(new, target)
+
+    monkeypatch.setattr(Path, "replace", replace_late)
+    workers[0].publish()
+    assert [worker.total().disconnects for worker in workers] == [111] * 3
+
+
+def test_counts_that_cannot_be_written_are_no_error(tmp_path: Path) -> None:
+    """A full disk, or a run directory that is gone."""
+    worker = SharedMetrics(Metrics(disconnects=1), tmp_path / "gone", 0, 2)
+    worker.publish()
+    assert worker.total().disconnects == 1
 
 
 def test_the_dashboard_asks_for_what_there_is(server: Server) -> None:
