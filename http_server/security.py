@@ -55,7 +55,7 @@ class Guard:
             exchange.extra_headers.append((b"vary", b"origin"))
             if exchange.method == "OPTIONS":
                 exchange.extra_headers.extend(ALLOW)
-        elif urlsplit(origin).netloc != host:
+        elif _netloc(origin) != host:
             raise ApiError(
                 403, f"pages of {origin} may not call this server: see --cors-origin", code="origin_not_allowed"
             )
@@ -74,6 +74,13 @@ def given_key(exchange: Exchange) -> str:
     """The key that a request brings, valid or not; "" without one."""
     scheme, _, bearer = exchange.header(b"authorization").partition(" ")
     return bearer.strip() if scheme.lower() == "bearer" else exchange.header(b"x-api-key")
+
+
+def _netloc(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # no address at all
+        return None
 
 
 def _host_name(host: str) -> str:

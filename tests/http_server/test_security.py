@@ -68,6 +68,7 @@ def test_no_web_page_drives_a_loopback_server(server: Server) -> None:
     for headers, status in (
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
+        ({"origin": "http://["}, 403),
         ({"host": "evil.example"}, 403),
         ({"host": f"evil.example:{server.address[1]}", "origin": f"http://evil.example:{server.address[1]}"}, 403),
         ({"content-type": "text/plain"}, 415),
