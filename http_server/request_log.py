@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 
 import msgspec
@@ -26,7 +27,8 @@ class RequestLog:
             text = msgspec.json.encode(line).decode()
         else:
             text = " ".join(f"{key}={value}" for key, value in line.items())
-        sys.stderr.write(f"request {text}\n" if self._form == "text" else text + "\n")
+        with contextlib.suppress(OSError):  # nobody reads it any more, or the disk is full: the answer is out
+            sys.stderr.write(f"request {text}\n" if self._form == "text" else text + "\n")
 
 
 def _facts(exchange: Exchange, status: int) -> dict[str, object]:
