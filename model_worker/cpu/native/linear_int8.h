@@ -47,7 +47,7 @@ inline void run_pieces(Context& context, const Linear<T>& linear, const int8_t* 
     });
     few.x = (uint8_t*)context.packed.reserve(few.bytes + (pieces.empty() ? 0 : many.bytes()));
     many.x = (SignedCodes*)(few.x + few.bytes);
-    run_ranges(context, (int64_t)few.groups.size(), 16384 / (kOctetRows * inputs), [&](int64_t begin, int64_t end) {
+    run_ranges(context, (int64_t)few.groups.size(), 16384 / inputs, [&](int64_t begin, int64_t end) {
         for (int64_t group = begin; group < end; group++) few.pack(few.groups[group], codes, middle);
     });
     if (!pieces.empty())

@@ -10,15 +10,11 @@ namespace vsl {
 
 #if defined(VSL_BYTES)
 
-// Together, so that what is read of the weights serves all of them. With AVX2 the sums of four and all else need more than 16
-// registers, and it depends on the compiler what is left out.
-constexpr int kOctetRows = kLanes == 8 ? 3 : 4;
-constexpr int kAloneOctetRows = 2;  // rows that go through a slab once, as fast as it is read
-// From here on rows go one by one through a block of all outputs, which stays in the first-level cache: flips take the weights
-// from there, and what each octet takes beside its products is done once for all outputs. Fewer rows wait for memory.
-constexpr int64_t kSingleOctetRows = 8;
-// Of a block. 16 outputs' weights lie 256 bytes apart, in a quarter of the first-level cache's sets: with 512 inputs, all that a
-// cache of 32 KiB has there.
+// So many rows go through a slab together, as fast as it is read. More go one by one through a block of all outputs, which
+// stays in the first-level cache: flips take the weights from there, and what each octet takes beside its products is done once
+// for all outputs. Nor are the products of one row as often too large as those of several.
+constexpr int kTogetherOctetRows = kLanes == 8 ? 2 : 4;
+// Of a block: 16 KiB of weights, half of a first-level cache of 32 KiB.
 constexpr int64_t kOctetInputs = 256;
 constexpr int kMostOctets = kOctetInputs / 4;
 
@@ -46,7 +42,8 @@ struct alignas(64) OctetBlock {
             Octet* const to = octets + eight * rows;
             bool wide = false;
             for (int r = 0; r < rows; r++) {
-                const __m128i whole = _mm_loadl_epi64((const __m128i*)(codes + r * stride + eight * 8)), most = _mm_abs_epi8(whole);
+                const __m128i whole = _mm_loadl_epi64((const __m128i*)(codes + r * stride + eight * 8));
+                const __m128i most = _mm_abs_epi8(whole);
                 const __m128i negative = _mm_cmpgt_epi8(__m128i{}, whole), flips = _mm_xor_si128(negative, _mm_set1_epi8(-128));
                 _mm_storeu_si128((__m128i*)(to + r), _mm_unpacklo_epi64(most, flips));
                 middle[r] -= _mm_cvtsi128_si32(_mm_sad_epu8(_mm_and_si128(most, negative), __m128i{}));
@@ -70,9 +67,8 @@ struct OctetBlocks {
 };
 
 // Adds the products of a block and, from `weights` on, kVectors vectors of outputs to sums[kRows][kSlab], or begins them. Once in
-// mask + 1 octets, kAsk lines from `next` on are asked for, into the first-level cache if kNear. A function of its own: else
-// registers are taken by what is around it.
-template <int kRows, int kVectors, int kAsk, bool kNear = false>
+// mask + 1 octets, kAsk lines from `next` on are asked for. A function of its own: else registers are taken by what is around it.
+template <int kRows, int kVectors, int kAsk>
 __attribute__((noinline)) void multiply_octets(const uint32_t* weights, const OctetBlock& x, int32_t* sums, bool begin,
                                                const char*& next, int64_t mask) {
     vi into[kRows][kVectors] = {};
@@ -108,7 +104,7 @@ __attribute__((noinline)) void multiply_octets(const uint32_t* weights, const Oc
     const uint32_t* units = weights;
     for (int64_t k = 0; k < eights; k++, octets += kRows, units += 2 * kSlab) {
         if ((k & mask) == 0)
-            for (int i = 0; i < kAsk; i++, line += 64) __builtin_prefetch(line, 0, kNear ? 3 : 2);
+            for (int i = 0; i < kAsk; i++, line += 64) __builtin_prefetch(line, 0, 2);
         multiply(units, octets);
     }
     for (int k = 0; k < x.more; k++, octets += kRows) multiply(weights + x.places[k] * (2 * kSlab), octets);
@@ -117,44 +113,45 @@ __attribute__((noinline)) void multiply_octets(const uint32_t* weights, const Oc
         for (int v = 0; v < kVectors; v++) store_as(sums + r * kSlab + v * kLanes, into[r][v]);
 }
 
-// A block of a slab, by as many rows as `groups` has; x: one of each group. next: the slab's next block.
-inline void multiply_block(const uint32_t* weights, const RowGroups<kOctetRows>& groups, const OctetBlocks& x, int32_t* sums,
-                           bool begin, const char* next) {
+// So many rows, together or one by one.
+struct OctetGroups {
+    int64_t rows;
+
+    bool together() const { return rows <= kTogetherOctetRows; }
+    int64_t count() const { return together() ? 1 : rows; }
+    int64_t size() const { return together() ? rows : 1; }
+    size_t block_bytes() const { return OctetBlock::bytes(size()); }
+};
+
+// A block of a slab, by rows of which x has one block a group. next: the slab's next block.
+inline void multiply_block(const uint32_t* weights, OctetGroups groups, const OctetBlocks& x, int32_t* sums, bool begin,
+                           const char* next) {
     constexpr int kAll = kSlab / kLanes;
-    if (groups.count == 1)
-        return with_count<kAloneOctetRows>((int)groups.rows, [&](auto count) {
+    if (groups.together())
+        return with_count<kTogetherOctetRows>((int)groups.rows, [&](auto count) {
             constexpr int kMost = count == 1 ? 8 : 4, kVectors = kAll < kMost ? kAll : kMost, kPasses = kAll / kVectors;
             const char* line = count == 1 ? (const char*)weights + kNearAhead : next;
             for (int j = 0; j < kSlab; j += kVectors * kLanes)
-                multiply_octets<count, kVectors, 8 / kPasses, count == 1>(weights + j, x[0], sums + j, begin, line, 0);
+                multiply_octets<count, kVectors, 8 / kPasses>(weights + j, x[0], sums + j, begin, line, 0);
         });
-    const auto mask = [&](int lines, int passes) {
-        const int64_t apart = groups.count * x[0].eights * passes * lines * 64 / (next - (const char*)weights);  // octets
+    const auto one_by_one = [&](auto lines) {
+        const int64_t apart = groups.rows * x[0].eights * lines * 64 / (next - (const char*)weights);  // octets
         int64_t mask = 0;
         while (2 * mask + 2 <= apart) mask = 2 * mask + 1;
-        return mask;
-    };
-    if (groups.count == groups.rows) {
-        const int64_t often = mask(1, 1);
         for (int64_t row = 0; row < groups.rows; row++)
-            multiply_octets<1, kAll, 1>(weights, x[row], sums + row * kSlab, begin, next, often);
-        return;
-    }
-    // A few outputs' weights stay in the first-level cache while all rows pass.
-    constexpr int kVectors = kAll < 8 ? kAll : 2, kPasses = kAll / kVectors, kAsk = kPasses == 1 ? 4 : 1;
-    const int64_t often = mask(kAsk, kPasses);
-    for (int j = 0; j < kSlab; j += kVectors * kLanes) {
-        int64_t group = 0;
-        groups.each([&](int64_t row, auto count) {
-            multiply_octets<count, kVectors, kAsk>(weights + j, x[group++], sums + row * kSlab + j, begin, next, often);
-        });
-    }
+            multiply_octets<1, kAll, lines>(weights, x[row], sums + row * kSlab, begin, next, mask);
+    };
+    // As many asks as lines at least, of few rows too: with an eighth too few, all takes a fifth longer.
+    if (groups.rows >= 8) return one_by_one(std::integral_constant<int, 1>());
+    if (groups.rows >= 4) return one_by_one(std::integral_constant<int, 2>());
+    one_by_one(std::integral_constant<int, 4>());
 }
 
 // Rows in this form, of pieces of the layer that have rows of their own: [piece][block of inputs][group of rows].
 struct OctetRows {
     struct Group {
-        int64_t row, count, place, apart;  // place: of its first block, in bytes; the next ones are `apart`
+        int64_t row, count;
+        size_t place, apart;  // of its first block, in bytes, and from one block to the next
     };
 
     uint8_t* x = nullptr;
@@ -166,41 +163,34 @@ struct OctetRows {
     OctetRows(int64_t rows, int64_t inputs)
         : inputs(inputs), blocks((inputs + kOctetInputs - 1) / kOctetInputs), places(rows) {}
 
-    static RowGroups<kOctetRows> grouped(int64_t rows) {
-        return RowGroups<kOctetRows>(rows, rows <= kAloneOctetRows ? 1 : rows < kSingleOctetRows ? 2 : rows);
-    }
-
-    static size_t block_bytes(const RowGroups<kOctetRows>& groups) {
-        return OctetBlock::bytes((groups.rows + groups.count - 1) / groups.count);
-    }
-
     void add(int64_t begin, int64_t end) {
-        const RowGroups<kOctetRows> those = grouped(end - begin);
-        const int64_t block = (int64_t)block_bytes(those);
+        const OctetGroups those{end - begin};
+        const size_t block = those.block_bytes(), apart = those.count() * block;
         places[begin] = bytes;
-        for (int64_t g = 0; g < those.count; g++)
-            groups.push_back({begin + those.begin(g), those.begin(g + 1) - those.begin(g), (int64_t)bytes + g * block, those.count * block});
-        bytes += blocks * those.count * block;
+        for (int64_t g = 0; g < those.count(); g++)
+            groups.push_back({begin + g * those.size(), those.size(), bytes + g * block, apart});
+        bytes += blocks * apart;
     }
 
     // Of all rows of a group. middle: takes what the sums of each row are too large by.
     void pack(const Group& group, const int8_t* codes, int32_t* middle) const {
         for (int64_t r = group.row; r < group.row + group.count; r++) middle[r] = 0;
+        const OctetBlocks into{x + group.place, group.apart};
         for (int64_t block = 0; block < blocks; block++)
-            ((OctetBlock*)(x + group.place + block * group.apart))
-                ->set(codes + group.row * inputs + block * kOctetInputs, inputs, size(block), (int)group.count, middle + group.row);
+            into[block].set(codes + group.row * inputs + block * kOctetInputs, inputs, size(block), (int)group.count,
+                            middle + group.row);
     }
 
     // Calls store(row, 64 sums) for rows begin..end, which are a piece.
     template <class Store>
     void multiply(const uint8_t* weights, int64_t begin, int64_t end, Scratch& memory, const Store& store) const {
         int32_t* const sums = (int32_t*)memory.reserve((end - begin) * kSlab * sizeof(int32_t));
-        const RowGroups<kOctetRows> those = grouped(end - begin);
-        const size_t apart = block_bytes(those);
+        const OctetGroups those{end - begin};
+        const size_t apart = those.block_bytes();
         for (int64_t block = 0; block < blocks; block++) {
             const uint8_t* const next = weights + slab_bytes(kInt8, size(block));
-            multiply_block((const uint32_t*)weights, those, {x + places[begin] + block * those.count * apart, apart}, sums, block == 0,
-                           (const char*)next);
+            const OctetBlocks rows{x + places[begin] + block * those.count() * apart, apart};
+            multiply_block((const uint32_t*)weights, those, rows, sums, block == 0, (const char*)next);
             weights = next;
         }
         for (int64_t row = begin; row < end; row++) store(row, sums + (row - begin) * kSlab);
