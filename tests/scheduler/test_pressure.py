@@ -9,7 +9,7 @@ import pytest
 
 from tests.scheduler.fake_rank import VOCAB
 from tests.scheduler.harness import Harness, config, request
-from vibe_sgl_lite.scheduler.admission import DECAY_STEPS, NewTokenRatio
+from vibe_sgl_lite.scheduler.admission import NewTokenRatio
 from vibe_sgl_lite.scheduler.request import Request
 from vibe_sgl_lite.scheduler.state import MAX_RETRACTIONS
 
@@ -104,14 +104,27 @@ def test_the_queue_has_a_limit() -> None:
 def test_the_ratio_falls_and_jumps() -> None:
     ratio = NewTokenRatio(1.0)
     assert ratio.value == pytest.approx(0.7)
-    for _ in range(DECAY_STEPS // 2):
+    for _ in range(300):
         ratio.decode_step()
     assert ratio.value == pytest.approx(0.7 * 0.57)
-    for _ in range(DECAY_STEPS):
+    for _ in range(300):
+        assert ratio.value > 0.7 * 0.14
         ratio.decode_step()
+    assert ratio.value == pytest.approx(0.7 * 0.14)
+    ratio.decode_step()
     assert ratio.value == pytest.approx(0.7 * 0.14)
     ratio.retracted([])
     assert ratio.value == pytest.approx(0.7)
+
+
+def test_no_room_is_kept_for_what_comes_after_4096_tokens() -> None:
+    """0.7 of 4096 tokens are 717 pages: five such requests fit. Of 0.7 of all their 16,000, one would."""
+    h = Harness(config(num_pages=4096, page_size=4, overlap=False))
+    for uid in range(8):
+        h.add(request(uid, [uid] * 8, max_new_tokens=16_000))
+    for _ in range(8):
+        h.step()
+    assert h.scheduler.state.num_running == 5
 
 
 def test_cached_pages_make_room_before_anybody_is_retracted() -> None:
