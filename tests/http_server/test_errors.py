@@ -14,9 +14,10 @@ import pytest
 from tests.http_server.server import Server
 from vibe_sgl_lite.http_server.app import ELSEWHERE, ROUTES
 from vibe_sgl_lite.http_server.bodies import BodyReader
-from vibe_sgl_lite.http_server.errors import ApiError
+from vibe_sgl_lite.http_server.errors import ApiError, from_engine
 from vibe_sgl_lite.http_server.metrics import Metrics
 from vibe_sgl_lite.http_server.openai_types import IGNORED, INSTEAD, REFUSED, ChatBody, CompletionBody
+from vibe_sgl_lite.runtime.errors import KVExhaustedError
 
 QUESTION: Any = [{"role": "user", "content": "What is 17 + 25?"}]
 CHAT = "/v1/chat/completions"
@@ -151,6 +152,13 @@ def test_too_long_for_the_context(client: Any) -> None:
             client.chat.completions.create(model="tiny", messages=messages, max_tokens=tokens)
         assert caught.value.code == "context_length_exceeded"
         assert caught.value.param in ("messages", "max_tokens")
+
+
+def test_too_long_for_the_kv_cache_is_an_overflow_too() -> None:
+    """For a client it is the same: it must send less."""
+    told = from_engine(KVExhaustedError("needs 9 KV pages"), CHAT)
+    assert (told.status, told.code) == (400, "context_length_exceeded")
+    assert str(told.anthropic()["error"]).count("prompt is too long: needs 9 KV pages") == 1
 
 
 def test_unknown_models_paths_and_methods(server: Server, client: Any) -> None:

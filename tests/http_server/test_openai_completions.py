@@ -70,6 +70,22 @@ def test_samples_of_several_prompts(server: Server) -> None:
     assert whole["usage"]["prompt_tokens"] < 40  # each prompt once
 
 
+def test_usage_counts_a_prompt_once_and_every_sample(server: Server) -> None:
+    """Also what of a prompt was cached, and the same in a stream, which no proxy may hold back."""
+    prompts = [f"{PROMPT} there were many, many numbers: {number * 11} and {number * 111}." for number in (1, 2)]
+    alone = [server.post("/v1/completions", {"prompt": prompt, "max_tokens": 1}).json["usage"] for prompt in prompts]
+    body = {"prompt": prompts, "max_tokens": 3, "ignore_eos": True, "n": 3}
+    usage = server.post("/v1/completions", body).json["usage"]
+    assert usage["prompt_tokens"] == sum(one["prompt_tokens"] for one in alone)
+    assert usage["completion_tokens"] == 2 * 3 * 3
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    cached = sum((one["prompt_tokens"] - 1) // 16 * 16 for one in alone)  # whole pages
+    assert usage["prompt_tokens_details"]["cached_tokens"] == cached > 0
+    reply = server.post("/v1/completions", body | {"stream": True, "stream_options": {"include_usage": True}})
+    assert reply.events[-2]["usage"] == usage
+    assert (reply.headers["cache-control"], reply.headers["x-accel-buffering"]) == ("no-cache", "no")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_with_logprobs(server: Server, stream: bool) -> None:
     """As evaluation harnesses ask: the prompt's own logprobs, first token without one."""
