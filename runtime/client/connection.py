@@ -199,11 +199,11 @@ class Connection:
         return self._connect_due + (WELCOME_S if line.connected else 0.0)
 
     def _serve(self, line: ClientSocket) -> None:
+        now = time.monotonic()  # before reading: what comes while this thread does not run is no silence
         for message in line.receive():
             self._handle(message)
             if self._line is not line:
                 return  # the session was refused
-        now = time.monotonic()
         if line.gone:
             self._lose(EngineDeadError(self._why("the connection to the engine was lost")))
         elif self._in_session:
@@ -216,7 +216,7 @@ class Connection:
         self._flush()
 
     def _keep_alive(self, now: float) -> None:
-        # Whatever came before was read just now, so a thread that did not run for a while sees no false silence.
+        # Whatever came before `now` has been read, so a thread that did not run for a while sees no false silence.
         since = self._unanswered_since
         if since is not None and now - since > SILENCE_S and not self._owner:
             self._lose(EngineDeadError(self._why(f"the engine has not answered for {SILENCE_S:g} s")))

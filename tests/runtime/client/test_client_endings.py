@@ -18,6 +18,8 @@ import zmq
 
 from tests.runtime.client.fake_engine import STOP, FakeEngine, accepted, answer, chunk, fake_engine, silent
 from vibe_sgl_lite import Client
+from vibe_sgl_lite.runtime.client import connection
+from vibe_sgl_lite.runtime.client.socket_thread import ClientSocket
 from vibe_sgl_lite.runtime.errors import (
     ClosedError,
     ConfigError,
@@ -26,7 +28,7 @@ from vibe_sgl_lite.runtime.errors import (
     EngineError,
     ProtocolError,
 )
-from vibe_sgl_lite.runtime.messages import Abort, ErrorInfo, Generate, Goodbye, Hello, Refused
+from vibe_sgl_lite.runtime.messages import Abort, ErrorInfo, Generate, Goodbye, Hello, Refused, ServerMessage
 
 
 def test_break_aborts(client: Client, engine: FakeEngine) -> None:
@@ -251,3 +253,24 @@ def test_garbage_from_the_engine_is_dropped(client: Client, engine: FakeEngine) 
 
     engine.send(Nonsense(error=ErrorInfo(code="x", message="y")))
     assert client.generate("abc").text == "cba"
+
+
+def test_a_pause_between_reading_and_the_look_at_the_clock_is_no_silence(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this program: stopped, or busy with something that lets no other thread run."""
+    monkeypatch.setattr(connection, "SILENCE_S", 2.0)
+    receive, paused = ClientSocket.receive, threading.Event()
+
+    def receive_late(line: ClientSocket) -> list[ServerMessage]:
+        if client._connection._unanswered_since is None or paused.is_set():
+            return receive(line)
+        paused.set()
+        time.sleep(2.5)
+        return []  # what has come meanwhile is read in the next turn
+
+    with Client(engine.address) as client:
+        monkeypatch.setattr(ClientSocket, "receive", receive_late)
+        assert paused.wait(30)
+        assert client.generate("ab").text == "ba"
+        assert engine.count(Hello) == 1
