@@ -135,7 +135,7 @@ def _request(body: MessagesBody) -> ClientRequest:
     if not forced and body.output_config is not None and body.output_config.format is not None:
         options["json_schema"] = body.output_config.format.schema
     turns = convert_input(body.system, body.messages)
-    return single(plan_chat(turns, make_sampling(values), rid=None, options=options))
+    return single(plan_chat(turns, make_sampling(values), rid=None, options=options, streamed=bool(body.stream)))
 
 
 def _thinks(body: CountBody) -> bool:

@@ -115,6 +115,7 @@ async def generate(service: Service, exchange: Exchange) -> None:
         input_ids=cast(Sequence[int] | None, body.input_ids),  # or several of these: checked there
         rid=body.rid,
         options=options,
+        streamed=bool(body.stream),
     )
     if isinstance(given, list) and len({request.n for request in plan.requests}) > 1:
         raise bad_request("n must be the same for all prompts", "sampling_params")

@@ -63,7 +63,7 @@ def chat_request(body: ChatBody) -> ChatRequest:
     options["template_kwargs"] = template
     if body.thinking_token_budget is not None:
         options["max_thinking_tokens"] = body.thinking_token_budget
-    request = single(plan_chat(messages, make_sampling(values), rid=None, options=options))
+    request = single(plan_chat(messages, make_sampling(values), rid=None, options=options, streamed=bool(body.stream)))
     tools = options.get("tools")
     return ChatRequest(request, messages, template | ({"tools": tools} if tools else {}))
 

@@ -39,7 +39,14 @@ async def completions(service: Service, exchange: Exchange) -> None:
         values["max_new_tokens"] = 1  # computed, and not shown: the prompt alone was asked for
     if body.logprobs is not None:
         values |= {"logprobs": True, "top_logprobs": body.logprobs, "prompt_logprobs": bool(body.echo)}
-    plan = plan_generate(prompts, make_sampling(values), input_ids=None, rid=None, options=engine_options(body))
+    plan = plan_generate(
+        prompts,
+        make_sampling(values),
+        input_ids=None,
+        rid=None,
+        options=engine_options(body),
+        streamed=bool(body.stream),
+    )
     echo = [await _Echo.of(service, prompt) for prompt in prompts] if body.echo or body.return_token_ids else None
     call = service.submit(exchange, plan.requests)
     answer = _Answer(service.model, body, call, echo)

@@ -125,7 +125,7 @@ def _request(body: ResponsesBody) -> ClientRequest:
         options["json_schema"] = JSON_OBJECT if form.type == "json_object" else form.schema
     options |= _tool_options(body)
     turns = convert_items(body.instructions, body.input)
-    return single(plan_chat(turns, make_sampling(values), rid=None, options=options))
+    return single(plan_chat(turns, make_sampling(values), rid=None, options=options, streamed=bool(body.stream)))
 
 
 def _tool_options(body: ResponsesBody) -> dict[str, Any]:

@@ -20,7 +20,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
         prompts, the first fresh_prompt tokens of each, before which there is little to read.
     step_sizes: numbers of tokens, ascending, that the device fills steps with chunks up to: a chunk that has to be cut
         is cut so that its step has one of them.
-    max_step_stretch: while requests decode, a step with chunks takes at most so many times what decoding alone would.
+    max_step_stretch: while requests decode whose tokens are streamed, a step with chunks takes at most so many times
+        what decoding alone would.
     conservativeness: factor on the share of the remaining output that admission keeps room for.
     draft_tokens: what a decode row may run beyond its one known token at most; the ranks propose and check them.
     draft_budget: of all rows of a step; what is sampled for them takes memory on the ranks.

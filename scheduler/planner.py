@@ -4,9 +4,9 @@ In this order: pages for the running decode rows (retracting somebody if there a
 being prefilled, and chunks of newly admitted requests, in the policy's order, as long as tokens, cost, slots and memory
 allow. Changes the state accordingly; sends nothing.
 
-Cost: while rows decode, chunks may make the step at most `max_step_stretch` times as long as the decode rows alone, by
-the cost model's estimate, but together they have `smallest_chunk` tokens, or `fresh_chunk`, in any case; with none
-decoding a step takes a full chunk.
+Cost: while somebody reads tokens of decode rows as they come, chunks may make the step at most `max_step_stretch` times
+as long as the decode rows alone, by the cost model's estimate, but together they have `smallest_chunk` tokens, or
+`fresh_chunk`, in any case; else a step takes a full chunk.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class StepPlanner:
         self._decode_tokens = work.tokens
         self._tokens_left = state.config.chunked_prefill_size
         self._cost_left = math.inf
-        if decode:
+        if decode and (state.prefilling or state.waiting) and any(request.streamed for request in state.decoding):
             self._cost_left = (state.config.max_step_stretch - 1) * self._cost.seconds(work)
         if state.prefilling:
             if self._sessions_take_turns and not stalled and self._may_admit:

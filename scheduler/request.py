@@ -43,6 +43,7 @@ class Request:
     ends: frozenset[int]
     cache_salt: Hashable
     prompt_logprobs: dict[int, TokenLogprob] | None
+    streamed: bool
     uses_cache: bool = True
 
     slot: int = NO_SLOT
@@ -151,6 +152,7 @@ def samples_of(message: AddRequest, seq: int, now: float) -> list[Request]:
             ends=ends,
             cache_salt=message.cache_salt if attributes is None else (message.cache_salt, attributes.adapter),
             prompt_logprobs={} if sampling.prompt_logprobs else None,
+            streamed=message.streamed,
             prefill_end=num_prompt_tokens + len(resume_ids) // TOKEN_BYTES,
         )
         for index, resume_ids in enumerate(message.resume_ids or [b""] * sampling.n)

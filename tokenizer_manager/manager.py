@@ -254,6 +254,7 @@ class TokenizerManager:
                     session=request.payer,
                     timeout_s=prepared.sampling.timeout_s,
                     resume_ids=message.resume_ids,
+                    streamed=message.streamed,
                 )
             )
 

@@ -149,7 +149,7 @@ class Requests(ABC, Generic[OutT, ListT, StreamT, EmbeddingT, EmbeddingsT, Score
 
         The request is sent at once, not when the first chunk is asked for.
         """
-        plan = plan_generate(prompt, sampling_params, input_ids=input_ids, rid=rid, options=options)
+        plan = plan_generate(prompt, sampling_params, input_ids=input_ids, rid=rid, options=options, streamed=True)
         return self._stream(single(plan))
 
     def stream_chat(
@@ -161,7 +161,7 @@ class Requests(ABC, Generic[OutT, ListT, StreamT, EmbeddingT, EmbeddingsT, Score
         **options: Any,
     ) -> StreamT:
         """`chat` for one conversation, chunk by chunk."""
-        return self._stream(single(plan_chat(messages, sampling_params, rid=rid, options=options)))
+        return self._stream(single(plan_chat(messages, sampling_params, rid=rid, options=options, streamed=True)))
 
     @overload
     def embed(

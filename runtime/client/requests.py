@@ -60,6 +60,7 @@ def plan_generate(
     input_ids: Sequence[int] | Sequence[Sequence[int]] | None,
     rid: str | Sequence[str] | None,
     options: Mapping[str, Any],
+    streamed: bool = False,
 ) -> Plan:
     """Requests of one `generate` call; options: see `Requests.generate`. Raises RequestError naming the argument."""
     shared, sampling = split(options, GENERATE_OPTIONS)
@@ -70,7 +71,7 @@ def plan_generate(
     requests = []
     for item, name, params in each(given, many, sampling_params, sampling, rid):
         text, ids = text_or_ids(item, field, texts=input_ids is None)
-        requests.append(make_request(field, params, rid=name, prompt=text, input_ids=ids, **shared))
+        requests.append(make_request(field, params, rid=name, prompt=text, input_ids=ids, streamed=streamed, **shared))
     return Plan(requests, many)
 
 
@@ -80,6 +81,7 @@ def plan_chat(
     *,
     rid: str | Sequence[str] | None,
     options: Mapping[str, Any],
+    streamed: bool = False,
 ) -> Plan:
     """Requests of one `chat` call; options: see `Requests.chat`. Raises RequestError naming the argument."""
     shared, sampling = split(options, CHAT_OPTIONS)
@@ -91,7 +93,7 @@ def plan_chat(
         if not is_list(chat) or not all(isinstance(m, Mapping) for m in chat):
             raise RequestError("messages: every message must be a dict with role and content", field="messages")
         turns = [dict(m) for m in chat]
-        requests.append(make_request("messages", params, rid=name, messages=turns, **shared))
+        requests.append(make_request("messages", params, rid=name, messages=turns, streamed=streamed, **shared))
     return Plan(requests, many)
 
 

@@ -74,6 +74,7 @@ class Generate(Message, frozen=True):
     payer: of a client that serves others, for whom it asks: these take turns, not the client's sessions.
     dimensions: what is asked for is no text but the embedding of a prompt or of input_ids; 0 is as many as there are.
     pair: instruction, query and document, whose relevance is asked for: the probabilities of "yes" and "no".
+    streamed: somebody reads tokens as they come; else only the end counts.
     """
 
     rid: Annotated[str, Spec("names the request in its session", chars=256)]
@@ -118,6 +119,7 @@ class Generate(Message, frozen=True):
     pair: Annotated[
         Sequence[str] | None, Spec("instruction, query and document", unset="no relevance is asked for", items=3)
     ] = None
+    streamed: bool = True
 
 
 class Abort(Message, frozen=True):

@@ -18,7 +18,7 @@ class AddRequest(Message, frozen=True):
     text_format: for the detokenizer; None leaves the text as it is. attributes: of its rows; None for the plain ones.
     session: whose request it is (a session, or a payer of it); these get fair shares.
     timeout_s: so long after its arrival it ends as an error.
-    resume_ids: as in `Generate`, checked.
+    resume_ids, streamed: as in `Generate`, checked.
     """
 
     uid: int
@@ -32,6 +32,7 @@ class AddRequest(Message, frozen=True):
     session: str = ""
     timeout_s: float | None = None
     resume_ids: list[bytes | None] | None = None
+    streamed: bool = True
 
 
 class AbortRequest(Message, frozen=True):

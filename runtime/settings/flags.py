@@ -237,11 +237,11 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         like=("max_num_batched_tokens", "max_prefill_tokens", "batch_size", "ubatch_size", "num_batch"),
     )] = None
     max_step_stretch: Annotated[float, Spec(
-        "while requests generate, a step that also computes prompts takes at most so many times as long as one that "
+        "while requests stream, a step that also computes prompts takes at most so many times as long as one that "
         "does not; more gets prompts done sooner, and streams wait longer between tokens",
         "By the scheduler's estimate. The default keeps gaps between a stream's tokens under about 5 times what "
-        "they are without prompts. Work that nobody streams gets more tokens a second with, say, 20: prompts are "
-        "then done first.",
+        "they are without prompts. Where nobody streams there is no such limit: prompts are then done first, which "
+        "gives more tokens a second.",
         unit="decode steps", group=MEMORY, low=1, high=1_000_000, above_low=True,
     )] = 3.0
     schedule_policy: Annotated[str, Spec(

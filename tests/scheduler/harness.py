@@ -37,8 +37,12 @@ def sampling(**fields: object) -> ResolvedSampling:
     return ResolvedSampling(**values)
 
 
-def request(uid: int, tokens: Sequence[int], *, salt: str = "", priority: int = 0, **fields: object) -> AddRequest:
-    return AddRequest(uid, f"r{uid}", pack_ids(tokens), sampling(**fields), priority=priority, cache_salt=salt)
+def request(
+    uid: int, tokens: Sequence[int], *, salt: str = "", priority: int = 0, streamed: bool = True, **fields: object
+) -> AddRequest:
+    return AddRequest(
+        uid, f"r{uid}", pack_ids(tokens), sampling(**fields), priority=priority, cache_salt=salt, streamed=streamed
+    )
 
 
 def config(**fields: object) -> SchedulerConfig:

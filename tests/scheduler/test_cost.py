@@ -90,6 +90,35 @@ def test_a_chunk_after_a_long_context_is_known_to_cost_its_reading() -> None:
     assert many == pytest.approx(true_many, rel=0.25)
 
 
+@pytest.mark.parametrize("streamed", [(), (0,), (2,), (3,)])
+def test_chunks_are_full_beside_rows_that_nobody_reads(streamed: tuple[int, ...]) -> None:
+    """A prompt of 2,000 tokens beside 4 decode rows: only a stream among them keeps its pace."""
+    settings = config(num_pages=2000, page_size=4, chunked_prefill_size=512, overlap=False)
+    h = Harness(settings)
+
+    def chunk() -> int:
+        batch = h.scheduler.schedule(h.now)
+        assert batch is not None
+        planned = h.scheduler.newest_step
+        assert planned is not None
+        result = h.rank.run(batch)
+        seconds = 20.0 + planned.work.tokens
+        h._take(h.scheduler.complete(msgspec.structs.replace(result, total_s=seconds), h.now))
+        return planned.work.tokens - len(planned.decode)
+
+    for uid in range(4):
+        h.add(request(uid, [uid] * 20, max_new_tokens=400, streamed=uid in streamed))
+    assert chunk() == 80
+    for _ in range(30):
+        assert chunk() == 0
+    h.add(request(9, [5, 6] * 1000, max_new_tokens=5))
+    chunks = [chunk() for _ in range(3)]
+    if streamed:
+        assert 0 < max(chunks) < 100
+    else:
+        assert chunks == [512] * 3
+
+
 @pytest.mark.parametrize("stretch", [3.0, 6.0])
 def test_chunks_shrink_beside_running_rows_and_with_their_context(stretch: float) -> None:
     """A prompt of 3,000 tokens beside 4 decode rows: steps of so many decode steps or little more, once measured."""

@@ -216,3 +216,11 @@ def test_extensions_of_strangers(data: bytes) -> None:
         msgspec.msgpack.decode(frame, ext_hook=decode_extension)
     with pytest.raises(ValueError, match="not known"):
         decode_extension(2, memoryview(b"1"))
+
+
+def test_a_call_says_whether_its_tokens_are_read_as_they_come() -> None:
+    for plan in (generate("a"), generate(["a", "b"]), chat([HI])):
+        assert not any(message.streamed for message in sent(plan))
+    text = plan_generate("a", None, input_ids=None, rid=None, options={}, streamed=True)
+    answer = plan_chat([HI], None, rid=None, options={}, streamed=True)
+    assert all(message.streamed for message in (*sent(text), *sent(answer)))
